@@ -1,0 +1,36 @@
+# Each target sets up what it needs: Python 3.11+ and make are enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test lint setup clean help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; again only when pyproject.toml or constraints.txt change)"
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "next-core needs Python 3.11 or newer; call make with PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+setup: $(STAMP)  ## Make the environment (.venv)
+
+quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run beside it
+	$(BIN)/next-core run examples/quickstart.yaml --out runs/quickstart --overwrite
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove the environment and what runs left
+	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .hypothesis

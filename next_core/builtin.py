@@ -1,0 +1,29 @@
+"""The engine's own plug-ins, registered exactly as a stranger's are."""
+
+from __future__ import annotations
+
+from next_core.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def register_compressors(register: Register) -> None:
+    register("next_core.compressors.exact:ExactCompressor", name="exact")
+
+
+@hookimpl
+def register_sources(register: Register) -> None:
+    register("next_core.sources.memory:MemorySource", name="memory")
+    register("next_core.sources.peft_adapter:PeftAdapterSource", name="peft-adapter")
+    register("next_core.sources.full_model:FullModelSource", name="full-model")
+
+
+@hookimpl
+def register_appliers(register: Register) -> None:
+    register("next_core.appliers.live:LiveApplier", name="live")
+    register("next_core.appliers.peft_adapter:PeftAdapterApplier", name="peft-adapter")
+    register("next_core.appliers.merged_model:MergedModelApplier", name="merged-model")
+
+
+@hookimpl
+def register_rewards(register: Register) -> None:
+    register("next_core.rewards:MathVerifyReward", name="math-verify")

@@ -1,0 +1,45 @@
+"""Exact rank-k SVD: from the thin factors where the run is LoRA, of the dense matrix otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.interfaces import Compressor
+from next_core.lowrank import Factors, LowRank, truncated_svd
+
+
+class ExactCompressor(Compressor):
+    """LoRA deltas never become m x n matrices; dense ones are decomposed one at a time."""
+
+    name = "exact"
+
+    def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
+        factored = [delta for delta in deltas if isinstance(delta, LowRank)]
+        if len(factored) == len(deltas):
+            return truncated_svd(LowRank.stack(factored), rank)
+        if factored:
+            raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
+        return _stack([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
+
+
+def _dense_svd(delta: Tensor, rank: int) -> Factors:
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    # LAPACK answers a zero matrix with arbitrary unit vectors: what has no length gets no direction.
+    alive = S > S.new_tensor(max(delta.shape) * torch.finfo(S.dtype).eps) * S[:1]
+    U, S, V = U * alive, S * alive, Vh.T * alive
+    return Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
+
+
+def _stack(factors: Sequence[Factors]) -> Factors:
+    nuclear = [f.nuclear for f in factors if f.nuclear is not None]
+    return Factors(
+        torch.stack([f.U for f in factors]),
+        torch.stack([f.S for f in factors]),
+        torch.stack([f.V for f in factors]),
+        torch.stack([f.energy for f in factors]),
+        torch.stack(nuclear) if len(nuclear) == len(factors) else None,
+    )

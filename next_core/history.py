@@ -1,0 +1,214 @@
+"""A run's deltas over time (global, local, target): compressed lazily, cached, signs aligned."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from next_core import lowrank
+from next_core.errors import CheckpointError, ConfigError
+from next_core.interfaces import CheckpointSource, Compressor, Progress
+from next_core.lowrank import Factors, LowRank
+from next_core.plugins import make_compressor
+
+DeltaKind = Literal["global", "local", "target"]
+CHUNK_BYTES = 256 * 2**20
+"""Deltas that are compressed in one batch take at most this much memory."""
+
+
+class History:
+    """What predictors read: the trajectory of every matrix that moves.
+
+    ``names`` are the matrices that moved over the last interval; ``frozen`` names the others, with the reason, and
+    they are never predicted. Raises ``CheckpointError`` when there is no checkpoint.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        rank: int = 1,
+        compressor: Compressor | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if rank < 1:
+            raise ConfigError(f"rank must be at least 1 (got {rank})")
+        if not source.steps:
+            raise CheckpointError("the run has no checkpoint yet; observe at least one before fitting")
+        self.source = source
+        self.rank = rank
+        self.steps = source.steps
+        self.shapes = {parameter.name: parameter.shape for parameter in source.parameters}
+        self.frozen = self._find_frozen()
+        self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
+        self._compressor = compressor if compressor is not None else make_compressor("exact")
+        self._progress = progress
+        self._grams: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._components: dict[tuple[DeltaKind, int | None, bool], dict[str, Factors]] = {}
+
+    @property
+    def newest(self) -> int:
+        """The newest observed step."""
+        return self.steps[-1]
+
+    def matrix(self, name: str) -> MatrixHistory:
+        """The view of one matrix."""
+        return MatrixHistory(self, name)
+
+    def metrics(self, key: str) -> list[float | None]:
+        """One metric per checkpoint, None where it was not logged."""
+        return [self.source.metrics(step).get(key) for step in self.steps]
+
+    def pairs(self, horizon: int) -> list[tuple[int, int]]:
+        """Index pairs (i, j) with steps[j] - steps[i] == horizon: the targets that were already observed."""
+        where = {step: index for index, step in enumerate(self.steps)}
+        return [(i, where[step + horizon]) for i, step in enumerate(self.steps) if step + horizon in where]
+
+    def grams(self, steps: Sequence[int] | None = None) -> Mapping[str, Tensor]:
+        """Per matrix the inner products <G_s, G_t> of global deltas, fp64, (len(steps), len(steps)).
+
+        Everything linear (secants, least squares, the time SVD) can be computed from them. From LoRA factors no
+        m x n matrix is formed: <G_s, G_t> = tr((B_s^T B_t)(A_t A_s^T)).
+        """
+        chosen = tuple(steps) if steps is not None else self.steps
+        if chosen not in self._grams:
+            self._grams[chosen] = {
+                name: gram for group in self._groups(len(chosen)) for name, gram in self._gram_group(group, chosen)
+            }
+        return self._grams[chosen]
+
+    def _gram_group(self, names: Sequence[str], steps: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        deltas = [[self.source.delta(name, step) for name in names] for step in steps]
+        if all(isinstance(delta, LowRank) for row in deltas for delta in row):
+            stacked = [LowRank.stack([d for d in row if isinstance(d, LowRank)]) for row in deltas]
+            yield from zip(names, lowrank.gram(stacked), strict=True)
+            return
+        for index, name in enumerate(names):
+            rows = torch.stack([_dense(row[index]).flatten().double() for row in deltas])
+            yield name, rows @ rows.T
+
+    def components(
+        self, kind: DeltaKind, horizon: int | None = None, align: bool = True
+    ) -> Mapping[str, Factors]:
+        """Rank-k singular triplets over time: per matrix ``Factors`` with leading dimension T.
+
+        ``global`` and ``local`` have one row per checkpoint; ``target`` needs ``horizon`` and has one row per pair of
+        ``pairs(horizon)``, at the earlier step. With ``align``, signs are chosen walking from the newest checkpoint
+        backwards, the newest global delta being the reference for all three.
+        """
+        if (kind == "target") != (horizon is not None):
+            raise ConfigError("a horizon belongs to target deltas, and only to them")
+        key = kind, horizon, align
+        if key not in self._components:
+            raw = self._components.get((kind, horizon, False))
+            if raw is None:
+                raw = self._components[kind, horizon, False] = self._compress(kind, horizon)
+            if align:
+                references = {} if kind == "global" else self.components("global")
+                raw = {
+                    name: lowrank.align_signs(factors, _newest(references[name]) if references else None)
+                    for name, factors in raw.items()
+                }
+            self._components[key] = raw
+        return self._components[key]
+
+    def _spans(self, kind: DeltaKind, horizon: int | None) -> list[tuple[int, int | None]]:
+        """The (step, since) of each delta of one kind; ``since=None`` is the backbone."""
+        if kind == "global":
+            return [(step, None) for step in self.steps]
+        if kind == "local":
+            return [(step, before) for before, step in itertools.pairwise((None, *self.steps)) if step is not None]
+        assert horizon is not None
+        return [(self.steps[j], self.steps[i]) for i, j in self.pairs(horizon)]
+
+    def _compress(self, kind: DeltaKind, horizon: int | None) -> dict[str, Factors]:
+        spans = self._spans(kind, horizon)
+        made: dict[str, Factors] = {}
+        if not spans:
+            return made
+        for group in self._groups(len(spans)):
+            deltas = [self.source.delta(name, step, since) for name in group for step, since in spans]
+            flat = self._compressor.compress(deltas, self.rank)
+            for index, name in enumerate(group):
+                made[name] = _rows(flat, slice(index * len(spans), (index + 1) * len(spans)))
+            if self._progress is not None:
+                self._progress(f"compress {kind} deltas", len(made), len(self.names))
+        return made
+
+    def _groups(self, deltas_each: int) -> Iterator[list[str]]:
+        """Matrices of one shape, in batches whose deltas fit ``CHUNK_BYTES``."""
+        by_shape: dict[tuple[tuple[int, int], int | None], list[str]] = {}
+        for name in self.names:
+            factors = self.source.factors(name, self.newest)
+            rank = None if factors is None else factors.A.shape[0]
+            by_shape.setdefault((self.shapes[name], rank), []).append(name)
+        for ((m, n), rank), names in by_shape.items():
+            each = 8 * deltas_each * (m * n if rank is None else 2 * rank * (m + n))
+            size = max(1, CHUNK_BYTES // each)
+            for start in range(0, len(names), size):
+                yield names[start : start + size]
+
+    def _find_frozen(self) -> dict[str, str]:
+        newest = self.steps[-1]
+        before = self.steps[-2] if len(self.steps) > 1 else None
+        since = "the backbone" if before is None else f"step {before}"
+        return {name: f"did not move since {since}" for name in self.shapes if self._still(name, newest, before)}
+
+    def _still(self, name: str, step: int, before: int | None) -> bool:
+        now = self.source.factors(name, step)
+        if now is None:
+            return not bool(_dense(self.source.delta(name, step, before)).any())
+        if before is None:
+            return not bool(now.B.any() and now.A.any())
+        then = self.source.factors(name, before)
+        return then is not None and torch.equal(now.A, then.A) and torch.equal(now.B, then.B)
+
+
+@dataclass(frozen=True)
+class MatrixHistory:
+    """One matrix of a history: what a per-matrix predictor is given."""
+
+    history: History
+    name: str
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.history.steps
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.history.shapes[self.name]
+
+    @property
+    def factored(self) -> bool:
+        """Whether the run is LoRA."""
+        return self.history.source.factors(self.name, self.history.newest) is not None
+
+    def gram(self, steps: Sequence[int] | None = None) -> Tensor:
+        """<G_s, G_t>, fp64, (T, T)."""
+        return self.history.grams(steps)[self.name]
+
+    def components(self, kind: DeltaKind, horizon: int | None = None, align: bool = True) -> Factors:
+        """Rank-k singular triplets over time, leading dimension T."""
+        return self.history.components(kind, horizon, align)[self.name]
+
+    def metrics(self, key: str) -> list[float | None]:
+        """One metric per checkpoint, None where it was not logged."""
+        return self.history.metrics(key)
+
+
+def _dense(delta: LowRank | Tensor) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+def _rows(factors: Factors, rows: slice | int) -> Factors:
+    nuclear = None if factors.nuclear is None else factors.nuclear[rows]
+    return Factors(factors.U[rows], factors.S[rows], factors.V[rows], factors.energy[rows], nuclear)
+
+
+def _newest(factors: Factors) -> Factors:
+    return _rows(factors, -1)

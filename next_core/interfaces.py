@@ -1,0 +1,244 @@
+"""What a part of the system promises to the others. Abstract classes and the values they exchange, nothing else.
+
+Notation of the docstrings: a matrix W is (m, n); T checkpoints were observed at steps t_1 < ... < t_T; W_0 is the
+backbone; G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local one (the step before it on the grid).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from next_core.lowrank import Factors, LowRank
+
+if TYPE_CHECKING:
+    from next_core.history import History
+
+Space = Literal["factors", "merged"]
+Anchor = Literal["newest", "backbone"]
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``: called by long steps so that somebody can show it."""
+
+
+class PluginConfig(BaseModel):
+    """Base of every plug-in's settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Plugin(ABC):
+    """Anything that is chosen by name in a config. A class carries its own name and config class."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[PluginConfig]] = PluginConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        self.config: Any = config if config is not None else self.config_class()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight matrix of the run: its name in the Hugging Face model, its shape (m, n), and how it is stored."""
+
+    name: str
+    shape: tuple[int, int]
+    kind: Literal["lora", "dense"]
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One LoRA adapter of one matrix: the delta is ``scaling * B @ A``; A is (r, n), B is (m, r)."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class CheckpointSource(Plugin):
+    """The checkpoints of one run, read lazily. Incomplete or damaged ones are found on opening, and named."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """The observed RL steps, ascending."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The weight matrices of the run, the same in every checkpoint."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Parameters that are stored but cannot be extrapolated, each with the reason."""
+        return {}
+
+    @abstractmethod
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
+        """W_step - W_since of one parameter; ``since=None`` is the backbone.
+
+        Low-rank (``LowRank``) where the run is LoRA, else a dense (m, n) tensor. Raises ``CheckpointError`` for
+        values that are not finite.
+        """
+
+    def factors(self, name: str, step: int) -> LoraFactors | None:
+        """The LoRA factors of one parameter at one step; None where the run is not LoRA."""
+        return None
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """The trainer's last logged metrics at or before ``step``; empty when nothing was logged."""
+        return {}
+
+
+class Compressor(Plugin):
+    """Deltas of one shape in, their leading singular triplets out."""
+
+    @abstractmethod
+    def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
+        """N deltas of shape (m, n) -> ``Factors`` with a leading dimension N: U (N, m, k), S (N, k), V (N, n, k).
+
+        Zero deltas give zero columns, never arbitrary unit vectors.
+        """
+
+
+@dataclass(frozen=True)
+class CoefficientUpdate:
+    """A displacement over the observed checkpoints: sum_i weights[t_i] G_{t_i}, counted from the anchor.
+
+    In ``space="merged"`` that sum is taken of the deltas themselves. In ``space="factors"`` (LoRA only) the trained
+    A and B are moved each by the same sum of their own past values; step 0 (the adapter as initialised, B = 0) takes
+    what is missing to weights that sum to zero.
+    """
+
+    weights: Mapping[int, float]
+    space: Space = "merged"
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A displacement given as a low-rank matrix (m, n), counted from the anchor."""
+
+    matrix: LowRank
+
+
+Update = CoefficientUpdate | LowRankUpdate
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Where a predictor says the weights are going.
+
+    The updates count from ``anchor`` (the newest checkpoint, or the backbone), and only an applier resolves it: a
+    cumulative prediction can never be added twice. A parameter without an update stays where it is, for the
+    reason in ``abstained``; ``abstention`` says why the predictor declines to predict anything.
+    """
+
+    source: CheckpointSource
+    step: int
+    horizon: int
+    anchor: Anchor = "newest"
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    """Per parameter a factor on alpha; 1 where it is not given."""
+    abstained: Mapping[str, str] = field(default_factory=dict)
+    abstention: str | None = None
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    def weight(self, name: str) -> float:
+        """The factor on alpha of one parameter."""
+        return self.confidence.get(name, 1.0)
+
+
+class TrajectoryPredictor(Plugin):
+    """Fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
+
+    requires: ClassVar[frozenset[Literal["factors", "gram", "metrics"]]] = frozenset()
+    """What it reads of a history; ``factors`` are the rank-k components."""
+    shares: ClassVar[bool] = False
+    """Whether matrices learn from one another (one network for all) or each stands alone."""
+    progress: Progress | None = None
+
+    @abstractmethod
+    def fit(self, history: History) -> Self:
+        """Take the history. What depends on the horizon may be fitted on the first ``predict`` of it."""
+
+    @abstractmethod
+    def predict(self, horizon: int) -> Prediction:
+        """The prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason."""
+
+
+class Applied(ABC):
+    """Weights that were changed; ``rollback`` puts back exactly what was there."""
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Restore the state from before the apply, bit for bit."""
+
+
+class WeightApplier(Plugin):
+    """Resolves the anchor, scales by alpha, writes. All is computed and validated before anything changes."""
+
+    @abstractmethod
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> Applied:
+        """Write W_T + alpha * confidence * (prediction - W_T) to ``out``: a folder, or a live model."""
+
+
+class Backend(Plugin):
+    """A trainer, as the predict-extend cycle sees it."""
+
+    in_process: ClassVar[bool] = True
+    """True: one call of ``train`` reports every step. False: ``train`` is called once per segment."""
+
+    @abstractmethod
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
+
+    @abstractmethod
+    def observe(self, step: int) -> None:
+        """Make the weights of the step that just ended available as a checkpoint of ``source()``."""
+
+    @abstractmethod
+    def source(self) -> CheckpointSource:
+        """The checkpoints so far, shifted by the jumps that were made: what RL did, not what we did."""
+
+    @abstractmethod
+    def extend(self, prediction: Prediction, alpha: float) -> Applied:
+        """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones."""
+
+    def evaluate(self) -> float | None:
+        """The probe: accuracy on validation prompts, in [0, 1]; None where there is nothing to measure with."""
+        return None
+
+
+class Reward(Plugin):
+    """A verifiable reward, called as TRL calls its reward functions."""
+
+    @abstractmethod
+    def __call__(self, completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
+        """One reward for each completion; ``answer`` and ``columns`` are the data set's columns."""
+
+
+__all__ = [
+    "Anchor",
+    "Applied",
+    "Backend",
+    "CheckpointSource",
+    "CoefficientUpdate",
+    "Compressor",
+    "LoraFactors",
+    "LowRankUpdate",
+    "Parameter",
+    "Plugin",
+    "PluginConfig",
+    "Prediction",
+    "Progress",
+    "Reward",
+    "Space",
+    "TrajectoryPredictor",
+    "Update",
+    "WeightApplier",
+]

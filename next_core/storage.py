@@ -1,0 +1,100 @@
+"""Atomic writes: a reader sees the old state or the new one, never a half. Nothing else in the project renames."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from next_core.errors import CheckpointError, ConfigError
+
+MANIFEST = "manifest.json"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``target`` to write into; on success it becomes ``target``, else it is gone.
+
+    A manifest (sha256 and size of every file) is written last. Raises ``ConfigError`` if ``target`` exists and
+    ``overwrite`` is false, and whatever the body raises.
+    """
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists already; choose another folder or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        manifest = {
+            str(path.relative_to(scratch)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files
+        }
+        (scratch / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
+        for path in [*files, scratch / MANIFEST, scratch]:
+            _fsync(path)
+        if target.exists():
+            old = target.parent / f".{target.name}.old-{os.getpid()}"
+            target.rename(old)
+            scratch.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            scratch.rename(target)
+        _fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise ``CheckpointError`` when a file of ``folder`` is missing or has another size than its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, facts in files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["size"]:
+                raise CheckpointError(f"{path} is missing or truncated ({facts['size']} bytes expected); restore it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace one file atomically."""
+    scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as a line and make it durable."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -17,6 +17,8 @@ from torch import Tensor
 from next_core.lowrank import Factors, LowRank
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from next_core.history import History
 
 Space = Literal["factors", "merged"]
@@ -61,6 +63,11 @@ class LoraFactors:
 
 class CheckpointSource(Plugin):
     """The checkpoints of one run, read lazily. Incomplete or damaged ones are found on opening, and named."""
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        """Whether a folder holds checkpoints of this layout."""
+        return False
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Low-rank matrices kept as thin factors, and their exact singular triplets; no m x n matrix is ever formed."""
+"""Low-rank matrices as thin factors, and their exact singular triplets; no m x n matrix is formed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from next_core.errors import NextCoreError
 
-# Orthogonality the Gram route may lose before a matrix is handed to QR; singular values are then off by about as
-# much, relatively. The bound is pessimistic, and QR costs only four times as much.
+# Orthogonality the Gram route may lose before a matrix is handed to QR; the singular values are then off by
+# about as much, relatively. The bound is pessimistic, and QR costs only four times as much.
 _ORTHOGONALITY_LOSS = 1e-8
 # Column norms below this come from squares that underflowed: such a column counts as zero.
 _SMALLEST_NORM = 1e-146
@@ -33,7 +33,9 @@ class LowRank:
     def __post_init__(self) -> None:
         left, right = self.left, self.right
         if not (left.is_floating_point() and right.is_floating_point()):
-            raise NextCoreError(f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}")
+            raise NextCoreError(
+                f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}"
+            )
         fits = left.ndim >= 2 and right.ndim >= 2 and left.shape[-1] == right.shape[-2]
         if not fits or left.shape[:-2] != right.shape[:-2]:
             raise NextCoreError(
@@ -50,7 +52,7 @@ class LowRank:
 
     @classmethod
     def stack(cls, parts: Sequence[LowRank]) -> LowRank:
-        """A new leading batch dim of len(parts) matrices of one shape; smaller ranks are padded with zeros."""
+        """len(parts) matrices of one shape along a new leading dim; smaller ranks are padded with zeros."""
         _same_shape(parts)
         rank = max(part.rank for part in parts)
         pad = torch.nn.functional.pad
@@ -110,11 +112,11 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Singular triplets: U (..., m, k), S (..., k) descending and >= 0, V (..., n, k); a zero S has zero columns.
+    """Singular triplets: U (..., m, k), S (..., k) descending, V (..., n, k); a zero S has zero columns.
 
-    ``energy`` (...) is the squared Frobenius norm of the whole matrix, not of the k triplets; ``nuclear`` (...) is
-    the sum of all its singular values, or None where the full spectrum is not known. Raises ``NextCoreError`` if
-    the shapes do not fit.
+    ``energy`` (...) is the squared Frobenius norm of the whole matrix, not only of the k triplets;
+    ``nuclear`` (...) is the sum of all its singular values, or None where the full spectrum is not known.
+    Raises ``NextCoreError`` if the shapes do not fit.
     """
 
     U: Tensor
@@ -133,13 +135,13 @@ class Factors:
 
     @property
     def energy_ratio(self) -> Tensor:
-        """sigma_1 / (sum of all sigma), (...), not squared: NExt's formula (arXiv 2604.11446). 0 for a zero matrix.
+        """sigma_1 / (sum of all sigma), (...): not squared, as in NExt (arXiv 2604.11446); 0 if zero.
 
         Raises ``NextCoreError`` if the sum is not known.
         """
         if self.nuclear is None:
             raise NextCoreError(
-                "energy_ratio needs the full spectrum, which a partial decomposition of a dense matrix does not give; "
+                "energy_ratio needs the full spectrum, which a partial decomposition does not give; "
                 "use squared_energy_ratio"
             )
         return _ratio(self._sigma_1, self.nuclear)
@@ -164,7 +166,7 @@ class Factors:
 
 
 def concatenate(parts: Sequence[LowRank]) -> LowRank:
-    """The exact sum of matrices of one shape and batch; ranks add up. Raises ``NextCoreError`` on unlike shapes."""
+    """The exact sum; ranks add up. Raises ``NextCoreError`` on unlike shapes or batches."""
     _same_shape(parts)
     return LowRank(torch.cat([p.left for p in parts], -1), torch.cat([p.right for p in parts], -2))
 
@@ -172,11 +174,11 @@ def concatenate(parts: Sequence[LowRank]) -> LowRank:
 def lora_difference(
     later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor], scaling: float | Tensor
 ) -> LowRank:
-    """scaling (B_t A_t - B_s A_s) from ``later`` = (A_t, B_t) and ``earlier`` = (A_s, B_s), in float64, of rank 2r.
+    """scaling (B_t A_t - B_s A_s), float64, of rank 2r; ``later`` is (A_t, B_t), ``earlier`` (A_s, B_s).
 
     A (..., r, n), B (..., m, r); a tensor scaling broadcasts to the batch. It is written
-    [B_t - B_s, B_s] [A_t; A_t - A_s]: the small numbers are subtracted before any product, so that nothing cancels
-    between neighbouring checkpoints. Raises ``NextCoreError`` on unlike shapes.
+    [B_t - B_s, B_s] [A_t; A_t - A_s]: the small numbers are subtracted before any product, so that nothing
+    cancels between neighbouring checkpoints. Raises ``NextCoreError`` on unlike shapes.
     """
     (a_later, b_later), (a_earlier, b_earlier) = later, earlier
     if a_later.shape != a_earlier.shape or b_later.shape != b_earlier.shape:
@@ -193,10 +195,10 @@ def lora_difference(
 
 
 def gram(parts: Sequence[LowRank]) -> Tensor:
-    """All Frobenius inner products <A_i, A_j> of T matrices of one shape: (..., T, T), float64, symmetric.
+    """All Frobenius inner products of T matrices of one shape: (..., T, T), float64, symmetric.
 
-    tr((L_i^T L_j)(R_j R_i^T)) for all pairs at once: one L^T L, one R R^T, their elementwise product, block sums.
-    Raises ``NextCoreError`` on unlike shapes.
+    <A_i, A_j> = tr((L_i^T L_j)(R_j R_i^T)), all pairs at once: one L^T L, one R R^T, their elementwise
+    product, block sums. Raises ``NextCoreError`` on unlike shapes.
     """
     _same_shape(parts)
     left = torch.cat([part.left.detach().double() for part in parts], -1)
@@ -226,30 +228,167 @@ def norm(a: LowRank) -> Tensor:
 
 
 def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Factors:
-    """The exact leading singular triplets: ``Factors`` with min(k, m, n) columns, batched over the leading dims.
+    """The exact leading singular triplets: ``Factors`` with min(k, m, n) columns, over the batch.
 
-    U, S and V come in ``dtype`` (float32 or float64); all arithmetic, energy and nuclear are float64. Where sigma is
-    zero to rounding (of the factors' products, so that a - a is zero) S is exactly 0, and so are the columns of U and
-    V: unit vectors there would be LAPACK's choice, not the data's. Signs are arbitrary; see ``align_signs``.
+    U, S and V come in ``dtype`` (float32 or float64); the arithmetic, energy and nuclear are float64. Where
+    sigma is zero to rounding (of the products that are summed: a - a is zero) S is exactly 0 and so are the
+    columns of U and V: unit vectors there would be LAPACK's choice, not the data's. Signs are arbitrary; see
+    ``align_signs``. Columns whose norm is below 1e-146 count as zero.
 
-    With K_L^T K_L = L^T L and K_R^T K_R = R R^T for columns scaled to unit norm, and D the scales, the singular
-    values are those of the r x r core K_L D K_R^T. Matrices whose scaled factors are too ill-conditioned for Gram
-    matrices take a QR of both factors instead. Raises ``NextCoreError`` on k < 1, another dtype, NaN or Inf.
+    Gram matrices of the thin factors give the triplets; those matrices of the batch whose factors are too
+    ill-conditioned for that take a QR. Raises ``NextCoreError`` on k < 1, another dtype, NaN or Inf.
     """
     if k < 1:
         raise NextCoreError(f"cannot take {k} singular triplets; ask for at least 1")
     if dtype not in (torch.float32, torch.float64):
         raise NextCoreError(f"singular triplets come in float32 or float64, not {dtype}")
     (m, n), r, batch = a.shape, a.rank, a.batch_shape
-    count = batch.numel()
+    count, columns, width = batch.numel(), min(k, m, n), min(m, n, r)
     left = a.left.detach().double().reshape(count, m, r)
     right = a.right.detach().double().mT.reshape(count, n, r)
-    width = min(m, n, r)
-    columns = min(k, m, n)
-    if width == 0 or count == 0:
-        spectrum, triplets = left.new_zeros(count, 0), (left.new_zeros(count, m, 0), left.new_zeros(count, n, 0))
-    elif r > width:
-        spectrum, triplets = _svd(*_qr_bases(left, right), min(columns, width))
+    if count == 0 or width == 0:
+        svd = _Svd(left.new_zeros(count, m, 0), left.new_zeros(count, width), left.new_zeros(count, n, 0))
+    elif r > width:  # Gram matrices of r > m columns are singular
+        svd = _svd_by_qr(left, right, columns)
     else:
-        ...
-    raise NotImplementedError
+        svd, sound = _svd_by_gram(left, right, columns)
+        unsound = (~sound).nonzero().flatten()
+        if unsound.numel():
+            for batched, redone in zip(svd, _svd_by_qr(left[unsound], right[unsound], columns), strict=True):
+                batched[unsound] = redone
+    pad = torch.nn.functional.pad
+    U, V = (pad(x, (0, columns - x.shape[-1])).to(dtype) for x in (svd.U, svd.V))
+    S = pad(svd.spectrum, (0, max(0, columns - width)))[:, :columns].to(dtype)
+    energy, nuclear = svd.spectrum.square().sum(-1), svd.spectrum.sum(-1)
+    return Factors(
+        U.reshape(*batch, m, columns),
+        S.reshape(*batch, columns),
+        V.reshape(*batch, n, columns),
+        energy.reshape(batch),
+        nuclear.reshape(batch),
+    )
+
+
+def align_signs(factors_over_time: Factors, reference: Factors | None = None) -> Factors:
+    """Choose each component's sign for continuity over the leading dim T, from the newest row backwards.
+
+    Afterwards <u_t, u_t'> + <v_t, v_t'> >= 0 with t' the next row whose component is not zero. The newest
+    such row is aligned with ``reference`` (no dim T), or keeps its sign without one. Zero components stay
+    zero. Raises ``NextCoreError`` if the reference's shape is not that of one row.
+    """
+    U, S, V = factors_over_time.U, factors_over_time.S, factors_over_time.V
+    if reference is not None and (reference.U.shape != U.shape[1:] or reference.V.shape != V.shape[1:]):
+        raise NextCoreError(
+            f"reference U {tuple(reference.U.shape)}, V {tuple(reference.V.shape)} does not fit the rows of "
+            f"U {tuple(U.shape)}, V {tuple(V.shape)}"
+        )
+    if S.shape[0] == 0:
+        return factors_over_time
+    newest_first = range(S.shape[0] - 1, -1, -1)
+    alive = S > 0
+    later = torch.full(S.shape, S.shape[0], device=S.device)  # row T is the reference
+    for t in newest_first[1:]:
+        later[t] = torch.where(alive[t + 1], t + 1, later[t + 1])
+    agreement = torch.zeros_like(S)
+    last_U, last_V = (U[0] * 0, V[0] * 0) if reference is None else (reference.U.to(U), reference.V.to(V))
+    for own, last in ((U, last_U), (V, last_V)):
+        neighbour = torch.cat([own, last[None]]).gather(0, later[..., None, :].expand_as(own))
+        agreement += torch.einsum("...ik,...ik->...k", own, neighbour)
+    turns = torch.where(alive & (agreement < 0), -1.0, 1.0)
+    return factors_over_time.flip(turns.flip(0).cumprod(0).flip(0))
+
+
+class _Svd(NamedTuple):
+    """U (b, m, k), the whole spectrum (b, width) descending, V (b, n, k)."""
+
+    U: Tensor
+    spectrum: Tensor
+    V: Tensor
+
+
+def _svd_by_gram(left: Tensor, right: Tensor, k: int) -> tuple[_Svd, Tensor]:
+    """Triplets of left (b, m, r) @ right (b, n, r)^T with r <= min(m, n), and which are sound (b,).
+
+    left = P K D with column norms D, K the Cholesky factor of the scaled Gram matrix and P orthonormal up to
+    eps |K^-1|^2; likewise right. The singular values are those of K_L D_L D_R K_R^T. A P off by delta moves
+    each of them by a relative delta only, however small it is, so that this one number decides.
+    """
+    upper_l, map_l, norms_l, loss_l = _cholesky_basis(left)
+    upper_r, map_r, norms_r, loss_r = _cholesky_basis(right)
+    weights = norms_l * norms_r
+    X, spectrum, Y = _svd_of_core(upper_l, weights, upper_r, k)
+    # The r x k products first: P itself is never formed.
+    U, V = left @ (map_l @ X), right @ (map_r @ Y)
+    sound = loss_l + loss_r <= _ORTHOGONALITY_LOSS
+    return _Svd(_unit_columns(U, spectrum), spectrum, _unit_columns(V, spectrum)), sound
+
+
+def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
+    """The same for any r and any conditioning, by a Householder QR of both scaled factors."""
+    norms_l, norms_r = (torch.linalg.vector_norm(x, dim=-2) for x in (left, right))
+    _refuse_non_finite(norms_l, norms_r)
+    (Q_l, upper_l), (Q_r, upper_r) = (
+        torch.linalg.qr(x * _reciprocal(norms)[:, None, :])
+        for x, norms in ((left, norms_l), (right, norms_r))
+    )
+    X, spectrum, Y = _svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
+    return _Svd(_unit_columns(Q_l @ X, spectrum), spectrum, _unit_columns(Q_r @ Y, spectrum))
+
+
+def _cholesky_basis(tall: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K (b, r, r), the map with tall @ map orthonormal, column norms (b, r), the orthogonality lost (b,)."""
+    squares = tall.mT @ tall
+    norms = squares.diagonal(dim1=-2, dim2=-1).sqrt()
+    _refuse_non_finite(norms)
+    scale = _reciprocal(norms)
+    # Scaling the Gram matrix scales the columns, without another pass over them. A zero column gets a 1 on
+    # the diagonal, as if it had a dimension of its own; its weight in the core is zero.
+    squares = squares * scale[:, :, None] * scale[:, None, :]
+    squares.diagonal(dim1=-2, dim2=-1).fill_(1)
+    lower, failed = torch.linalg.cholesky_ex(squares)
+    identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device).expand_as(lower)
+    lower = torch.where((failed != 0)[:, None, None], identity, lower)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    loss = torch.where(failed != 0, math.inf, _EPS * inverse.square().sum((-2, -1)))
+    return lower.mT, scale[:, :, None] * inverse.mT, norms, loss
+
+
+def _svd_of_core(left: Tensor, weights: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """X (b, p, k), the spectrum less rounding noise, Y (b, q, k) of left diag(weights) right^T."""
+    X, spectrum, Yh = torch.linalg.svd((left * weights[:, None, :]) @ right.mT, full_matrices=False)
+    # Noise is relative to the products that were summed, not to sigma_1: they may have cancelled.
+    noise = 8 * _EPS * math.sqrt(weights.shape[-1]) * torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+    return X[..., :k], torch.where(spectrum > noise, spectrum, 0.0), Yh.mT[..., :k]
+
+
+def _unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
+    """Columns of unit norm where sigma is positive, exactly zero elsewhere."""
+    unit = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    return torch.where(spectrum[:, None, : x.shape[-1]] > 0, unit, 0.0)
+
+
+def _reciprocal(norms: Tensor) -> Tensor:
+    return torch.where(norms > _SMALLEST_NORM, 1 / norms, 0.0)
+
+
+def _refuse_non_finite(*norms: Tensor) -> None:
+    finite = torch.stack([x.isfinite().all(-1) for x in norms]).all(0)
+    if not finite.all():
+        where = (~finite).nonzero().flatten().tolist()
+        raise NextCoreError(
+            f"NaN, Inf or squares beyond float64 in the factors of matrices {where} of a batch of "
+            f"{len(finite)}; is the checkpoint damaged, or did the run diverge?"
+        )
+
+
+def _same_shape(parts: Sequence[LowRank]) -> None:
+    if not parts:
+        raise NextCoreError("no low-rank matrices were given; their shape is unknown (see LowRank.zero)")
+    shapes = [(*part.batch_shape, *part.shape) for part in parts]
+    for shape in shapes:
+        if shape != shapes[0]:
+            raise NextCoreError(f"low-rank matrices of unlike shapes: {shapes[0]} and {shape}")
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)

@@ -1,0 +1,193 @@
+"""Into a model that is training: its own factors, a frozen adapter beside the trained one, or its full weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from next_core.appliers.displacement import Displacement, FactorStep, displacements
+from next_core.errors import BackendError
+from next_core.interfaces import Applied, Prediction, WeightApplier
+from next_core.lowrank import LowRank
+from next_core.sources.peft_adapter import SHIFT_KEYS
+
+JUMP_PREFIX = "jump-"
+
+
+class LiveApplied(Applied):
+    """A jump in a live model. ``shift`` is what past checkpoints move by, so that later secants measure RL alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.adapter: str | None = None
+        self.shift: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def write(self, parameter: Tensor, moved: Tensor) -> None:
+        """parameter += moved, keeping what was there."""
+        self._kept.append((parameter, parameter.detach().clone()))
+        parameter.copy_((parameter.double() + moved.to(parameter.device)).to(parameter.dtype))
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        for parameter, kept in self._kept:
+            parameter.copy_(kept)
+        if self.adapter is not None:
+            remove_adapter(self._model, self.adapter)
+
+
+class LiveApplier(WeightApplier):
+    """Changes a live ``torch.nn.Module`` in place.
+
+    LoRA: a coefficient update in factor space rewrites the trained adapter's own A and B; anything else becomes a
+    frozen adapter ``jump-N`` beside it, exact, its weights buffers and not parameters, so that nothing
+    (``disable_adapter``, merge and unmerge, ``set_adapter``) can give them gradients. Full-parameter: W += delta, fp32.
+    """
+
+    name = "live"
+
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+        moves = dict(displacements(prediction, alpha))
+        applied = LiveApplied(out)
+        writes = self._plan(out, moves)
+        beside = {name: move for name, move in moves.items() if isinstance(move, LowRank) and is_peft(out)}
+        try:
+            for name, parameter, moved in writes:
+                applied.write(parameter, moved)
+                applied.shift[name] = moved.float()
+            if beside:
+                applied.adapter = add_frozen_adapter(out, beside)
+        except BaseException:
+            applied.rollback()
+            raise
+        return applied
+
+    def _plan(self, model: nn.Module, moves: Mapping[str, Displacement]) -> list[tuple[str, Tensor, Tensor]]:
+        """All writes to existing parameters, checked before the first of them is done."""
+        parameters = dict(model.named_parameters())
+        writes: list[tuple[str, Tensor, Tensor]] = []
+        for name, moved in moves.items():
+            if isinstance(moved, FactorStep):
+                adapter = trained_adapter(model)
+                module = name.removesuffix(".weight")
+                sides = zip("AB", SHIFT_KEYS, (moved.dA, moved.dB), strict=True)
+                for side, key, delta in sides:
+                    path = f"base_model.model.{module}.lora_{side}.{adapter}.weight"
+                    writes.append((key.format(name=name), _find(parameters, path, delta.shape), delta))
+            elif not is_peft(model):
+                target = _find(parameters, name, moved.shape)
+                if target.dtype not in (torch.float32, torch.float64):
+                    raise BackendError(
+                        f"'{name}' is {target.dtype}: most of a small jump would be lost in its rounding; "
+                        "load the model in float32, or train LoRA"
+                    )
+                writes.append((name, target, moved.dense() if isinstance(moved, LowRank) else moved))
+            elif not isinstance(moved, LowRank):
+                raise BackendError(f"a dense jump of '{name}' cannot be put beside a LoRA adapter")
+        return writes
+
+
+def _find(parameters: Mapping[str, Tensor], path: str, shape: tuple[int, ...]) -> Tensor:
+    target = parameters.get(path)
+    if target is None:
+        raise BackendError(f"the live model has no parameter '{path}'; do the checkpoints belong to it?")
+    if tuple(target.shape) != tuple(shape):
+        raise BackendError(f"the live model's '{path}' is {tuple(target.shape)}, the jump {tuple(shape)}")
+    return target
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether the model is a PEFT model (without importing peft where it is not)."""
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def trained_adapter(model: Any) -> str:
+    """The name of the adapter that trains."""
+    names = [name for name in _active(model) if not name.startswith(JUMP_PREFIX)]
+    if len(names) != 1:
+        raise BackendError(f"expected one trained adapter, the model has {names or 'none'} active")
+    return names[0]
+
+
+def jump_adapters(model: Any) -> list[str]:
+    """The frozen jump adapters of a PEFT model, in the order they were made."""
+    names = [name for name in model.peft_config if name.startswith(JUMP_PREFIX)]
+    return sorted(names, key=lambda name: int(name.removeprefix(JUMP_PREFIX)))
+
+
+def activate_jumps(model: Any) -> list[str]:
+    """Make every jump adapter active and frozen again, as after ``resume_from_checkpoint``. Returns their names."""
+    jumps = jump_adapters(model)
+    if jumps:
+        for name in jumps:
+            _freeze(model, name)
+        model.base_model.set_adapter([trained_adapter(model), *jumps])
+    return jumps
+
+
+def add_frozen_adapter(model: Any, moves: Mapping[str, LowRank]) -> str:
+    """A new active adapter whose B A is each displacement, exactly; frozen. Returns its name."""
+    from peft import LoraConfig
+
+    if "ref" in model.peft_config:
+        raise BackendError(
+            "this run keeps its reference policy in an adapter called 'ref', and switching to it and back would drop "
+            "a jump adapter; use a coefficient predictor with space: factors, or start from a merged model"
+        )
+    numbers = [int(name.removeprefix(JUMP_PREFIX)) for name in jump_adapters(model)]
+    name = f"{JUMP_PREFIX}{max(numbers, default=0) + 1}"
+    ranks = {key.removesuffix(".weight"): move.rank for key, move in moves.items() if move.rank > 0}
+    rank = max(ranks.values(), default=1)
+    pattern = {module: r for module, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # scaling 1: the displacement is in the factors
+        target_modules=sorted(ranks),
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        lora_dropout=0.0,
+        task_type=model.peft_config[trained_adapter(model)].task_type,
+        inference_mode=True,
+    )
+    model.add_adapter(name, config)
+    for module in ranks:
+        move = moves[f"{module}.weight"]
+        layer = model.base_model.model.get_submodule(module)
+        with torch.no_grad():
+            # Both factors carry the root of the norm: neither over- nor underflows in a low precision.
+            balance = (move.right.norm(dim=1) / move.left.norm(dim=0).clamp_min(1e-300)).sqrt().clamp(1e-6, 1e6)
+            layer.lora_A[name].weight.copy_(move.right / balance[:, None])
+            layer.lora_B[name].weight.copy_(move.left * balance[None, :])
+    activate_jumps(model)
+    return name
+
+
+def remove_adapter(model: Any, name: str) -> None:
+    """Delete a jump adapter; the others stay active."""
+    active = [other for other in _active(model) if other != name]
+    model.delete_adapter(name)
+    model.base_model.set_adapter(active)
+    activate_jumps(model)
+
+
+def _freeze(model: Any, adapter: str) -> None:
+    """Turn an adapter's weights into buffers: what is no parameter can never be trained."""
+    for layer in _lora_layers(model):
+        for table in (layer.lora_A, layer.lora_B):
+            if adapter in table and isinstance(table[adapter].weight, nn.Parameter):
+                weight = table[adapter].weight.detach()
+                del table[adapter].weight
+                table[adapter].register_buffer("weight", weight)
+
+
+def _lora_layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
+
+
+def _active(model: Any) -> list[str]:
+    active = model.base_model.active_adapters
+    return list(active)

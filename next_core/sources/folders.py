@@ -1,0 +1,134 @@
+"""What all sources on disk share: step folders, safetensors files read safely, metrics of the trainer's state."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.storage import MANIFEST, check_manifest
+
+STEP_FOLDER = re.compile(r"(?:checkpoint|step)-(\d+)")
+CACHE_BYTES = 256 * 2**20
+
+
+def find_step_folders(root: Path) -> dict[int, Path]:
+    """``checkpoint-N`` (transformers, TRL) and ``step-N`` (this project) under ``root``, by ascending step.
+
+    Raises ``CheckpointError`` when the folder is missing, two names stand for one step, or one of this project's own
+    is incomplete by its manifest.
+    """
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a folder; pass the folder that holds checkpoint-N or step-N")
+    found: dict[int, Path] = {}
+    for path in root.iterdir():
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        step = int(match[1])
+        if step in found:
+            raise CheckpointError(f"step {step} is there twice: {found[step].name} and {path.name}; remove one")
+        found[step] = path
+    for path in found.values():
+        if path.name.startswith("step-") or (path / MANIFEST).exists():
+            check_manifest(path)
+    return dict(sorted(found.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ``CheckpointError`` naming the file when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove or restore this checkpoint") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
+    return value
+
+
+class SafetensorsFile:
+    """One safetensors file: shapes from its header, tensors on demand through a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it")
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file ({error}); remove or restore this checkpoint"
+            ) from None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, at least fp32. Raises ``CheckpointError`` when it holds NaN or Inf."""
+        try:
+            tensor: Tensor = self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: no tensor '{key}' ({error})") from None
+        if tensor.dtype.itemsize < 4:
+            tensor = tensor.float()
+        # A sum is finite only if its terms are; one pass, where isfinite().all() makes a mask first.
+        if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise CheckpointError(f"{self.path}: '{key}' holds NaN or Inf; remove this checkpoint")
+        return tensor
+
+
+class TensorCache:
+    """The most recently read tensors, up to ``CACHE_BYTES``."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[tuple[str, int], tuple[Tensor, ...]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[str, int]) -> tuple[Tensor, ...] | None:
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: tuple[str, int], value: tuple[Tensor, ...]) -> None:
+        self._values[key] = value
+        self._bytes += sum(tensor.nbytes for tensor in value)
+        while self._bytes > CACHE_BYTES:
+            _, old = self._values.popitem(last=False)
+            self._bytes -= sum(tensor.nbytes for tensor in old)
+
+
+def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
+    """Logged metrics by step: from the newest ``trainer_state.json``, or from ``metrics.jsonl`` of a run folder."""
+    logged: list[dict[str, Any]] = []
+    if folders:
+        newest = folders[max(folders)]
+        if (newest / "trainer_state.json").exists():
+            logged = list(read_json(newest / "trainer_state.json").get("log_history", []))
+        elif (newest.parent.parent / "metrics.jsonl").exists():
+            lines = (newest.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            for line in lines:
+                try:
+                    logged.append(json.loads(line))
+                except ValueError:
+                    break  # a torn last line: the run was killed while it wrote
+    metrics: dict[int, dict[str, float]] = {}
+    for record in logged:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+            metrics.setdefault(record["step"], {}).update(numbers)
+    return metrics
+
+
+def metrics_at(metrics: Mapping[int, Mapping[str, float]], step: int) -> Mapping[str, float]:
+    """The last logged metrics at or before a step."""
+    past = [logged for logged in metrics if logged <= step]
+    return metrics[max(past)] if past else {}

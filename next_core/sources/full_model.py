@@ -1,0 +1,104 @@
+"""Full-parameter checkpoints (safetensors, one file or sharded): dense deltas, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.interfaces import CheckpointSource, Parameter, PluginConfig
+from next_core.sources.folders import (
+    STEP_FOLDER,
+    SafetensorsFile,
+    find_step_folders,
+    metrics_at,
+    read_metrics,
+)
+from next_core.sources.hf_model import INDEX, SINGLE, ModelFiles
+
+
+class FullModelSourceConfig(PluginConfig):
+    path: Path = Field(description="Folder that holds checkpoint-N or step-N folders")
+    backbone: Path | None = Field(None, description="The base model's folder; without it, step 0 must be there")
+
+
+class FullModelSource(CheckpointSource):
+    """``checkpoint-N/model.safetensors`` or its shards; only matrices (two dimensions) are extrapolated."""
+
+    name = "full-model"
+    config_class = FullModelSourceConfig
+
+    def __init__(self, config: FullModelSourceConfig) -> None:
+        super().__init__(config)
+        self._backbone = ModelFiles(config.backbone) if config.backbone is not None else None
+        self._models: dict[int, ModelFiles] = {}
+        self._shifts: list[tuple[int, SafetensorsFile]] = []
+        self._metrics: dict[int, dict[str, float]] = {}
+        self.refresh()
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return path.is_dir() and any(
+            STEP_FOLDER.fullmatch(child.name) and ((child / SINGLE).exists() or (child / INDEX).exists())
+            for child in path.iterdir()
+        )
+
+    def refresh(self) -> None:
+        """Take in the checkpoints that were written since the folder was opened."""
+        folders = find_step_folders(self.config.path)
+        models = {step: self._models.get(step) or ModelFiles(folder) for step, folder in folders.items()}
+        first = next(iter(models.values()), None)
+        for step, model in models.items():
+            if first is not None and model.shapes != first.shapes:
+                different = sorted(set(model.shapes.items()) ^ set(first.shapes.items()))[0]
+                raise CheckpointError(f"{folders[step]}: '{different[0]}' differs in name or shape from the first step")
+        if first is not None and self._backbone is not None:
+            self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
+        self._models = models
+        self._metrics = read_metrics(folders)
+
+    def shift(self, step: int, file: Path) -> None:
+        """Count the jump made after ``step`` into every checkpoint up to it: later deltas show what RL did."""
+        self._shifts.append((step, SafetensorsFile(file)))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        # Without a backbone folder, step 0 is the backbone and not an observation.
+        return tuple(step for step in self._models if step > 0 or self._backbone is not None)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        first = next(iter(self._models.values()))
+        return tuple(
+            Parameter(name, (shape[0], shape[1]), "dense")
+            for name, shape in sorted(first.shapes.items())
+            if len(shape) == 2
+        )
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        first = next(iter(self._models.values()))
+        return {name: "not a matrix; stays as trained" for name, shape in first.shapes.items() if len(shape) != 2}
+
+    def weight(self, name: str, step: int | None) -> Tensor:
+        """The weight at a step, or of the backbone (None), with the later jumps counted in."""
+        if step is None and self._backbone is not None:
+            value = self._backbone.read(name)
+        elif (step or 0) in self._models:
+            value = self._models[step or 0].read(name)
+        else:
+            what = "the backbone (pass --backbone)" if step is None else f"step {step}"
+            raise CheckpointError(f"{self.config.path} has no {what}; observed steps: {self.steps}")
+        for shifted, file in self._shifts:
+            if (step or 0) <= shifted and name in file.shapes:
+                value = value + file.read(name)
+        return value
+
+    def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
+        return self.weight(name, step).double() - self.weight(name, since).double()
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        return metrics_at(self._metrics, step)

@@ -1,0 +1,208 @@
+"""LoRA adapter checkpoints in PEFT's format, as TRL and this project write them: deltas straight from the factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, PluginConfig
+from next_core.lowrank import LowRank
+from next_core.sources.folders import (
+    STEP_FOLDER,
+    SafetensorsFile,
+    TensorCache,
+    find_step_folders,
+    metrics_at,
+    read_json,
+    read_metrics,
+)
+from next_core.sources.hf_model import ModelFiles
+from next_core.sources.memory import lora_delta
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+SHIFT_KEYS = ("{name}.lora_A", "{name}.lora_B")
+
+
+class PeftAdapterSourceConfig(PluginConfig):
+    path: Path = Field(description="Folder that holds checkpoint-N or step-N folders")
+    backbone: Path | None = Field(None, description="The base model's folder; its names and shapes are compared")
+
+
+class AdapterConfig:
+    """The part of PEFT's ``adapter_config.json`` that decides what the factors mean."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw = read_json(path)
+        kind = self.raw.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(f"{path}: peft_type is {kind!r}; only LORA adapters can be extrapolated")
+        if self.raw.get("use_dora"):
+            raise CheckpointError(
+                f"{path}: DoRA's delta is not low-rank (its magnitude vector rescales whole rows), so its factors "
+                "cannot be extrapolated; train with use_dora=False, or extrapolate merged checkpoints"
+            )
+        self.rslora = bool(self.raw.get("use_rslora"))
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
+        alpha = float(_match(self.raw.get("alpha_pattern") or {}, module, self.raw.get("lora_alpha", rank)))
+        return alpha / (rank**0.5 if self.rslora else rank)
+
+    def rank(self, module: str) -> int:
+        """The rank the config declares for a module, per-module pattern included."""
+        return int(_match(self.raw.get("rank_pattern") or {}, module, self.raw.get("r", 0)))
+
+
+def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+class PeftAdapterSource(CheckpointSource):
+    """``checkpoint-N/adapter_model.safetensors`` (TRL) or ``step-N/...`` (this project)."""
+
+    name = "peft-adapter"
+    config_class = PeftAdapterSourceConfig
+
+    def __init__(self, config: PeftAdapterSourceConfig) -> None:
+        super().__init__(config)
+        self._folders: dict[int, Path] = {}
+        self._files: dict[int, SafetensorsFile] = {}
+        self._scaling: dict[str, float] = {}
+        self._parameters: tuple[Parameter, ...] = ()
+        self._skipped: dict[str, str] = {}
+        self._shifts: list[tuple[int, SafetensorsFile]] = []
+        self._cache = TensorCache()
+        self._metrics: dict[int, dict[str, float]] = {}
+        self.refresh()
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return path.is_dir() and any(
+            STEP_FOLDER.fullmatch(child.name) and ((child / CONFIG_FILE).exists() or (child / WEIGHTS_FILE).exists())
+            for child in path.iterdir()
+        )
+
+    def refresh(self) -> None:
+        """Take in the checkpoints that were written since the folder was opened."""
+        folders = find_step_folders(self.config.path)
+        for step, folder in folders.items():
+            if step not in self._files:
+                self._open(step, folder)
+        self._folders = folders
+        self._metrics = read_metrics(folders)
+
+    def shift(self, step: int, file: Path) -> None:
+        """Count the jump made after ``step`` into every checkpoint up to it: later deltas show what RL did."""
+        self._shifts.append((step, SafetensorsFile(file)))
+
+    def _open(self, step: int, folder: Path) -> None:
+        if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+            raise CheckpointError(f"{folder}/adapter_model.bin is a pickle, which can run code; save safetensors")
+        config = AdapterConfig(folder / CONFIG_FILE)
+        file = SafetensorsFile(folder / WEIGHTS_FILE)
+        sides: dict[str, dict[str, tuple[int, ...]]] = {}
+        skipped: dict[str, str] = {}
+        for key, shape in file.shapes.items():
+            match = KEY.fullmatch(key)
+            if match is None or len(shape) != 2:
+                skipped[key] = "not a LoRA factor of a linear layer"
+            else:
+                sides.setdefault(match["module"], {})[match["side"]] = shape
+        parameters, scaling = [], {}
+        for module, shapes in sorted(sides.items()):
+            if set(shapes) != {"A", "B"} or shapes["A"][0] != shapes["B"][1]:
+                raise CheckpointError(f"{file.path}: factors of '{module}' do not fit: {shapes}; restore the checkpoint")
+            rank = shapes["A"][0]
+            if rank != config.rank(module):
+                raise CheckpointError(
+                    f"{file.path}: '{module}' has rank {rank} but {CONFIG_FILE} says {config.rank(module)}; "
+                    "config and weights are of different runs"
+                )
+            name = f"{module}.weight"
+            parameters.append(Parameter(name, (shapes["B"][0], shapes["A"][1]), "lora"))
+            scaling[name] = config.scaling(module, rank)
+        if not parameters:
+            raise CheckpointError(f"{file.path} holds no LoRA factors")
+        self._compare(folder, tuple(parameters), scaling)
+        self._files[step], self._skipped = file, skipped
+
+    def _compare(self, folder: Path, parameters: tuple[Parameter, ...], scaling: dict[str, float]) -> None:
+        if not self._parameters:
+            if self.config.backbone is not None:
+                ModelFiles(self.config.backbone).require({p.name: p.shape for p in parameters})
+            self._parameters, self._scaling = parameters, scaling
+            return
+        for ours, theirs in zip(self._parameters, parameters, strict=False):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{folder}: '{theirs.name}' {theirs.shape} where the first checkpoint has '{ours.name}' "
+                    f"{ours.shape}; these are adapters of different runs"
+                )
+        if len(parameters) != len(self._parameters) or scaling != self._scaling:
+            raise CheckpointError(f"{folder}: other modules or another lora_alpha than the first checkpoint")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        # Step 0, where it was kept, is where the adapter began (B = 0) and not an observation of RL.
+        return tuple(step for step in self._folders if step > 0)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return self._parameters
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        return self._skipped
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The newest checkpoint's ``adapter_config.json``."""
+        return AdapterConfig(self._folders[self.steps[-1]] / CONFIG_FILE).raw
+
+    def scaling(self, name: str) -> float:
+        """alpha / r (or alpha / sqrt(r)) of one parameter."""
+        return self._scaling[name]
+
+    def rank(self, name: str) -> int:
+        """The LoRA rank of one parameter."""
+        return self.factors(name, self.steps[-1]).A.shape[0]
+
+    def extra_tensors(self, step: int) -> dict[str, Tensor]:
+        """What an adapter file holds besides LoRA factors of linear layers; it is carried along as trained."""
+        return {key: self._files[step].read(key) for key in self._skipped}
+
+    def factors(self, name: str, step: int) -> LoraFactors:
+        A, B = self._raw(name, step)
+        for shifted, file in self._shifts:
+            if step <= shifted:
+                A, B = (x + file.read(key.format(name=name)) for x, key in zip((A, B), SHIFT_KEYS, strict=True))
+        return LoraFactors(A, B, self._scaling[name])
+
+    def _raw(self, name: str, step: int) -> tuple[Tensor, ...]:
+        cached = self._cache.get((name, step))
+        if cached is None:
+            try:
+                file = self._files[step]
+            except KeyError:
+                raise CheckpointError(f"step {step} was not observed; observed steps: {self.steps}") from None
+            module = name.removesuffix(".weight")
+            cached = tuple(file.read(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
+            self._cache.put((name, step), cached)
+        return cached
+
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank:
+        return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        return metrics_at(self._metrics, step)

@@ -91,9 +91,7 @@ class History:
             rows = torch.stack([_dense(row[index]).flatten().double() for row in deltas])
             yield name, rows @ rows.T
 
-    def components(
-        self, kind: DeltaKind, horizon: int | None = None, align: bool = True
-    ) -> Mapping[str, Factors]:
+    def components(self, kind: DeltaKind, horizon: int | None = None, align: bool = True) -> Mapping[str, Factors]:
         """Rank-k singular triplets over time: per matrix ``Factors`` with leading dimension T.
 
         ``global`` and ``local`` have one row per checkpoint; ``target`` needs ``horizon`` and has one row per pair of

@@ -19,6 +19,7 @@ from next_core.lowrank import Factors, LowRank
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from next_core.config import RunConfig
     from next_core.history import History
 
 Space = Literal["factors", "merged"]
@@ -201,6 +202,13 @@ class Backend(Plugin):
     """True: one call of ``train`` reports every step. False: ``train`` is called once per segment."""
 
     @abstractmethod
+    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
+        """Build the trainer of a run config, working in ``out``. Returns the step to go on from, 0 for a new run.
+
+        Raises ``ConfigError`` or ``BackendError`` for what the trainer cannot do.
+        """
+
+    @abstractmethod
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
 
@@ -214,10 +222,17 @@ class Backend(Plugin):
 
     @abstractmethod
     def extend(self, prediction: Prediction, alpha: float) -> Applied:
-        """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones."""
+        """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones.
 
-    def evaluate(self) -> float | None:
-        """The probe: accuracy on validation prompts, in [0, 1]; None where there is nothing to measure with."""
+        What it returns puts weights and optimizer state back, also after further steps.
+        """
+
+    @abstractmethod
+    def restart_history(self) -> None:
+        """Forget the checkpoints so far: the weights were rolled back, and the trajectory starts anew."""
+
+    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
+        """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
         return None
 
 

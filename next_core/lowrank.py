@@ -33,9 +33,7 @@ class LowRank:
     def __post_init__(self) -> None:
         left, right = self.left, self.right
         if not (left.is_floating_point() and right.is_floating_point()):
-            raise NextCoreError(
-                f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}"
-            )
+            raise NextCoreError(f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}")
         fits = left.ndim >= 2 and right.ndim >= 2 and left.shape[-1] == right.shape[-2]
         if not fits or left.shape[:-2] != right.shape[:-2]:
             raise NextCoreError(
@@ -44,9 +42,7 @@ class LowRank:
             )
 
     @classmethod
-    def zero(
-        cls, m: int, n: int, batch_shape: Sequence[int] = (), dtype: torch.dtype = torch.float64
-    ) -> LowRank:
+    def zero(cls, m: int, n: int, batch_shape: Sequence[int] = (), dtype: torch.dtype = torch.float64) -> LowRank:
         """The zero matrix (*batch_shape, m, n), of rank 0."""
         return cls(torch.zeros(*batch_shape, m, 0, dtype=dtype), torch.zeros(*batch_shape, 0, n, dtype=dtype))
 
@@ -171,9 +167,7 @@ def concatenate(parts: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([p.left for p in parts], -1), torch.cat([p.right for p in parts], -2))
 
 
-def lora_difference(
-    later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor], scaling: float | Tensor
-) -> LowRank:
+def lora_difference(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor], scaling: float | Tensor) -> LowRank:
     """scaling (B_t A_t - B_s A_s), float64, of rank 2r; ``later`` is (A_t, B_t), ``earlier`` (A_s, B_s).
 
     A (..., r, n), B (..., m, r); a tensor scaling broadcasts to the batch. It is written
@@ -186,9 +180,7 @@ def lora_difference(
             f"LoRA factors of unlike shapes: A {tuple(a_later.shape)}, B {tuple(b_later.shape)} and "
             f"A {tuple(a_earlier.shape)}, B {tuple(b_earlier.shape)}"
         )
-    a_later, b_later, a_earlier, b_earlier = (
-        x.detach().double() for x in (a_later, b_later, a_earlier, b_earlier)
-    )
+    a_later, b_later, a_earlier, b_earlier = (x.detach().double() for x in (a_later, b_later, a_earlier, b_earlier))
     moved_b = LowRank(b_later - b_earlier, a_later)
     moved_a = LowRank(b_earlier, a_later - a_earlier)
     return concatenate([moved_b, moved_a]).scale(scaling)
@@ -328,8 +320,7 @@ def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
     norms_l, norms_r = (torch.linalg.vector_norm(x, dim=-2) for x in (left, right))
     _refuse_non_finite(norms_l, norms_r)
     (Q_l, upper_l), (Q_r, upper_r) = (
-        torch.linalg.qr(x * _reciprocal(norms)[:, None, :])
-        for x, norms in ((left, norms_l), (right, norms_r))
+        torch.linalg.qr(x * _reciprocal(norms)[:, None, :]) for x, norms in ((left, norms_l), (right, norms_r))
     )
     X, spectrum, Y = _svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
     return _Svd(_unit_columns(Q_l @ X, spectrum), spectrum, _unit_columns(Q_r @ Y, spectrum))

@@ -55,7 +55,9 @@ class Entry:
     def load(self) -> type[Plugin]:
         """The class. Raises ``PluginError`` when it is broken or its lazy import fails."""
         if self.error is not None:
-            raise PluginError(f"{self.kind} '{self.name}' of {self.distribution} {self.version} is broken: {self.error}")
+            raise PluginError(
+                f"{self.kind} '{self.name}' of {self.distribution} {self.version} is broken: {self.error}"
+            )
         if isinstance(self.target, str):
             try:
                 self.target = import_object(self.target)
@@ -110,9 +112,7 @@ class Registry:
             try:
                 self.add_plugin(point.load(), distribution, version)
             except Exception as error:
-                self._broken.append(
-                    Entry("plug-in", point.name, None, distribution, version, error=describe(error))
-                )
+                self._broken.append(Entry("plug-in", point.name, None, distribution, version, error=describe(error)))
 
     def add_plugin(self, plugin: object, distribution: str = "local", version: str = "") -> None:
         """Take what a plug-in's hooks register. Nothing is taken from a plug-in one of whose hooks fails."""
@@ -141,9 +141,7 @@ class Registry:
         self._entries[kind, cls.name] = entry
         return cls
 
-    def _collector(
-        self, collected: list[Entry], kind: Kind, distribution: str, version: str
-    ) -> Callable[..., None]:
+    def _collector(self, collected: list[Entry], kind: Kind, distribution: str, version: str) -> Callable[..., None]:
         def register(target: type[Plugin] | str, name: str | None = None) -> None:
             if isinstance(target, str) and name is None:
                 raise PluginError(f"register('{target}') needs name=: the name it is to be used by")
@@ -162,9 +160,7 @@ class Registry:
             return
         both = f"both {taken.distribution} and {entry.distribution} provide it; uninstall one"
         taken.error = taken.error or both
-        self._broken.append(
-            Entry(entry.kind, entry.name, None, entry.distribution, entry.version, error=both)
-        )
+        self._broken.append(Entry(entry.kind, entry.name, None, entry.distribution, entry.version, error=both))
 
     def entries(self) -> Iterator[Entry]:
         """Everything known, broken plug-ins included, by kind and name."""
@@ -196,7 +192,9 @@ class Registry:
         try:
             return cls.config_class.model_validate(dict(fields))
         except ValidationError as error:
-            raise ConfigError(explain(error, where or f"{kind} '{name}'", list(cls.config_class.model_fields))) from None
+            raise ConfigError(
+                explain(error, where or f"{kind} '{name}'", list(cls.config_class.model_fields))
+            ) from None
 
     def make(self, kind: Kind, name: str, **fields: Any) -> Any:
         """An instance of one plug-in with its validated config."""

@@ -1,0 +1,10 @@
+"""First-party trainers, registered as a stranger's are; each is imported only when it is named."""
+
+from __future__ import annotations
+
+from next_core.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def register_backends(register: Register) -> None:
+    register("next_backends.trl.backend:TrlBackend", name="trl")

@@ -88,4 +88,3 @@ class PeftAdapterApplier(WeightApplier):
             "init_lora_weights": True,
         }
         return raw
-

@@ -29,7 +29,7 @@ class ExactCompressor(Compressor):
 def _dense_svd(delta: Tensor, rank: int) -> Factors:
     U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
     # LAPACK answers a zero matrix with arbitrary unit vectors: what has no length gets no direction.
-    alive = S > S.new_tensor(max(delta.shape) * torch.finfo(S.dtype).eps) * S[:1]
+    alive = S.new_tensor(max(delta.shape) * torch.finfo(S.dtype).eps) * S[:1] < S
     U, S, V = U * alive, S * alive, Vh.T * alive
     return Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
 

@@ -64,7 +64,7 @@ class SafetensorsFile:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it")
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file: Any = safe_open(path, framework="pt")
             self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

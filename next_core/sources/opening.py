@@ -9,7 +9,9 @@ from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
 
 
-def open_checkpoints(path: str | Path, backbone: str | Path | None = None, layout: str | None = None) -> CheckpointSource:
+def open_checkpoints(
+    path: str | Path, backbone: str | Path | None = None, layout: str | None = None
+) -> CheckpointSource:
     """The source of a folder; the layout is detected, or named by ``layout``.
 
     Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout.

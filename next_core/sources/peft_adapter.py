@@ -123,7 +123,9 @@ class PeftAdapterSource(CheckpointSource):
         parameters, scaling = [], {}
         for module, shapes in sorted(sides.items()):
             if set(shapes) != {"A", "B"} or shapes["A"][0] != shapes["B"][1]:
-                raise CheckpointError(f"{file.path}: factors of '{module}' do not fit: {shapes}; restore the checkpoint")
+                raise CheckpointError(
+                    f"{file.path}: factors of '{module}' do not fit: {shapes}; restore the checkpoint"
+                )
             rank = shapes["A"][0]
             if rank != config.rank(module):
                 raise CheckpointError(

@@ -1,0 +1,172 @@
+"""From a run config to a TRL trainer: model, LoRA, data, reward, arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from next_backends.trl.backend import check_boundaries
+from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
+from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.plugins import describe
+from next_core.rewards import RewardFunction, make_reward
+
+if TYPE_CHECKING:
+    from next_core.config import RunConfig, TrainingSettings
+
+OURS = frozenset({"output_dir", "max_steps", "seed", "learning_rate", "num_generations", "temperature", "beta"})
+Evaluate = Callable[[Any, str], float | None]
+
+
+def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[Any, Evaluate]:
+    """The trainer, and a function that measures accuracy on a split. Raises ``ConfigError`` or ``BackendError``."""
+    try:
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
+        from trl import GRPOTrainer, RLOOTrainer
+    except ImportError as error:
+        raise BackendError(f"the backend 'trl' needs {error.name}: pip install next-core[trl]") from None
+
+    training = run.training
+    reward = make_reward(training.reward)
+    args = make_args(run, extra, output)
+    check_boundaries(run.schedule, run.steps, args)
+    train, splits = _load_data(training)
+    set_seed(run.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(training.model, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(training.model, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{training.model} cannot be loaded as a model: {describe(error)}") from None
+    lora = training.lora and LoraConfig(
+        r=training.lora.rank,
+        lora_alpha=training.lora.alpha,
+        target_modules=training.lora.target_modules,
+        use_rslora=training.lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    trainer_class = RLOOTrainer if training.algorithm == "rloo" else GRPOTrainer
+    try:
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=[_named(reward, training.reward.name)],
+            args=args,
+            train_dataset=train,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+    except ValueError as error:
+        raise ConfigError(f"TRL refuses the settings: {describe(error)}") from None
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+    def evaluate(model: Any, split: str) -> float | None:
+        data = splits.get(split)
+        if data is None:
+            return None
+        if training.evaluation == "likelihood":
+            return likelihood_accuracy(model, tokenizer, data["prompt"], data["answer"])
+        return greedy_accuracy(model, tokenizer, data, reward, training.max_new_tokens)
+
+    return trainer, evaluate
+
+
+def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
+    """TRL's config. ``extra`` goes through as it is, but for what the run config says itself."""
+    from trl import GRPOConfig, RLOOConfig
+
+    training = run.training
+    config_class = RLOOConfig if training.algorithm == "rloo" else GRPOConfig
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for key in extra:
+        if key in OURS:
+            raise ConfigError(f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"backend.args.{key}: {config_class.__name__} has no such field"
+                + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+    fields: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": run.steps,
+        "seed": run.seed,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "per_device_train_batch_size": training.prompts_per_step * training.generations,
+        "num_generations": training.generations,
+        "max_completion_length": training.max_new_tokens,
+        "temperature": training.temperature,
+        "beta": training.beta,
+        "logging_steps": run.schedule.every,
+        "save_strategy": "no" if run.save_every is None else "steps",
+        "save_steps": run.save_every or run.steps,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if training.algorithm == "reinforce++":
+        # Advantages are normalised over the whole batch; TRL keeps the group's mean as the baseline.
+        fields |= {"scale_rewards": "batch"}
+    try:
+        return config_class(**(fields | extra))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"TRL's {config_class.__name__} refuses the settings: {describe(error)}") from None
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest complete ``checkpoint-N`` of the trainer, and N; (None, 0) when there is none."""
+    found = sorted(
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        # The trainer's state is written last: without it the folder is incomplete.
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").exists()
+    )
+    return (found[-1][1], found[-1][0]) if found else (None, 0)
+
+
+def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:
+    data = training.data
+    validation, test = data.validation or data.test, data.test or data.validation
+    files = {"validation": validation, "test": test}
+    return _load(data.train), {split: _load(path) for split, path in files.items() if path is not None}
+
+
+def _load(path: Path) -> Any:
+    from datasets import Dataset, load_dataset
+
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
+    if kind is None:
+        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
+    try:
+        if kind == "json":
+            import json
+
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            data = Dataset.from_list(rows)
+        else:
+            data = load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: {describe(error)}") from None
+    missing = {"prompt", "answer"} - set(data.column_names)
+    if missing:
+        raise ConfigError(f"{path} lacks the column(s) {', '.join(sorted(missing))}; it has {data.column_names}")
+    return data
+
+
+def _named(reward: RewardFunction, name: str) -> Callable[..., list[float]]:
+    """TRL wants a reward function with a name of its own."""
+
+    def function(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        return reward(prompts=prompts, completions=completions, **columns)
+
+    function.__name__ = name.replace("-", "_").replace(":", "_")
+    return function

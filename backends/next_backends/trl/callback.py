@@ -1,0 +1,126 @@
+"""The one line for a TRL script: a callback that watches the run, jumps, checks the jump, and lets training go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import TrainerCallback
+
+from next_core.cycle.guards import Guards
+from next_core.cycle.journal import Journal
+from next_core.cycle.loop import PredictExtendCycle
+from next_core.cycle.schedule import Schedule
+from next_core.errors import BackendError, ConfigError
+from next_core.interfaces import TrajectoryPredictor
+from next_core.plugins import explain, make_predictor
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells three functions that training begins, that a step ended, and what was logged."""
+
+    def __init__(
+        self,
+        begin: Callable[[int, Any], None],
+        step_ended: Callable[[int], None],
+        log: Callable[[int, dict[str, Any]], None],
+    ) -> None:
+        self._begin, self._step_ended, self._log = begin, step_ended, log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin(state.global_step, kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_ended(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._log(state.global_step, logs or {})
+
+
+class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
+    """Predict-extend for any existing ``GRPOTrainer`` or ``RLOOTrainer``; LoRA or full-parameter.
+
+    ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), or a function that makes one;
+    ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``jump_every``, ``jumps``, ``settle``) and
+    ``guards`` are those of the config file. ``evaluate(model) -> accuracy`` is the probe; without it the guards that
+    need one do not run. Checkpoints, jumps and the journal go to ``folder``, by default ``<output_dir>/next-core``;
+    ``resume_from_checkpoint`` takes them up from there. Raises ``ConfigError`` for settings that contradict each other
+    or the trainer's, when training begins at the latest.
+    """
+
+    def __init__(
+        self,
+        predictor: str | Mapping[str, Any] | Callable[[], TrajectoryPredictor] = "secant",
+        *,
+        guards: Guards | Mapping[str, Any] | None = None,
+        rank: int = 1,
+        evaluate: Callable[[Any], float] | None = None,
+        folder: str | Path | None = None,
+        overwrite: bool = False,
+        strict: bool = False,
+        **schedule: Any,
+    ) -> None:
+        try:
+            self.schedule = Schedule(**schedule)
+            self.guards = guards if isinstance(guards, Guards) else Guards(**(guards or {}))
+        except ValidationError as error:
+            raise ConfigError(explain(error, "PredictExtendCallback", list(Schedule.model_fields))) from None
+        if callable(predictor):
+            self._make = predictor
+        else:
+            fields = {"name": predictor} if isinstance(predictor, str) else dict(predictor)
+            name = str(fields.pop("name", "secant"))
+            self._make = lambda: make_predictor(name, **fields)
+        self._make()  # a wrong name or field is an error now, not 50 steps later
+        self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
+        self._folder = Path(folder) if folder is not None else None
+        self.cycle: PredictExtendCycle | None = None
+        self._log: Callable[[int, dict[str, Any]], None] = lambda step, logs: None
+
+    @property
+    def journal(self) -> Journal:
+        """Every decision so far."""
+        return self.cycle.journal if self.cycle is not None else Journal()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from next_backends.trl.backend import TrlBackend, check_boundaries
+
+        if args.world_size > 1:
+            raise BackendError(f"{args.world_size} processes: jumps are made in one-process runs only, so far")
+        self.schedule.check(state.max_steps)
+        check_boundaries(self.schedule, state.max_steps, args)
+        folder = self._folder or Path(args.output_dir) / "next-core"
+        if state.global_step == 0 and (folder / "journal.jsonl").exists():
+            if not self._overwrite:
+                raise ConfigError(f"{folder} holds another run; resume it, pass folder= or overwrite=True")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = TrlBackend()
+        probe = self._evaluate
+        backend.attach(kwargs["model"], folder, None if probe is None else lambda model, split: probe(model))
+        self.cycle = PredictExtendCycle(
+            backend,
+            self._make,
+            self.schedule,
+            self.guards,
+            state.max_steps,
+            Journal(folder / "journal.jsonl"),
+            rank=self._rank,
+            strict=self._strict,
+        )
+        if state.global_step == 0:
+            self.cycle.journal.append("start", 0, schedule=self.schedule.model_dump())
+        else:
+            self.cycle.resume(state.global_step)
+        backend.begin(state.global_step, kwargs["optimizer"])
+        self._log = backend.log
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.cycle is not None
+        self.cycle.after_step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._log(state.global_step, logs or {})

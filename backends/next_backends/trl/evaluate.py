@@ -1,0 +1,81 @@
+"""Accuracy of a policy: exactly, where the right answer is one string, or by verified greedy completions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from next_core.rewards import RewardFunction
+
+BATCH = 512
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the random state is not touched, so a measured run equals an unmeasured."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def likelihood_accuracy(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> float:
+    """Mean probability of sampling exactly the answer and the end token, by teacher forcing: no sampling noise."""
+    total = 0.0
+    with _evaluating(model):
+        for start in range(0, len(prompts), BATCH):
+            pairs = list(zip(prompts[start : start + BATCH], answers[start : start + BATCH], strict=True))
+            total += float(_answer_logps(model, tokenizer, pairs).exp().sum())
+    return total / max(1, len(prompts))
+
+
+def _answer_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    """log P(answer, end | prompt) of each pair, (N,)."""
+    asked = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
+    right = [
+        [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
+    ]
+    width = max(len(a) + len(r) for a, r in zip(asked, right, strict=True))
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id or 0)
+    seen = torch.zeros_like(ids)
+    answer = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (a, r) in enumerate(zip(asked, right, strict=True)):
+        ids[row, : len(a) + len(r)] = torch.tensor(a + r)
+        seen[row, : len(a) + len(r)] = 1
+        answer[row, len(a) : len(a) + len(r)] = True
+    device = next(model.parameters()).device
+    ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
+    logits = model(input_ids=ids, attention_mask=seen).logits[:, :-1].float()
+    logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (logps * answer[:, 1:]).sum(1)
+
+
+def greedy_accuracy(model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int) -> float:
+    """Mean reward of greedy completions."""
+    total = 0.0
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for start in range(0, len(data), 64):
+            rows = data[start : start + 64]
+            prompts = [_as_text(tokenizer, prompt) for prompt in rows["prompt"]]
+            batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)
+            batch.pop("token_type_ids", None)
+            out = model.generate(
+                **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            )
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            columns = {key: value for key, value in rows.items() if key != "prompt"}
+            total += sum(reward(prompts=rows["prompt"], completions=texts, **columns))
+    return total / max(1, len(data))
+
+
+def _as_text(tokenizer: Any, prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

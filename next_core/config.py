@@ -1,0 +1,254 @@
+"""The run config: one YAML file, every key known, every plug-in chosen by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from next_core.cycle.guards import Guards
+from next_core.cycle.schedule import Schedule
+from next_core.errors import ConfigError
+from next_core.plugins import KINDS, Kind, explain, registry
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Choice(BaseModel):
+    """A plug-in by name with its own fields; the bare name alone will do."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(description="The plug-in's registered name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The plug-in's own settings."""
+        return dict(self.model_extra or {})
+
+    def make(self, kind: Kind) -> Any:
+        """The plug-in, with its validated config."""
+        return registry().make(kind, self.name, **self.fields)
+
+
+class LoraSettings(Frozen):
+    """The trained adapter."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is alpha / r")
+    target_modules: str | list[str] = Field("all-linear", description="Which layers, as PEFT names them")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r)")
+
+
+class DataSettings(Frozen):
+    """JSON-lines files (or what `datasets` reads), one object a line, with the columns `prompt` and `answer`."""
+
+    train: Path = Field(description="Prompts to train on")
+    validation: Path | None = Field(None, description="Prompts of the probe that guards jumps; default: test")
+    test: Path | None = Field(None, description="Prompts of the accuracies that are reported; default: validation")
+
+
+class TrainingSettings(Frozen):
+    """What is trained and how: the same words for every backend."""
+
+    model: Path = Field(description="Folder of the base model, tokenizer included")
+    algorithm: Literal["grpo", "rloo", "reinforce++"] = Field("grpo", description="The RLVR algorithm")
+    lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
+    data: DataSettings
+    reward: Choice = Field(Choice(name="math-verify"), description="A reward's name, or module:function")
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler: str = Field("constant", description="As transformers names it")
+    prompts_per_step: int = Field(16, ge=1, description="Different prompts in one RL step")
+    generations: int = Field(8, ge=2, description="Roll-outs of each prompt")
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(256, ge=1, description="Longest completion")
+    beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference policy")
+    evaluation: Literal["likelihood", "generate"] = Field(
+        "likelihood",
+        description="Accuracy as the exact probability of `answer` and the end token (for tasks with one right "
+        "string), or as the reward of greedy completions",
+    )
+
+
+class RunConfig(Frozen):
+    """Everything `next-core run` needs. Paths are relative to the config file."""
+
+    steps: int = Field(ge=1, description="RL steps in all")
+    seed: int = Field(0, ge=0)
+    training: TrainingSettings
+    backend: Choice = Field(Choice(name="trl"), description="The trainer")
+    predictor: Choice = Field(Choice(name="secant"), description="Where the weights are going")
+    compressor: Choice = Field(Choice(name="exact"), description="How deltas become rank-k factors")
+    rank: int = Field(1, ge=1, description="Rank k of the factors a predictor reads")
+    schedule: Schedule = Schedule()
+    guards: Guards = Guards()
+    control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
+    save_every: int | None = Field(None, ge=1, description="Steps between the trainer's own checkpoints, for --resume")
+
+    @model_validator(mode="after")
+    def _room_for_jumps(self) -> Self:
+        try:
+            self.schedule.check(self.steps)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def check_plugins(self) -> None:
+        """Raise ``PluginError`` or ``ConfigError`` for a plug-in that is unknown or whose fields are wrong."""
+        for kind in ("backend", "predictor", "compressor"):
+            choice: Choice = getattr(self, kind)
+            registry().make_config(kind, choice.name, choice.fields, where=kind)
+        reward = self.training.reward
+        if ":" not in reward.name:
+            registry().make_config("reward", reward.name, reward.fields, where="training.reward")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is there twice is an error, and 1e-4 (YAML 1.1's text) is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse safe YAML. Raises ``ConfigError`` with the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and validate a config file. Raises ``ConfigError`` naming each wrong key, ``PluginError`` for a name."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not UTF-8 text") from None
+    raw = parse_yaml(text, str(file))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must be a mapping of keys, see `next-core schema`")
+    return make_config(raw, where=str(file), base=file.parent)
+
+
+def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None = None) -> RunConfig:
+    """Validate a config given as a mapping; relative paths count from ``base``."""
+    try:
+        config = RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, _known_keys(error))) from None
+    config = _absolute(config, base or Path())
+    for path in _paths(config):
+        if not path.exists():
+            raise ConfigError(f"{where}: {path} does not exist")
+    config.check_plugins()
+    return config
+
+
+def _known_keys(error: ValidationError) -> list[str]:
+    """The keys of the block in which the first unknown key stands."""
+    for item in error.errors():
+        if item["type"] == "extra_forbidden":
+            block: Any = RunConfig
+            for part in item["loc"][:-1]:
+                field = block.model_fields.get(str(part)) if hasattr(block, "model_fields") else None
+                block = field.annotation if field is not None else block
+                options = [o for o in getattr(block, "__args__", (block,)) if hasattr(o, "model_fields")]
+                block = options[0] if options else block
+            return list(getattr(block, "model_fields", {}))
+    return []
+
+
+def _absolute(config: RunConfig, base: Path) -> RunConfig:
+    data = config.training.data
+    moved = {k: (base / v).resolve() if v is not None else None for k, v in dict(data).items()}
+    training = config.training.model_copy(
+        update={"model": (base / config.training.model).resolve(), "data": data.model_copy(update=moved)}
+    )
+    return config.model_copy(update={"training": training})
+
+
+def _paths(config: RunConfig) -> list[Path]:
+    data = config.training.data
+    return [p for p in (config.training.model, data.train, data.validation, data.test) if p is not None]
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the run config, with the fields of every plug-in that is installed."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    places: dict[Kind, dict[str, Any]] = {
+        "backend": schema["properties"]["backend"],
+        "predictor": schema["properties"]["predictor"],
+        "compressor": schema["properties"]["compressor"],
+        "reward": definitions["TrainingSettings"]["properties"]["reward"],
+    }
+    for kind in KINDS:
+        if kind not in places:
+            continue
+        options: list[dict[str, Any]] = [{"type": "string", "enum": registry().names(kind)}]
+        if kind == "reward":
+            options.append({"type": "string", "pattern": "^[^:]+:[^:]+$"})
+        for name in registry().names(kind):
+            try:
+                fields = registry().get(kind, name).config_class.model_json_schema()
+            except Exception:  # a plug-in whose lazy import fails is listed by `plugins`
+                continue
+            definitions.update(fields.pop("$defs", {}))
+            fields["properties"] = {"name": {"const": name}, **fields.get("properties", {})}
+            fields["required"] = ["name", *fields.get("required", [])]
+            options.append(fields)
+        places[kind].pop("$ref", None)
+        places[kind]["anyOf"] = options
+    definitions.pop("Choice", None)
+    return schema
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["gate.window=25", "damping=0.5"]`` -> nested fields, values read as YAML. Raises ``ConfigError``."""
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ConfigError(f"'{assignment}' is not of the form key=value")
+        block = fields
+        *parents, last = key.split(".")
+        for parent in parents:
+            block = block.setdefault(parent, {})
+            if not isinstance(block, dict):
+                raise ConfigError(f"'{assignment}' contradicts an earlier value of '{parent}'")
+        block[last] = parse_yaml(value, f"the value of {key}")
+    return fields

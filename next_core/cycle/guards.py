@@ -1,0 +1,78 @@
+"""What a jump has to pass, before it is made, right after it, and after some RL steps of recovery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from next_core.appliers.displacement import displacements, squared_norm
+from next_core.history import History
+from next_core.interfaces import Prediction
+
+
+class Guards(BaseModel):
+    """Bounds on a jump. Whatever is refused is journalled, and the run goes on as a plain one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_norm_ratio: float | None = Field(
+        10.0, gt=0, description="Bound on the jump's norm over that of the motion in the last `horizon` steps"
+    )
+    probe: bool = Field(True, description="Measure accuracy before and after each jump, where the backend can")
+    max_drop: float = Field(0.2, ge=0, le=1, description="Roll back when accuracy falls by more right after the jump")
+    recovery: int | None = Field(
+        None, ge=1, description="RL steps after which accuracy is measured again, and the jump rolled back if it fails"
+    )
+    against: Literal["start", "trend"] = Field(
+        "start", description="What the run must reach after recovery: where it started, or the trend it was on"
+    )
+    tolerance: float = Field(0.02, ge=0, le=1, description="Accuracy that recovery may fall short by (noise)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Guards:
+        if self.recovery is not None and not self.probe:
+            raise ValueError("recovery needs probe: true; there is nothing to judge the recovery by")
+        return self
+
+
+@dataclass(frozen=True)
+class JumpNorm:
+    """The size of a jump beside what RL did lately, Frobenius norms over all matrices, in merged space."""
+
+    jump: float
+    recent: float
+    per_matrix: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """jump / recent motion; infinite when nothing moved."""
+        return self.jump / self.recent if self.recent > 0 else float("inf") if self.jump > 0 else 0.0
+
+
+def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
+    """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
+    squares = {name: squared_norm(moved) for name, moved in displacements(prediction, alpha)}
+    return JumpNorm(
+        jump=sum(squares.values()) ** 0.5,
+        recent=recent_motion(history, prediction.horizon),
+        per_matrix={name: square**0.5 for name, square in squares.items()},
+    )
+
+
+def recent_motion(history: History, window: int) -> float:
+    """||W_T - W_{T-window}||_F over the matrices that move; from the oldest checkpoint when there is none that old."""
+    older = [step for step in history.steps if step <= history.newest - window]
+    since = older[-1] if older else None
+    if since is None:  # the backbone is the start of the run, ``newest`` steps ago
+        squares = [float(gram[0, 0]) for gram in history.grams((history.newest,)).values()]
+        return math.sqrt(sum(squares))
+    grams = history.grams((since, history.newest))
+    if not grams:
+        return 0.0
+    stacked = torch.stack(list(grams.values()))
+    return math.sqrt(float((stacked[:, 0, 0] + stacked[:, 1, 1] - 2 * stacked[:, 0, 1]).clamp_min(0).sum()))

@@ -1,0 +1,63 @@
+"""Every decision of a run, one JSON object a line, append-only; what a killed run left behind stays readable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from next_core.errors import CheckpointError
+from next_core.storage import append_json_line
+
+
+class Journal:
+    """Without a path the journal is kept in memory only."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = read_journal(path) if path is not None and path.exists() else []
+
+    def append(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
+        """Write one record durably, and return it."""
+        record = {"event": event, "step": step, **facts}
+        if self.path is not None:
+            append_json_line(self.path, record)
+        self.records.append(record)
+        return record
+
+    def jumps(self) -> list[dict[str, Any]]:
+        """The jumps that were tried and still count, each with its final verdict."""
+        return valid_jumps(self.records)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All whole records. A torn last line is dropped; damage anywhere else is a ``CheckpointError``."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "event" not in record or "step" not in record:
+                raise ValueError("not a record")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
+        records.append(record)
+    return records
+
+
+def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Jump records in order, those after a resumed step dropped and rollbacks entered."""
+    jumps: list[dict[str, Any]] = []
+    for record in records:
+        if record["event"] == "resume":
+            jumps = [jump for jump in jumps if jump["step"] <= record["step"]]
+        elif record["event"] == "jump":
+            jumps.append(dict(record))
+        elif record["event"] == "verify":
+            for jump in jumps:
+                if jump["step"] == record["jump_step"]:
+                    jump |= {"accepted": record["accepted"], "reason": record["reason"]}
+                    jump["accuracy_recovered"] = record["accuracy"]
+    return jumps

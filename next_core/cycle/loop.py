@@ -1,0 +1,220 @@
+"""The predict-extend cycle: observe, predict, guard, jump, verify, go on. One state machine for every backend."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from next_core.cycle.guards import Guards, jump_norm
+from next_core.cycle.journal import Journal
+from next_core.cycle.schedule import Schedule
+from next_core.errors import CheckpointError, GuardError, NextCoreError
+from next_core.history import History
+from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
+from next_core.plugins import describe
+
+Milestone = Callable[[str], None]
+
+
+@dataclass
+class _Pending:
+    """A jump whose recovery window is still open."""
+
+    step: int
+    before: float
+    slope: float
+    applied: Applied
+
+
+class PredictExtendCycle:
+    """Drives one backend through one run of ``total`` steps.
+
+    A callback tells it that a step ended (``after_step``); ``run`` does the same for trainers that are launched.
+    ``strict`` turns a refused jump into a ``GuardError``; otherwise the worst case is a plain run. ``milestone`` is
+    called with ``"before_jump"`` and ``"after_jump"`` around the first jump that is made.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        predictor: Callable[[], TrajectoryPredictor],
+        schedule: Schedule,
+        guards: Guards,
+        total: int,
+        journal: Journal,
+        *,
+        rank: int = 1,
+        compressor: Compressor | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+        milestone: Milestone | None = None,
+    ) -> None:
+        schedule.check(total)
+        self.backend, self.predictor, self.schedule, self.guards = backend, predictor, schedule, guards
+        self.total, self.journal, self.rank, self.compressor = total, journal, rank, compressor
+        self.strict, self.progress, self.milestone = strict, progress, milestone
+        self.seconds = {"observe": 0.0, "predict": 0.0, "extend": 0.0, "probe": 0.0}
+        self._pending: _Pending | None = None
+        self._probes: dict[int, float] = {}
+        self._from = 0
+        self._made = 0
+        self._first_done = False
+
+    def run(self, on_step: Callable[[int], None] = lambda step: None) -> None:
+        """Train to the end, jumping on the way; ``on_step`` is told of every step that is known to have ended."""
+
+        def step_ended(step: int) -> None:
+            self.after_step(step)
+            on_step(step)
+
+        if self.backend.in_process:
+            self.backend.train(self.total, step_ended)
+            return
+        stops = {step for step in range(self._from + 1, self.total + 1) if self._acts(step)} | {self.total}
+        for stop in sorted(stops):
+            self.backend.train(stop, on_step)
+            self.after_step(stop)
+
+    def resume(self, step: int) -> None:
+        """Take up a run that had reached ``step``: what was journalled after it does not count."""
+        self.journal.append("resume", step)
+        self._from = step
+        self._made = sum(jump["accepted"] for jump in self.journal.jumps())
+        self._first_done = self._made > 0
+
+    def _acts(self, step: int) -> bool:
+        recovery = self.guards.recovery
+        return (
+            self.schedule.observes(step)
+            or self.schedule.attempts(step, self.total)
+            or (recovery is not None and self.schedule.attempts(step - recovery, self.total))
+            or self._trend_probe(step)
+        )
+
+    def after_step(self, step: int) -> None:
+        """The whole cycle, once after each RL step."""
+        if self._pending is not None and step >= self._pending.step + (self.guards.recovery or 0):
+            self._verify(self._pending, step)
+        if self.schedule.observes(step):
+            with self._timed("observe"):
+                self.backend.observe(step)
+        if self._trend_probe(step):
+            self._probe(step)
+        if self.schedule.attempts(step, self.total) and self._made < self.schedule.limit and self._pending is None:
+            self._jump(step)
+
+    def _jump(self, step: int) -> None:
+        """Predict, guard, extend, look at the result; put everything back when it is refused."""
+        facts: dict[str, Any] = {"predictor": "?", "alpha": self.schedule.alpha, "norm_ratio": None}
+        try:
+            with self._timed("predict"):
+                prediction = self._predict(facts)
+        except _Refused as refusal:
+            return self._refuse(step, facts, str(refusal))
+        except CheckpointError:
+            raise  # the run's own files are damaged: going on would not heal them
+        except Exception as error:  # a predictor may be anybody's code: it must not end the run
+            return self._refuse(step, facts, f"predictor failed: {describe(error)}")
+        before = self._probe(step)
+        if not self._first_done and self.milestone is not None:
+            self.milestone("before_jump")
+        with self._timed("extend"):
+            applied = self.backend.extend(prediction, self.schedule.alpha)
+        after = self._probe(step, again=True)
+        facts |= {"accuracy_before": before, "accuracy_after": after}
+        if before is not None and after is not None and after < before - self.guards.max_drop:
+            applied.rollback()
+            return self._refuse(step, facts, f"accuracy fell from {before:.3f} to {after:.3f}; rolled back")
+        if not self._first_done and self.milestone is not None:
+            self.milestone("after_jump")
+        self._first_done = True
+        self._made += 1
+        if self.guards.recovery is not None and before is not None:
+            self._pending = _Pending(step, before, self._slope(step, before), applied)
+        reason = f"{len(prediction.updates)} of {len(prediction.updates) + len(prediction.abstained)} matrices moved"
+        self.journal.append("jump", step, accepted=True, reason=reason, **facts)
+        return None
+
+    def _predict(self, facts: dict[str, Any]) -> Prediction:
+        predictor = self.predictor()
+        predictor.progress = self.progress
+        facts["predictor"] = predictor.name
+        history = History(self.backend.source(), self.rank, self.compressor, self.progress)
+        prediction = predictor.fit(history).predict(self.schedule.horizon)
+        facts |= {"horizon": self.schedule.horizon, **prediction.diagnostics}
+        if prediction.abstention is not None:
+            raise _Refused(prediction.abstention)
+        try:
+            norm = jump_norm(prediction, self.schedule.alpha, history)
+        except GuardError as error:
+            raise _Refused(str(error)) from error
+        facts |= {"norm": norm.jump, "norm_ratio": norm.ratio}
+        bound = self.guards.max_norm_ratio
+        if bound is not None and norm.ratio > bound:
+            raise _Refused(
+                f"the jump is {norm.ratio:.1f} times the motion of the last {self.schedule.horizon} steps; "
+                f"max_norm_ratio is {bound:g}"
+            )
+        return prediction
+
+    def _verify(self, pending: _Pending, step: int) -> None:
+        """After the recovery window: keep the jump, or go back to the weights from before it."""
+        self._pending = None
+        accuracy = self._probe(step)
+        wanted = pending.before - self.guards.tolerance
+        if self.guards.against == "trend":
+            wanted += pending.slope * (step - pending.step)
+        accepted = accuracy is None or accuracy >= wanted
+        reason = f"accuracy {accuracy} after {step - pending.step} steps of recovery, {wanted:.3f} wanted"
+        if not accepted:
+            pending.applied.rollback()
+            self.backend.restart_history()
+            self._made -= 1
+            reason += "; rolled back"
+        self.journal.append("verify", step, jump_step=pending.step, accepted=accepted, reason=reason, accuracy=accuracy)
+        if not accepted and self.strict:
+            raise GuardError(f"step {step}: {reason}")
+
+    def _refuse(self, step: int, facts: dict[str, Any], reason: str) -> None:
+        self.journal.append("jump", step, accepted=False, reason=reason, **facts)
+        if self.strict:
+            raise GuardError(f"step {step}: no jump: {reason}")
+
+    def _trend_probe(self, step: int) -> bool:
+        """Whether accuracy is needed here to know the trend at the next jump."""
+        recovery = self.guards.recovery
+        return (
+            recovery is not None
+            and self.guards.against == "trend"
+            and self.schedule.attempts(step + recovery, self.total)
+        )
+
+    def _slope(self, step: int, before: float) -> float:
+        then = self._probes.get(step - (self.guards.recovery or 0))
+        return 0.0 if then is None else (before - then) / (self.guards.recovery or 1)
+
+    def _probe(self, step: int, again: bool = False) -> float | None:
+        if not self.guards.probe:
+            return None
+        if not again and step in self._probes:
+            return self._probes[step]
+        with self._timed("probe"):
+            accuracy = self.backend.evaluate()
+        if accuracy is not None and not again:
+            self._probes[step] = accuracy
+        return accuracy
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+
+class _Refused(NextCoreError):
+    """A jump that is not made, with the reason."""

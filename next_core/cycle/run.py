@@ -1,0 +1,161 @@
+"""One run from a config: a trainer, the cycle that drives it, a plain run beside it if asked for, and the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from next_core.config import RunConfig, dump_yaml
+from next_core.cycle.journal import Journal
+from next_core.cycle.loop import PredictExtendCycle
+from next_core.errors import CheckpointError, ConfigError
+from next_core.interfaces import Backend, Progress
+from next_core.storage import write_text
+
+CONFIG = "config.yaml"
+JOURNAL = "journal.jsonl"
+RESULT = "result.json"
+
+
+@dataclass
+class RunResult:
+    """What a run did. Accuracies are of the test prompts; ``before_jump`` and ``after_jump`` of the first jump made."""
+
+    steps: int
+    seconds: dict[str, float]
+    accuracy: dict[str, float | None]
+    jumps: list[dict[str, Any]]
+    folder: str
+    control: dict[str, Any] | None = None
+    resumed_from: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def prepare_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or check that it holds this very run. Raises ``ConfigError``."""
+    if resume:
+        if not (out / CONFIG).exists():
+            raise ConfigError(f"{out} holds no run to resume; start it without --resume")
+        if (out / CONFIG).read_text(encoding="utf-8") != dump_yaml(config):
+            raise ConfigError(f"{out / CONFIG} differs from this config; resume with the config the run began with")
+        if config.save_every is None:
+            raise ConfigError("nothing to resume from: the config has no save_every")
+        return
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"{out} is not empty; choose another --out, or pass --resume or --overwrite")
+        if not (out / CONFIG).exists():
+            raise ConfigError(f"{out} is not a run folder (no {CONFIG}); refusing to overwrite it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / CONFIG, dump_yaml(config))
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``."""
+    prepare_folder(out, config, resume, overwrite)
+    accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
+    started = time.perf_counter()
+    backend: Backend = config.backend.make("backend")
+    start = backend.prepare(config, out, resume)
+    if resume and start == 0:
+        raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
+    setup = time.perf_counter() - started
+    measuring = _Stopwatch()
+
+    def measure(milestone: str) -> None:
+        with measuring:
+            accuracy[milestone] = backend.evaluate("test")
+
+    cycle = PredictExtendCycle(
+        backend,
+        lambda: config.predictor.make("predictor"),
+        config.schedule,
+        config.guards,
+        config.steps,
+        Journal(out / JOURNAL),
+        rank=config.rank,
+        compressor=config.compressor.make("compressor"),
+        strict=strict,
+        progress=progress,
+        milestone=measure,
+    )
+    if resume:
+        cycle.resume(start)
+    else:
+        cycle.journal.append("start", 0, steps=config.steps, seed=config.seed)
+        measure("start")
+    began = time.perf_counter()
+    measured = measuring.seconds
+    cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
+    training = time.perf_counter() - began - (measuring.seconds - measured)
+    measure("final")
+    cycle.journal.append("end", config.steps, accuracy=accuracy["final"])
+    ours = sum(cycle.seconds.values())
+    result = RunResult(
+        steps=config.steps,
+        seconds={
+            "setup": setup,
+            "rl": training - ours,
+            "ours": ours,
+            **{f"ours_{what}": seconds for what, seconds in cycle.seconds.items()},
+            "measuring": measuring.seconds,
+        },
+        accuracy=accuracy,
+        jumps=cycle.journal.jumps(),
+        folder=str(out),
+        resumed_from=start if resume else None,
+        settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
+    )
+    if config.control == "plain":
+        result.control = _plain(config, out / "control", progress)
+    result.seconds["total"] = time.perf_counter() - started
+    write_text(out / RESULT, json.dumps(result.as_dict(), indent=1) + "\n")
+    return result
+
+
+def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str, Any]:
+    """The same seed and steps, and no jump."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    backend: Backend = config.backend.make("backend")
+    backend.prepare(config.model_copy(update={"save_every": None}), out)
+    began = time.perf_counter()
+    backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
+    seconds = time.perf_counter() - began
+    return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": backend.evaluate("test")}}
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)
+
+
+class _Stopwatch:
+    """Seconds spent inside ``with``, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start

@@ -1,0 +1,150 @@
+"""AlphaRL: the leading direction of each matrix as a linear function of the accuracy, read at a higher accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from sklearn.cross_decomposition import PLSRegression
+
+from next_core.history import MatrixHistory
+from next_core.interfaces import Anchor, LowRankUpdate, PluginConfig
+from next_core.lowrank import LowRank
+from next_core.matrix_predictor import Abstain, Outcome, PerMatrixPredictor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+STILL = 1e-7
+"""A feature that varies by less than this part of the liveliest one is rounding noise, which standardising would
+blow up to the size of the others: it keeps its mean."""
+
+
+class AlphaRlConfig(PluginConfig):
+    """Settings of AlphaRL."""
+
+    metric: str | None = Field(
+        None, description="Logged metric to regress on (an accuracy or reward); none: the RL step itself"
+    )
+    target: float | None = Field(
+        None,
+        description="Value of the metric to reach; none: where its trend over the steps is after the horizon",
+    )
+    anchor: Anchor = Field(
+        "backbone",
+        description="backbone: W_0 plus the predicted low-rank delta, as in the paper; newest: W_T plus its change, "
+        "which keeps what of W_T lies outside the leading components",
+    )
+    min_t: float = Field(
+        2.0, ge=0, description="Abstain where the slope of metric on PLS score has a t value below this"
+    )
+
+    @model_validator(mode="after")
+    def _target_is_of_a_metric(self) -> Self:
+        if self.target is not None and self.metric is None:
+            raise ValueError("target is a value of a metric; name it with metric")
+        return self
+
+
+@dataclass(frozen=True)
+class Series:
+    """The regressor: which checkpoints (rows of the history), their values y, and the value y* to read off at."""
+
+    rows: list[int]
+    y: Array
+    y_target: float
+
+
+class AlphaRlPredictor(PerMatrixPredictor):
+    """AlphaRL (arXiv 2510.00553): partial least squares with one component of x_t on y_t, inverted at y*.
+
+    Per matrix x_t = alpha(t) S(t) u(t) over its rank-k triplets, side by side, alpha(t) = ||D||_F / ||D_k||_F; signs
+    aligned from the newest checkpoint back. z is the PLS score of x on the metric y (features standardised), y = a z
+    + b by least squares, z* = (y* - b) / a, x* = mean + scale (z* p) with p the loading. x is cumulative, so the
+    update x* v_T^T counts from W_0; the pinned form is (x* - x_T) v_T^T from W_T.
+    """
+
+    name = "alpharl"
+    config_class = AlphaRlConfig
+    requires = frozenset({"factors"})
+    _series: Series
+
+    @property
+    def anchor(self) -> Anchor:
+        anchor: Anchor = self.config.anchor
+        return anchor
+
+    def prepare(self, horizon: int) -> Abstain | None:
+        made = self._read_series(horizon)
+        if isinstance(made, Abstain):
+            return made
+        self._series = made
+        return None
+
+    def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
+        found = matrix.components("global")
+        length = found.S.square().sum(-1).sqrt()
+        alpha = torch.where(length > 0, found.energy.sqrt() / torch.where(length > 0, length, 1.0), 0.0)
+        x = (alpha[:, None, None] * found.U * found.S[:, None, :]).double()  # (T, m, k)
+        flat = x.flatten(1).numpy()
+        target = invert(flat[self._series.rows], self._series.y, self._series.y_target, self.config.min_t)
+        if isinstance(target, Abstain):
+            return target
+        left = torch.from_numpy(target).reshape(x.shape[1:])
+        if self.anchor == "newest":
+            left = left - x[-1]
+        return LowRankUpdate(LowRank(left, found.V[-1].double().mT))
+
+    def _read_series(self, horizon: int) -> Series | Abstain:
+        steps, metric = self.history.steps, self.config.metric
+        rows = list(range(len(steps)))
+        if metric is None:
+            y = np.array(steps, dtype=np.float64)
+        else:
+            values = self.history.metrics(metric)
+            # Before the first step nothing is logged, and that checkpoint holds no motion either.
+            rows = [row for row in rows if not (steps[row] == 0 and values[row] is None)]
+            y = np.array([math.nan if values[row] is None else values[row] for row in rows], dtype=np.float64)
+            missing = [steps[row] for row, value in zip(rows, y, strict=True) if not math.isfinite(value)]
+            if missing:
+                logged = ", ".join(sorted(self.history.source.metrics(self.history.newest))) or "none"
+                return Abstain(f"alpharl: no finite value of metric '{metric}' at steps {missing}; logged: {logged}")
+        if len(rows) < 3:
+            return Abstain(f"alpharl: a regression needs at least 3 checkpoints (got {len(rows)})")
+        if np.ptp(y) <= 1e-12 * np.abs(y).max():
+            return Abstain(f"alpharl: metric '{metric}' is {y[0]:g} at every checkpoint: nothing to regress on")
+        t = np.array([steps[row] for row in rows], dtype=np.float64)
+        slope = (t - t.mean()) @ (y - y.mean()) / ((t - t.mean()) @ (t - t.mean()))
+        if self.config.target is None:
+            return Series(rows, y, float(y.mean() + slope * (self.history.newest + horizon - t.mean())))
+        ahead = self.config.target - y[-1]
+        if ahead * slope <= 0:
+            return Abstain(
+                f"alpharl: metric '{metric}' is {y[-1]:g} and moves by {slope:+.2g} a step: not towards target "
+                f"{self.config.target:g}"
+            )
+        return Series(rows, y, self.config.target)
+
+
+def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain:
+    """x* (features,) at which the one-component PLS of x (T, features) on y (T,) reads y_target."""
+    spread = x.std(0, ddof=1)
+    alive = spread > STILL * spread.max()
+    standard = (x[:, alive] - x[:, alive].mean(0)) / spread[alive]
+    if not alive.any() or np.abs(standard.T @ (y - y.mean())).max() <= 1e-12 * len(y) * np.ptp(y):
+        return Abstain("alpharl: the leading direction does not vary with the metric")
+    pls = PLSRegression(n_components=1, scale=True).fit(x[:, alive], y)
+    z = pls.transform(x[:, alive])[:, 0]
+    lever, rise = z - z.mean(), y - y.mean()
+    a = float(lever @ rise / (lever @ lever))
+    rest = rise - a * lever
+    error = math.sqrt(float(rest @ rest) / (len(y) - 2) / float(lever @ lever))
+    if abs(a) < min_t * error:
+        t = abs(a) / error
+        return Abstain(f"alpharl: the slope of metric on score is not distinguishable from 0 (t = {t:.2f})")
+    z_target = float(z.mean()) + (y_target - float(y.mean())) / a
+    found = x.mean(0)
+    found[alive] = pls.inverse_transform(np.array([[z_target]]))[0]
+    return np.asarray(found, dtype=np.float64)

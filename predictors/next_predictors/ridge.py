@@ -1,0 +1,92 @@
+"""Ridge regression of the coming motion on position and velocity: next-mlp's inputs, without the network."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from next_core.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate
+from next_core.matrix_predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+
+
+class RidgeConfig(CoefficientConfig):
+    """Settings of the ridge regression."""
+
+    use_global: bool = Field(True, description="Regress on the global delta W_t - W_0 (position)")
+    use_local: bool = Field(True, description="Regress on the local delta W_t - W_{t-1} (velocity)")
+    alpha_ridge: float = Field(
+        1e-3, ge=0, description="Penalty on each coefficient, relative to the sum of squares of its own input"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_input(self) -> Self:
+        if not (self.use_global or self.use_local):
+            raise ValueError("use_global and use_local are both off: there is nothing to regress on")
+        return self
+
+
+class RidgePredictor(PerMatrixPredictor):
+    """Per matrix T_t ~ a G_t + b L_t over the pairs of checkpoints that are ``horizon`` apart; then a G_T + b L_T.
+
+    The linear control for NExt (arXiv 2604.11446): the same global and local deltas in, the same target
+    T_t = W_{t+h} - W_t out, two numbers to learn in place of a network. The deltas enter whole, not by their rank-k
+    parts: all inner products come from the Gram matrix of global deltas.
+    """
+
+    name = "ridge"
+    config_class = RidgeConfig
+    requires = frozenset({"gram"})
+    _pairs: list[tuple[int, int]]
+
+    def prepare(self, horizon: int) -> Abstain | None:
+        steps = self.history.steps
+        # At step 0 position and velocity are zero: nothing to learn from.
+        self._pairs = [(i, j) for i, j in self.history.pairs(horizon) if steps[i] != 0]
+        if self._pairs:
+            return None
+        return Abstain(f"ridge: no two checkpoints are {horizon} steps apart; {_remedy(steps, horizon)}")
+
+    def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
+        inputs, targets = _contrasts(len(matrix.steps), self._pairs)
+        used = torch.tensor([self.config.use_global, self.config.use_local])
+        inputs = inputs[used]
+        gram = matrix.gram()
+        # <input, input> and <input, target>, summed over the pairs.
+        squares = torch.einsum("aps,st,bpt->ab", inputs, gram, inputs)
+        products = torch.einsum("aps,st,pt->a", inputs, gram, targets)
+        scale = squares.diagonal().sqrt()
+        if not bool((scale > 0).any()):
+            return Abstain("ridge: position and velocity are zero at every observed pair")
+        scale = torch.where(scale > 0, scale, 1.0)
+        # Standardised, so that the penalty is the same for a long position and a short velocity.
+        penalised = squares / scale / scale[:, None]
+        penalised.diagonal().add_(self.config.alpha_ridge)
+        coefficients = torch.zeros(2, dtype=scale.dtype)
+        coefficients[used] = torch.linalg.pinv(penalised, hermitian=True) @ (products / scale) / scale
+        a, b = coefficients.tolist()
+        before, newest = matrix.steps[-2:]
+        return CoefficientUpdate({newest: a + b, before: -b}, self.config.space)
+
+
+def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Global and local deltas (2, pairs, count) and targets (pairs, count) as combinations of global deltas."""
+    unit = torch.eye(count, dtype=torch.float64)
+    before = torch.cat([torch.zeros(1, count, dtype=torch.float64), unit[:-1]])
+    start, end = [i for i, _ in pairs], [j for _, j in pairs]
+    return torch.stack([unit[start], unit[start] - before[start]]), unit[end] - unit[start]
+
+
+def _remedy(steps: tuple[int, ...], horizon: int) -> str:
+    trained = [step for step in steps if step != 0]
+    gaps = [after - before for before, after in itertools.pairwise(trained)]
+    if not gaps:
+        return f"needs at least 2 checkpoints (got {len(trained)})"
+    every = min(gaps)
+    if horizon % every:
+        return f"choose a multiple of the {every} steps between checkpoints"
+    return f"needs at least {horizon // every + 1} checkpoints {every} steps apart (got {len(trained)})"

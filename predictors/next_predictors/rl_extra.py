@@ -1,0 +1,26 @@
+"""RL-Extra's weight extrapolation, at the paper's settings."""
+
+from __future__ import annotations
+
+from next_core.history import MatrixHistory
+from next_core.interfaces import Anchor, CoefficientUpdate
+from next_core.matrix_predictor import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_predictors.secant import backbone_weights
+
+
+class RlExtraPredictor(PerMatrixPredictor):
+    """RL-Extra (arXiv 2601.04537): W_hat = W_0 + beta (W_T - W_0) with beta = (t_T + h) / t_T.
+
+    The whole path from the backbone goes on at its mean velocity. Only matrices are extrapolated, so norm layers
+    are copied from W_T, as in the paper.
+    """
+
+    name = "rl-extra"
+    config_class = CoefficientConfig
+
+    @property
+    def anchor(self) -> Anchor:
+        return "backbone"
+
+    def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
+        return CoefficientUpdate(backbone_weights(matrix.steps[-1], horizon), self.config.space)

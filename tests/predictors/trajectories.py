@@ -1,0 +1,126 @@
+"""Synthetic runs with known futures, and a prediction resolved to a dense matrix by the interface's words alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from next_core.compressors.exact import ExactCompressor
+from next_core.history import History
+from next_core.interfaces import CoefficientUpdate, LoraFactors, Prediction
+from next_core.lowrank import Factors, LowRank
+from next_core.sources.memory import MemorySource
+
+EVERY_TEN = tuple(range(10, 110, 10))
+Metrics = Mapping[int, Mapping[str, float]]
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense_run(
+    paths: Mapping[str, Callable[[int], Tensor]],
+    steps: Sequence[int] = EVERY_TEN,
+    metrics: Metrics | None = None,
+) -> MemorySource:
+    """Full-parameter checkpoints W_0 + path(t); ``paths`` give the global delta of each matrix."""
+    backbone = {name: noise(1000 + index, *path(0).shape) for index, (name, path) in enumerate(paths.items())}
+    checkpoints = {t: {name: backbone[name] + path(t) for name, path in paths.items()} for t in steps}
+    return MemorySource(checkpoints, backbone, metrics)
+
+
+def drift(seed: int, m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
+    """t u v^T: exactly linear in t, and of rank 1."""
+    return lambda t: t * torch.outer(noise(seed, m), noise(seed + 1, n))
+
+
+def curve(seed: int, m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
+    """A main direction that slows down, another that bends, and noise on every checkpoint."""
+    main, side = torch.outer(noise(seed, m), noise(seed + 1, n)), torch.outer(noise(seed + 2, m), noise(seed + 3, n))
+    return lambda t: t**0.7 * main + 0.003 * t**1.4 * side + 0.1 * noise(seed + 10 + t, m, n)
+
+
+def walk(seed: int, m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
+    """An isotropic random walk: each step is independent of the ones before."""
+    return lambda t: noise(seed, 1000, m, n)[:t].sum(0)
+
+
+def still(m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
+    """A frozen matrix."""
+    return lambda t: torch.zeros(m, n, dtype=torch.float64)
+
+
+def linear_lora(seed: int, t: int, m: int = 7, n: int = 5) -> LoraFactors:
+    """A as initialised, B = t b with b of rank 1: exactly linear in the factors, and rank 1 as a matrix."""
+    b = torch.outer(noise(seed, m), noise(seed + 1, 2))
+    return LoraFactors(A=noise(seed + 2, 2, n), B=t * b, scaling=2.0)
+
+
+def linear_lora_run(steps: Sequence[int] = (0, *EVERY_TEN), names: Sequence[str] = ("a", "b")) -> MemorySource:
+    return MemorySource({t: {name: linear_lora(10 * i, t) for i, name in enumerate(names)} for t in steps})
+
+
+def curved_lora_run(steps: Sequence[int] = (0, *EVERY_TEN), names: Sequence[str] = ("a", "b")) -> MemorySource:
+    """Both factors move, along curves: factor space and merged space differ."""
+
+    def at(seed: int, t: int) -> LoraFactors:
+        A = noise(seed, 2, 5) + 0.01 * t * noise(seed + 1, 2, 5)
+        return LoraFactors(A, t**0.8 * noise(seed + 2, 7, 2) + 0.001 * t**1.5 * noise(seed + 3, 7, 2), 2.0)
+
+    return MemorySource({t: {name: at(10 * i, t) for i, name in enumerate(names)} for t in steps})
+
+
+def resolve_dense(prediction: Prediction, name: str) -> Tensor:
+    """W_hat - W_T of one parameter at alpha 1, dense (m, n); zero where nothing is predicted."""
+    source, newest = prediction.source, prediction.step
+    observed = _dense(source.delta(name, newest))
+    update = prediction.updates.get(name)
+    if update is None:
+        return torch.zeros_like(observed)
+    if isinstance(update, CoefficientUpdate) and update.space == "factors":
+        at, first = source.factors(name, newest), source.factors(name, 0)
+        assert at is not None
+        assert first is not None
+        start = first if prediction.anchor == "backbone" else at
+        A, B = start.A.clone(), start.B.clone()
+        for step, weight in update.weights.items():
+            then = source.factors(name, step)
+            assert then is not None
+            # Each weight counts from the adapter as initialised: that is where step 0 takes what is missing.
+            A += weight * (then.A - first.A)
+            B += weight * (then.B - first.B)
+        predicted = at.scaling * (B @ A) - at.scaling * (at.B @ at.A)
+    else:
+        if isinstance(update, CoefficientUpdate):
+            moved = sum((w * _dense(source.delta(name, t)) for t, w in update.weights.items()), 0 * observed)
+        else:
+            moved = update.matrix.dense()
+        predicted = moved - observed if prediction.anchor == "backbone" else moved
+    return prediction.weight(name) * predicted
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+class RandomSigns(ExactCompressor):
+    """An SVD whose common signs of u and v are arbitrary, as LAPACK's are."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
+        factors = super().compress(deltas, rank)
+        return factors.flip(1 - 2 * torch.randint(0, 2, factors.S.shape, generator=self.generator))
+
+
+def history(source: MemorySource, rank: int = 1, signs: int | None = None) -> History:
+    return History(source, rank, RandomSigns(signs) if signs is not None else ExactCompressor())
+
+
+def _dense(delta: LowRank | Tensor) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta

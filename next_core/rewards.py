@@ -41,7 +41,9 @@ class MathVerifyReward(Reward):
         try:
             import math_verify  # noqa: F401
         except ImportError:
-            raise BackendError("the reward 'math-verify' needs the package math-verify: pip install next-core[trl]") from None
+            raise BackendError(
+                "the reward 'math-verify' needs the package math-verify: pip install next-core[trl]"
+            ) from None
         self._verify = functools.lru_cache(maxsize=1_000_000)(self._verify_once)
 
     def __call__(self, completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:

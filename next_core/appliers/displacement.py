@@ -71,10 +71,20 @@ def merged(moved: Displacement) -> LowRank | Tensor:
     return moved.merged() if isinstance(moved, FactorStep) else moved
 
 
-def squared_norm(moved: Displacement) -> float:
-    """||displacement||_F^2 in merged space."""
-    delta = merged(moved)
-    return float(lowrank.norm(delta) if isinstance(delta, LowRank) else delta.norm()) ** 2
+def norms(moves: Mapping[str, Displacement]) -> dict[str, float]:
+    """||displacement||_F of each parameter, in merged space; equal shapes in one batch."""
+    found: dict[str, float] = {}
+    batches: dict[tuple[int, int, int], dict[str, LowRank]] = {}
+    for name, moved in moves.items():
+        delta = merged(moved)
+        if isinstance(delta, LowRank):
+            batches.setdefault((*delta.shape, delta.rank), {})[name] = delta
+        else:
+            found[name] = float(delta.norm())
+    for batch in batches.values():
+        values = lowrank.norm(LowRank.stack(list(batch.values())))
+        found.update(zip(batch, values.tolist(), strict=True))
+    return found
 
 
 def _factor_step(prediction: Prediction, name: str, weights: Mapping[int, float]) -> FactorStep:

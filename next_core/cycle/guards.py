@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from next_core.appliers.displacement import displacements, squared_norm
+from next_core.appliers.displacement import displacements, norms
 from next_core.history import History
 from next_core.interfaces import Prediction
 
@@ -56,11 +56,11 @@ class JumpNorm:
 
 def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
     """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
-    squares = {name: squared_norm(moved) for name, moved in displacements(prediction, alpha)}
+    per_matrix = norms(dict(displacements(prediction, alpha)))
     return JumpNorm(
-        jump=sum(squares.values()) ** 0.5,
+        jump=math.sqrt(sum(norm**2 for norm in per_matrix.values())),
         recent=recent_motion(history, prediction.horizon),
-        per_matrix={name: square**0.5 for name, square in squares.items()},
+        per_matrix=per_matrix,
     )
 
 

@@ -17,7 +17,11 @@ from next_core.errors import CheckpointError
 from next_core.storage import MANIFEST, check_manifest
 
 STEP_FOLDER = re.compile(r"(?:checkpoint|step)-(\d+)")
+JUMPS = "jumps"
+JUMP_RECORD = "jump.json"
+SHIFT_FILE = "shift.safetensors"
 CACHE_BYTES = 256 * 2**20
+"""What one cache of tensors may hold."""
 
 
 def find_step_folders(root: Path) -> dict[int, Path]:
@@ -85,6 +89,56 @@ class SafetensorsFile:
         return tensor
 
 
+class Shifts:
+    """The jumps of a run folder (``jumps/`` beside ``checkpoints/``), counted into the checkpoints before them.
+
+    A jump made after step N moves every checkpoint up to N by as much: deltas between checkpoints then show what RL
+    did, and not what a jump did. A jump that lives in an adapter of its own has nothing to shift.
+    """
+
+    def __init__(self, checkpoints: Path) -> None:
+        self._root = checkpoints.parent / JUMPS
+        self._shifts: dict[str, tuple[int, Shift]] = {}
+
+    def refresh(self) -> None:
+        """Take in jumps that were made, and forget those that were rolled back."""
+        present = {path.name: path for path, _ in jump_folders(self._root) if (path / SHIFT_FILE).exists()}
+        for name, path in present.items():
+            if name not in self._shifts:
+                self._shifts[name] = int(read_json(path / JUMP_RECORD)["step"]), Shift(path / SHIFT_FILE)
+        self._shifts = {name: self._shifts[name] for name in present}
+
+    def since(self, step: int) -> list[Shift]:
+        """The shifts of the jumps made at or after a step."""
+        return [shift for jumped, shift in self._shifts.values() if step <= jumped]
+
+
+class Shift:
+    """What one jump moved each stored tensor by, read on demand."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = SafetensorsFile(path)
+        self._cache = TensorCache()
+
+    def get(self, key: str) -> Tensor | None:
+        """The displacement of one tensor, None where the jump left it alone."""
+        if key not in self._file.shapes:
+            return None
+        cached = self._cache.get((key, 0))
+        if cached is None:
+            cached = (self._file.read(key),)
+            self._cache.put((key, 0), cached)
+        return cached[0]
+
+
+def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders under ``jumps/``, in order, with their records."""
+    if not root.is_dir():
+        return []
+    paths = sorted(path for path in root.iterdir() if path.name.isdigit())
+    return [(path, read_json(path / JUMP_RECORD)) for path in paths]
+
+
 class TensorCache:
     """The most recently read tensors, up to ``CACHE_BYTES``."""
 
@@ -99,6 +153,7 @@ class TensorCache:
         return value
 
     def put(self, key: tuple[str, int], value: tuple[Tensor, ...]) -> None:
+        self._bytes -= sum(tensor.nbytes for tensor in self._values.pop(key, ()))
         self._values[key] = value
         self._bytes += sum(tensor.nbytes for tensor in value)
         while self._bytes > CACHE_BYTES:

@@ -12,7 +12,7 @@ from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, Parameter, PluginConfig
 from next_core.sources.folders import (
     STEP_FOLDER,
-    SafetensorsFile,
+    Shifts,
     find_step_folders,
     metrics_at,
     read_metrics,
@@ -35,7 +35,7 @@ class FullModelSource(CheckpointSource):
         super().__init__(config)
         self._backbone = ModelFiles(config.backbone) if config.backbone is not None else None
         self._models: dict[int, ModelFiles] = {}
-        self._shifts: list[tuple[int, SafetensorsFile]] = []
+        self._shifts = Shifts(config.path)
         self._metrics: dict[int, dict[str, float]] = {}
         self.refresh()
 
@@ -58,11 +58,8 @@ class FullModelSource(CheckpointSource):
         if first is not None and self._backbone is not None:
             self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
         self._models = models
+        self._shifts.refresh()
         self._metrics = read_metrics(folders)
-
-    def shift(self, step: int, file: Path) -> None:
-        """Count the jump made after ``step`` into every checkpoint up to it: later deltas show what RL did."""
-        self._shifts.append((step, SafetensorsFile(file)))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -92,9 +89,9 @@ class FullModelSource(CheckpointSource):
         else:
             what = "the backbone (pass --backbone)" if step is None else f"step {step}"
             raise CheckpointError(f"{self.config.path} has no {what}; observed steps: {self.steps}")
-        for shifted, file in self._shifts:
-            if (step or 0) <= shifted and name in file.shapes:
-                value = value + file.read(name)
+        for shift in self._shifts.since(step or 0):
+            moved = shift.get(name)
+            value = value if moved is None else value + moved
         return value
 
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:

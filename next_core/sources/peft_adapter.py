@@ -16,6 +16,7 @@ from next_core.lowrank import LowRank
 from next_core.sources.folders import (
     STEP_FOLDER,
     SafetensorsFile,
+    Shifts,
     TensorCache,
     find_step_folders,
     metrics_at,
@@ -82,7 +83,7 @@ class PeftAdapterSource(CheckpointSource):
         self._scaling: dict[str, float] = {}
         self._parameters: tuple[Parameter, ...] = ()
         self._skipped: dict[str, str] = {}
-        self._shifts: list[tuple[int, SafetensorsFile]] = []
+        self._shifts = Shifts(config.path)
         self._cache = TensorCache()
         self._metrics: dict[int, dict[str, float]] = {}
         self.refresh()
@@ -101,11 +102,8 @@ class PeftAdapterSource(CheckpointSource):
             if step not in self._files:
                 self._open(step, folder)
         self._folders = folders
+        self._shifts.refresh()
         self._metrics = read_metrics(folders)
-
-    def shift(self, step: int, file: Path) -> None:
-        """Count the jump made after ``step`` into every checkpoint up to it: later deltas show what RL did."""
-        self._shifts.append((step, SafetensorsFile(file)))
 
     def _open(self, step: int, folder: Path) -> None:
         if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
@@ -184,11 +182,20 @@ class PeftAdapterSource(CheckpointSource):
         """What an adapter file holds besides LoRA factors of linear layers; it is carried along as trained."""
         return {key: self._files[step].read(key) for key in self._skipped}
 
+    def remember(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a checkpoint that is being written, by their names in the file, to spare reading them."""
+        for parameter in self._parameters:
+            keys = self._keys(parameter.name)
+            self._cache.put((parameter.name, step), tuple(tensors[key] for key in keys))
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+
     def factors(self, name: str, step: int) -> LoraFactors:
         A, B = self._raw(name, step)
-        for shifted, file in self._shifts:
-            if step <= shifted:
-                A, B = (x + file.read(key.format(name=name)) for x, key in zip((A, B), SHIFT_KEYS, strict=True))
+        for shift in self._shifts.since(step):
+            dA, dB = (shift.get(key.format(name=name)) for key in SHIFT_KEYS)
+            A, B = A if dA is None else A + dA, B if dB is None else B + dB
         return LoraFactors(A, B, self._scaling[name])
 
     def _raw(self, name: str, step: int) -> tuple[Tensor, ...]:
@@ -198,8 +205,7 @@ class PeftAdapterSource(CheckpointSource):
                 file = self._files[step]
             except KeyError:
                 raise CheckpointError(f"step {step} was not observed; observed steps: {self.steps}") from None
-            module = name.removesuffix(".weight")
-            cached = tuple(file.read(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
+            cached = tuple(file.read(key) for key in self._keys(name))
             self._cache.put((name, step), cached)
         return cached
 

@@ -21,22 +21,21 @@ from next_core.lowrank import Factors, LowRank
 
 Key = tuple[Literal["u", "sigma", "v"], int]
 """What a network predicts: a component, and that vector's length d (1 for sigma)."""
-PROGRESS_EVERY = 10
 
 
 class NextMlpConfig(PluginConfig):
     """The defaults are the paper's, except ``align``. Raises ``ConfigError`` for settings that contradict."""
 
-    hidden: int = Field(256, ge=1, description="width of the bottleneck layers")
-    epochs: int = Field(1000, ge=1, description="full-batch epochs of training")
+    hidden: int = Field(256, ge=1, description="Width of the bottleneck layers")
+    epochs: int = Field(1000, ge=1, description="Full-batch epochs of training")
     lr: float = Field(2e-5, gt=0, description="AdamW's learning rate at the start")
-    min_lr: float = Field(2e-6, ge=0, description="the learning rate that the cosine ends at")
-    seed: int = Field(0, ge=0, description="seed of the networks' initial weights")
-    align: bool = Field(True, description="align signs over time; false: as the SVD left them, as released")
-    use_global: bool = Field(True, description="give the network the position, W_t - W_0")
-    use_local: bool = Field(True, description="give the network the velocity, W_t - W_{t-1}")
-    patience: int | None = Field(None, ge=1, description="stop a network after so many epochs without gain")
-    device: str = Field("cpu", description="where to train: cpu, cuda, cuda:1, ...")
+    min_lr: float = Field(2e-6, ge=0, description="The learning rate that the cosine ends at")
+    seed: int = Field(0, ge=0, description="Seed of the networks' initial weights")
+    align: bool = Field(True, description="Align signs over time; false: as the SVD left them, as released")
+    use_global: bool = Field(True, description="Give the network the position, W_t - W_0")
+    use_local: bool = Field(True, description="Give the network the velocity, W_t - W_{t-1}")
+    patience: int | None = Field(None, ge=1, description="Stop a network after so many epochs without gain")
+    device: str = Field("cpu", description="Where to train: cpu, cuda, cuda:1, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -82,9 +81,8 @@ class _Group:
 
     def predict(self, name: str) -> Tensor:
         """The component of one matrix's next target, fp64 (k, d); zero where all inputs are."""
-        inputs = self.newest[name]
         with torch.no_grad():
-            output: Tensor = self.network(inputs) * inputs.any(-1, keepdim=True).any(0)
+            output: Tensor = self.network(self.newest[name]) * self.newest[name].any(-1, keepdim=True).any(0)
         return output.double().cpu()
 
 
@@ -122,7 +120,7 @@ class NextMlpPredictor(TrajectoryPredictor):
         return self._predictions[horizon]
 
     def _predict(self, history: History, horizon: int) -> Prediction:
-        updates: dict[str, LowRankUpdate] = {}
+        jumps: dict[str, LowRank] = {}
         abstained, figures = dict(history.frozen), {"sigma_clamped": 0.0}
         reason = _cannot_learn(history, horizon)
         if reason is None:
@@ -142,9 +140,11 @@ class NextMlpPredictor(TrajectoryPredictor):
                 elif not S.any():
                     abstained[name] = "the predicted sigma is not positive"
                 else:
-                    updates[name] = LowRankUpdate(LowRank((S * U).mT, V))
-            figures |= _diagnostics(groups, components["target"], updates)
-            reason = None if updates else "; ".join(sorted({abstained[name] for name in history.names}))
+                    jumps[name] = LowRank((S * U).mT, V)
+            figures |= _diagnostics(groups, list(jumps.values()), [components["target"][name] for name in jumps])
+            reason = None if jumps else "; ".join(sorted({abstained[name] for name in history.names}))
+        reason = reason and f"next-mlp: {reason}"
+        updates = {name: LowRankUpdate(jump) for name, jump in jumps.items()}
         return Prediction(history.source, history.newest, horizon, "newest", updates, {}, abstained, reason, figures)
 
     def _make_groups(
@@ -166,8 +166,7 @@ class NextMlpPredictor(TrajectoryPredictor):
         for key in sorted(samples):
             inputs, targets = zip(*samples[key], strict=True)
             if any(map(len, targets)):
-                with torch.random.fork_rng(devices=[]):
-                    # Not torch.manual_seed: it would reseed the GPUs as well, which are not forked here.
+                with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reseed the GPUs too
                     torch.default_generator.manual_seed(self.config.seed + zlib.crc32(repr(key).encode()))
                     network = Network(key[1], len(used), self.config.hidden).to(device, torch.float32)
                 x, y = torch.cat(inputs, 1).to(device), torch.cat(targets).to(device)
@@ -195,7 +194,7 @@ class NextMlpPredictor(TrajectoryPredictor):
                     if loss < group.best:
                         group.best, group.best_epoch = loss, epoch
                 active = [group for group in active if epoch - group.best_epoch < patience and epoch < epochs]
-            if self.progress is not None and (not active or epoch % PROGRESS_EVERY == 0):
+            if self.progress is not None and (not active or epoch % 10 == 0):
                 self.progress("train next-mlp", epoch if active else epochs, epochs)
 
 
@@ -209,14 +208,9 @@ def _usable(device: str) -> torch.device:
 def _cannot_learn(history: History, horizon: int) -> str | None:
     """Why nothing can be learnt from this history; None if something can."""
     if not history.names:
-        return "no matrix moved over the last interval"
-    if history.pairs(horizon):
-        return None
-    span, needed = history.newest - history.steps[0], history.steps[0] + horizon
-    return (
-        f"no two checkpoints lie {horizon} steps apart: those observed span {span} steps, and one at step {needed} "
-        "is needed; observe until there, or choose a horizon on their grid"
-    )
+        return "no matrix moved over the last interval: did training change the weights?"
+    apart, missing = f"no two checkpoints lie {horizon} steps apart", history.steps[0] + horizon
+    return None if history.pairs(horizon) else f"{apart}; observe one at step {missing}, or choose another horizon"
 
 
 def _read_components(history: History, horizon: int, align: bool) -> dict[DeltaKind, Mapping[str, Factors]]:
@@ -238,9 +232,7 @@ def _vectors(factors: Factors) -> dict[Key, Tensor]:
     return {("u", u.shape[-1]): u, ("sigma", 1): sigma, ("v", v.shape[-1]): v}
 
 
-def _diagnostics(
-    groups: Mapping[Key, _Group], targets: Mapping[str, Factors], updates: Mapping[str, LowRankUpdate]
-) -> dict[str, float]:
+def _diagnostics(groups: Mapping[Key, _Group], jumps: list[LowRank], targets: list[Factors]) -> dict[str, float]:
     """Per network the last epoch's L1 loss, that of predicting zero, and the epochs run.
 
     ``norm_ratio`` is |predicted| / mean over pairs of |target|, norms over all predicted matrices together.
@@ -250,8 +242,8 @@ def _diagnostics(
         figures[f"loss/{part}/{length}"] = group.loss
         figures[f"stay_loss/{part}/{length}"] = float(group.target.abs().mean())
         figures[f"epochs/{part}/{length}"] = group.epochs
-    if updates:
-        predicted = sum(float(lowrank.norm(update.matrix)) ** 2 for update in updates.values())
-        observed = torch.stack([targets[name].S.square().sum(-1) for name in updates]).sum(0).sqrt().mean()
+    if jumps:
+        predicted = sum(float(lowrank.norm(jump)) ** 2 for jump in jumps)
+        observed = torch.stack([target.S.square().sum(-1) for target in targets]).sum(0).sqrt().mean()
         figures["norm_ratio"] = float(math.sqrt(predicted) / observed)
     return figures

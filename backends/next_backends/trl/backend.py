@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from next_core.appliers.live import LiveApplied, LiveApplier, activate_jumps, is
 from next_core.cycle.schedule import Schedule
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
-from next_core.sources.folders import find_step_folders
+from next_core.sources.folders import JUMP_RECORD, JUMPS, SHIFT_FILE, find_step_folders, jump_folders
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.hf_model import SINGLE
 from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource, PeftAdapterSourceConfig
@@ -26,9 +28,6 @@ from next_core.storage import append_json_line, new_directory
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig
-
-SHIFT_FILE = "shift.safetensors"
-RECORD_FILE = "jump.json"
 
 
 class TrlConfig(PluginConfig):
@@ -65,6 +64,8 @@ class TrlBackend(Backend):
         self._source: PeftAdapterSource | FullModelSource | None = None
         self._evaluate: Callable[[Any, str], float | None] | None = None
         self._resume_from: Path | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
+        self._writing: Future[None] | None = None
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build model, LoRA, data, reward and trainer. Returns the step to go on from. Raises ``ConfigError``."""
@@ -93,11 +94,11 @@ class TrlBackend(Backend):
         for later, path in find_step_folders(self._checkpoints).items():
             if later > step:
                 shutil.rmtree(path)  # observed on a path that the resumed run no longer takes
-        for record, path in self._jump_folders():
+        for path, record in self._jump_folders():
             if record["step"] > step:
                 shutil.rmtree(path)
         if is_peft(self._model):
-            expected = [record["adapter"] for record, _ in self._jump_folders() if record["adapter"]]
+            expected = [record["adapter"] for _, record in self._jump_folders() if record["adapter"]]
             found = activate_jumps(self._model)
             if found != expected:
                 raise CheckpointError(
@@ -112,30 +113,40 @@ class TrlBackend(Backend):
             self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
         finally:
             self.trainer.remove_callback(callback)
+            self._flush()
         if self.trainer.state.global_step < until:
             raise BackendError(
                 f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
             )
 
     def observe(self, step: int) -> None:
-        target = self._checkpoints / f"step-{step:06d}"
-        with new_directory(target, overwrite=True) as folder:
-            if is_peft(self._model):
-                adapter = trained_adapter(self._model)
-                suffix = f".{adapter}.weight"
-                tensors = {
-                    name.replace(suffix, ".weight"): value
-                    for name, value in self._model.named_parameters()
-                    if name.endswith(suffix) and ".lora_" in name
-                }
-                raw = self._model.peft_config[adapter].to_dict()
-                (folder / CONFIG_FILE).write_text(json.dumps(raw, default=_jsonable, indent=1))
-                save_file(_to_save(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            else:
-                tensors = {n: p for n, p in self._model.named_parameters() if p.requires_grad and p.dim() == 2}
-                save_file(_to_save(tensors), folder / SINGLE, metadata={"format": "pt"})
+        """Copy the trained tensors now, and write them while training goes on."""
+        config = None
+        if is_peft(self._model):
+            adapter = trained_adapter(self._model)
+            config = json.dumps(self._model.peft_config[adapter].to_dict(), default=_jsonable, indent=1)
+            suffix = f".{adapter}.weight"
+            tensors = {
+                name.removesuffix(suffix) + ".weight": parameter.detach().cpu().clone()
+                for name, parameter in self._model.named_parameters()
+                if name.endswith(suffix) and ".lora_" in name
+            }
+        else:
+            trained = ((n, p) for n, p in self._model.named_parameters() if p.requires_grad and p.dim() == 2)
+            tensors = {name: parameter.detach().cpu().clone() for name, parameter in trained}
+        self._flush()
+        self._writing = self._writer.submit(_write_checkpoint, self._checkpoints / f"step-{step:06d}", tensors, config)
+        if isinstance(self._source, PeftAdapterSource):
+            self._source.remember(step, tensors)
+
+    def _flush(self) -> None:
+        """Wait for the checkpoint that is being written. Raises what went wrong with it."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def source(self) -> PeftAdapterSource | FullModelSource:
+        self._flush()
         if self._source is not None:
             self._source.refresh()
             return self._source
@@ -143,29 +154,25 @@ class TrlBackend(Backend):
             self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=self._checkpoints))
         else:
             self._source = FullModelSource(FullModelSourceConfig(path=self._checkpoints))
-        for record, path in self._jump_folders():
-            if (path / SHIFT_FILE).exists():
-                self._source.shift(record["step"], path / SHIFT_FILE)
         return self._source
 
     def extend(self, prediction: Prediction, alpha: float) -> TrlApplied:
         live = LiveApplier().apply(prediction, alpha, out=self._model)
-        number = max((int(path.name) for _, path in self._jump_folders()), default=0) + 1
-        target = self._folder / "jumps" / f"{number:04d}"
+        number = max((int(path.name) for path, _ in self._jump_folders()), default=0) + 1
+        target = self._folder / JUMPS / f"{number:04d}"
         try:
             with new_directory(target) as folder:
                 record = {"step": prediction.step, "alpha": alpha, "adapter": live.adapter}
-                (folder / RECORD_FILE).write_text(json.dumps(record))
+                (folder / JUMP_RECORD).write_text(json.dumps(record))
                 if live.shift:
                     save_file(_to_save(live.shift), folder / SHIFT_FILE)
         except BaseException:
             live.rollback()
             raise
-        if live.shift:
-            self.source().shift(prediction.step, target / SHIFT_FILE)
         return TrlApplied(live, target, self._optimizer)
 
     def restart_history(self) -> None:
+        self._flush()
         for path in find_step_folders(self._checkpoints).values():
             shutil.rmtree(path)
         self._source = None
@@ -182,10 +189,8 @@ class TrlBackend(Backend):
     def _checkpoints(self) -> Path:
         return self._folder / "checkpoints"
 
-    def _jump_folders(self) -> list[tuple[dict[str, Any], Path]]:
-        root = self._folder / "jumps"
-        paths = sorted(path for path in root.iterdir() if path.name.isdigit()) if root.is_dir() else []
-        return [(json.loads((path / RECORD_FILE).read_text()), path) for path in paths]
+    def _jump_folders(self) -> list[tuple[Path, dict[str, Any]]]:
+        return jump_folders(self._folder / JUMPS)
 
     def _refuse_low_precision(self) -> None:
         for name, parameter in self._model.named_parameters():
@@ -210,6 +215,16 @@ def check_boundaries(schedule: Schedule, total: int, args: Any) -> None:
                 f"a jump after step {step} would fall inside a generation that is used for {unit} steps; make "
                 f"observe and jump_every multiples of {unit}"
             )
+
+
+def _write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
+    try:
+        with new_directory(target, overwrite=True) as folder:
+            if config is not None:
+                (folder / CONFIG_FILE).write_text(config)
+            save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
 
 
 def _to_save(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

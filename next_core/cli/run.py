@@ -1,0 +1,110 @@
+"""`next-core run`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from next_core.cli.progress import Bars
+
+if TYPE_CHECKING:
+    from next_core.config import RunConfig
+    from next_core.cycle.run import RunResult
+
+
+def run_command(
+    path: Path, out: Path, *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Load, run, show."""
+    from next_core.config import load_config
+
+    config = load_config(path)
+    console = Console(stderr=as_json)
+    if dry_run:
+        plan = _plan(config, out)
+        for key, value in plan.items():
+            console.print(f"{key:<14} {value}")
+        if as_json:
+            print(json.dumps(plan))
+        return
+    _quiet_libraries()
+    from next_core.cycle.run import run
+
+    with Bars() as bars:
+        result = run(config, out, resume=resume, overwrite=overwrite, strict=strict, progress=bars)
+    show(result, console)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+
+
+def _plan(config: RunConfig, out: Path) -> dict[str, Any]:
+    steps = config.schedule.attempt_steps(config.steps)
+    allowed = steps if config.schedule.limit == float("inf") else steps[: int(config.schedule.limit)]
+    return {
+        "steps": config.steps,
+        "backend": config.backend.name,
+        "algorithm": config.training.algorithm,
+        "predictor": config.predictor.name,
+        "jumps after": allowed,
+        "checkpoints": config.steps // config.schedule.every,
+        "roll-outs": config.steps * config.training.prompts_per_step * config.training.generations,
+        "control": config.control,
+        "out": str(out),
+    }
+
+
+def show(result: RunResult, console: Console) -> None:
+    """The table of a run: accuracies beside the plain run's, every jump, and where the time went."""
+    console.print()
+    table = Table(title="Accuracy on the test prompts", header_style="bold", title_justify="left")
+    for column in ("run", "steps", "start", "before first jump", "right after", "end"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    keys = ("start", "before_jump", "after_jump", "final")
+    table.add_row("with jumps", str(result.steps), *(_figure(result.accuracy[key]) for key in keys))
+    if result.control is not None:
+        control = result.control["accuracy"]
+        row = (_figure(result.accuracy["start"]), "", "", _figure(control["final"]))
+        table.add_row("plain, same seed", str(result.control["steps"]), *row)
+    console.print(table)
+    if result.jumps:
+        jumps = Table(title="Jumps", header_style="bold", title_justify="left")
+        for column in ("step", "predictor", "alpha", "norm / recent motion", "decision", "reason"):
+            jumps.add_column(column, justify="right" if column in ("step", "alpha", "norm / recent motion") else "left")
+        for jump in result.jumps:
+            ratio = _figure(jump["norm_ratio"], 2)
+            verdict = "made" if jump["accepted"] else "refused"
+            jumps.add_row(str(jump["step"]), jump["predictor"], f"{jump['alpha']:g}", ratio, verdict, jump["reason"])
+        console.print(jumps)
+    seconds = result.seconds
+    line = f"Seconds: RL {seconds['rl']:.1f}, next-core {seconds['ours']:.1f} (of which probes {seconds['ours_probe']:.1f})"
+    if result.control is not None:
+        line += f", plain run {result.control['seconds']:.1f}"
+    console.print(line + f", in all {seconds['total']:.1f}.  Run folder: {result.folder}", highlight=False)
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _quiet_libraries() -> None:
+    """The trainers' libraries print bars and deprecations of their own between our lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    except ImportError:
+        pass  # a backend that does not use transformers

@@ -1,0 +1,176 @@
+"""AlphaRL against the formulas written out, and what it declines to regress on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trajectories import (
+    EVERY_TEN,
+    Metrics,
+    curve,
+    dense_run,
+    drift,
+    history,
+    linear_lora_run,
+    noise,
+    relative_error,
+    resolve_dense,
+)
+
+from next_core.errors import ConfigError
+from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.matrix_predictor import Abstain
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from next_predictors.alpharl import invert
+
+
+def predict(source: MemorySource, horizon: int = 30, rank: int = 1, **fields: Any) -> Prediction:
+    return make_predictor("alpharl", **fields).fit(history(source, rank)).predict(horizon)
+
+
+def rewards(values: dict[int, float]) -> Metrics:
+    return {step: {"reward": value} for step, value in values.items()}
+
+
+def rising(steps: tuple[int, ...] = EVERY_TEN) -> Metrics:
+    return rewards({t: 0.2 + 0.004 * t for t in steps})
+
+
+def test_a_metric_that_is_linear_in_time_gives_the_same_as_the_step() -> None:
+    plain = predict(dense_run({"a": drift(1)}))
+    with_metric = predict(dense_run({"a": drift(1)}, metrics=rising()), metric="reward")
+    torch.testing.assert_close(resolve_dense(with_metric, "a"), resolve_dense(plain, "a"))
+
+
+def test_goes_where_the_metric_reaches_its_target() -> None:
+    # Accuracy .2 + .004 t is .8 at step 150, 50 past the newest, whatever the horizon.
+    source = dense_run({"a": drift(1)}, metrics=rising())
+    for anchor in ("newest", "backbone"):
+        prediction = predict(source, horizon=10, metric="reward", target=0.8, anchor=anchor)
+        assert relative_error(resolve_dense(prediction, "a"), drift(1)(50)) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_agrees_with_the_formulas_written_out(rank: int) -> None:
+    source = dense_run({"a": curve(1)})
+    steps, y_target = np.array(EVERY_TEN, dtype=float), 130.0
+    found = history(source, rank).components("global")["a"]
+    rescaled = (found.energy / found.S.square().sum(-1)).sqrt()
+    sides = [found.S[:, i, None] * found.U[:, :, i] for i in range(rank)]
+    X = (rescaled[:, None] * torch.cat(sides, -1)).numpy()
+    mean, scale = X.mean(0), X.std(0, ddof=1)
+    Z = (X - mean) / scale
+    w = Z.T @ (steps - steps.mean())
+    z = Z @ (w / np.linalg.norm(w))
+    p = Z.T @ z / (z @ z)
+    a, b = np.polyfit(z, steps, 1)
+    x_target = torch.from_numpy(mean + scale * ((y_target - b) / a * p)).reshape(rank, 7)
+    wanted = sum(torch.outer(x_target[i], found.V[-1, :, i]) for i in range(rank))
+    update = predict(source, rank=rank).updates["a"]
+    assert isinstance(update, LowRankUpdate)
+    assert update.matrix.rank == rank
+    torch.testing.assert_close(update.matrix.dense(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_pinned_form_keeps_what_lies_outside_the_leading_direction() -> None:
+    bulk = 5 * noise(99, 7, 5)
+
+    def path(t: int) -> torch.Tensor:
+        return drift(1)(t) + (bulk if t else 0 * bulk)
+
+    source = dense_run({"a": path})
+    pinned, based = (resolve_dense(predict(source, anchor=anchor), "a") for anchor in ("newest", "backbone"))
+    assert relative_error(pinned, drift(1)(30)) < 0.1
+    # From the backbone, all of W_T - W_0 is replaced by its leading direction.
+    newest = path(100)
+    U, S, Vh = torch.linalg.svd(newest)
+    lost = newest - S[0] * torch.outer(U[:, 0], Vh[0])
+    assert float((based - pinned).norm()) > 0.9 * float(lost.norm())
+
+
+def test_features_that_do_not_vary_are_left_where_they_are() -> None:
+    x = np.outer(np.arange(4.0), [1.0, 0.0, -2.0])
+    x[:, 1] = 3.0 + 1e-15 * np.array([1.0, -1.0, 1.0, -1.0])
+    found = invert(x, np.arange(4.0), 5.0, min_t=2.0)
+    assert not isinstance(found, Abstain)
+    assert found.tolist() == pytest.approx([5.0, 3.0, -10.0], rel=1e-12)
+
+
+def test_rounding_noise_in_most_features_does_not_reach_the_others() -> None:
+    rng = np.random.default_rng(0)
+    x = np.outer(np.arange(5.0), [1.0, *np.zeros(500)]) + 1e-12 * rng.normal(size=(5, 501))
+    found = invert(x, np.arange(5.0), 9.0, min_t=2.0)
+    assert not isinstance(found, Abstain)
+    assert found[0] == pytest.approx(9.0, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        ([[1.0], [0.0], [1.0]], [0.0, 1.0, 2.0], "does not vary with the metric"),
+        ([[1.0], [1.0], [1.0]], [0.0, 1.0, 2.0], "does not vary with the metric"),
+        ([[0.0], [2.0], [0.1], [2.1]], [0.0, 0.0, 1.0, 1.0], "not distinguishable from 0 (t = 0.07)"),
+    ],
+)
+def test_abstains_where_the_slope_is_not_distinguishable_from_0(
+    x: list[list[float]], y: list[float], reason: str
+) -> None:
+    found = invert(np.array(x), np.array(y), 3.0, min_t=2.0)
+    assert isinstance(found, Abstain)
+    assert reason in found.reason
+
+
+def abstention(values: dict[int, float], **fields: Any) -> str:
+    source = dense_run({"a": drift(1), "b": drift(4)}, metrics=rewards(values))
+    prediction = predict(source, metric="reward", **fields)
+    assert not prediction.updates
+    assert prediction.abstention is not None
+    return prediction.abstention
+
+
+def test_abstains_on_a_metric_that_is_constant() -> None:
+    assert "'reward' is 0.3 at every checkpoint" in abstention(dict.fromkeys(EVERY_TEN, 0.3))
+
+
+def test_abstains_on_a_metric_that_is_not_finite_and_names_the_steps() -> None:
+    values = {t: 0.1 * t for t in EVERY_TEN} | {40: math.nan, 70: math.inf}
+    assert "no finite value of metric 'reward' at steps [40, 70]; logged: reward" in abstention(values)
+
+
+def test_abstains_on_a_metric_that_was_logged_late() -> None:
+    late = abstention({t: 0.1 * t for t in EVERY_TEN if t > 20})
+    assert "at steps [10, 20]" in late
+
+
+def test_abstains_on_a_metric_that_is_not_logged_and_lists_those_that_are() -> None:
+    prediction = predict(dense_run({"a": drift(1)}, metrics=rising()), metric="accuracy")
+    assert prediction.abstention is not None
+    assert "metric 'accuracy'" in prediction.abstention
+    assert prediction.abstention.endswith("logged: reward")
+
+
+def test_abstains_when_the_metric_moves_away_from_its_target() -> None:
+    assert "not towards target 0.1" in abstention({t: 0.2 + 0.004 * t for t in EVERY_TEN}, target=0.1)
+    assert "not towards target 0.9" in abstention({t: 0.8 - 0.004 * t for t in EVERY_TEN}, target=0.9)
+
+
+def test_abstains_with_fewer_than_three_checkpoints() -> None:
+    prediction = predict(dense_run({"a": drift(1)}, steps=[10, 20]))
+    assert prediction.abstention == "alpharl: a regression needs at least 3 checkpoints (got 2)"
+
+
+def test_the_checkpoint_of_step_0_needs_no_metric() -> None:
+    source = linear_lora_run()
+    logged = MemorySource(source._checkpoints, metrics=rising())
+    prediction = predict(logged, metric="reward")
+    torch.testing.assert_close(resolve_dense(prediction, "a"), resolve_dense(predict(source), "a"))
+
+
+def test_a_target_needs_its_metric() -> None:
+    with pytest.raises(ConfigError, match="target is a value of a metric; name it with metric"):
+        make_predictor("alpharl", target=0.5)

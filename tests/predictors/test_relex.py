@@ -1,0 +1,87 @@
+"""RELEX from the Gram matrix equals RELEX from the stacked, flattened deltas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from trajectories import (
+    EVERY_TEN,
+    curve,
+    curved_lora_run,
+    dense_run,
+    drift,
+    history,
+    noise,
+    relative_error,
+    resolve_dense,
+)
+
+from next_core.interfaces import CheckpointSource, Prediction
+from next_core.lowrank import LowRank
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+
+
+def predict(source: MemorySource, horizon: int = 30, view_rank: int = 1, **fields: Any) -> Prediction:
+    return make_predictor("relex", **fields).fit(history(source, view_rank)).predict(horizon)
+
+
+def by_definition(source: CheckpointSource, rank: int, target: int, pinned: bool) -> Tensor:
+    """W_hat - W_T by a dense SVD of M and a least-squares line for each component."""
+    deltas = [source.delta("a", step) for step in source.steps]
+    dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas]
+    U, s, Vh = torch.linalg.svd(torch.stack([delta.flatten() for delta in dense]), full_matrices=False)
+    c = (U * s)[:, :rank].numpy()
+    slope, intercept = np.polyfit(np.array(source.steps, dtype=float), c, 1)
+    found: Tensor = (torch.from_numpy(slope * target + intercept) @ Vh[:rank]).reshape(dense[-1].shape)
+    known: Tensor = (torch.from_numpy(c[-1]) @ Vh[:rank]).reshape(dense[-1].shape)
+    return found - (known if pinned else dense[-1])
+
+
+@pytest.mark.parametrize("anchor", ["backbone", "newest"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
+def test_equals_the_svd_of_the_stacked_deltas(anchor: str, rank: int, lora: bool) -> None:
+    source = curved_lora_run(steps=EVERY_TEN) if lora else dense_run({"a": curve(1)})
+    found = resolve_dense(predict(source, anchor=anchor, rank=rank), "a")
+    torch.testing.assert_close(found, by_definition(source, rank, 130, anchor == "newest"), rtol=1e-7, atol=1e-8)
+
+
+def test_the_rank_is_that_of_the_history_when_it_is_not_given() -> None:
+    source = dense_run({"a": curve(1)})
+    assert predict(source, view_rank=2).updates == predict(source, rank=2).updates
+    assert predict(source, view_rank=2).updates != predict(source, view_rank=1).updates
+
+
+def test_components_of_rounding_size_are_not_amplified() -> None:
+    prediction = predict(dense_run({"a": drift(1)}), rank=9)
+    assert relative_error(resolve_dense(prediction, "a"), drift(1)(30)) < 1e-5
+
+
+def test_the_pinned_form_keeps_what_lies_outside_the_components() -> None:
+    side = noise(77, 7, 5)
+
+    def path(t: int) -> Tensor:
+        return drift(1)(t) + (side if t == 100 else 0 * side)
+
+    source = dense_run({"a": path})
+    pinned, based = (resolve_dense(predict(source, anchor=anchor), "a") for anchor in ("newest", "backbone"))
+    # The line is nearly that of the drift, and the newest checkpoint's own offset stays in W_T ...
+    assert relative_error(pinned, drift(1)(30)) < 0.1
+    # ... where the paper's form drops it, but for the quarter that the leading direction itself takes up.
+    assert relative_error(pinned - based, side) < 0.4
+
+
+def test_the_line_is_over_the_steps_where_checkpoints_are_not_evenly_spaced() -> None:
+    source = dense_run({"a": drift(1)}, steps=[5, 10, 40, 100])
+    assert relative_error(resolve_dense(predict(source), "a"), drift(1)(30)) < 1e-9
+
+
+def test_two_checkpoints_are_enough_and_one_is_not() -> None:
+    assert predict(dense_run({"a": drift(1)}, steps=[10, 20])).abstention is None
+    one = predict(dense_run({"a": drift(1)}, steps=[10]))
+    assert one.abstention == "relex: a line over time needs at least 2 checkpoints (got 1)"

@@ -1,0 +1,163 @@
+"""The secant's window, damping and space, and the gate's figures worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from trajectories import curved_lora_run, dense_run, drift, history, resolve_dense, still, walk
+
+from next_core.errors import ConfigError
+from next_core.interfaces import CoefficientUpdate, Prediction
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+
+QUARTERS = (25, 50, 75)
+
+
+def predict(source: MemorySource, horizon: int = 10, **fields: Any) -> Prediction:
+    return make_predictor("secant", **fields).fit(history(source)).predict(horizon)
+
+
+def weights(prediction: Prediction, name: str = "a") -> dict[int, float]:
+    update = prediction.updates[name]
+    assert isinstance(update, CoefficientUpdate)
+    return dict(update.weights)
+
+
+def bend(share: float, side: float = 0.0, before: float = 1.0) -> Callable[[int], Tensor]:
+    """Over the steps 25 to 50 the matrix moves by ``before`` e_11, and over 50 to 75 by share e_11 + side e_22."""
+
+    def path(t: int) -> Tensor:
+        earlier, later = min(max(t - 25, 0), 25) / 25, max(t - 50, 0) / 25
+        return torch.diag(
+            torch.tensor([min(t, 25) / 25 + before * earlier + share * later, side * later], dtype=torch.float64)
+        )
+
+    return path
+
+
+def test_goes_on_at_the_velocity_of_the_window() -> None:
+    assert weights(predict(dense_run({"a": drift(1)}), horizon=10, window=50)) == {100: 0.2, 50: -0.2}
+
+
+def test_the_window_is_the_horizon_when_it_is_not_given() -> None:
+    assert weights(predict(dense_run({"a": drift(1)}), horizon=20)) == {100: 1.0, 80: -1.0}
+
+
+@pytest.mark.parametrize(("anchor", "wanted"), [("newest", {100: 0.25, 80: -0.25}), ("backbone", {100: 1.05})])
+def test_damping_scales_the_motion_and_not_the_position(anchor: str, wanted: dict[int, float]) -> None:
+    found = weights(predict(dense_run({"a": drift(1)}), horizon=20, damping=0.25, anchor=anchor))
+    assert found == pytest.approx(wanted)
+
+
+def test_weighs_factors_by_default_and_the_weights_sum_to_zero() -> None:
+    prediction = predict(curved_lora_run(), horizon=30, window=20)
+    update = prediction.updates["a"]
+    assert isinstance(update, CoefficientUpdate)
+    assert update.space == "factors"
+    assert sum(update.weights.values()) == 0.0
+    at, before = (prediction.source.factors("a", t) for t in (100, 80))
+    assert at is not None
+    assert before is not None
+    B, A = at.B + 1.5 * (at.B - before.B), at.A + 1.5 * (at.A - before.A)
+    torch.testing.assert_close(resolve_dense(prediction, "a"), 2.0 * (B @ A - at.B @ at.A))
+
+
+def test_names_the_windows_that_are_there() -> None:
+    prediction = predict(dense_run({"a": drift(1)}, steps=[20, 40, 50]), window=25)
+    assert prediction.abstention == "no checkpoint 25 steps before step 50; windows that are: [10, 30, 50]"
+    assert not prediction.updates
+
+
+def test_a_window_may_reach_the_backbone() -> None:
+    source = dense_run({"a": drift(1)}, steps=[50])
+    assert weights(predict(source, window=50)) == {50: 0.2}
+
+
+def test_a_window_that_reaches_the_backbone_needs_step_0_in_factor_space() -> None:
+    kept, not_kept = curved_lora_run(steps=[0, 25, 50]), curved_lora_run(steps=[25, 50])
+    assert weights(predict(kept, window=50)) == {50: 0.2, 0: -0.2}
+    assert predict(not_kept, window=50).abstention is not None
+    merged = [predict(source, window=50, space="merged") for source in (kept, not_kept)]
+    torch.testing.assert_close(resolve_dense(merged[0], "a"), resolve_dense(merged[1], "a"))
+
+
+def test_the_gate_follows_lambda_and_its_median() -> None:
+    # P = e_11 and D = share e_11 + side e_22, so lambda is share; the median of (.5, .3, .1, .4, .45) is .4.
+    shares = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.4, "e": 0.45}
+    source = dense_run({name: bend(share, side=2.0) for name, share in shares.items()}, QUARTERS)
+    prediction = predict(source, window=25, gate={})
+    assert prediction.diagnostics == {"median_lambda": pytest.approx(0.4)}
+    opening = (0.4 - 0.25) / 0.25
+    wanted = {name: (shares[name] - 0.2) / 0.4 * opening for name in "abde"}
+    assert prediction.confidence == pytest.approx(wanted)
+    assert set(prediction.updates) == set(wanted)
+    assert prediction.abstained == {"c": "gate: lambda 0.100 is not above 0.2"}
+    assert prediction.abstention is None
+
+
+def test_lambda_is_relative_to_the_earlier_secant() -> None:
+    source = dense_run({"a": bend(1.0, before=2.0)}, QUARTERS)
+    assert predict(source, window=25, gate={}).diagnostics == {"median_lambda": pytest.approx(0.5)}
+
+
+def test_the_gate_is_wide_open_on_a_straight_line() -> None:
+    prediction = predict(dense_run({"a": drift(1), "b": drift(5)}, QUARTERS), window=25, gate={})
+    assert prediction.diagnostics == {"median_lambda": pytest.approx(1.0)}
+    assert prediction.confidence == {}
+    assert set(prediction.updates) == {"a", "b"}
+
+
+def test_the_gate_closes_for_all_on_a_low_median() -> None:
+    source = dense_run({"a": bend(0.9), "b": bend(0.2), "c": bend(0.1)}, QUARTERS)
+    prediction = predict(source, window=25, gate={})
+    assert prediction.abstention == "gate: median lambda 0.200 is not above 0.25: recent motion does not go on"
+    assert prediction.diagnostics == {"median_lambda": pytest.approx(0.2)}
+    assert not prediction.updates
+
+
+def test_the_gate_closes_on_a_random_walk() -> None:
+    source = dense_run({name: walk(i) for i, name in enumerate("abcdef")})
+    prediction = predict(source, window=20, gate={"window": 20})
+    assert not prediction.updates
+    assert abs(prediction.diagnostics["median_lambda"]) < 0.25
+
+
+def test_the_gate_counts_the_backbone_as_the_checkpoint_of_step_0() -> None:
+    path = drift(1)
+    without = predict(dense_run({"a": path}, steps=[25, 50]), window=25, gate={})
+    observed = predict(dense_run({"a": path}, steps=[0, 25, 50]), window=25, gate={})
+    assert without.diagnostics == observed.diagnostics == {"median_lambda": pytest.approx(1.0)}
+    assert without.abstention is None
+
+
+def test_a_matrix_that_stood_still_before_has_no_lambda() -> None:
+    source = dense_run({"a": bend(0.5), "b": bend(0.6), "late": bend(1.0, before=0.0)}, QUARTERS)
+    prediction = predict(source, window=25, gate={})
+    assert prediction.diagnostics == {"median_lambda": pytest.approx(0.55)}
+    assert prediction.abstained == {"late": "gate: lambda is undefined, the matrix stood still over the earlier window"}
+    all_late = predict(dense_run({"late": bend(1.0, before=0.0)}, QUARTERS), window=25, gate={})
+    assert all_late.abstention == "gate: no matrix moved from step 25 to 50"
+
+
+def test_the_gate_says_which_checkpoints_it_needs() -> None:
+    source = dense_run({"a": drift(1)}, steps=[10, 20, 30])
+    prediction = predict(source, window=10, gate={"window": 25})
+    wanted = "gate: needs checkpoints 25 and 50 steps before step 30; observed: [10, 20, 30]"
+    assert prediction.abstention == wanted
+
+
+def test_the_gate_leaves_frozen_matrices_out_of_the_median() -> None:
+    source = dense_run({"a": bend(0.6), "x": still(2, 2), "y": still(2, 2)}, QUARTERS)
+    assert predict(source, window=25, gate={}).diagnostics == {"median_lambda": pytest.approx(0.6)}
+
+
+@pytest.mark.parametrize("wrong", [{"gate": {"width": 0}}, {"gate": {"windw": 3}}, {"window": 0}, {"damping": -1}])
+def test_refuses_settings_that_mean_nothing(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=r"predictor 'secant'\."):
+        make_predictor("secant", **wrong)

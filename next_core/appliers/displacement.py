@@ -21,8 +21,8 @@ from next_core.lowrank import LowRank
 class FactorStep:
     """A move of the trained adapter's own factors: A += dA, B += dB; ``at`` is where they stand."""
 
-    dA: Tensor
-    dB: Tensor
+    dA: Tensor  # noqa: N815
+    dB: Tensor  # noqa: N815
     at: LoraFactors
 
     def merged(self) -> LowRank:

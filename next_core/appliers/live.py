@@ -32,6 +32,11 @@ class LiveApplied(Applied):
         self._kept.append((parameter, parameter.detach().clone()))
         parameter.copy_((parameter.double() + moved.to(parameter.device)).to(parameter.dtype))
 
+    @property
+    def written(self) -> list[Tensor]:
+        """The parameters that were changed in place."""
+        return [parameter for parameter, _ in self._kept]
+
     @torch.no_grad()
     def rollback(self) -> None:
         for parameter, kept in self._kept:
@@ -153,7 +158,8 @@ def add_frozen_adapter(model: Any, moves: Mapping[str, LowRank]) -> str:
         task_type=model.peft_config[trained_adapter(model)].task_type,
         inference_mode=True,
     )
-    model.add_adapter(name, config)
+    with torch.random.fork_rng():  # PEFT draws a start that is overwritten; the run's random state is not ours to spend
+        model.add_adapter(name, config)
     for module in ranks:
         move = moves[f"{module}.weight"]
         layer = model.base_model.model.get_submodule(module)

@@ -11,7 +11,7 @@ from typing import Any
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
-from next_core.errors import CheckpointError, GuardError, NextCoreError
+from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, NextCoreError
 from next_core.history import History
 from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
 from next_core.plugins import describe
@@ -121,8 +121,11 @@ class PredictExtendCycle:
         before = self._probe(step)
         if not self._first_done and self.milestone is not None:
             self.milestone("before_jump")
-        with self._timed("extend"):
-            applied = self.backend.extend(prediction, self.schedule.alpha)
+        try:
+            with self._timed("extend"):
+                applied = self.backend.extend(prediction, self.schedule.alpha)
+        except (BackendError, GuardError, ConfigError) as error:  # nothing was changed
+            return self._refuse(step, facts, str(error))
         after = self._probe(step, again=True)
         facts |= {"accuracy_before": before, "accuracy_after": after}
         if before is not None and after is not None and after < before - self.guards.max_drop:
@@ -216,5 +219,5 @@ class PredictExtendCycle:
             self.seconds[what] += time.perf_counter() - start
 
 
-class _Refused(NextCoreError):
+class _Refused(NextCoreError):  # noqa: N818 - not an error of the run
     """A jump that is not made, with the reason."""

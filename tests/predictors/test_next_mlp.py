@@ -121,12 +121,14 @@ def test_it_counts_from_the_newest_checkpoint(past: History) -> None:
 
 
 def test_a_second_run_agrees_bit_for_bit_and_leaves_the_global_generator_alone(past: History) -> None:
-    before = torch.get_rng_state()
-    first = predict(past, **QUICK)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(3)
-    with torch.no_grad():
-        second = predict(past, **QUICK)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)
+        before = torch.get_rng_state()
+        first = predict(past, **QUICK)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(30)
+        with torch.no_grad():
+            second = predict(past, **QUICK)
     assert same(first, second)
     assert first.diagnostics == second.diagnostics
     assert not same(first, predict(past, seed=1, **QUICK))
@@ -152,6 +154,22 @@ def test_signs_of_the_svd_do_not_matter_unless_alignment_is_switched_off(run: Ru
     as_is, flipped = history(run, rank), history(run, rank, signs)
     assert same(predict(as_is, **QUICK), predict(flipped, **QUICK))
     assert not same(predict(as_is, align=False, **QUICK), predict(flipped, align=False, **QUICK))
+
+
+def test_alignment_is_what_makes_signs_learnable(run: Run) -> None:
+    flipped = history(run, signs=0)
+    aligned, as_released = (predict(flipped, align=align, lr=1e-3, epochs=60).diagnostics for align in (True, False))
+    assert aligned["loss/u/16"] < 0.5 * as_released["loss/u/16"]
+
+
+def test_the_length_of_a_jump_is_that_of_sigma(past: History, run: Run) -> None:
+    """A rotation of the rows changes every u and no sigma: the jump turns and keeps its length."""
+    turn = {m: torch.linalg.qr(torch.randn(m, m, generator=_seeded(m), dtype=torch.float64)).Q for m in (12, 16)}
+    turned = history({step: {name: turn[len(W)] @ W for name, W in weights.items()} for step, weights in run.items()})
+    before, after = dense(predict(past, **QUICK)), dense(predict(turned, **QUICK))
+    for name in SHAPES:
+        assert not torch.allclose(before[name], after[name])
+        torch.testing.assert_close(before[name].norm(), after[name].norm(), rtol=1e-4, atol=0)
 
 
 def test_other_matrices_of_other_lengths_do_not_matter(past: History, run: Run) -> None:

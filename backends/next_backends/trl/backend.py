@@ -37,14 +37,20 @@ class TrlConfig(PluginConfig):
 
 
 class TrlApplied(Applied):
-    """A jump in a live trainer: weights, optimizer moments, and the record of it on disk."""
+    """A jump in a live trainer. Rolling back restores all that trains and its optimizer moments, also steps later."""
 
-    def __init__(self, live: LiveApplied, folder: Path, optimizer: Any) -> None:
+    def __init__(self, model: nn.Module, live: LiveApplied, folder: Path, optimizer: Any) -> None:
         self._live, self._folder, self._optimizer = live, folder, optimizer
+        written = {id(parameter) for parameter in live.written}  # those the applier has kept already
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in written]
+        self._kept = [(parameter, parameter.detach().clone()) for parameter in trained]
         self._state = _clone_state(optimizer)
 
+    @torch.no_grad()
     def rollback(self) -> None:
         self._live.rollback()
+        for parameter, kept in self._kept:
+            parameter.copy_(kept)
         _restore_state(self._optimizer, self._state)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -169,7 +175,7 @@ class TrlBackend(Backend):
         except BaseException:
             live.rollback()
             raise
-        return TrlApplied(live, target, self._optimizer)
+        return TrlApplied(self._model, live, target, self._optimizer)
 
     def restart_history(self) -> None:
         self._flush()

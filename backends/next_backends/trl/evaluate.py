@@ -51,7 +51,8 @@ def _answer_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) 
     ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
     logits = model(input_ids=ids, attention_mask=seen).logits[:, :-1].float()
     logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return (logps * answer[:, 1:]).sum(1)
+    total: torch.Tensor = (logps * answer[:, 1:]).sum(1)
+    return total
 
 
 def greedy_accuracy(model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int) -> float:

@@ -1,0 +1,107 @@
+"""A real TRL trainer on the arithmetic base model, small enough for a test: a step is some 50 ms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+BASE = EXAMPLES / "arithmetic" / "base"
+PROMPTS = ["12+34=", "97-15=", "50+50=", "83-82="]
+
+
+def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [float(text.strip() == gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture
+def logits(tokenizer: Any) -> Callable[[Any], torch.Tensor]:
+    """Logits of fixed prompts, in evaluation mode."""
+
+    def compute(model: Any) -> torch.Tensor:
+        batch = tokenizer(PROMPTS, return_tensors="pt")
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        model.train(training)
+        return out.double()
+
+    return compute
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
+    """``make_trainer(callbacks=[...], steps=12, lora=True, rloo=False, **GRPOConfig fields)``."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 40) for b in range(10, 30)]
+
+    def make(
+        callbacks: list[Any] | None = None,
+        steps: int = 12,
+        lora: bool | dict[str, Any] = True,
+        rloo: bool = False,
+        model: Any = None,
+        out: str = "trainer",
+        **fields: Any,
+    ) -> Any:
+        settings = {
+            "output_dir": str(tmp_path / out),
+            "max_steps": steps,
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "logging_steps": 5,
+            "beta": 0.0,
+            "seed": 3,
+        } | fields
+        set_seed(3)
+        config_class, trainer_class = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
+        adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        trainer = trainer_class(
+            model=model if model is not None else AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+            reward_funcs=exact,
+            args=config_class(**settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**(adapter | (lora if isinstance(lora, dict) else {}))) if lora else None,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def trained() -> Callable[[Any], dict[str, torch.Tensor]]:
+    """A copy of everything that trains."""
+
+    def copy(model: Any) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    return copy

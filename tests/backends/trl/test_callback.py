@@ -1,0 +1,440 @@
+"""``PredictExtendCallback`` in the real GRPOTrainer and RLOOTrainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from next_backends.trl import PredictExtendCallback
+from next_core import LowRankUpdate, open_checkpoints
+from next_core.appliers.live import jump_adapters
+from next_core.errors import BackendError, ConfigError
+from next_core.interfaces import CoefficientUpdate
+from next_core.lowrank import LowRank
+from next_core.matrix_predictor import Abstain, matrix_predictor
+
+pytestmark = pytest.mark.trl
+
+SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
+MERGED = {"name": "secant", "window": 3, "space": "merged"}
+FACTORS = {"name": "secant", "window": 3, "space": "factors"}
+
+
+class Watch(TrainerCallback):
+    """Calls ``look(step, model)`` before the jump's callback and after it, when put on both sides of it."""
+
+    def __init__(self, look: Any) -> None:
+        self.look = look
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look(state.global_step, kwargs["model"])
+
+
+class Gradients(TrainerCallback):
+    """Notes which tensors hold a gradient when the norm is clipped."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tensors = [*kwargs["model"].named_parameters(), *kwargs["model"].named_buffers()]
+        self.names |= {name for name, tensor in tensors if tensor.grad is not None}
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """The effective weight of every linear layer: base plus all active adapters, fp64."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            delta = sum(module.get_delta_weight(adapter).double() for adapter in module.active_adapters)
+            found[name] = module.get_base_layer().weight.detach().double() + delta
+        elif isinstance(module, torch.nn.Linear) and "lora" not in name and "base_layer" not in name:
+            found[name] = module.weight.detach().double().clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
+)
+def test_log_probabilities_move_by_the_jump_and_only_by_it(
+    make_trainer: Any, logits: Any, tmp_path: Path, predictor: dict[str, Any], lora: bool
+) -> None:
+    seen: dict[str, dict[int, Any]] = {"before": {}, "after": {}, "before_w": {}, "after_w": {}}
+
+    def look(when: str) -> Any:
+        def note(step: int, model: Any) -> None:
+            seen[when][step] = logits(model)
+            seen[when + "_w"][step] = weights(model)
+
+        return note
+
+    callback = PredictExtendCallback(predictor, alpha=2.0, guards={"max_norm_ratio": 100}, **SMALL)
+    trainer = make_trainer([Watch(look("before")), callback, Watch(look("after"))], steps=9, lora=lora)
+    trainer.train()
+
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
+    for step in range(1, 10):
+        same = torch.equal(seen["before"][step], seen["after"][step])
+        assert same == (step != 6), f"step {step}"
+    # The weights moved by 2 (W_6 - W_3), as the checkpoints say, and nothing else moved.
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
+    for name, before in seen["before_w"][6].items():
+        moved = seen["after_w"][6][name] - before
+        parameter = name.removeprefix("base_model.model.") + ".weight"
+        if parameter not in {p.name for p in source.parameters}:
+            assert not moved.any(), name
+            continue
+        if predictor is MERGED:
+            # The source counts the jump into earlier checkpoints; the difference of two is what RL did.
+            delta = source.delta(parameter, 6, since=3)
+            wanted = 2.0 * (delta.dense() if isinstance(delta, LowRank) else delta)
+            torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-4)
+        assert moved.norm() > 0
+
+
+def test_the_trained_adapter_of_a_factor_jump_is_where_the_coefficients_say(make_trainer: Any, trained: Any) -> None:
+    seen: dict[int, Any] = {}
+    after: dict[int, Any] = {}
+    callback = PredictExtendCallback(FACTORS, alpha=3.0, guards={"max_norm_ratio": 100}, **SMALL)
+    watchers = [
+        Watch(lambda step, model: seen.__setitem__(step, trained(model))),
+        callback,
+        Watch(lambda step, model: after.__setitem__(step, trained(model))),
+    ]
+    make_trainer(watchers, steps=9).train()
+    for name, value in seen[6].items():
+        wanted = value + 3.0 * (value - seen[3][name])
+        torch.testing.assert_close(after[6][name], wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_jump_adapter_never_gets_gradients_and_never_changes(make_trainer: Any, beta: float) -> None:
+    jumped: dict[int, dict[str, torch.Tensor]] = {}
+    gradients = Gradients()
+
+    def look(step: int, model: Any) -> None:
+        jumped[step] = {name: t.detach().clone() for name, t in model.state_dict().items() if ".jump-1." in name}
+
+    callback = PredictExtendCallback(MERGED, **SMALL)
+    trainer = make_trainer([callback, Watch(look), gradients], steps=12, beta=beta)
+    trainer.train()
+
+    assert jump_adapters(trainer.model) == ["jump-1"]
+    assert jumped[6]
+    for name, value in jumped[6].items():
+        assert torch.equal(value, jumped[12][name])
+    assert not any(".jump-1." in name for name in gradients.names)
+    assert any(".default." in name for name in gradients.names)
+    in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    named = {id(t): name for name, t in [*trainer.model.named_parameters(), *trainer.model.named_buffers()]}
+    assert not any(".jump-1." in named[i] for i in in_optimizer if i in named)
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
+def test_the_reference_policy_stays_the_original_model(make_trainer: Any, logits: Any, predictor: Any) -> None:
+    trainer = make_trainer([PredictExtendCallback(predictor, **SMALL)], steps=9, beta=0.05)
+    with trainer.model.disable_adapter():
+        original = logits(trainer.model)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(trainer.model), original)
+    assert not torch.equal(logits(trainer.model), original)
+
+
+def test_merging_and_unmerging_keeps_the_jump(make_trainer: Any, logits: Any) -> None:
+    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=9)
+    trainer.train()
+    model = trainer.model
+    before = logits(model)
+    for _ in range(3):
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    assert model.base_model.active_adapters == ["default", "jump-1"]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".jump-1." in name)
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
+def test_resume_from_checkpoint_brings_the_jump_back_and_ends_where_the_whole_run_ends(
+    make_trainer: Any, logits: Any, trained: Any, predictor: Any
+) -> None:
+    schedule = SMALL | {"jump_every": 6, "settle": 0}
+    saving = {"save_strategy": "steps", "save_steps": 9}
+    whole = make_trainer([PredictExtendCallback(predictor, **schedule)], steps=15, **saving)
+    whole.train()
+
+    begun: dict[str, torch.Tensor] = {}
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun["logits"] = logits(kwargs["model"])
+
+    saved: dict[int, torch.Tensor] = {}
+    again = PredictExtendCallback(predictor, **schedule)
+    resumed = make_trainer(
+        [again, Begin(), Watch(lambda step, model: saved.__setitem__(step, logits(model)))], steps=15, **saving
+    )
+    checkpoint = Path(resumed.args.output_dir) / "checkpoint-9"
+    if predictor is MERGED:
+        assert (checkpoint / "jump-1" / "adapter_model.safetensors").exists()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert [jump["step"] for jump in again.journal.jumps()] == [6, 12]
+    for name, value in trained(whole.model).items():
+        assert torch.equal(value, trained(resumed.model)[name]), name
+    assert torch.equal(logits(whole.model), logits(resumed.model))
+    if predictor is MERGED:
+        assert jump_adapters(resumed.model) == ["jump-1", "jump-2"]
+        assert not torch.equal(begun["logits"], logits(whole.model))
+
+
+def test_a_resume_from_a_checkpoint_of_another_run_is_refused(make_trainer: Any, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 9}
+    make_trainer([], steps=9, out="other", **saving).train()
+    make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=9).train()
+    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=12)
+    with pytest.raises(Exception, match="jump adapters"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-9"))
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
+def test_trained_weights_change_in_every_segment(make_trainer: Any, trained: Any, predictor: Any) -> None:
+    at: dict[int, Any] = {}
+    schedule = SMALL | {"jump_every": 3, "settle": 0}
+    callback = PredictExtendCallback(predictor, **schedule)
+    make_trainer(
+        [Watch(lambda s, m: at.__setitem__(-s, trained(m))), callback, Watch(lambda s, m: at.__setitem__(s, trained(m)))],
+        steps=12,
+    ).train()
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True] * 3
+    for start, end in [(1, 6), (6, 9), (9, 12)]:
+        assert any(not torch.equal(at[start][name], at[-end][name]) for name in at[start]), (start, end)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
+)
+def test_a_rolled_back_jump_leaves_a_plain_run_bit_for_bit(
+    make_trainer: Any, logits: Any, predictor: Any, lora: bool
+) -> None:
+    measured = iter([0.9, 0.1])  # the probe falls from .9 to .1: far more than max_drop
+    callback = PredictExtendCallback(predictor, evaluate=lambda model: next(measured), **SMALL)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(key: str) -> Any:
+        return lambda step, model: seen.__setitem__(key, logits(model)) if step == 6 else None
+
+    jumping = make_trainer([Watch(keep("before")), callback, Watch(keep("after"))], steps=9, lora=lora)
+    jumping.train()
+    (jump,) = callback.journal.jumps()
+    assert not jump["accepted"]
+    assert "rolled back" in jump["reason"]
+    assert torch.equal(seen["before"], seen["after"])
+    plain = make_trainer([], steps=9, lora=lora, out="plain")
+    plain.train()
+    assert torch.equal(logits(jumping.model), logits(plain.model))
+
+
+@pytest.mark.parametrize(
+    ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
+)
+def test_a_jump_that_does_not_recover_is_rolled_back_with_its_optimizer_state(
+    make_trainer: Any, logits: Any, predictor: Any, lora: bool
+) -> None:
+    measured = iter([0.5, 0.5, 0.3])  # before, right after, after recovery
+    callback = PredictExtendCallback(
+        predictor, evaluate=lambda model: next(measured), guards={"recovery": 3}, **SMALL | {"settle": 3}
+    )
+    seen: dict[str, torch.Tensor] = {}
+    moments: dict[str, list[torch.Tensor]] = {}
+    holder: dict[str, Any] = {}
+
+    def moment() -> list[torch.Tensor]:
+        state = holder["trainer"].optimizer.state
+        return [s["exp_avg"].clone() for s in state.values() if "exp_avg" in s]
+
+    def before(step: int, model: Any) -> None:
+        if step == 6:
+            seen["before"], moments["before"] = logits(model), moment()
+
+    def after(step: int, model: Any) -> None:
+        if step == 9:
+            seen["after"], moments["after"] = logits(model), moment()
+
+    holder["trainer"] = make_trainer([Watch(before), callback, Watch(after)], steps=12, lora=lora)
+    holder["trainer"].train()
+    (jump,) = callback.journal.jumps()
+    assert not jump["accepted"]
+    assert torch.equal(seen["before"], seen["after"])
+    assert all(torch.equal(a, b) for a, b in zip(moments["before"], moments["after"], strict=True))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_watching_changes_nothing(make_trainer: Any, logits: Any, lora: bool) -> None:
+    watched = make_trainer([PredictExtendCallback("stay", **SMALL)], steps=8, lora=lora)
+    watched.train()
+    plain = make_trainer([], steps=8, lora=lora, out="plain")
+    plain.train()
+    assert torch.equal(logits(watched.model), logits(plain.model))
+
+
+@matrix_predictor("explode", anchor="newest")
+def explode(matrix: Any, horizon: int, config: Any) -> LowRankUpdate:
+    m, n = matrix.shape
+    return LowRankUpdate(LowRank(torch.full((m, 1), 1e6), torch.ones(1, n)))
+
+
+@matrix_predictor("raise", anchor="newest")
+def fail(matrix: Any, horizon: int, config: Any) -> Abstain:
+    raise ZeroDivisionError("a predictor's own mistake")
+
+
+@matrix_predictor("nan", anchor="newest")
+def nan(matrix: Any, horizon: int, config: Any) -> CoefficientUpdate:
+    return CoefficientUpdate({matrix.steps[-1]: float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("predictor", "reason"), [(explode, "times the motion"), (fail, "own mistake"), (nan, "finite")]
+)
+def test_a_bad_prediction_is_refused_with_its_reason_and_leaves_a_plain_run(
+    make_trainer: Any, logits: Any, predictor: Any, reason: str
+) -> None:
+    callback = PredictExtendCallback(lambda: predictor(), **SMALL)
+    jumping = make_trainer([callback], steps=8)
+    jumping.train()
+    (jump,) = callback.journal.jumps()
+    assert not jump["accepted"]
+    assert reason in jump["reason"]
+    plain = make_trainer([], steps=8, out="plain")
+    plain.train()
+    assert torch.equal(logits(jumping.model), logits(plain.model))
+
+
+def test_rloo_jumps_too(make_trainer: Any, logits: Any) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    callback = PredictExtendCallback(FACTORS, **SMALL)
+    trainer = make_trainer(
+        [
+            Watch(lambda s, m: seen.__setitem__("before", logits(m)) if s == 6 else None),
+            callback,
+            Watch(lambda s, m: seen.__setitem__("after", logits(m)) if s == 6 else None),
+        ],
+        steps=8,
+        rloo=True,
+    )
+    trainer.train()
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
+    assert not torch.equal(seen["before"], seen["after"])
+
+
+def test_a_jump_inside_a_generation_is_refused_before_training(make_trainer: Any) -> None:
+    reuse = {"num_iterations": 2, "steps_per_generation": 2}  # one generation serves four steps
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=12, **reuse).train()
+
+
+def test_a_jump_at_a_generation_boundary_is_made(make_trainer: Any) -> None:
+    callback = PredictExtendCallback(FACTORS | {"window": 4}, observe=8, every=4, horizon=4, settle=2)
+    make_trainer([callback], steps=12, num_iterations=2, steps_per_generation=2).train()
+    assert [jump["step"] for jump in callback.journal.jumps() if jump["accepted"]] == [8]
+
+
+def test_a_run_with_a_reference_adapter_takes_factor_jumps_and_refuses_the_others(
+    make_trainer: Any, tokenizer: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tests.backends.trl.conftest import BASE
+
+    def model() -> Any:
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
+
+    for predictor, accepted in ((FACTORS, True), (MERGED, False)):
+        callback = PredictExtendCallback(predictor, folder=None, overwrite=True, **SMALL)
+        make_trainer([callback], steps=8, lora=False, model=model(), beta=0.05).train()
+        (jump,) = callback.journal.jumps()
+        assert jump["accepted"] is accepted
+        assert accepted or "'ref'" in jump["reason"]
+
+
+def test_rank_patterns_and_rslora_jump_exactly(make_trainer: Any, tmp_path: Path) -> None:
+    lora = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}, "use_rslora": True}
+    seen: dict[str, Any] = {}
+    callback = PredictExtendCallback(MERGED, **SMALL)
+    trainer = make_trainer(
+        [
+            Watch(lambda s, m: seen.__setitem__("before", weights(m)) if s == 6 else None),
+            callback,
+            Watch(lambda s, m: seen.__setitem__("after", weights(m)) if s == 6 else None),
+        ],
+        steps=8,
+        lora=lora,
+    )
+    trainer.train()
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
+    assert len({source.factors(p.name, 6).A.shape[0] for p in source.parameters}) == 2
+    for parameter in source.parameters:
+        name = "base_model.model." + parameter.name.removesuffix(".weight")
+        delta = source.delta(parameter.name, 6, since=3)
+        assert isinstance(delta, LowRank)
+        torch.testing.assert_close(seen["after"][name] - seen["before"][name], delta.dense(), atol=1e-6, rtol=1e-4)
+
+
+def test_the_journal_and_the_metrics_are_on_disk(make_trainer: Any, tmp_path: Path) -> None:
+    callback = PredictExtendCallback(FACTORS, folder=tmp_path / "watch", **SMALL)
+    make_trainer([callback], steps=8).train()
+    lines = [json.loads(line) for line in (tmp_path / "watch" / "journal.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "jump"]
+    source = open_checkpoints(tmp_path / "watch" / "checkpoints")
+    assert source.steps == (3, 6)
+    assert "reward" in source.metrics(6)
+
+
+def test_another_runs_folder_is_not_overwritten_by_accident(make_trainer: Any, tmp_path: Path) -> None:
+    def go(**fields: Any) -> None:
+        make_trainer([PredictExtendCallback("stay", folder=tmp_path / "w", **SMALL, **fields)], steps=8).train()
+
+    go()
+    with pytest.raises(ConfigError, match="holds another run"):
+        go()
+    go(overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"observe": 7, "every": 3}, "multiple of every"),
+        ({"every": 0}, "every"),
+        ({"obzerve": 6}, "did you mean 'observe'"),
+        ({"jumps": 3}, "jump_every"),
+        ({"predictor": {"name": "secant", "windw": 3}}, "did you mean 'window'"),
+        ({"guards": {"recovery": 3, "probe": False}}, "probe"),
+    ],
+)
+def test_wrong_settings_are_named_when_the_callback_is_made(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PredictExtendCallback(**{"predictor": "secant", **fields})
+
+
+def test_no_room_for_a_jump_is_said_before_training(make_trainer: Any) -> None:
+    with pytest.raises(ConfigError, match="no jump would ever happen"):
+        make_trainer([PredictExtendCallback(FACTORS, observe=9, every=3, settle=6)], steps=12).train()
+
+
+def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.backends.trl.conftest import BASE
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    with pytest.raises((ConfigError, BackendError), match="float32"):
+        make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()

@@ -43,6 +43,7 @@ class History:
         self.rank = rank
         self.steps = source.steps
         self.shapes = {parameter.name: parameter.shape for parameter in source.parameters}
+        self.ranks = {parameter.name: parameter.rank for parameter in source.parameters}
         self.frozen = self._find_frozen()
         self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
         self._compressor = compressor if compressor is not None else make_compressor("exact")
@@ -141,9 +142,7 @@ class History:
         """Matrices of one shape, in batches whose deltas fit ``CHUNK_BYTES``."""
         by_shape: dict[tuple[tuple[int, int], int | None], list[str]] = {}
         for name in self.names:
-            factors = self.source.factors(name, self.newest)
-            rank = None if factors is None else factors.A.shape[0]
-            by_shape.setdefault((self.shapes[name], rank), []).append(name)
+            by_shape.setdefault((self.shapes[name], self.ranks[name]), []).append(name)
         for ((m, n), rank), names in by_shape.items():
             each = 8 * deltas_each * (m * n if rank is None else 2 * rank * (m + n))
             size = max(1, CHUNK_BYTES // each)
@@ -184,7 +183,7 @@ class MatrixHistory:
     @property
     def factored(self) -> bool:
         """Whether the run is LoRA."""
-        return self.history.source.factors(self.name, self.history.newest) is not None
+        return self.history.ranks[self.name] is not None
 
     def gram(self, steps: Sequence[int] | None = None) -> Tensor:
         """<G_s, G_t>, fp64, (T, T)."""

@@ -46,11 +46,16 @@ class Plugin(ABC):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight matrix of the run: its name in the Hugging Face model, its shape (m, n), and how it is stored."""
+    """A weight matrix of the run: its name in the Hugging Face model, its shape (m, n), and its LoRA rank r."""
 
     name: str
     shape: tuple[int, int]
-    kind: Literal["lora", "dense"]
+    rank: int | None = None
+
+    @property
+    def kind(self) -> Literal["lora", "dense"]:
+        """How it is stored: as factors, or as the whole matrix."""
+        return "dense" if self.rank is None else "lora"
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def norms(moves: Mapping[str, Displacement]) -> dict[str, float]:
         else:
             found[name] = float(delta.norm())
     for batch in batches.values():
-        values = lowrank.norm(LowRank.stack(list(batch.values())))
+        stacked = LowRank.stack(list(batch.values()))
+        values = lowrank.inner(stacked, stacked).clamp_min(0).sqrt()
         found.update(zip(batch, values.tolist(), strict=True))
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ CACHE_BYTES = 256 * 2**20
 """What one cache of tensors may hold."""
 
 
-def find_step_folders(root: Path) -> dict[int, Path]:
+def find_step_folders(root: Path, known: Container[int] = ()) -> dict[int, Path]:
     """``checkpoint-N`` (transformers, TRL) and ``step-N`` (this project) under ``root``, by ascending step.
+
+    Manifests of the steps in ``known`` are not read again.
 
     Raises ``CheckpointError`` when the folder is missing, two names stand for one step, or one of this project's own
     is incomplete by its manifest.
@@ -41,8 +43,8 @@ def find_step_folders(root: Path) -> dict[int, Path]:
         if step in found:
             raise CheckpointError(f"step {step} is there twice: {found[step].name} and {path.name}; remove one")
         found[step] = path
-    for path in found.values():
-        if path.name.startswith("step-") or (path / MANIFEST).exists():
+    for step, path in found.items():
+        if step not in known and (path.name.startswith("step-") or (path / MANIFEST).exists()):
             check_manifest(path)
     return dict(sorted(found.items()))
 
@@ -108,9 +110,9 @@ class Shifts:
                 self._shifts[name] = int(read_json(path / JUMP_RECORD)["step"]), Shift(path / SHIFT_FILE)
         self._shifts = {name: self._shifts[name] for name in present}
 
-    def since(self, step: int) -> list[Shift]:
-        """The shifts of the jumps made at or after a step."""
-        return [shift for jumped, shift in self._shifts.values() if step <= jumped]
+    def since(self, step: int) -> tuple[Shift, ...]:
+        """The shifts of the jumps made at or after a step, in order."""
+        return tuple(shift for jumped, shift in self._shifts.values() if step <= jumped)
 
 
 class Shift:
@@ -152,8 +154,11 @@ class TensorCache:
             self._values.move_to_end(key)
         return value
 
-    def put(self, key: tuple[str, int], value: tuple[Tensor, ...]) -> None:
+    def drop(self, key: tuple[str, int]) -> None:
         self._bytes -= sum(tensor.nbytes for tensor in self._values.pop(key, ()))
+
+    def put(self, key: tuple[str, int], value: tuple[Tensor, ...]) -> None:
+        self.drop(key)
         self._values[key] = value
         self._bytes += sum(tensor.nbytes for tensor in value)
         while self._bytes > CACHE_BYTES:

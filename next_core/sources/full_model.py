@@ -36,7 +36,7 @@ class FullModelSource(CheckpointSource):
         self._backbone = ModelFiles(config.backbone) if config.backbone is not None else None
         self._models: dict[int, ModelFiles] = {}
         self._shifts = Shifts(config.path)
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._metrics: dict[int, dict[str, float]] | None = None
         self.refresh()
 
     @classmethod
@@ -48,7 +48,7 @@ class FullModelSource(CheckpointSource):
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
-        folders = find_step_folders(self.config.path)
+        folders = find_step_folders(self.config.path, known=self._models)
         models = {step: self._models.get(step) or ModelFiles(folder) for step, folder in folders.items()}
         first = next(iter(models.values()), None)
         for step, model in models.items():
@@ -59,7 +59,7 @@ class FullModelSource(CheckpointSource):
             self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
         self._models = models
         self._shifts.refresh()
-        self._metrics = read_metrics(folders)
+        self._metrics = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -70,9 +70,7 @@ class FullModelSource(CheckpointSource):
     def parameters(self) -> tuple[Parameter, ...]:
         first = next(iter(self._models.values()))
         return tuple(
-            Parameter(name, (shape[0], shape[1]), "dense")
-            for name, shape in sorted(first.shapes.items())
-            if len(shape) == 2
+            Parameter(name, (shape[0], shape[1])) for name, shape in sorted(first.shapes.items()) if len(shape) == 2
         )
 
     @property
@@ -98,4 +96,6 @@ class FullModelSource(CheckpointSource):
         return self.weight(name, step).double() - self.weight(name, since).double()
 
     def metrics(self, step: int) -> Mapping[str, float]:
+        if self._metrics is None:
+            self._metrics = read_metrics({step: model.folder for step, model in self._models.items()})
         return metrics_at(self._metrics, step)

@@ -36,9 +36,9 @@ class MemorySource(CheckpointSource):
     def parameters(self) -> tuple[Parameter, ...]:
         newest = self._checkpoints[self.steps[-1]]
         return tuple(
-            Parameter(name, (value.B.shape[0], value.A.shape[1]), "lora")
+            Parameter(name, (value.B.shape[0], value.A.shape[1]), rank=value.A.shape[0])
             if isinstance(value, LoraFactors)
-            else Parameter(name, (value.shape[0], value.shape[1]), "dense")
+            else Parameter(name, (value.shape[0], value.shape[1]))
             for name, value in newest.items()
         )
 

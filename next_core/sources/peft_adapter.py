@@ -16,6 +16,7 @@ from next_core.lowrank import LowRank
 from next_core.sources.folders import (
     STEP_FOLDER,
     SafetensorsFile,
+    Shift,
     Shifts,
     TensorCache,
     find_step_folders,
@@ -85,7 +86,8 @@ class PeftAdapterSource(CheckpointSource):
         self._skipped: dict[str, str] = {}
         self._shifts = Shifts(config.path)
         self._cache = TensorCache()
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._counted: dict[tuple[str, int], tuple[Shift, ...]] = {}  # which jumps a cached tensor has in it
+        self._metrics: dict[int, dict[str, float]] | None = None
         self.refresh()
 
     @classmethod
@@ -97,13 +99,13 @@ class PeftAdapterSource(CheckpointSource):
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
-        folders = find_step_folders(self.config.path)
+        folders = find_step_folders(self.config.path, known=self._files)
         for step, folder in folders.items():
             if step not in self._files:
                 self._open(step, folder)
         self._folders = folders
         self._shifts.refresh()
-        self._metrics = read_metrics(folders)
+        self._metrics = None
 
     def _open(self, step: int, folder: Path) -> None:
         if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
@@ -131,7 +133,7 @@ class PeftAdapterSource(CheckpointSource):
                     "config and weights are of different runs"
                 )
             name = f"{module}.weight"
-            parameters.append(Parameter(name, (shapes["B"][0], shapes["A"][1]), "lora"))
+            parameters.append(Parameter(name, (shapes["B"][0], shapes["A"][1]), rank))
             scaling[name] = config.scaling(module, rank)
         if not parameters:
             raise CheckpointError(f"{file.path} holds no LoRA factors")
@@ -187,20 +189,30 @@ class PeftAdapterSource(CheckpointSource):
         for parameter in self._parameters:
             keys = self._keys(parameter.name)
             self._cache.put((parameter.name, step), tuple(tensors[key] for key in keys))
+            self._counted.pop((parameter.name, step), None)
 
     def _keys(self, name: str) -> list[str]:
         return [f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
 
     def factors(self, name: str, step: int) -> LoraFactors:
+        shifts = self._shifts.since(step)
+        counted = self._counted.get((name, step), ())
+        if shifts[: len(counted)] != counted:  # a jump was rolled back: begin with what is stored
+            self._cache.drop((name, step))
+            counted = ()
         A, B = self._raw(name, step)
-        for shift in self._shifts.since(step):
-            dA, dB = (shift.get(key.format(name=name)) for key in SHIFT_KEYS)
-            A, B = A if dA is None else A + dA, B if dB is None else B + dB
+        if shifts != counted:
+            for shift in shifts[len(counted) :]:
+                dA, dB = (shift.get(key.format(name=name)) for key in SHIFT_KEYS)
+                A, B = A if dA is None else A + dA, B if dB is None else B + dB
+            self._cache.put((name, step), (A, B))
+            self._counted[name, step] = shifts
         return LoraFactors(A, B, self._scaling[name])
 
     def _raw(self, name: str, step: int) -> tuple[Tensor, ...]:
         cached = self._cache.get((name, step))
         if cached is None:
+            self._counted.pop((name, step), None)
             try:
                 file = self._files[step]
             except KeyError:
@@ -213,4 +225,6 @@ class PeftAdapterSource(CheckpointSource):
         return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
 
     def metrics(self, step: int) -> Mapping[str, float]:
+        if self._metrics is None:
+            self._metrics = read_metrics(self._folders)
         return metrics_at(self._metrics, step)

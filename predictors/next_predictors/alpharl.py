@@ -137,14 +137,15 @@ def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain
         return Abstain("alpharl: the leading direction does not vary with the metric")
     pls = PLSRegression(n_components=1, scale=True).fit(x[:, alive], y)
     z = pls.transform(x[:, alive])[:, 0]
-    lever, rise = z - z.mean(), y - y.mean()
-    a = float(lever @ rise / (lever @ lever))
-    rest = rise - a * lever
-    error = math.sqrt(float(rest @ rest) / (len(y) - 2) / float(lever @ lever))
+    # The scores are centred, so that b is the mean of y.
+    rise = y - y.mean()
+    a = float(z @ rise / (z @ z))
+    rest = rise - a * z
+    error = math.sqrt(float(rest @ rest) / (len(y) - 2) / float(z @ z))
     if abs(a) < min_t * error:
         t = abs(a) / error
         return Abstain(f"alpharl: the slope of metric on score is not distinguishable from 0 (t = {t:.2f})")
-    z_target = float(z.mean()) + (y_target - float(y.mean())) / a
+    z_target = (y_target - float(y.mean())) / a
     found = x.mean(0)
     found[alive] = pls.inverse_transform(np.array([[z_target]]))[0]
     return np.asarray(found, dtype=np.float64)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import Field
-from trajectories import dense_run, drift, history, relative_error, resolve_dense, still
+from trajectories import EVERY_TEN, curved_lora_run, dense_run, drift, history, relative_error, resolve_dense, still
 
 from next_core.errors import ConfigError, NextCoreError, PluginError
 from next_core.history import MatrixHistory
@@ -54,11 +54,9 @@ def update(weight: float = 1.0) -> CoefficientUpdate:
 def test_a_decorated_function_is_a_predictor_class() -> None:
     assert issubclass(last_step, PerMatrixPredictor)
     assert issubclass(last_step, TrajectoryPredictor)
-    assert (last_step.name, last_step.config_class, last_step.requires) == (
-        "last-step",
-        LastStepConfig,
-        frozenset({"gram"}),
-    )
+    assert last_step.name == "last-step"
+    assert last_step.config_class is LastStepConfig
+    assert last_step.requires == frozenset({"gram"})
     assert last_step.__doc__ == "Go on as over the last interval."
     assert pickle.loads(pickle.dumps(last_step)) is last_step
 
@@ -132,6 +130,27 @@ def test_what_is_not_finite_is_an_abstention_that_names_the_matrix(bad: Any) -> 
 def test_names_the_matrix_and_the_remedy_for_an_answer_of_another_kind() -> None:
     with pytest.raises(PluginError, match=r"'answers' answered NoneType for 'a'; return an update, .* or Abstain"):
         answering(None)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "weights", "counts_from_step_0"),
+    [
+        ("newest", {100: 1.0, 90: -1.0}, False),
+        ("newest", {100: 1.0}, True),
+        ("backbone", {100: 2.0, 90: -1.0}, False),
+        ("backbone", {100: 1.0, 90: -1.0}, True),
+    ],
+)
+def test_factor_space_needs_step_0_unless_the_weights_sum_to_zero_past_the_anchor(
+    anchor: Anchor, weights: dict[int, float], counts_from_step_0: bool
+) -> None:
+    @matrix_predictor("weighs", anchor=anchor)
+    def weighs(matrix: MatrixHistory, horizon: int, config: PluginConfig) -> Outcome:
+        return CoefficientUpdate(weights, "factors")
+
+    without, kept = (curved_lora_run(steps) for steps in (EVERY_TEN, (0, *EVERY_TEN)))
+    assert bool(weighs().fit(history(kept)).predict(10).updates)
+    assert bool(weighs().fit(history(without)).predict(10).updates) is not counts_from_step_0
 
 
 @pytest.mark.parametrize("horizon", [0, -1])

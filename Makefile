@@ -13,10 +13,10 @@ help:  ## List the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; again only when pyproject.toml or constraints.txt change)"
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "next-core needs Python 3.11 or newer; call make with PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "next-core needs Python 3.11 or newer; call make with PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 setup: $(STAMP)  ## Make the environment (.venv)

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from next_core.history import History, MatrixHistory
     from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
     from next_core.lowrank import Factors, LowRank
-    from next_core.matrix_predictor import Abstain, matrix_predictor
+    from next_core.per_matrix import Abstain, matrix_predictor
     from next_core.plugins import make_applier, make_compressor, make_predictor, registry
     from next_core.sources.opening import open_checkpoints
 
 _WHERE = {
-    "Abstain": "matrix_predictor",
+    "Abstain": "per_matrix",
     "CoefficientUpdate": "interfaces",
     "Factors": "lowrank",
     "History": "history",
@@ -27,7 +27,7 @@ _WHERE = {
     "make_applier": "plugins",
     "make_compressor": "plugins",
     "make_predictor": "plugins",
-    "matrix_predictor": "matrix_predictor",
+    "matrix_predictor": "per_matrix",
     "open_checkpoints": "sources.opening",
     "registry": "plugins",
 }

@@ -74,19 +74,33 @@ def show(result: RunResult, console: Console) -> None:
         table.add_row("plain, same seed", str(result.control["steps"]), *row)
     console.print(table)
     if result.jumps:
-        jumps = Table(title="Jumps", header_style="bold", title_justify="left")
-        for column in ("step", "predictor", "alpha", "norm / recent motion", "decision", "reason"):
-            jumps.add_column(column, justify="right" if column in ("step", "alpha", "norm / recent motion") else "left")
+        jumps = Table(
+            title="Jumps (norm: over that of the motion just before)", header_style="bold", title_justify="left"
+        )
+        for column in ("step", "predictor", "alpha", "norm", "accuracy", "decision"):
+            jumps.add_column(column, justify="left" if column in ("predictor", "decision") else "right")
         for jump in result.jumps:
-            ratio = _figure(jump["norm_ratio"], 2)
+            before, after = (_figure(jump.get(f"accuracy_{when}")) for when in ("before", "after"))
             verdict = "made" if jump["accepted"] else "refused"
-            jumps.add_row(str(jump["step"]), jump["predictor"], f"{jump['alpha']:g}", ratio, verdict, jump["reason"])
+            jumps.add_row(
+                str(jump["step"]),
+                jump["predictor"],
+                f"{jump['alpha']:g}",
+                _figure(jump["norm_ratio"], 2),
+                f"{before} → {after}",
+                f"{verdict}: {jump['reason']}",
+            )
         console.print(jumps)
     seconds = result.seconds
-    line = f"Seconds: RL {seconds['rl']:.1f}, next-core {seconds['ours']:.1f} (of which probes {seconds['ours_probe']:.1f})"
+    parts = [
+        f"RL {seconds['rl']:.1f}",
+        f"next-core {seconds['ours'] - seconds['ours_probe']:.2f}",
+        f"its probes {seconds['ours_probe']:.1f}",
+    ]
     if result.control is not None:
-        line += f", plain run {result.control['seconds']:.1f}"
-    console.print(line + f", in all {seconds['total']:.1f}.  Run folder: {result.folder}", highlight=False)
+        parts.append(f"the plain run {result.control['seconds']:.1f}")
+    console.print(f"Seconds: {', '.join(parts)}, in all {seconds['total']:.1f}.", highlight=False)
+    console.print(f"Folder: {result.folder}", highlight=False)
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

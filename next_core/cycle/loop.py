@@ -137,7 +137,8 @@ class PredictExtendCycle:
         self._made += 1
         if self.guards.recovery is not None and before is not None:
             self._pending = _Pending(step, before, self._slope(step, before), applied)
-        reason = f"{len(prediction.updates)} of {len(prediction.updates) + len(prediction.abstained)} matrices moved"
+        moved = sum(1 for name in prediction.updates if prediction.weight(name) != 0.0)
+        reason = f"{moved} of {len(prediction.source.parameters)} matrices"
         self.journal.append("jump", step, accepted=True, reason=reason, **facts)
         return None
 

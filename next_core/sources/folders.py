@@ -70,7 +70,7 @@ class SafetensorsFile:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it")
         try:
-            self._file: Any = safe_open(path, framework="pt")
+            self._file = _memory_map(path)
             self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -89,6 +89,10 @@ class SafetensorsFile:
         if not torch.isfinite(tensor.sum(dtype=torch.float64)):
             raise CheckpointError(f"{self.path}: '{key}' holds NaN or Inf; remove this checkpoint")
         return tensor
+
+
+def _memory_map(path: Path) -> Any:
+    return safe_open(path, framework="pt")
 
 
 class Shifts:

@@ -222,6 +222,8 @@ class PeftAdapterSource(CheckpointSource):
         return cached
 
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank:
+        if since is None and step > 0 and 0 in self._files and self._shifts.since(0):
+            since = 0  # jumps move the start as well: the delta from it stays what RL did
         return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
 
     def metrics(self, step: int) -> Mapping[str, float]:

@@ -14,7 +14,7 @@ from sklearn.cross_decomposition import PLSRegression
 from next_core.history import MatrixHistory
 from next_core.interfaces import Anchor, LowRankUpdate, PluginConfig
 from next_core.lowrank import LowRank
-from next_core.matrix_predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 STILL = 1e-7

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from next_core.history import MatrixHistory
 from next_core.interfaces import Anchor, CoefficientUpdate
-from next_core.matrix_predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class RelexConfig(CoefficientConfig):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from next_core.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.matrix_predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class RidgeConfig(CoefficientConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from next_core.history import MatrixHistory
 from next_core.interfaces import Anchor, CoefficientUpdate
-from next_core.matrix_predictor import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.per_matrix import CoefficientConfig, Outcome, PerMatrixPredictor
 from next_predictors.secant import backbone_weights
 
 

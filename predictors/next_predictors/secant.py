@@ -12,7 +12,7 @@ from pydantic import Field
 
 from next_core.history import History, MatrixHistory
 from next_core.interfaces import Anchor, CoefficientUpdate, PluginConfig, Space
-from next_core.matrix_predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class GateConfig(PluginConfig):

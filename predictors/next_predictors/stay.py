@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from next_core.history import MatrixHistory
-from next_core.matrix_predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
 
 
 class StayPredictor(PerMatrixPredictor):

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trajectories import (
+
+from next_core.errors import ConfigError
+from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.per_matrix import Abstain
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from next_predictors.alpharl import invert
+from tests.predictors.trajectories import (
     EVERY_TEN,
     Metrics,
     curve,
@@ -20,13 +27,6 @@ from trajectories import (
     relative_error,
     resolve_dense,
 )
-
-from next_core.errors import ConfigError
-from next_core.interfaces import LowRankUpdate, Prediction
-from next_core.matrix_predictor import Abstain
-from next_core.plugins import make_predictor
-from next_core.sources.memory import MemorySource
-from next_predictors.alpharl import invert
 
 
 def predict(source: MemorySource, horizon: int = 30, rank: int = 1, **fields: Any) -> Prediction:

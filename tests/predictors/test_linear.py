@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trajectories import (
+
+from next_core.errors import ConfigError
+from next_core.interfaces import Prediction
+from next_core.per_matrix import PerMatrixPredictor
+from next_core.plugins import Registry, make_predictor, registry
+from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import (
     curve,
     curved_lora_run,
     dense_run,
@@ -21,12 +27,6 @@ from trajectories import (
     still,
     walk,
 )
-
-from next_core.errors import ConfigError
-from next_core.interfaces import Prediction
-from next_core.matrix_predictor import PerMatrixPredictor
-from next_core.plugins import Registry, make_predictor, registry
-from next_core.sources.memory import MemorySource
 
 HORIZON = 30
 SMALL_RIDGE = {"alpha_ridge": 1e-9}

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trajectories import (
+
+from next_core.interfaces import CheckpointSource, Prediction
+from next_core.lowrank import LowRank
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import (
     EVERY_TEN,
     curve,
     curved_lora_run,
@@ -19,11 +24,6 @@ from trajectories import (
     relative_error,
     resolve_dense,
 )
-
-from next_core.interfaces import CheckpointSource, Prediction
-from next_core.lowrank import LowRank
-from next_core.plugins import make_predictor
-from next_core.sources.memory import MemorySource
 
 
 def predict(source: MemorySource, horizon: int = 30, view_rank: int = 1, **fields: Any) -> Prediction:

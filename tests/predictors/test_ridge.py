@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from trajectories import curve, curved_lora_run, dense_run, drift, history, relative_error, resolve_dense
 
 from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.lowrank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import (
+    curve,
+    curved_lora_run,
+    dense_run,
+    drift,
+    history,
+    relative_error,
+    resolve_dense,
+)
 
 HORIZON = 30
 

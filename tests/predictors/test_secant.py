@@ -9,12 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from trajectories import curved_lora_run, dense_run, drift, history, resolve_dense, still, walk
 
 from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import curved_lora_run, dense_run, drift, history, resolve_dense, still, walk
 
 QUARTERS = (25, 50, 75)
 

@@ -11,12 +11,11 @@ import torch
 from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
-from next_core import LowRankUpdate, open_checkpoints
+from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
 from next_core.appliers.live import jump_adapters
 from next_core.errors import BackendError, ConfigError
 from next_core.interfaces import CoefficientUpdate
 from next_core.lowrank import LowRank
-from next_core.matrix_predictor import Abstain, matrix_predictor
 
 pytestmark = pytest.mark.trl
 
@@ -209,7 +208,11 @@ def test_trained_weights_change_in_every_segment(make_trainer: Any, trained: Any
     schedule = SMALL | {"jump_every": 3, "settle": 0}
     callback = PredictExtendCallback(predictor, **schedule)
     make_trainer(
-        [Watch(lambda s, m: at.__setitem__(-s, trained(m))), callback, Watch(lambda s, m: at.__setitem__(s, trained(m)))],
+        [
+            Watch(lambda s, m: at.__setitem__(-s, trained(m))),
+            callback,
+            Watch(lambda s, m: at.__setitem__(s, trained(m))),
+        ],
         steps=12,
     ).train()
     assert [jump["accepted"] for jump in callback.journal.jumps()] == [True] * 3

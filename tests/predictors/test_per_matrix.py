@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 import torch
 from pydantic import Field
-from trajectories import EVERY_TEN, curved_lora_run, dense_run, drift, history, relative_error, resolve_dense, still
 
 from next_core.errors import ConfigError, NextCoreError, PluginError
 from next_core.history import MatrixHistory
 from next_core.interfaces import Anchor, CoefficientUpdate, LowRankUpdate, PluginConfig, Prediction, TrajectoryPredictor
 from next_core.lowrank import LowRank
-from next_core.matrix_predictor import Abstain, Outcome, PerMatrixPredictor, matrix_predictor
+from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor, matrix_predictor
 from next_core.plugins import Registry
+from tests.predictors.trajectories import (
+    EVERY_TEN,
+    curved_lora_run,
+    dense_run,
+    drift,
+    history,
+    relative_error,
+    resolve_dense,
+    still,
+)
 
 
 class LastStepConfig(PluginConfig):

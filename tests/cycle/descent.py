@@ -1,0 +1,74 @@
+"""A backend whose trainer is plain gradient descent on least squares: small enough to follow by hand, and real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from next_core.appliers.live import LiveApplied, LiveApplier
+from next_core.interfaces import Backend, Prediction
+from next_core.sources.memory import MemorySource
+
+
+class Descent(Backend):
+    """Minimises |W - W*|^2 / 2 by gradient descent; accuracy is exp(-loss)."""
+
+    name = "descent"
+    in_process: ClassVar[bool] = True
+
+    def __init__(self, lr: float = 0.01, accuracy: Callable[[float], float] | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.model = torch.nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            self.model.weight.copy_(torch.randn(4, 6, generator=generator))
+        self.goal = torch.randn(4, 6, generator=generator)
+        self.backbone = self.model.weight.detach().clone()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.step, self.calls = 0, 0
+        self.checkpoints: dict[int, Any] = {}
+        self.shift = torch.zeros(4, 6)
+        self._accuracy = accuracy or (lambda loss: float(torch.tensor(-loss).exp()))
+
+    @property
+    def loss(self) -> float:
+        return float((self.model.weight.detach() - self.goal).square().sum() / 2)
+
+    def prepare(self, run: Any, out: Any, resume: bool = False) -> int:
+        return 0
+
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        self.calls += 1
+        while self.step < until:
+            self.optimizer.zero_grad()
+            ((self.model.weight - self.goal).square().sum() / 2).backward()
+            self.optimizer.step()
+            self.step += 1
+            step_ended(self.step)
+
+    def observe(self, step: int) -> None:
+        self.checkpoints[step] = {"weight": self.model.weight.detach().clone() - self.shift}
+
+    def source(self) -> MemorySource:
+        return MemorySource(self.checkpoints, backbone={"weight": self.backbone})
+
+    def extend(self, prediction: Prediction, alpha: float) -> LiveApplied:
+        before = self.model.weight.detach().clone()
+        applied = LiveApplier().apply(prediction, alpha, out=self.model)
+        self.shift += self.model.weight.detach() - before
+        return applied
+
+    def restart_history(self) -> None:
+        self.checkpoints.clear()
+
+    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
+        return self._accuracy(self.loss)
+
+
+class LaunchedDescent(Descent):
+    """The same trainer, run as segments."""
+
+    name = "launched-descent"
+    in_process = False

@@ -1,0 +1,175 @@
+"""The predict-extend cycle, on a trainer whose every number is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from next_core.cycle.guards import Guards
+from next_core.cycle.journal import Journal
+from next_core.cycle.loop import PredictExtendCycle
+from next_core.cycle.schedule import Schedule
+from next_core.errors import GuardError
+from next_core.plugins import make_predictor
+from tests.cycle.descent import Descent, LaunchedDescent
+
+SCHEDULE = Schedule(observe=20, every=5, horizon=10, jump_every=10, settle=10)
+
+
+def cycle(backend: Descent, total: int = 60, **fields: Any) -> PredictExtendCycle:
+    predictor = fields.pop("predictor", {"name": "secant", "window": 10})
+    settings = {
+        "predictor": lambda: make_predictor(**predictor),
+        "schedule": SCHEDULE,
+        "guards": Guards(),
+        "journal": Journal(),
+    } | fields
+    return PredictExtendCycle(backend, total=total, **settings)
+
+
+def plain(total: int = 60) -> Descent:
+    backend = Descent()
+    backend.train(total, lambda step: None)
+    return backend
+
+
+def test_jumps_reach_in_60_steps_what_plain_descent_does_not() -> None:
+    backend = Descent()
+    made = cycle(backend)
+    made.run()
+    assert [jump["step"] for jump in made.journal.jumps()] == [20, 30, 40, 50]
+    assert all(jump["accepted"] for jump in made.journal.jumps())
+    assert backend.loss < 0.6 * plain().loss
+
+
+def test_a_launched_trainer_and_a_callback_run_through_the_same_states() -> None:
+    inside, launched = Descent(), LaunchedDescent()
+    journals = []
+    for backend in (inside, launched):
+        made = cycle(backend)
+        made.run()
+        journals.append(made.journal.records)
+    assert journals[0] == journals[1]
+    assert torch.equal(inside.model.weight, launched.model.weight)
+    assert inside.calls == 1
+    assert launched.calls == 12  # one segment for each checkpoint
+
+
+def test_one_jump_is_the_schedule_without_jump_every() -> None:
+    made = cycle(Descent(), schedule=Schedule(observe=20, every=5, horizon=10, settle=10))
+    made.run()
+    assert [jump["step"] for jump in made.journal.jumps()] == [20]
+
+
+def test_jumps_bounds_the_jumps_that_are_made() -> None:
+    schedule = SCHEDULE.model_copy(update={"jumps": 2})
+    made = cycle(Descent(), schedule=schedule)
+    made.run()
+    assert [jump["step"] for jump in made.journal.jumps()] == [20, 30]
+
+
+def test_a_refused_jump_leaves_the_run_plain_and_strict_makes_it_an_error() -> None:
+    tight = Guards(max_norm_ratio=1e-6)
+    backend = Descent()
+    made = cycle(backend, guards=tight)
+    made.run()
+    assert {jump["accepted"] for jump in made.journal.jumps()} == {False}
+    assert torch.equal(backend.model.weight, plain().model.weight)
+    with pytest.raises(GuardError, match="max_norm_ratio"):
+        cycle(Descent(), guards=tight, strict=True).run()
+
+
+def test_an_abstention_is_journalled_with_its_reason() -> None:
+    made = cycle(Descent(), predictor={"name": "secant", "window": 7})
+    made.run()
+    assert all("7" in jump["reason"] for jump in made.journal.jumps())
+
+
+def test_the_history_shows_what_descent_did_and_not_what_jumps_did() -> None:
+    backend = Descent()
+    cycle(backend).run()
+    source = backend.source()
+    rate = 0.01
+    for before, after in ((25, 30), (30, 35)):
+        delta = source.delta("weight", after, since=before)
+        # Gradient descent contracts the distance to the goal; a jump in the delta would show as a multiple of it.
+        assert float(torch.as_tensor(delta).norm()) < 5 * rate * backend.goal.sub(backend.backbone).norm()
+
+
+def test_a_jump_that_drops_accuracy_is_rolled_back_at_once() -> None:
+    readings = iter([0.8, 0.3] + [0.8, 0.8] * 10)
+    backend = Descent(accuracy=lambda loss: next(readings))
+    made = cycle(backend)
+    made.run()
+    first, *others = made.journal.jumps()
+    assert not first["accepted"]
+    assert "fell from 0.800 to 0.300" in first["reason"]
+    assert all(jump["accepted"] for jump in others)
+
+
+def test_a_jump_that_does_not_recover_is_rolled_back_and_the_history_starts_anew() -> None:
+    readings = iter([0.8, 0.8, 0.5] + [0.8] * 40)
+    backend = Descent(accuracy=lambda loss: next(readings))
+    made = cycle(backend, guards=Guards(recovery=10))
+    made.run()
+    first, *_ = made.journal.jumps()
+    assert not first["accepted"]
+    assert "0.5 after 10 steps" in first["reason"]
+    assert first["accuracy_recovered"] == 0.5
+    assert min(backend.checkpoints) == 30
+
+
+def test_recovery_is_held_against_the_trend_when_asked() -> None:
+    # A plain trend of +.1 in ten steps: staying where the run was is not enough, reaching the trend is.
+    for end, accepted in ((0.72, False), (0.80, True)):
+        readings = iter([0.6, 0.7, 0.7, end] + [0.9] * 40)
+        made = cycle(Descent(accuracy=lambda loss, r=readings: next(r)), guards=Guards(recovery=10, against="trend"))
+        made.run()
+        assert made.journal.jumps()[0]["accepted"] is accepted
+
+
+def test_no_jump_is_tried_while_another_recovers() -> None:
+    made = cycle(Descent(), guards=Guards(recovery=15))
+    made.run()
+    assert [jump["step"] for jump in made.journal.jumps()] == [20, 40]
+
+
+def test_probes_can_be_switched_off() -> None:
+    def never(loss: float) -> float:
+        raise AssertionError
+
+    made = cycle(Descent(accuracy=never), guards=Guards(probe=False))
+    made.run()
+    assert made.journal.jumps()[0]["accuracy_before"] is None
+
+
+def test_milestones_surround_the_first_jump_that_is_made() -> None:
+    seen: list[tuple[str, float]] = []
+    backend = Descent()
+    cycle(backend, milestone=lambda name: seen.append((name, backend.loss))).run()
+    assert [name for name, _ in seen] == ["before_jump", "after_jump"]
+    assert seen[1][1] < seen[0][1]
+
+
+def test_resuming_counts_the_jumps_that_were_made_before_and_forgets_later_ones(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    schedule = SCHEDULE.model_copy(update={"jumps": 2})
+    cycle(Descent(), schedule=schedule, journal=Journal(path)).run()
+    again = cycle(Descent(), schedule=schedule, journal=Journal(path))
+    again.resume(25)
+    assert [jump["step"] for jump in again.journal.jumps()] == [20]
+    assert again._made == 1
+
+
+def test_what_is_thrown_by_damaged_checkpoints_is_not_swallowed() -> None:
+    from next_core.errors import CheckpointError
+
+    class Damaged(Descent):
+        def source(self) -> Any:
+            raise CheckpointError("step 20 is damaged")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        cycle(Damaged()).run()

@@ -164,27 +164,13 @@ def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None
     try:
         config = RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        raise ConfigError(explain(error, where, _known_keys(error))) from None
+        raise ConfigError(explain(error, where, RunConfig)) from None
     config = _absolute(config, base or Path())
     for path in _paths(config):
         if not path.exists():
             raise ConfigError(f"{where}: {path} does not exist")
     config.check_plugins()
     return config
-
-
-def _known_keys(error: ValidationError) -> list[str]:
-    """The keys of the block in which the first unknown key stands."""
-    for item in error.errors():
-        if item["type"] == "extra_forbidden":
-            block: Any = RunConfig
-            for part in item["loc"][:-1]:
-                field = block.model_fields.get(str(part)) if hasattr(block, "model_fields") else None
-                block = field.annotation if field is not None else block
-                options = [o for o in getattr(block, "__args__", (block,)) if hasattr(o, "model_fields")]
-                block = options[0] if options else block
-            return list(getattr(block, "model_fields", {}))
-    return []
 
 
 def _absolute(config: RunConfig, base: Path) -> RunConfig:

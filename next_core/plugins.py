@@ -6,12 +6,14 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import inspect
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pluggy
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from next_core import hookspecs
 from next_core.errors import ConfigError, PluginError
@@ -74,6 +76,10 @@ class Entry:
         base = BASES[self.kind]  # type: ignore[index]
         if not (isinstance(self.target, type) and issubclass(self.target, base)):
             raise TypeError(f"{self.target!r} is not a subclass of {base.__name__}")
+        if not isinstance(getattr(self.target, "name", None), str):
+            raise TypeError(f"{self.target.__name__} has no name")
+        if inspect.isabstract(self.target):
+            raise TypeError(f"{self.target.__name__} leaves abstract: {', '.join(sorted(self.target.__abstractmethods__))}")
 
 
 def describe(error: BaseException) -> str:
@@ -111,7 +117,7 @@ class Registry:
             version = point.dist.version if point.dist else "?"
             try:
                 self.add_plugin(point.load(), distribution, version)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._broken.append(Entry("plug-in", point.name, None, distribution, version, error=describe(error)))
 
     def add_plugin(self, plugin: object, distribution: str = "local", version: str = "") -> None:
@@ -120,6 +126,9 @@ class Registry:
         self._manager.register(plugin)
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         try:
+            for caller in self._manager.get_hookcallers(plugin) or ():
+                if not caller.has_spec():
+                    raise PluginError(f"unknown hook '{caller.name}'; known: {', '.join(f'register_{k}s' for k in KINDS)}")
             for kind in KINDS:
                 caller = self._manager.subset_hook_caller(f"register_{kind}s", others)
                 caller(register=self._collector(collected, kind, distribution, version))
@@ -145,7 +154,7 @@ class Registry:
         def register(target: type[Plugin] | str, name: str | None = None) -> None:
             if isinstance(target, str) and name is None:
                 raise PluginError(f"register('{target}') needs name=: the name it is to be used by")
-            entry = Entry(kind, name or target.name, target, distribution, version)  # type: ignore[union-attr]
+            entry = Entry(kind, name or getattr(target, "name", "?"), target, distribution, version)
             if not isinstance(target, str):
                 entry._check()
             collected.append(entry)
@@ -192,30 +201,40 @@ class Registry:
         try:
             return cls.config_class.model_validate(dict(fields))
         except ValidationError as error:
-            raise ConfigError(
-                explain(error, where or f"{kind} '{name}'", list(cls.config_class.model_fields))
-            ) from None
+            raise ConfigError(explain(error, where or f"{kind} '{name}'", cls.config_class)) from None
 
-    def make(self, kind: Kind, name: str, **fields: Any) -> Any:
+    def make(self, kind: Kind, name: str, /, **fields: Any) -> Any:
         """An instance of one plug-in with its validated config."""
         return self.get(kind, name)(self.make_config(kind, name, fields))
 
 
-def explain(error: ValidationError, where: str, known: list[str]) -> str:
-    """A pydantic error as one line for each wrong key, with the nearest known key."""
+def explain(error: ValidationError, where: str, known: type[BaseModel] | list[str]) -> str:
+    """A pydantic error as one line for each wrong key, with the nearest key of the block that it stands in."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            keys = known if isinstance(known, list) else _known_keys(known, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            options = f" Known keys: {', '.join(known)}." if len(item["loc"]) == 1 and known else ""
+            options = f" Known keys: {', '.join(keys)}." if keys else ""
             message = f"unknown key{hint}{options}"
         elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
-            message = f"{message} (got {item.get('input')!r})"
+            message = f"{message} (got {reprlib.repr(item.get('input'))})"  # bounded: YAML's aliases can nest
         lines.append(f"{where}{'.' + key if key else ''}: {message}")
     return "\n".join(lines)
+
+
+def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the block at ``location``, walking through optional and listed blocks."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        model = next((option for option in options if hasattr(option, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
 
 
 @functools.cache
@@ -226,19 +245,19 @@ def registry() -> Registry:
     return made
 
 
-def make_predictor(name: str, **fields: Any) -> TrajectoryPredictor:
+def make_predictor(name: str, /, **fields: Any) -> TrajectoryPredictor:
     """A predictor by name: ``make_predictor("secant", window=10)``."""
     made: TrajectoryPredictor = registry().make("predictor", name, **fields)
     return made
 
 
-def make_applier(name: str, **fields: Any) -> WeightApplier:
+def make_applier(name: str, /, **fields: Any) -> WeightApplier:
     """An applier by name: ``make_applier("peft-adapter", rank=16)``."""
     made: WeightApplier = registry().make("applier", name, **fields)
     return made
 
 
-def make_compressor(name: str, **fields: Any) -> Compressor:
+def make_compressor(name: str, /, **fields: Any) -> Compressor:
     """A compressor by name."""
     made: Compressor = registry().make("compressor", name, **fields)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -16,7 +17,8 @@ def plugins_command(as_json: bool) -> None:
     table = Table("kind", "name", "distribution", "version", "status", box=None, header_style="bold")
     for entry in entries:
         style = None if entry.error is None else "red"
-        table.add_row(entry.kind, entry.name, entry.distribution, entry.version, entry.status, style=style)
+        cells = (entry.kind, entry.name, entry.distribution, entry.version, entry.status)
+        table.add_row(*map(escape, cells), style=style)
     if as_json:
         keys = ("kind", "name", "distribution", "version", "status")
         print(json.dumps({"plugins": [{key: getattr(entry, key) for key in keys} for entry in entries]}))

@@ -74,9 +74,8 @@ def show(result: RunResult, console: Console) -> None:
         table.add_row("plain, same seed", str(result.control["steps"]), *row)
     console.print(table)
     if result.jumps:
-        jumps = Table(
-            title="Jumps (norm: over that of the motion just before)", header_style="bold", title_justify="left"
-        )
+        title = "Jumps (norm: over that of the motion just before)"
+        jumps = Table(title=title, header_style="bold", title_justify="left")
         for column in ("step", "predictor", "alpha", "norm", "accuracy", "decision"):
             jumps.add_column(column, justify="left" if column in ("predictor", "decision") else "right")
         for jump in result.jumps:

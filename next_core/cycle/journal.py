@@ -37,9 +37,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or "event" not in record or "step" not in record:
-                raise ValueError("not a record")
-        except ValueError as error:
+            _ = record["event"], record["step"]
+        except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
             raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None

@@ -16,7 +16,7 @@ from next_core.history import History
 from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
 from next_core.plugins import describe
 
-Milestone = Callable[[str], None]
+Milestone = Callable[[str, int], None]
 
 
 @dataclass
@@ -34,7 +34,7 @@ class PredictExtendCycle:
 
     A callback tells it that a step ended (``after_step``); ``run`` does the same for trainers that are launched.
     ``strict`` turns a refused jump into a ``GuardError``; otherwise the worst case is a plain run. ``milestone`` is
-    called with ``"before_jump"`` and ``"after_jump"`` around the first jump that is made.
+    called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PredictExtendCycle:
             return self._refuse(step, facts, f"predictor failed: {describe(error)}")
         before = self._probe(step)
         if not self._first_done and self.milestone is not None:
-            self.milestone("before_jump")
+            self.milestone("before_jump", step)
         try:
             with self._timed("extend"):
                 applied = self.backend.extend(prediction, self.schedule.alpha)
@@ -132,7 +132,7 @@ class PredictExtendCycle:
             applied.rollback()
             return self._refuse(step, facts, f"accuracy fell from {before:.3f} to {after:.3f}; rolled back")
         if not self._first_done and self.milestone is not None:
-            self.milestone("after_jump")
+            self.milestone("after_jump", step)
         self._first_done = True
         self._made += 1
         if self.guards.recovery is not None and before is not None:

@@ -80,9 +80,12 @@ def run(
     setup = time.perf_counter() - started
     measuring = _Stopwatch()
 
-    def measure(milestone: str) -> None:
+    journal = Journal(out / JOURNAL)
+
+    def measure(milestone: str, step: int) -> None:
         with measuring:
             accuracy[milestone] = backend.evaluate("test")
+        journal.append("accuracy", step, milestone=milestone, value=accuracy[milestone])
 
     cycle = PredictExtendCycle(
         backend,
@@ -90,7 +93,7 @@ def run(
         config.schedule,
         config.guards,
         config.steps,
-        Journal(out / JOURNAL),
+        journal,
         rank=config.rank,
         compressor=config.compressor.make("compressor"),
         strict=strict,
@@ -99,15 +102,17 @@ def run(
     )
     if resume:
         cycle.resume(start)
+        past = [r for r in journal.records if r["event"] == "accuracy" and r["step"] <= start]
+        accuracy |= {record["milestone"]: record["value"] for record in past}
     else:
-        cycle.journal.append("start", 0, steps=config.steps, seed=config.seed)
-        measure("start")
+        journal.append("start", 0, steps=config.steps, seed=config.seed)
+        measure("start", 0)
     began = time.perf_counter()
     measured = measuring.seconds
     cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
     training = time.perf_counter() - began - (measuring.seconds - measured)
-    measure("final")
-    cycle.journal.append("end", config.steps, accuracy=accuracy["final"])
+    measure("final", config.steps)
+    journal.append("end", config.steps)
     ours = sum(cycle.seconds.values())
     result = RunResult(
         steps=config.steps,
@@ -119,7 +124,7 @@ def run(
             "measuring": measuring.seconds,
         },
         accuracy=accuracy,
-        jumps=cycle.journal.jumps(),
+        jumps=journal.jumps(),
         folder=str(out),
         resumed_from=start if resume else None,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},

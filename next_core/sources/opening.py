@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
 
@@ -20,8 +20,11 @@ def open_checkpoints(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
     fields = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}
-    known = registry().names("source")
-    name = layout or next((n for n in known if registry().get("source", n).detect(folder)), None)
+    known = {name: source for name in registry().names("source") if (source := _on_disk(name)) is not None}
+    if layout is not None and layout not in known:
+        registry().get("source", layout)  # unknown or broken, and why
+        raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
+    name = layout or next((name for name, source in known.items() if _claims(source, folder)), None)
     if name is None:
         raise CheckpointError(
             f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "
@@ -29,3 +32,19 @@ def open_checkpoints(
         )
     source: CheckpointSource = registry().make("source", name, **fields)
     return source
+
+
+def _on_disk(name: str) -> type[CheckpointSource] | None:
+    """The source of this name if it reads a folder; None too for one that cannot be loaded, which `plugins` lists."""
+    try:
+        source: type[CheckpointSource] = registry().get("source", name)
+    except PluginError:
+        return None
+    return source if "path" in source.config_class.model_fields else None
+
+
+def _claims(source: type[CheckpointSource], folder: Path) -> bool:
+    try:
+        return source.detect(folder)
+    except Exception:  # anybody's code: it must not keep the other layouts from being found
+        return False

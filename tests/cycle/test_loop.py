@@ -149,7 +149,7 @@ def test_probes_can_be_switched_off() -> None:
 def test_milestones_surround_the_first_jump_that_is_made() -> None:
     seen: list[tuple[str, float]] = []
     backend = Descent()
-    cycle(backend, milestone=lambda name: seen.append((name, backend.loss))).run()
+    cycle(backend, milestone=lambda name, step: seen.append((name, backend.loss))).run()
     assert [name for name, _ in seen] == ["before_jump", "after_jump"]
     assert seen[1][1] < seen[0][1]
 

@@ -1,0 +1,215 @@
+"""``next_core.cycle.run`` and ``next-core run``: whole runs of the real trainer from a config."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from next_core.config import RunConfig, load_config, make_config
+from next_core.cycle.run import run
+from next_core.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.trl
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """The quickstart with a twentieth of its work."""
+    raw = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
+    raw |= {
+        "steps": 16,
+        "control": "none",
+        "predictor": {"name": "secant", "window": 4},
+        "schedule": {"observe": 8, "every": 4, "horizon": 4, "jump_every": 4, "settle": 4},
+    }
+    raw["training"] |= {"prompts_per_step": 4, "generations": 4, "learning_rate": 1e-3}
+    raw["training"]["data"] = raw["training"]["data"] | {"test": "arithmetic/validation.jsonl"}
+    for key, value in changes.items():
+        merge = key in ("training", "schedule", "guards")
+        raw[key] = raw[key] | value if merge else value
+    return raw
+
+
+def config(**changes: Any) -> RunConfig:
+    return make_config(small(**changes), base=EXAMPLES)
+
+
+def final_adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / "step-000016" / "adapter_model.safetensors")
+
+
+def test_the_quickstart_config_is_valid_and_jumps_five_times() -> None:
+    loaded = load_config(EXAMPLES / "quickstart.yaml")
+    assert loaded.schedule.attempt_steps(loaded.steps) == [50, 60, 70, 80, 90]
+    assert loaded.control == "plain"
+
+
+def test_a_run_measures_itself_and_its_plain_control(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = run(config(control="plain"), tmp_path / "run", progress=lambda *facts: seen.append(facts))
+    assert result.steps == 16
+    assert [jump["step"] for jump in result.jumps] == [8, 12]
+    assert all(jump["accepted"] and jump["norm_ratio"] > 0 for jump in result.jumps)
+    assert all(0 < value < 1 for value in result.accuracy.values() if value is not None)
+    assert None not in result.accuracy.values()
+    assert result.accuracy["before_jump"] != result.accuracy["after_jump"]
+    assert result.control is not None
+    assert result.control["accuracy"]["final"] != result.accuracy["final"]
+    assert {what for what, _, _ in seen} >= {"RL with jumps", "plain RL"}
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result.as_dict()
+    assert (tmp_path / "run" / "config.yaml").exists()
+    for seconds in ("rl", "ours", "total"):
+        assert result.seconds[seconds] > 0
+
+
+def test_stay_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
+    result = run(config(predictor="stay", control="plain"), tmp_path / "run")
+    assert {jump["accepted"] for jump in result.jumps} == {False}
+    assert result.control is not None
+    assert result.control["accuracy"]["final"] == result.accuracy["final"]
+
+
+def test_two_runs_of_one_seed_agree_bit_for_bit_and_another_seed_does_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(config(seed=seed), tmp_path / name)
+    a, b, c = (final_adapter(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    "predictor", [{"name": "secant", "window": 4}, {"name": "rl-extra"}], ids=["factors", "merged"]
+)
+def test_a_killed_run_resumes_to_where_the_whole_run_ends(tmp_path: Path, predictor: dict[str, Any]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = config(save_every=5, predictor=predictor)
+    finished = run(settings, whole)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "RL with jumps" and done == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, killed, progress=kill)
+    resumed = run(settings, killed, resume=True)
+    assert resumed.resumed_from == 10
+    assert resumed.accuracy == finished.accuracy
+    assert [j["step"] for j in resumed.jumps] == [j["step"] for j in finished.jumps]
+    a, b = final_adapter(whole), final_adapter(killed)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_and_overwrite_say_what_stands_in_their_way(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="holds no run"):
+        run(config(), out, resume=True)
+    run(config(), out)
+    with pytest.raises(ConfigError, match="--resume or --overwrite"):
+        run(config(), out)
+    with pytest.raises(ConfigError, match="differs"):
+        run(config(seed=5, save_every=5), out, resume=True)
+    with pytest.raises(ConfigError, match="save_every"):
+        run(config(), out, resume=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="refusing"):
+        run(config(), other, overwrite=True)
+    assert (other / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_without_a_complete_checkpoint_cannot_resume(tmp_path: Path) -> None:
+    settings = config(save_every=15)
+    out = tmp_path / "run"
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, out, progress=kill)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        run(settings, out, resume=True)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce++"])
+def test_other_algorithms_run_and_jump(tmp_path: Path, algorithm: str) -> None:
+    result = run(config(training={"algorithm": algorithm}), tmp_path / "run")
+    assert [jump["accepted"] for jump in result.jumps] == [True, True]
+
+
+def test_full_parameter_runs_jump_in_the_live_weights(tmp_path: Path) -> None:
+    result = run(config(training={"lora": None, "learning_rate": 1e-4}), tmp_path / "run")
+    assert [jump["accepted"] for jump in result.jumps] == [True, True]
+    assert (tmp_path / "run" / "checkpoints" / "step-000016" / "model.safetensors").exists()
+
+
+def test_generated_answers_can_be_the_measure(tmp_path: Path) -> None:
+    result = run(config(training={"evaluation": "generate"}, steps=12, schedule={"jump_every": None}), tmp_path / "run")
+    assert result.accuracy["start"] == pytest.approx(0.742, abs=0.03)  # greedy accuracy of the base on these prompts
+
+
+def always_wrong(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+def test_a_reward_is_chosen_by_module_and_function(tmp_path: Path) -> None:
+    settings = config(training={"reward": "tests.cycle.test_run:always_wrong"}, predictor="secant")
+    result = run(settings, tmp_path / "run")
+    # Equal rewards are no advantage, no advantage is no gradient: nothing moves, and no jump is made of it.
+    assert {jump["accepted"] for jump in result.jumps} == {False}
+    assert result.accuracy["final"] == result.accuracy["start"]
+    assert "moved" in result.jumps[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"learning_rat": 1}, "did you mean"),
+        ({"max_steps": 5}, "run config"),
+        ({"num_iterations": 3}, "multiples of 3"),
+    ],
+)
+def test_trl_arguments_are_checked_before_training(tmp_path: Path, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config(backend={"name": "trl", "args": args}), tmp_path / "run")
+
+
+def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    raw = small()
+    raw["training"]["model"] = str(EXAMPLES / "arithmetic" / "base")
+    raw["training"]["data"] = {k: str(EXAMPLES / v) for k, v in raw["training"]["data"].items()}
+    path.write_text(yaml.safe_dump(raw))
+    command = [
+        str(Path(sys.executable).parent / "next-core"),
+        "run",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (last,) = done.stdout.strip().splitlines()
+    facts = json.loads(last)
+    assert facts["steps"] == 16
+    assert set(facts["accuracy"]) == {"start", "before_jump", "after_jump", "final"}
+    for jump in facts["jumps"]:
+        assert {"step", "predictor", "alpha", "norm_ratio", "accepted", "reason"} <= set(jump)
+    assert "RL with jumps" in done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+    assert "Traceback" not in again.stderr

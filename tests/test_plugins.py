@@ -1,0 +1,362 @@
+"""Plug-ins are found by name; a broken one says so and disturbs no other."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from next_core import plugins
+from next_core.errors import ConfigError, PluginError
+from next_core.hookspecs import Register, hookimpl
+from next_core.interfaces import PluginConfig
+from next_core.per_matrix import Abstain, PerMatrixPredictor
+from next_core.plugins import Registry
+
+PREDICTOR = """
+from next_core.hookspecs import hookimpl
+from next_core.per_matrix import Abstain, PerMatrixPredictor
+
+class Mine(PerMatrixPredictor):
+    name = "{name}"
+    def predict_matrix(self, matrix, horizon):
+        return Abstain("never")
+
+@hookimpl
+def register_predictors(register):
+    register(Mine)
+"""
+
+
+class GreedyConfig(PluginConfig):
+    window: int = Field(3, ge=1)
+
+
+class Greedy(PerMatrixPredictor):
+    name = "greedy"
+    config_class = GreedyConfig
+
+    def predict_matrix(self, matrix: Any, horizon: int) -> Abstain:
+        return Abstain("never")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``install("their-dist", "their_module", source)``: a distribution with one entry point, on ``sys.path``."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = set(sys.modules)
+
+    def make(distribution: str, module: str, source: str, entry: str | None = None) -> None:
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[next_core]\n{entry or module} = {module}\n")
+        importlib.invalidate_caches()
+
+    yield make
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Registry]]:
+    """The process's registry, loaded anew."""
+
+    def fresh() -> Registry:
+        plugins.registry.cache_clear()
+        return plugins.registry()
+
+    yield fresh
+    plugins.registry.cache_clear()
+
+
+def broken(registry: Registry, name: str) -> plugins.Entry:
+    [entry] = [entry for entry in registry.entries() if entry.name == name and entry.error is not None]
+    return entry
+
+
+def test_first_party_plugins_come_through_the_entry_point_group_as_any_other() -> None:
+    points = {point.name: point.value for point in importlib.metadata.entry_points(group="next_core")}
+    assert points["core"] == "next_core.builtin"
+    assert points["predictors"] == "next_predictors"
+    assert points["backends"] == "next_backends"
+
+
+def test_a_registry_without_entry_points_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    registry = Registry()
+    registry.load_entry_points()
+    assert list(registry.entries()) == []
+
+
+def test_an_installed_distribution_adds_its_predictor_by_name(
+    install: Callable[..., None], load: Callable[[], Registry]
+) -> None:
+    install("their-dist", "their_module", PREDICTOR.format(name="theirs"))
+    registry = load()
+    assert plugins.make_predictor("theirs").name == "theirs"
+    [entry] = [entry for entry in registry.entries() if entry.name == "theirs"]
+    assert (entry.kind, entry.distribution, entry.version, entry.status) == ("predictor", "their-dist", "1.2", "ok")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_one_the_list_and_who_provides_each(
+    install: Callable[..., None], load: Callable[[], Registry]
+) -> None:
+    install("their-dist", "their_module", PREDICTOR.format(name="theirs"))
+    with pytest.raises(PluginError) as caught:
+        load().get("predictor", "secnat")
+    message = str(caught.value)
+    assert "unknown predictor 'secnat'. Did you mean 'secant'?" in message
+    assert "secant (next-core)" in message
+    assert "theirs (their-dist)" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("raise OSError('no such library')", "OSError: no such library"),
+        ("import a_package_nobody_has", "ModuleNotFoundError: No module named 'a_package_nobody_has'"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError: "),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    1 / 0",
+            "ZeroDivisionError",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    register(dict)",
+            "TypeError: <class 'dict'> is not a subclass of TrajectoryPredictor",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    register(5)",
+            "TypeError: 5 is not a subclass of TrajectoryPredictor",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n"
+            "    register('their_module:Mine')",
+            "PluginError: register('their_module:Mine') needs name=",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(registry):\n    pass",
+            "PluginValidationError",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictor(register):\n    pass",
+            "unknown hook 'register_predictor'",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\nfrom next_core.interfaces import TrajectoryPredictor\n"
+            "class Half(TrajectoryPredictor):\n    name = 'half'\n"
+            "@hookimpl\ndef register_predictors(register):\n    register(Half)",
+            "TypeError: Half leaves abstract: fit, predict",
+        ),
+        (
+            "from next_core.hookspecs import hookimpl\nfrom next_core.per_matrix import PerMatrixPredictor\n"
+            "class Nameless(PerMatrixPredictor):\n    def predict_matrix(self, matrix, horizon): ...\n"
+            "@hookimpl\ndef register_predictors(register):\n    register(Nameless)",
+            "TypeError: Nameless has no name",
+        ),
+    ],
+)
+def test_a_broken_plugin_is_listed_with_its_error_and_breaks_no_other(
+    install: Callable[..., None], load: Callable[[], Registry], source: str, error: str
+) -> None:
+    install("bad-dist", "bad_module", source, entry="bad")
+    install("their-dist", "their_module", PREDICTOR.format(name="theirs"))
+    registry = load()
+    entry = broken(registry, "bad")
+    assert (entry.kind, entry.distribution, entry.version) == ("plug-in", "bad-dist", "1.2")
+    assert error in (entry.error or "")
+    assert entry.status.startswith("broken: ")
+    assert {"secant", "theirs"} <= set(registry.names("predictor"))
+    with pytest.raises(PluginError) as caught:
+        registry.get("predictor", "bad")
+    assert error in str(caught.value)
+    with pytest.raises(PluginError, match=r"Plug-in 'bad' of bad-dist did not load"):
+        registry.get("predictor", "half")
+
+
+def test_nothing_is_taken_from_a_plugin_one_of_whose_hooks_fails(
+    install: Callable[..., None], load: Callable[[], Registry]
+) -> None:
+    install(
+        "bad-dist",
+        "bad_module",
+        PREDICTOR.format(name="first") + "\n@hookimpl\ndef register_sources(register):\n    1 / 0",
+    )
+    assert "first" not in load().names("predictor")
+
+
+def test_a_name_claimed_twice_names_both_distributions_and_can_be_used_by_neither(
+    install: Callable[..., None], load: Callable[[], Registry]
+) -> None:
+    install("a-dist", "a_module", PREDICTOR.format(name="same"))
+    install("b-dist", "b_module", PREDICTOR.format(name="same"))
+    registry = load()
+    assert "same" not in registry.names("predictor")
+    assert [(e.distribution, e.error) for e in registry.entries() if e.name == "same"] == [
+        ("a-dist", "both a-dist and b-dist provide it; uninstall one"),
+        ("b-dist", "both a-dist and b-dist provide it; uninstall one"),
+    ]
+    with pytest.raises(PluginError, match="both a-dist and b-dist provide it"):
+        plugins.make_predictor("same")
+    assert plugins.make_predictor("secant").name == "secant"
+
+
+def test_a_stranger_who_takes_a_first_party_name_is_named_beside_next_core(
+    install: Callable[..., None], load: Callable[[], Registry]
+) -> None:
+    install("aaa-dist", "aaa_module", PREDICTOR.format(name="secant"))
+    with pytest.raises(PluginError, match="both next-core and aaa-dist provide it"):
+        load().get("predictor", "secant")
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        ("a_package_nobody_has:Thing", "ModuleNotFoundError: No module named 'a_package_nobody_has'"),
+        ("json:Thing", "AttributeError: module 'json' has no attribute 'Thing'"),
+        ("json:JSONDecoder", "is not a subclass of CheckpointSource"),
+        ("json", "'json' is not of the form 'module:function'"),
+    ],
+)
+def test_a_lazy_registration_fails_when_it_is_named_and_disturbs_nothing_until_then(
+    install: Callable[..., None], load: Callable[[], Registry], lora_run: Any, target: str, error: str
+) -> None:
+    source = f"""
+    from next_core.hookspecs import hookimpl
+
+    @hookimpl
+    def register_sources(register):
+        register("{target}", name="a-lazy")  # sorts before the layouts that exist
+    """
+    install("lazy-dist", "lazy_module", source)
+    registry = load()
+    assert "a-lazy" in registry.names("source")
+    from next_core import open_checkpoints
+
+    assert open_checkpoints(lora_run.path).name == "peft-adapter"
+    with pytest.raises(PluginError, match="source 'a-lazy' of lazy-dist") as caught:
+        registry.get("source", "a-lazy")
+    assert error in str(caught.value)
+    assert "a-lazy" not in registry.names("source")
+
+
+def test_a_layout_whose_detection_fails_does_not_keep_other_folders_from_being_opened(
+    install: Callable[..., None], load: Callable[[], Registry], lora_run: Any
+) -> None:
+    source = """
+    from next_core.hookspecs import hookimpl
+    from next_core.sources.full_model import FullModelSource
+
+    class Bad(FullModelSource):
+        name = "a-bad"
+
+        @classmethod
+        def detect(cls, path):
+            raise ValueError("surprise")
+
+    @hookimpl
+    def register_sources(register):
+        register(Bad)
+    """
+    install("bad-dist", "bad_module", source)
+    load()
+    from next_core import open_checkpoints
+
+    assert open_checkpoints(lora_run.path).name == "peft-adapter"
+
+
+def test_a_class_of_this_program_is_registered_by_decorating_it() -> None:
+    registry = Registry()
+    assert registry.add(Greedy) is Greedy
+    assert registry.make("predictor", "greedy", window=7).config.window == 7
+    registry.add(Greedy)  # again, as when a notebook cell is run twice
+    [entry] = registry.entries()
+    assert (entry.kind, entry.name, entry.distribution, entry.status) == ("predictor", "greedy", "local", "ok")
+
+
+def test_a_class_of_this_program_cannot_take_a_name_or_lack_an_interface() -> None:
+    registry = Registry()
+    registry.add(Greedy, "their-dist")
+    other = type("Other", (Greedy,), {})
+    with pytest.raises(PluginError, match="predictor 'greedy' is already provided by their-dist"):
+        registry.add(other)
+    with pytest.raises(PluginError, match="dict implements none of next_core's interfaces: predictor, "):
+        registry.add(dict)  # type: ignore[arg-type]
+
+
+def test_a_plugin_given_as_an_object_is_taken_without_an_entry_point() -> None:
+    class Here:
+        @hookimpl
+        def register_predictors(self, register: Register) -> None:
+            register(Greedy)
+
+    registry = Registry()
+    registry.add_plugin(Here(), "notebook", "0")
+    assert registry.get("predictor", "greedy") is Greedy
+
+
+@pytest.mark.parametrize("field", ["windw", "name", "kind", "self"])
+def test_an_unknown_field_is_a_config_error_whatever_it_is_called(field: str) -> None:
+    registry = Registry()
+    registry.add(Greedy)
+    with pytest.raises(ConfigError, match=rf"predictor 'greedy'\.{field}: unknown key"):
+        registry.make("predictor", "greedy", **{field: 1})
+    with pytest.raises(ConfigError, match=rf"predictor 'secant'\.{field}: unknown key"):
+        plugins.make_predictor("secant", **{field: 1})
+
+
+def test_a_wrong_field_is_named_with_what_was_given_and_the_nearest_key() -> None:
+    registry = Registry()
+    registry.add(Greedy)
+    with pytest.raises(
+        ConfigError, match=r"'greedy'\.windw: unknown key; did you mean 'window'\? Known keys: window\."
+    ):
+        registry.make("predictor", "greedy", windw=1)
+    with pytest.raises(ConfigError, match=r"'greedy'\.window: .*greater than or equal to 1 \(got 0\)"):
+        registry.make("predictor", "greedy", window=0)
+
+
+def test_plugins_are_listed_for_people_and_as_json_with_broken_ones_among_them(
+    install: Callable[..., None], load: Callable[[], Registry], cli: Callable[..., Any]
+) -> None:
+    install("bad-dist", "bad_module", "raise ValueError('a [bold] claim, see [/url]')", entry="bad")
+    load()
+    outcome = cli("plugins", "--json")
+    assert outcome.code == 0
+    listed = json.loads(outcome.out.splitlines()[-1])["plugins"]
+    assert all(set(entry) == {"kind", "name", "distribution", "version", "status"} for entry in listed)
+    found = {(entry["kind"], entry["name"]): entry for entry in listed}
+    assert found["predictor", "secant"]["distribution"] == "next-core"
+    assert found["predictor", "secant"]["version"] == importlib.metadata.version("next-core")
+    assert found["predictor", "secant"]["status"] == "ok"
+    assert found["plug-in", "bad"]["status"] == "broken: ValueError: a [bold] claim, see [/url]"
+    shown = cli("plugins")
+    assert shown.code == 0
+    assert "secant" in shown.out
+    assert "[bold]" in shown.out
+
+
+def test_every_registered_plugin_that_comes_with_next_core_loads(load: Callable[[], Registry]) -> None:
+    registry = load()
+    for entry in registry.entries():
+        assert entry.error is None, entry
+        assert entry.load().name == entry.name
+
+
+def test_import_object_walks_into_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("some_module")
+    module.Thing = Greedy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "some_module", module)
+    assert plugins.import_object("some_module:Thing.name") == "greedy"

@@ -17,9 +17,9 @@ from next_core.plugins import KINDS, Kind, explain, registry
 
 
 class Frozen(BaseModel):
-    """Immutable, and an unknown key is an error."""
+    """Immutable; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Choice(BaseModel):
@@ -116,14 +116,28 @@ class RunConfig(Frozen):
             registry().make_config("reward", reward.name, reward.fields, where="training.reward")
 
 
+MAX_NODES = 10_000
+"""Values of one YAML document; aliases can make a few lines stand for billions."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key that is there twice is an error, and 1e-4 (YAML 1.1's text) is a number."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _bound(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # <<: *defaults, whose keys yield to those beside it
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' is there twice", key_node.start_mark
                 )
@@ -131,8 +145,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _bound(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes a document has with its aliases written out. Raises for more than any config needs."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.constructor.ConstructorError(None, None, "an alias stands within what it names", node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    children = [c for pair in node.value for c in pair] if isinstance(node, yaml.MappingNode) else node.value
+    size = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_bound(child, sizes) for child in children))
+    if size > MAX_NODES:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"more than {MAX_NODES} values once aliases are written out", node.start_mark
+        )
+    sizes[id(node)] = size
+    return size
+
+
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 
@@ -140,7 +171,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse safe YAML. Raises ``ConfigError`` with the line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # PyYAML lets some of Python's own through, as for the date 2024-13-01
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -236,5 +267,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             block = block.setdefault(parent, {})
             if not isinstance(block, dict):
                 raise ConfigError(f"'{assignment}' contradicts an earlier value of '{parent}'")
+        if last in block:
+            raise ConfigError(f"'{assignment}' contradicts an earlier value of '{last}'")
         block[last] = parse_yaml(value, f"the value of {key}")
     return fields

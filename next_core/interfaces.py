@@ -29,9 +29,9 @@ Progress = Callable[[str, int, int], None]
 
 
 class PluginConfig(BaseModel):
-    """Base of every plug-in's settings: immutable, and an unknown key is an error."""
+    """Base of every plug-in's settings: immutable; an unknown key or a number that is not finite is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Plugin(ABC):
@@ -97,6 +97,10 @@ class CheckpointSource(Plugin):
         Low-rank (``LowRank``) where the run is LoRA, else a dense (m, n) tensor. Raises ``CheckpointError`` for
         values that are not finite.
         """
+
+    def position(self, name: str, step: int) -> LowRank | Tensor:
+        """W_step minus the backbone as it is on disk, every jump included: where the run stands, not what RL did."""
+        return self.delta(name, step)
 
     def factors(self, name: str, step: int) -> LoraFactors | None:
         """The LoRA factors of one parameter at one step; None where the run is not LoRA."""

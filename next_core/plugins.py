@@ -154,7 +154,7 @@ class Registry:
         def register(target: type[Plugin] | str, name: str | None = None) -> None:
             if isinstance(target, str) and name is None:
                 raise PluginError(f"register('{target}') needs name=: the name it is to be used by")
-            entry = Entry(kind, name or getattr(target, "name", "?"), target, distribution, version)
+            entry = Entry(kind, name or str(getattr(target, "name", None)), target, distribution, version)
             if not isinstance(target, str):
                 entry._check()
             collected.append(entry)

@@ -12,9 +12,7 @@ from next_core.appliers.displacement import Displacement, FactorStep, displaceme
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.lowrank import LowRank
-from next_core.sources.peft_adapter import SHIFT_KEYS
-
-JUMP_PREFIX = "jump-"
+from next_core.sources.peft_adapter import JUMP_PREFIX, SHIFT_KEYS
 
 
 class LiveApplied(Applied):

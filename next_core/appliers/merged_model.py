@@ -58,7 +58,7 @@ class MergedModelApplier(WeightApplier):
 
     def _extended(self, prediction: Prediction, alpha: float, name: str, value: Tensor) -> Tensor:
         total = value.double()
-        for delta in (prediction.source.delta(name, prediction.step), displacement(prediction, name, alpha)):
+        for delta in (prediction.source.position(name, prediction.step), displacement(prediction, name, alpha)):
             if delta is not None:
                 dense = merged(delta)
                 total = total + (dense.dense() if isinstance(dense, LowRank) else dense)

@@ -14,7 +14,7 @@ from next_core.appliers.displacement import Displacement, FactorStep, displaceme
 from next_core.appliers.folder import WrittenFolder, checked_target
 from next_core.errors import ConfigError
 from next_core.interfaces import LoraFactors, PluginConfig, Prediction, WeightApplier
-from next_core.lowrank import LowRank, truncated_svd
+from next_core.lowrank import LowRank, concatenate, truncated_svd
 from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource
 from next_core.storage import new_directory
 
@@ -27,7 +27,7 @@ class PeftAdapterApplier(WeightApplier):
     """Coefficients in factor space give the adapter with its new A and B, of the same rank.
 
     Any other update is concatenated with the trained adapter, ``[s B, L] [A; R]`` with scaling 1: exact, of rank
-    r + k; or truncated to ``rank`` by the SVD of that product.
+    r + k (earlier jumps that stand in adapters of their own are taken in); or truncated to ``rank`` by the SVD of that product.
     """
 
     name = "peft-adapter"
@@ -41,7 +41,8 @@ class PeftAdapterApplier(WeightApplier):
         pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
         for parameter in source.parameters:
             now = source.factors(parameter.name, prediction.step)
-            pairs[parameter.name] = self._pair(now, displacement(prediction, parameter.name, alpha))
+            moved = displacement(prediction, parameter.name, alpha)
+            pairs[parameter.name] = self._pair(now, moved, source.beside(parameter.name, prediction.step))
         tensors: dict[str, Tensor] = {}
         for name, (A, B, _) in pairs.items():
             module = name.removesuffix(".weight")
@@ -53,16 +54,17 @@ class PeftAdapterApplier(WeightApplier):
             (folder / CONFIG_FILE).write_text(json.dumps(self._config(source, pairs), indent=2, sort_keys=True))
         return WrittenFolder(target)
 
-    def _pair(self, now: LoraFactors, moved: Displacement | None) -> tuple[Tensor, Tensor, float]:
+    def _pair(
+        self, now: LoraFactors, moved: Displacement | None, beside: list[LowRank]
+    ) -> tuple[Tensor, Tensor, float]:
         """A, B and the scaling they are to be used with."""
         A, B = now.A.double(), now.B.double()
         if isinstance(moved, FactorStep):
             A, B = A + moved.dA, B + moved.dB
-        if self.config.rank is None and not isinstance(moved, LowRank):
+        more = [*beside, moved] if isinstance(moved, LowRank) else beside
+        if self.config.rank is None and not more:
             return A, B, now.scaling
-        whole = LowRank(now.scaling * B, A)
-        if isinstance(moved, LowRank):
-            whole = whole + moved
+        whole = concatenate([LowRank(now.scaling * B, A), *more])
         if self.config.rank is not None and self.config.rank < whole.rank:
             factors = truncated_svd(whole, self.config.rank)
             root = factors.S.sqrt()

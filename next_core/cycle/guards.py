@@ -18,7 +18,7 @@ from next_core.interfaces import Prediction
 class Guards(BaseModel):
     """Bounds on a jump. Whatever is refused is journalled, and the run goes on as a plain one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_norm_ratio: float | None = Field(
         10.0, gt=0, description="Bound on the jump's norm over that of the motion in the last `horizon` steps"

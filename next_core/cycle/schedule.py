@@ -12,7 +12,7 @@ from next_core.errors import ConfigError
 class Schedule(BaseModel):
     """All counts are RL steps. A jump costs no step: the counter goes on where it was."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     observe: int = Field(50, ge=1, description="Steps before the first jump")
     every: int = Field(5, ge=1, description="Steps between checkpoints")

@@ -95,6 +95,10 @@ class FullModelSource(CheckpointSource):
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
         return self.weight(name, step).double() - self.weight(name, since).double()
 
+    def position(self, name: str, step: int) -> Tensor:
+        begin = self._models[0] if self._backbone is None else self._backbone
+        return self.weight(name, step).double() - begin.read(name).double()
+
     def metrics(self, step: int) -> Mapping[str, float]:
         if self._metrics is None:
             self._metrics = read_metrics({step: model.folder for step, model in self._models.items()})

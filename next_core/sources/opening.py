@@ -20,11 +20,11 @@ def open_checkpoints(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
     fields = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}
-    known = {name: source for name in registry().names("source") if (source := _on_disk(name)) is not None}
+    known = {name: found for name in registry().names("source") if (found := _on_disk(name)) is not None}
     if layout is not None and layout not in known:
         registry().get("source", layout)  # unknown or broken, and why
         raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
-    name = layout or next((name for name, source in known.items() if _claims(source, folder)), None)
+    name = layout or next((name for name, found in known.items() if _claims(found, folder)), None)
     if name is None:
         raise CheckpointError(
             f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "

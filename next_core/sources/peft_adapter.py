@@ -10,16 +10,19 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
+from next_core import lowrank
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, PluginConfig
 from next_core.lowrank import LowRank
 from next_core.sources.folders import (
+    JUMPS,
     STEP_FOLDER,
     SafetensorsFile,
     Shift,
     Shifts,
     TensorCache,
     find_step_folders,
+    jump_folders,
     metrics_at,
     read_json,
     read_metrics,
@@ -29,6 +32,10 @@ from next_core.sources.memory import lora_delta
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER = "adapter"
+"""The subfolder of ``jumps/N`` that holds a jump made as an adapter."""
+JUMP_PREFIX = "jump-"
+"""How such an adapter is called in a live model, and in the trainer's own checkpoints."""
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 SHIFT_KEYS = ("{name}.lora_A", "{name}.lora_B")
 
@@ -225,6 +232,28 @@ class PeftAdapterSource(CheckpointSource):
         if since is None and step > 0 and 0 in self._files and self._shifts.since(0):
             since = 0  # jumps move the start as well: the delta from it stays what RL did
         return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
+
+    def position(self, name: str, step: int) -> LowRank:
+        return lowrank.concatenate([lora_delta(self.factors(name, step), None), *self.beside(name, step)])
+
+    def beside(self, name: str, step: int) -> list[LowRank]:
+        """The jumps that stand in frozen adapters beside the trained one, as far as they touch this parameter."""
+        folder = self._folders[step]
+        paths = sorted(folder.glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
+        paths += [
+            path / ADAPTER
+            for path, record in jump_folders(self.config.path.parent / JUMPS)
+            if record.get("adapter") and record["step"] <= step
+        ]
+        module = name.removesuffix(".weight")
+        found = []
+        for path in paths:
+            file, config = SafetensorsFile(path / WEIGHTS_FILE), AdapterConfig(path / CONFIG_FILE)
+            A, B = self._keys(name)
+            if A in file.shapes:
+                right, left = file.read(A).double(), file.read(B).double()
+                found.append(LowRank(config.scaling(module, right.shape[0]) * left, right))
+        return found
 
     def metrics(self, step: int) -> Mapping[str, float]:
         if self._metrics is None:

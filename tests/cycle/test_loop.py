@@ -22,7 +22,7 @@ SCHEDULE = Schedule(observe=20, every=5, horizon=10, jump_every=10, settle=10)
 def cycle(backend: Descent, total: int = 60, **fields: Any) -> PredictExtendCycle:
     predictor = fields.pop("predictor", {"name": "secant", "window": 10})
     settings = {
-        "predictor": lambda: make_predictor(**predictor),
+        "predictor": lambda: make_predictor(predictor["name"], window=predictor["window"]),
         "schedule": SCHEDULE,
         "guards": Guards(),
         "journal": Journal(),

@@ -23,7 +23,13 @@ from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
 from next_core.sources.folders import JUMP_RECORD, JUMPS, SHIFT_FILE, find_step_folders, jump_folders
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.hf_model import SINGLE
-from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.peft_adapter import (
+    ADAPTER,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PeftAdapterSource,
+    PeftAdapterSourceConfig,
+)
 from next_core.storage import append_json_line, new_directory
 
 if TYPE_CHECKING:
@@ -129,14 +135,7 @@ class TrlBackend(Backend):
         """Copy the trained tensors now, and write them while training goes on."""
         config = None
         if is_peft(self._model):
-            adapter = trained_adapter(self._model)
-            config = json.dumps(self._model.peft_config[adapter].to_dict(), default=_jsonable, indent=1)
-            suffix = f".{adapter}.weight"
-            tensors = {
-                name.removesuffix(suffix) + ".weight": parameter.detach().cpu().clone()
-                for name, parameter in self._model.named_parameters()
-                if name.endswith(suffix) and ".lora_" in name
-            }
+            config, tensors = _adapter_files(self._model, trained_adapter(self._model))
         else:
             trained = ((n, p) for n, p in self._model.named_parameters() if p.requires_grad and p.dim() == 2)
             tensors = {name: parameter.detach().cpu().clone() for name, parameter in trained}
@@ -170,6 +169,11 @@ class TrlBackend(Backend):
             with new_directory(target) as folder:
                 record = {"step": prediction.step, "alpha": alpha, "adapter": live.adapter}
                 (folder / JUMP_RECORD).write_text(json.dumps(record))
+                if live.adapter is not None:
+                    config, tensors = _adapter_files(self._model, live.adapter)
+                    (folder / ADAPTER).mkdir()
+                    (folder / ADAPTER / CONFIG_FILE).write_text(config)
+                    save_file(tensors, folder / ADAPTER / WEIGHTS_FILE, metadata={"format": "pt"})
                 if live.shift:
                     save_file(_to_save(live.shift), folder / SHIFT_FILE)
         except BaseException:
@@ -221,6 +225,17 @@ def check_boundaries(schedule: Schedule, total: int, args: Any) -> None:
                 f"a jump after step {step} would fall inside a generation that is used for {unit} steps; make "
                 f"observe and jump_every multiples of {unit}"
             )
+
+
+def _adapter_files(model: Any, adapter: str) -> tuple[str, dict[str, Tensor]]:
+    """PEFT's config and a copy of the tensors of one adapter, by their names in PEFT's file."""
+    suffix = f".{adapter}.weight"
+    tensors = {
+        name.removesuffix(suffix) + ".weight": value.detach().cpu().clone()
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if name.endswith(suffix) and ".lora_" in name
+    }
+    return json.dumps(model.peft_config[adapter].to_dict(), default=_jsonable, indent=1), tensors
 
 
 def _write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:

@@ -1,0 +1,88 @@
+"""What an applier writes from a run equals the live model that jumped: same prediction, same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from next_backends.trl import PredictExtendCallback
+from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core.appliers.live import LiveApplier
+from tests.backends.trl.conftest import BASE
+
+pytestmark = pytest.mark.trl
+SCHEDULE = {"observe": 6, "every": 3, "horizon": 3, "jump_every": 3}
+
+
+def base() -> Any:
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("made", "then"),
+    [
+        ({"name": "secant", "space": "factors"}, {"name": "secant", "space": "factors"}),
+        ({"name": "secant", "space": "merged"}, {"name": "secant", "space": "merged"}),
+        ({"name": "secant", "space": "merged"}, {"name": "secant", "space": "factors"}),
+        ({"name": "rl-extra"}, {"name": "relex"}),
+        ({"name": "secant", "space": "factors"}, {"name": "alpharl"}),
+    ],
+    ids=["factors", "merged", "merged then factors", "rl-extra then relex", "factors then alpharl"],
+)
+def test_an_export_after_two_jumps_equals_the_live_model(
+    make_trainer: Any, logits: Any, tmp_path: Path, made: dict[str, Any], then: dict[str, Any]
+) -> None:
+    callback = PredictExtendCallback(made, **SCHEDULE)
+    trainer = make_trainer([callback], steps=12)
+    trainer.train()
+    assert sum(jump["accepted"] for jump in callback.journal.jumps()) >= 2
+
+    # The run ended with a jump after step 12, and its checkpoints count that jump in.
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints", backbone=BASE)
+    name, fields = then["name"], {k: v for k, v in then.items() if k != "name"}
+    prediction = make_predictor(name, **fields).fit(History(source)).predict(3)
+    make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "adapter")
+    make_applier("merged-model").apply(prediction, alpha=1.5, out=tmp_path / "merged")
+    before = logits(trainer.model)
+    LiveApplier().apply(prediction, alpha=1.5, out=trainer.model)
+    live = logits(trainer.model)
+
+    assert (live - before).abs().max() > 1e-3
+    adapter = logits(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(adapter, live, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged, live, atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_parameter_export_equals_the_live_model(make_trainer: Any, logits: Any, tmp_path: Path) -> None:
+    callback = PredictExtendCallback("secant", **SCHEDULE)
+    trainer = make_trainer([callback], steps=12, lora=False, learning_rate=1e-4)
+    # Norms and biases train too, but only matrices are extrapolated and exported: hold the others still here.
+    for parameter in trainer.model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    trainer.train()
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints", backbone=BASE)
+    prediction = make_predictor("secant").fit(History(source)).predict(3)
+    make_applier("merged-model").apply(prediction, alpha=1.0, out=tmp_path / "merged")
+    LiveApplier().apply(prediction, alpha=1.0, out=trainer.model)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, logits(trainer.model), atol=1e-5, rtol=1e-5)
+
+
+def test_the_trainers_own_checkpoint_exports_its_jump_adapters_too(
+    make_trainer: Any, logits: Any, tmp_path: Path
+) -> None:
+    callback = PredictExtendCallback({"name": "secant", "space": "merged"}, **SCHEDULE | {"settle": 3})
+    trainer = make_trainer([callback], steps=12, save_strategy="steps", save_steps=3)
+    trainer.train()
+    source = open_checkpoints(tmp_path / "trainer", backbone=BASE)
+    assert source.steps == (3, 6, 9, 12)
+    prediction = make_predictor("stay").fit(History(source)).predict(3)
+    make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
+    adapter = logits(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
+    torch.testing.assert_close(adapter, logits(trainer.model), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,81 @@
+"""``pip install next-core[trl]`` is enough: the wheel in an empty environment, away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.packaging
+
+
+def call(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_carries_the_three_packages_and_their_types(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("next_core", "next_backends", "next_predictors"):
+        assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
+    assert not any(name.startswith(("tests", "examples", "benchmarks")) for name in names)
+
+
+def test_a_user_installs_the_wheel_and_runs_the_command_line(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python, pins = tmp_path / "venv" / "bin" / "python", ["-c", ROOT / "constraints.txt"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
+    call(*pip, "torch==2.13.0", cwd=tmp_path)
+    call(*pip, f"{wheel}[trl]", cwd=tmp_path)
+
+    next_core = tmp_path / "venv" / "bin" / "next-core"
+    listed = json.loads(call(next_core, "plugins", "--json", cwd=tmp_path).stdout)["plugins"]
+    assert {entry["status"] for entry in listed} == {"ok"}
+    assert {"secant", "next-mlp", "trl", "math-verify"} <= {entry["name"] for entry in listed}
+    where = call(python, "-c", "import next_core; print(next_core.__file__)", cwd=tmp_path).stdout
+    assert where.startswith(str(tmp_path))
+
+    config = f"""
+steps: 6
+training:
+  model: {ROOT}/examples/arithmetic/base
+  data: {{train: {ROOT}/examples/arithmetic/train.jsonl, test: {ROOT}/examples/arithmetic/validation.jsonl}}
+  prompts_per_step: 4
+  generations: 4
+  max_new_tokens: 4
+  learning_rate: 1e-3
+schedule: {{observe: 4, every: 2, horizon: 2}}
+"""
+    (tmp_path / "run.yaml").write_text(config)
+    call(next_core, "run", "run.yaml", "--out", "run", cwd=tmp_path)
+    done = call(
+        next_core,
+        "extrapolate",
+        "--checkpoints",
+        "run/checkpoints",
+        "--horizon",
+        "2",
+        "--out",
+        "next",
+        "--json",
+        cwd=tmp_path,
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["moved"] == 14
+    assert (tmp_path / "next" / "adapter_model.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from next_core.plugins import describe, import_object
 
 RewardFunction = Callable[..., list[float]]
 OPERATORS = frozenset("+-*/^=")
+BARE = re.compile(r"[\d\s.,()+\-*/^=]*")
+"""A completion that is one expression, and no text that an answer is to be found in."""
 
 
 class MathVerifyConfig(PluginConfig):
@@ -56,12 +59,20 @@ class MathVerifyReward(Reward):
         from math_verify import parse, verify
 
         text = completion.strip()
-        if self.config.evaluated and OPERATORS & set(text[1:]) and not OPERATORS & set(answer.strip()[1:]):
+        evaluated = self.config.evaluated and not _operates(answer.strip())
+        if evaluated and BARE.fullmatch(text) and _operates(text):
             return False
         # math-verify's time limit is an alarm signal, which only the main thread can set.
         limit = self.config.timeout if threading.current_thread() is threading.main_thread() else None
         gold, found = parse(answer, parsing_timeout=limit), parse(text, parsing_timeout=limit)
+        if evaluated and found and _operates(str(found[-1])):  # what it found in a longer text, as it stands there
+            return False
         return bool(gold and found and verify(gold, found, timeout_seconds=limit))
+
+
+def _operates(text: str) -> bool:
+    """Whether something is left to be worked out; a sign in front is none."""
+    return bool(OPERATORS & set(text[1:]))
 
 
 def _text(completion: Any) -> str:
@@ -77,7 +88,8 @@ def make_reward(choice: Choice) -> RewardFunction:
     try:
         function = import_object(choice.name)
     except Exception as error:
-        raise ConfigError(f"the reward '{choice.name}' cannot be imported: {describe(error)}") from None
+        hint = "; put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"the reward '{choice.name}' cannot be imported: {describe(error)}{hint}") from None
     if not callable(function):
         raise ConfigError(f"the reward '{choice.name}' is not a function")
     return functools.partial(function, **choice.fields) if choice.fields else function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        # A copied folder may bring its old manifest, which is replaced here.
+        files = sorted(path for path in scratch.rglob("*") if path.is_file() and path != scratch / MANIFEST)
         manifest = {
             str(path.relative_to(scratch)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files
         }
@@ -55,7 +57,11 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         if target.exists():
             old = target.parent / f".{target.name}.old-{os.getpid()}"
             target.rename(old)
-            scratch.rename(target)
+            try:
+                scratch.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             scratch.rename(target)
@@ -73,7 +79,7 @@ def check_manifest(folder: Path) -> None:
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["size"]:
                 raise CheckpointError(f"{path} is missing or truncated ({facts['size']} bytes expected); restore it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete") from None
 
 
@@ -92,9 +98,22 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def json_text(value: Any) -> str:
+    """One line of strict JSON: NaN and Inf, which JSON does not have, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as a line and make it durable."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json_text(record) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from next_core.errors import CheckpointError
-from next_core.storage import append_json_line
+from next_core.storage import append_json_line, json_text, write_text
 
 
 class Journal:
@@ -15,7 +15,13 @@ class Journal:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = read_journal(path) if path is not None and path.exists() else []
+        self.records: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            self.records = read_journal(path)
+            stored = path.read_bytes()
+            if stored.count(b"\n") != len(self.records) or not stored.endswith(b"\n"):
+                # A torn last line would swallow the next record.
+                write_text(path, "".join(json_text(record) + "\n" for record in self.records))
 
     def append(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
         """Write one record durably, and return it."""
@@ -38,7 +44,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             _ = record["event"], record["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
@@ -47,12 +53,15 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Jump records in order, those after a resumed step dropped and rollbacks entered."""
-    jumps: list[dict[str, Any]] = []
+    """Jump records in order with their verdicts; what happened after a step that was resumed at does not count."""
+    counted: list[dict[str, Any]] = []
     for record in records:
         if record["event"] == "resume":
-            jumps = [jump for jump in jumps if jump["step"] <= record["step"]]
-        elif record["event"] == "jump":
+            counted = [earlier for earlier in counted if earlier["step"] <= record["step"]]
+        counted.append(record)
+    jumps: list[dict[str, Any]] = []
+    for record in counted:
+        if record["event"] == "jump":
             jumps.append(dict(record))
         elif record["event"] == "verify":
             for jump in jumps:

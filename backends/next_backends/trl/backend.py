@@ -102,6 +102,7 @@ class TrlBackend(Backend):
             self._refuse_low_precision()
         if step == 0:
             self.observe(0)
+            self.source()  # what cannot be read back (DoRA, no linear layer) is said now, not at the first jump
             return
         for later, path in find_step_folders(self._checkpoints).items():
             if later > step:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from next_backends.trl import PredictExtendCallback
 from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
 from next_core.appliers.live import jump_adapters
-from next_core.errors import BackendError, ConfigError
+from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import CoefficientUpdate
 from next_core.lowrank import LowRank
 
@@ -441,3 +441,8 @@ def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     with pytest.raises((ConfigError, BackendError), match="float32"):
         make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()
+
+
+def test_dora_is_refused_before_the_first_step(make_trainer: Any) -> None:
+    with pytest.raises(CheckpointError, match="DoRA"):
+        make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=8, lora={"use_dora": True}).train()

@@ -1,0 +1,100 @@
+"""The size of a jump beside what RL did lately, before the jump is made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from next_core.cycle.guards import Guards, JumpNorm, jump_norm, recent_motion
+from next_core.errors import GuardError
+from next_core.history import History
+from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction
+from next_core.lowrank import LowRank
+from next_core.sources.memory import MemorySource
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights(seed: int, step: int) -> LoraFactors:
+    return LoraFactors(A=noise(seed, 2, 5) + step * noise(seed + 1, 2, 5), B=step * noise(seed + 2, 6, 2), scaling=2.0)
+
+
+def dense(factors: LoraFactors) -> Tensor:
+    return factors.scaling * factors.B @ factors.A
+
+
+@pytest.fixture
+def source() -> MemorySource:
+    return MemorySource({step: {"a": weights(1, step), "b": weights(10, step)} for step in (5, 10, 15, 20)})
+
+
+def motion(step: int, since: int | None) -> float:
+    """||W_step - W_since||_F over both matrices, from dense ones."""
+    moved = [dense(weights(seed, step)) - (0 if since is None else dense(weights(seed, since))) for seed in (1, 10)]
+    return math.sqrt(sum(float(matrix.norm()) ** 2 for matrix in moved))
+
+
+@pytest.mark.parametrize(
+    ("window", "since"), [(5, 15), (10, 10), (15, 5), (7, 10), (16, None), (20, None), (100, None)]
+)
+def test_recent_motion_is_that_of_the_last_steps_or_a_little_more(
+    source: MemorySource, window: int, since: int | None
+) -> None:
+    assert recent_motion(History(source), window) == pytest.approx(motion(20, since), rel=1e-9)
+
+
+def test_the_norm_of_a_jump_is_that_of_the_matrices_it_moves(source: MemorySource) -> None:
+    update = LowRankUpdate(LowRank(noise(3, 6, 1), noise(4, 1, 5)))
+    secant = CoefficientUpdate({20: 1.0, 15: -1.0})
+    prediction = Prediction(source, 20, 5, updates={"a": update, "b": secant}, confidence={"a": 0.5})
+    norm = jump_norm(prediction, 3.0, History(source))
+    a = 1.5 * float(update.matrix.dense().norm())
+    b = 3.0 * float((dense(weights(10, 20)) - dense(weights(10, 15))).norm())
+    assert norm.per_matrix == pytest.approx({"a": a, "b": b}, rel=1e-9)
+    assert norm.jump == pytest.approx(math.hypot(a, b), rel=1e-9)
+    assert norm.ratio == pytest.approx(math.hypot(a, b) / motion(20, 15), rel=1e-9)
+
+
+def test_a_jump_that_is_not_finite_is_refused_by_name(source: MemorySource) -> None:
+    update = LowRankUpdate(LowRank(torch.full((6, 1), math.nan), torch.ones(1, 5)))
+    with pytest.raises(GuardError, match="the jump of 'b' at step 20 is not finite"):
+        jump_norm(Prediction(source, 20, 5, updates={"b": update}), 1.0, History(source))
+
+
+def test_a_jump_out_of_nothing_is_infinitely_large_and_no_jump_is_none() -> None:
+    assert JumpNorm(jump=1.0, recent=0.0).ratio == math.inf
+    assert JumpNorm(jump=0.0, recent=0.0).ratio == 0.0
+
+
+def test_where_nothing_moves_there_is_no_recent_motion() -> None:
+    still = MemorySource({5: {"a": weights(1, 5)}, 10: {"a": weights(1, 5)}})
+    assert recent_motion(History(still), 5) == 0.0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_norm_ratio": 0},
+        {"max_norm_ratio": math.inf},
+        {"max_drop": -0.1},
+        {"max_drop": 1.1},
+        {"recovery": 0},
+        {"against": "hope"},
+        {"tolerance": -1},
+        {"recovery": 5, "probe": False},
+    ],
+)
+def test_bounds_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Guards(**fields)
+
+
+def test_the_norm_guard_can_be_turned_off() -> None:
+    assert Guards(max_norm_ratio=None).max_norm_ratio is None

@@ -1,0 +1,100 @@
+"""The journal says what happened, also after the run was killed while it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from next_core.cycle.journal import Journal, read_journal, valid_jumps
+from next_core.errors import CheckpointError
+
+
+def jump(step: int, accepted: bool = True) -> dict[str, Any]:
+    return {"event": "jump", "step": step, "accepted": accepted, "reason": "as said"}
+
+
+def resume(step: int) -> dict[str, Any]:
+    return {"event": "resume", "step": step}
+
+
+def verify(step: int, jump_step: int, accepted: bool) -> dict[str, Any]:
+    facts = {"jump_step": jump_step, "accepted": accepted, "reason": "recovered or not", "accuracy": 0.5}
+    return {"event": "verify", "step": step, **facts}
+
+
+def write(path: Path, *lines: str, end: str = "\n") -> Path:
+    path.write_text("\n".join(lines) + end)
+    return path
+
+
+def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("start", 0, seed=3)
+    assert journal.append("jump", 50, accepted=True, reason="fine")["step"] == 50
+    assert Journal(tmp_path / "journal.jsonl").records == journal.records
+    assert [record["event"] for record in journal.records] == ["start", "jump"]
+
+
+def test_without_a_path_records_are_kept_in_memory() -> None:
+    journal = Journal()
+    journal.append("jump", 50, accepted=True, reason="fine")
+    assert [record["step"] for record in journal.jumps()] == [50]
+
+
+@pytest.mark.parametrize("torn", ['{"event": "ju', '{"event": "jump"}', "[1]", "null", "\x00\x00\x00", "\xff"])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
+    path = write(tmp_path / "journal.jsonl", json.dumps(resume(1)), torn, end="")
+    assert read_journal(path) == [resume(1)]
+
+
+@pytest.mark.parametrize("torn", ['{"event": "ju', '{"event": "ju\n', json.dumps(resume(2))])
+def test_a_journal_with_a_torn_last_line_can_be_gone_on_with(tmp_path: Path, torn: str) -> None:
+    path = write(tmp_path / "journal.jsonl", json.dumps(resume(1)), torn, end="")
+    Journal(path).append("resume", 3)
+    Journal(path).append("resume", 4)
+    steps = [record["step"] for record in read_journal(path)]
+    assert steps in ([1, 3, 4], [1, 2, 3, 4])
+    assert len(steps) == 3 or torn.endswith("}")
+
+
+@pytest.mark.parametrize("bad", ["{", "5", '{"event": "jump"}', '{"step": 5}', ""])
+def test_damage_before_the_last_line_names_the_line(tmp_path: Path, bad: str) -> None:
+    path = write(tmp_path / "journal.jsonl", json.dumps(resume(1)), bad, json.dumps(resume(3)))
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl, line 2 is damaged .*; restore the file"):
+        Journal(path)
+
+
+def test_an_empty_journal_has_no_records(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    assert read_journal(tmp_path / "journal.jsonl") == []
+
+
+def test_jumps_after_the_step_a_run_was_resumed_at_do_not_count() -> None:
+    records = [jump(50), jump(60), jump(70), resume(60), jump(70, accepted=False)]
+    assert [(j["step"], j["accepted"]) for j in valid_jumps(records)] == [(50, True), (60, True), (70, False)]
+
+
+def test_a_jump_that_was_verified_has_the_final_verdict() -> None:
+    found = valid_jumps([jump(50), jump(60), verify(70, 50, accepted=False)])
+    assert [j["accepted"] for j in found] == [False, True]
+    assert found[0]["reason"] == "recovered or not"
+    assert found[0]["accuracy_recovered"] == 0.5
+
+
+def test_a_verdict_from_after_the_step_a_run_was_resumed_at_does_not_count() -> None:
+    [found] = valid_jumps([jump(50), verify(70, 50, accepted=False), resume(60)])
+    assert found["accepted"]
+
+
+def test_a_verdict_is_of_the_jump_of_its_own_time() -> None:
+    records = [jump(50), resume(40), jump(50), verify(60, 50, accepted=False)]
+    assert [j["accepted"] for j in valid_jumps(records)] == [False]
+
+
+def test_reading_the_jumps_changes_no_record() -> None:
+    records = [jump(50), verify(60, 50, accepted=False)]
+    valid_jumps(records)
+    assert records[0]["accepted"]

@@ -1,0 +1,96 @@
+"""When a run observes and when it tries a jump."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from next_core.cycle.schedule import Schedule
+from next_core.errors import ConfigError
+
+
+def test_the_papers_schedule_jumps_once() -> None:
+    schedule = Schedule(observe=150, every=10, horizon=50, alpha=1.5, jumps=1, settle=100)
+    assert schedule.attempt_steps(400) == [150]
+    assert schedule.limit == 1
+
+
+def test_many_small_jumps_are_the_same_data() -> None:
+    schedule = Schedule(observe=50, every=5, horizon=10, jump_every=10, settle=10)
+    assert schedule.attempt_steps(100) == [50, 60, 70, 80, 90]
+    assert schedule.limit == float("inf")
+
+
+def test_without_jump_every_there_is_one_jump() -> None:
+    assert Schedule(observe=20, every=5).attempt_steps(100) == [20]
+    assert Schedule(observe=20, every=5).limit == 1
+
+
+def test_the_number_of_jumps_can_be_bounded() -> None:
+    assert Schedule(observe=20, every=5, jump_every=5, jumps=3).limit == 3
+
+
+def test_a_checkpoint_is_taken_every_so_many_steps() -> None:
+    assert [step for step in range(1, 31) if Schedule(observe=20, every=10).observes(step)] == [10, 20, 30]
+
+
+def test_a_jump_may_fall_on_the_last_step_but_not_into_the_settling_ones() -> None:
+    assert Schedule(observe=20, every=10, jump_every=10).attempt_steps(40) == [20, 30, 40]
+    assert Schedule(observe=20, every=10, jump_every=10, settle=1).attempt_steps(40) == [20, 30]
+
+
+@pytest.mark.parametrize(
+    ("fields", "total"), [({"observe": 50}, 49), ({"observe": 50, "settle": 51}, 100), ({"observe": 50}, 0)]
+)
+def test_a_run_without_room_for_a_jump_is_refused_with_its_numbers(fields: dict[str, Any], total: int) -> None:
+    with pytest.raises(ConfigError, match=rf"observe \(50\).*{total} steps; shorten one of them or train longer"):
+        Schedule(every=5, **fields).check(total)
+
+
+def test_a_run_with_room_for_one_jump_is_taken() -> None:
+    Schedule(observe=50, every=5, settle=50).check(100)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"observe": 0},
+        {"every": 0},
+        {"horizon": 0},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"jump_every": 0},
+        {"jumps": 0},
+        {"settle": -1},
+        {"observe": 51, "every": 5},
+        {"jump_every": 7, "every": 5},
+        {"jumps": 2},
+    ],
+)
+def test_contradictions_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Schedule(**fields)
+
+
+@given(
+    every=st.integers(1, 8),
+    observe=st.integers(1, 8),
+    jump_every=st.none() | st.integers(1, 8),
+    settle=st.integers(0, 30),
+    total=st.integers(0, 120),
+)
+def test_every_attempt_stands_at_a_checkpoint_with_what_comes_before_and_after_it(
+    every: int, observe: int, jump_every: int | None, settle: int, total: int
+) -> None:
+    spacing = None if jump_every is None else jump_every * every
+    schedule = Schedule(every=every, observe=observe * every, jump_every=spacing, settle=settle)
+    steps = schedule.attempt_steps(total)
+    assert all(schedule.observes(step) and schedule.observe <= step <= total - settle for step in steps)
+    if steps and spacing is not None:
+        assert steps == list(range(steps[0], steps[-1] + 1, spacing))
+        assert steps[-1] + spacing > total - settle
+    assert bool(steps) == (schedule.observe <= total - settle)

@@ -1,0 +1,27 @@
+"""Every example is valid, and the scripts run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from next_core.config import load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_config_is_valid(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.trl
+def test_the_trl_script_with_one_more_line_jumps(tmp_path: Path) -> None:
+    script = [sys.executable, str(EXAMPLES / "trl_callback.py"), "--steps", "35", "--observe", "20"]
+    done = subprocess.run([*script, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The gate looks back twice 25 steps: at step 20 that history is not there yet, and no jump is made of less.
+    assert "step 20: no jump (gate: needs checkpoints 25 and 50 steps before" in done.stdout

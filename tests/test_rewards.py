@@ -1,0 +1,165 @@
+"""A reward is 1 for an answer that is right, and a sum to be worked out is not an answer."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from next_core.config import Choice
+from next_core.errors import BackendError, ConfigError, PluginError
+from next_core.rewards import MathVerifyConfig, MathVerifyReward, make_reward
+
+
+@pytest.fixture(scope="module")
+def reward() -> MathVerifyReward:
+    return MathVerifyReward()
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("14", "14"),
+        (" 14\n", "14"),
+        ("14.0", "14"),
+        ("0.5", "1/2"),
+        (r"\boxed{14}", "14"),
+        (r"$\frac{1}{2}$", "1/2"),
+        ("-5", "-5"),
+        ("9+5=14, so the answer is 14", "14"),
+        (r"We go step-by-step: $9+5=14$. The answer is \boxed{14}", "14"),
+        ("The answer is -5", "-5"),
+        ("The answer is $-5$.", "-5"),
+        ("$x+1$", "$1+x$"),
+        ("9+5", "9+5"),
+    ],
+)
+def test_what_equals_the_answer_is_right(reward: MathVerifyReward, completion: str, answer: str) -> None:
+    assert reward([completion], [answer]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("15", "14"),
+        ("", "14"),
+        ("fourteen", "14"),
+        ("5", "-5"),
+        ("9+5", "14"),
+        ("9 + 5", "14"),
+        ("7*2", "14"),
+        ("28/2", "14"),
+        ("9+5=14", "14"),
+        ("4=46", "46"),
+        (r"\boxed{9+5}", "14"),
+        ("The answer is $9+5$.", "14"),
+        ("The answer is 9+5", "14"),
+        (r"9+5=14, so \boxed{15}", "14"),
+    ],
+)
+def test_another_value_or_one_still_to_be_worked_out_is_wrong(
+    reward: MathVerifyReward, completion: str, answer: str
+) -> None:
+    assert reward([completion], [answer]) == [0.0]
+
+
+def test_a_sum_counts_as_its_value_only_where_that_is_asked_for() -> None:
+    lenient = MathVerifyReward(MathVerifyConfig(evaluated=False))
+    assert lenient(["9+5", "9+4"], ["14", "14"]) == [1.0, 0.0]
+
+
+def test_the_values_of_right_and_wrong_are_the_configs() -> None:
+    assert MathVerifyReward(MathVerifyConfig(correct=2.0, wrong=-1.0))(["14", "15"], ["14", "14"]) == [2.0, -1.0]
+
+
+def test_each_completion_is_judged_by_its_own_answer(reward: MathVerifyReward) -> None:
+    assert reward(["1", "2", "3"], ["1", "3", "3"], prompt=["a", "b", "c"]) == [1.0, 0.0, 1.0]
+
+
+def test_answers_may_be_numbers_and_completions_conversations(reward: MathVerifyReward) -> None:
+    said = [{"role": "user", "content": "9+5?"}, {"role": "assistant", "content": "14"}]
+    assert reward([said, "15"], [14, 15]) == [1.0, 1.0]
+
+
+def test_the_same_pair_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import math_verify
+
+    calls: list[str] = []
+    parse = math_verify.parse
+
+    def counting(text: str, **options: Any) -> Any:
+        calls.append(text)
+        return parse(text, **options)
+
+    monkeypatch.setattr(math_verify, "parse", counting)
+    reward = MathVerifyReward()
+    assert reward(["14", "14"], ["14", "14"]) == [1.0, 1.0]
+    first = len(calls)
+    assert first > 0
+    assert reward(["14"], ["14"]) == [1.0]
+    assert len(calls) == first
+    reward(["14"], ["15"])
+    assert len(calls) > first
+
+
+def test_a_verdict_is_the_same_in_another_thread() -> None:
+    found: list[float] = []
+    worker = threading.Thread(target=lambda: found.extend(MathVerifyReward()(["14", "9+5"], ["14", "14"])))
+    worker.start()
+    worker.join()
+    assert found == [1.0, 0.0]
+
+
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(BackendError, match=r"needs the package math-verify: pip install next-core\[trl\]"):
+        make_reward(Choice(name="math-verify"))
+
+
+@pytest.fixture
+def my_rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the user's own, with ``score``."""
+    module = ModuleType("my_rewards")
+
+    def score(completions: list[str], answer: list[str], bonus: float = 0.0, **columns: Any) -> list[float]:
+        return [float(text == gold) + bonus for text, gold in zip(completions, answer, strict=True)]
+
+    module.score, module.number = score, 5  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    return module
+
+
+def test_a_function_of_the_users_own_is_a_reward(my_rewards: ModuleType) -> None:
+    plain: Callable[..., list[float]] = make_reward(Choice(name="my_rewards:score"))
+    assert plain(["a", "b"], answer=["a", "a"]) == [1.0, 0.0]
+    with_fields = make_reward(Choice.model_validate({"name": "my_rewards:score", "bonus": 0.5}))
+    assert with_fields(["a", "b"], answer=["a", "a"]) == [1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("my_rewards:scroe", "module 'my_rewards' has no attribute 'scroe'"),
+        ("a_package_nobody_has:score", "No module named 'a_package_nobody_has'.*PYTHONPATH"),
+        (":score", "not of the form 'module:function'"),
+        ("my_rewards:", "not of the form 'module:function'"),
+        ("my_rewards:number", "is not a function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named_with_the_reason(my_rewards: ModuleType, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the reward '{name}' .*{reason}"):
+        make_reward(Choice(name=name))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(PluginError, match="unknown reward 'math-verfy'. Did you mean 'math-verify'"):
+        make_reward(Choice(name="math-verfy"))
+
+
+def test_a_named_reward_takes_its_fields_from_the_choice() -> None:
+    reward = make_reward(Choice.model_validate({"name": "math-verify", "correct": 3.0}))
+    assert reward(["14"], answer=["14"]) == [3.0]

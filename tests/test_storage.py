@@ -1,0 +1,157 @@
+"""A reader sees the old state or the new one, whatever fails half-way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from next_core import storage
+from next_core.errors import CheckpointError, ConfigError
+from next_core.storage import append_json_line, check_manifest, new_directory, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(target: Path, text: str = "new", **options: Any) -> None:
+    with new_directory(target, **options) as folder:
+        (folder / "a.txt").write_text(text)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text("b")
+
+
+def test_a_directory_appears_whole_with_a_manifest_of_its_files(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    write(target, "text")
+    assert names(target.parent) == ["target"]
+    manifest = json.loads((target / "manifest.json").read_text())["files"]
+    assert set(manifest) == {"a.txt", "sub/b.txt"}
+    assert manifest["a.txt"] == {"sha256": hashlib.sha256(b"text").hexdigest(), "size": 4}
+    check_manifest(target)
+
+
+def test_nothing_is_visible_until_the_directory_is_whole(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "target") as folder:
+        (folder / "a.txt").write_text("a")
+        assert not (tmp_path / "target").exists()
+        assert folder.parent == tmp_path  # the same file system, so that the rename is atomic
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
+def test_an_error_inside_leaves_neither_the_target_nor_anything_temporary(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), new_directory(tmp_path / "target") as folder:
+        (folder / "a.txt").write_text("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_an_error_inside_keeps_what_was_to_be_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write(target, "old")
+    with pytest.raises(OSError, match="full"), new_directory(target, overwrite=True) as folder:
+        (folder / "a.txt").write_text("half")
+        raise OSError("full")
+    assert names(tmp_path) == ["target"]
+    assert (target / "a.txt").read_text() == "old"
+
+
+def test_an_error_of_the_last_rename_puts_back_what_was_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    write(target, "old")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if ".tmp-" in self.name:
+            raise OSError("no more names")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no more names"):
+        write(target, "new", overwrite=True)
+    assert names(tmp_path) == ["target"]
+    assert (target / "a.txt").read_text() == "old"
+
+
+def test_a_directory_that_exists_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write(target, "old")
+    with pytest.raises(ConfigError, match=r"target exists already; choose another folder or remove it"):
+        write(target)
+    assert (target / "a.txt").read_text() == "old"
+    write(target, overwrite=True)
+    assert names(tmp_path) == ["target"]
+    assert (target / "a.txt").read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.os, "getpid", lambda: 7)
+    (tmp_path / ".target.tmp-7").mkdir()
+    (tmp_path / ".target.tmp-7" / "stale.txt").write_text("stale")
+    write(tmp_path / "target")
+    assert names(tmp_path / "target") == ["a.txt", "manifest.json", "sub"]
+
+
+def test_a_manifest_that_was_copied_in_is_replaced_and_not_listed(tmp_path: Path) -> None:
+    write(tmp_path / "first")
+    with new_directory(tmp_path / "second") as folder:
+        (folder / "manifest.json").write_text((tmp_path / "first" / "manifest.json").read_text())
+        (folder / "c.txt").write_text("c")
+    assert set(json.loads((tmp_path / "second" / "manifest.json").read_text())["files"]) == {"c.txt"}
+    check_manifest(tmp_path / "second")
+
+
+def test_a_file_that_is_missing_or_shorter_than_its_manifest_says_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "target", "12345")
+    (tmp_path / "target" / "a.txt").write_text("123")
+    with pytest.raises(CheckpointError, match=r"a\.txt is missing or truncated \(5 bytes expected\)"):
+        check_manifest(tmp_path / "target")
+    (tmp_path / "target" / "a.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.txt is missing or truncated"):
+        check_manifest(tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "[" * 100_000]
+)
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read .* the checkpoint is incomplete"):
+        check_manifest(tmp_path)
+
+
+def test_a_file_is_replaced_in_one_go_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+    assert path.read_text() == "old"
+
+    def full(descriptor: int) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["result.json"]
+
+
+def test_json_lines_are_appended_one_object_each_and_strictly_json(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_json_line(path, {"a": 1, "text": "two\nlines"})
+    append_json_line(path, {"ratio": float("inf"), "more": [float("nan"), 2.0], "deep": {"x": -float("inf")}})
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    assert [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()] == [
+        {"a": 1, "text": "two\nlines"},
+        {"ratio": None, "more": [None, 2.0], "deep": {"x": None}},
+    ]

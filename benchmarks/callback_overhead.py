@@ -2,8 +2,8 @@
 
     python benchmarks/callback_overhead.py      # writes benchmarks/results/callback_overhead.json, prints the table
 
-Every figure is a ratio of two clocks of one run: seconds inside next-core over seconds of RL, probes excluded (a probe is
-an evaluation, and its price is the evaluation's). The floor: copying the trained tensors once per checkpoint.
+Every figure is a ratio of two clocks of one run: seconds inside next-core over seconds of RL, probes excluded (a probe
+is an evaluation, and its price is the evaluation's). The floor: copying the trained tensors once per checkpoint.
 """
 
 from __future__ import annotations

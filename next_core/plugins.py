@@ -79,7 +79,9 @@ class Entry:
         if not isinstance(getattr(self.target, "name", None), str):
             raise TypeError(f"{self.target.__name__} has no name")
         if inspect.isabstract(self.target):
-            raise TypeError(f"{self.target.__name__} leaves abstract: {', '.join(sorted(self.target.__abstractmethods__))}")
+            raise TypeError(
+                f"{self.target.__name__} leaves abstract: {', '.join(sorted(self.target.__abstractmethods__))}"
+            )
 
 
 def describe(error: BaseException) -> str:
@@ -126,9 +128,7 @@ class Registry:
         self._manager.register(plugin)
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         try:
-            for caller in self._manager.get_hookcallers(plugin) or ():
-                if not caller.has_spec():
-                    raise PluginError(f"unknown hook '{caller.name}'; known: {', '.join(f'register_{k}s' for k in KINDS)}")
+            self._check_hooks(plugin)
             for kind in KINDS:
                 caller = self._manager.subset_hook_caller(f"register_{kind}s", others)
                 caller(register=self._collector(collected, kind, distribution, version))
@@ -137,6 +137,12 @@ class Registry:
             raise
         for entry in collected:
             self._add(entry)
+
+    def _check_hooks(self, plugin: object) -> None:
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                known = ", ".join(f"register_{kind}s" for kind in KINDS)
+                raise PluginError(f"unknown hook '{caller.name}'; known: {known}")
 
     def add(self, cls: type[Plugin], distribution: str = "local", version: str = "") -> type[Plugin]:
         """Register one class of this program, without an entry point; usable as a decorator."""

@@ -182,7 +182,7 @@ def test_an_unknown_plugin_is_a_plugin_error_with_the_nearest_one(load: Callable
     for place in ("predictor", "backend", "compressor"):
         with pytest.raises(PluginError, match=f"unknown {place} 'nothing'"):
             load(**{place: "nothing"})
-    with pytest.raises(PluginError, match="unknown reward 'math-verfy'. Did you mean 'math-verify'?"):
+    with pytest.raises(PluginError, match=r"unknown reward 'math-verfy'\. Did you mean 'math-verify'\?"):
         load(training__reward="math-verfy")
 
 

@@ -37,6 +37,9 @@ def register_predictors(register):
 """
 
 
+HOOK = "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n"
+
+
 class GreedyConfig(PluginConfig):
     window: int = Field(3, ge=1)
 
@@ -130,20 +133,19 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_the_list_and_who_provi
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("def broken(:", "SyntaxError: "),
         (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    1 / 0",
+            HOOK + "    1 / 0",
             "ZeroDivisionError",
         ),
         (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    register(dict)",
+            HOOK + "    register(dict)",
             "TypeError: <class 'dict'> is not a subclass of TrajectoryPredictor",
         ),
         (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n    register(5)",
+            HOOK + "    register(5)",
             "TypeError: 5 is not a subclass of TrajectoryPredictor",
         ),
         (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n"
-            "    register('their_module:Mine')",
+            HOOK + "    register('their_module:Mine')",
             "PluginError: register('their_module:Mine') needs name=",
         ),
         (

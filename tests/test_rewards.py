@@ -156,7 +156,7 @@ def test_a_function_that_is_not_there_is_named_with_the_reason(my_rewards: Modul
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(PluginError, match="unknown reward 'math-verfy'. Did you mean 'math-verify'"):
+    with pytest.raises(PluginError, match=r"unknown reward 'math-verfy'\. Did you mean 'math-verify'"):
         make_reward(Choice(name="math-verfy"))
 
 

@@ -25,6 +25,12 @@ def write(target: Path, text: str = "new", **options: Any) -> None:
         (folder / "sub" / "b.txt").write_text("b")
 
 
+def write_half(target: Path, error: BaseException) -> None:
+    with new_directory(target, overwrite=True) as folder:
+        (folder / "a.txt").write_text("half")
+        raise error
+
+
 def test_a_directory_appears_whole_with_a_manifest_of_its_files(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
     write(target, "text")
@@ -44,18 +50,16 @@ def test_nothing_is_visible_until_the_directory_is_whole(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 def test_an_error_inside_leaves_neither_the_target_nor_anything_temporary(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), new_directory(tmp_path / "target") as folder:
-        (folder / "a.txt").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(tmp_path / "target", error)
     assert names(tmp_path) == []
 
 
 def test_an_error_inside_keeps_what_was_to_be_replaced(tmp_path: Path) -> None:
     target = tmp_path / "target"
     write(target, "old")
-    with pytest.raises(OSError, match="full"), new_directory(target, overwrite=True) as folder:
-        (folder / "a.txt").write_text("half")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half(target, OSError("full"))
     assert names(tmp_path) == ["target"]
     assert (target / "a.txt").read_text() == "old"
 

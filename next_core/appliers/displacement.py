@@ -48,6 +48,8 @@ def displacement(prediction: Prediction, name: str, alpha: float) -> Displacemen
         if prediction.anchor == "backbone":  # from W_0 to W_T: subtract what the newest checkpoint already has
             weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
         weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
+        if all(step == 0 for step in weights):
+            return None  # exactly where W_T is
         factored = prediction.source.factors(name, prediction.step) is not None
         if update.space == "factors" and factored:
             moved: Displacement = _factor_step(prediction, name, weights)

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core.appliers.displacement import Displacement, FactorStep, displacement
 from next_core.appliers.folder import WrittenFolder, checked_target
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import LoraFactors, PluginConfig, Prediction, WeightApplier
 from next_core.lowrank import LowRank, concatenate, truncated_svd
 from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource
@@ -27,7 +28,8 @@ class PeftAdapterApplier(WeightApplier):
     """Coefficients in factor space give the adapter with its new A and B, of the same rank.
 
     Any other update is concatenated with the trained adapter, ``[s B, L] [A; R]`` with scaling 1: exact, of rank
-    r + k (earlier jumps that stand in adapters of their own are taken in); or truncated to ``rank`` by the SVD of that product.
+    r + k (earlier jumps that stand in adapters of their own are taken in); or truncated to ``rank`` by the SVD of
+    that product.
     """
 
     name = "peft-adapter"
@@ -48,6 +50,8 @@ class PeftAdapterApplier(WeightApplier):
             module = name.removesuffix(".weight")
             for side, value in (("A", A), ("B", B)):
                 tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.float().contiguous()
+                if not bool(torch.isfinite(tensors[f"base_model.model.{module}.lora_{side}.weight"]).all()):
+                    raise GuardError(f"'{name}' overflows float32 after the jump; nothing was written")
         tensors |= source.extra_tensors(prediction.step)
         with new_directory(target) as folder:
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

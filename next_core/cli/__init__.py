@@ -23,3 +23,6 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(error, file=sys.stderr)
+        sys.exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,16 @@ def extrapolate_command(
     from next_core.history import History
     from next_core.plugins import make_applier, make_predictor
     from next_core.sources.opening import open_checkpoints
+    from next_core.storage import json_text
 
-    if alpha <= 0:
-        raise ConfigError(f"--alpha must be above 0 (got {alpha:g})")
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"--alpha must be a number above 0 (got {alpha:g})")
     if horizon < 1:
         raise ConfigError(f"--horizon must be at least 1 (got {horizon})")
+    if applier == "live":
+        raise ConfigError("the applier 'live' changes a model in memory; use peft-adapter or merged-model")
+    if out.exists() and not dry_run:
+        raise ConfigError(f"{out} exists already; choose another folder or remove it")
     made = make_predictor(predictor, **parse_assignments(fields))
     target = make_applier(applier, **parse_assignments(applier_fields))
     source = open_checkpoints(checkpoints, backbone, layout)
@@ -72,7 +77,7 @@ def extrapolate_command(
         "applier": applier,
         "out": None if dry_run else str(out),
     }
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{source.name}: {len(source.steps)} checkpoints, steps {source.steps[0]} to {source.steps[-1]}; "
         f"{predictor} moved {len(prediction.updates)} matrices by {horizon} steps, "
@@ -82,4 +87,4 @@ def extrapolate_command(
         console.print(f"  stays: {name}: {reason}")
     console.print("nothing written (--dry-run)" if dry_run else f"written: {out} ({applier})")
     if as_json:
-        print(json.dumps(facts))
+        print(json_text(facts))

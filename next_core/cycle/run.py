@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from typing import Any
 from next_core.config import RunConfig, dump_yaml
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Backend, Progress
+from next_core.plugins import describe
 from next_core.storage import write_text
 
 CONFIG = "config.yaml"
@@ -74,7 +78,8 @@ def run(
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
     started = time.perf_counter()
     backend: Backend = config.backend.make("backend")
-    start = backend.prepare(config, out, resume)
+    with _trainer_errors(out):
+        start = backend.prepare(config, out, resume)
     if resume and start == 0:
         raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
     setup = time.perf_counter() - started
@@ -109,7 +114,8 @@ def run(
         measure("start", 0)
     began = time.perf_counter()
     measured = measuring.seconds
-    cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
+    with _trainer_errors(out):
+        cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
     training = time.perf_counter() - began - (measuring.seconds - measured)
     measure("final", config.steps)
     journal.append("end", config.steps)
@@ -141,11 +147,25 @@ def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str,
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     backend: Backend = config.backend.make("backend")
-    backend.prepare(config.model_copy(update={"save_every": None}), out)
-    began = time.perf_counter()
-    backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
+    with _trainer_errors(out):
+        backend.prepare(config.model_copy(update={"save_every": None}), out)
+        began = time.perf_counter()
+        backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
     seconds = time.perf_counter() - began
     return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": backend.evaluate("test")}}
+
+
+@contextlib.contextmanager
+def _trainer_errors(out: Path) -> Iterator[None]:
+    """What the trainer, or a reward it calls, throws becomes one message; the traceback is kept in a file."""
+    try:
+        yield
+    except NextCoreError:
+        raise
+    except Exception as error:
+        log = out / "error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        raise BackendError(f"the trainer failed: {describe(error)}; the whole traceback is in {log}") from error
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove or restore this checkpoint") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
@@ -104,15 +104,18 @@ class Shifts:
 
     def __init__(self, checkpoints: Path) -> None:
         self._root = checkpoints.parent / JUMPS
-        self._shifts: dict[str, tuple[int, Shift]] = {}
+        self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # a number can be used again after a rollback
 
     def refresh(self) -> None:
         """Take in jumps that were made, and forget those that were rolled back."""
-        present = {path.name: path for path, _ in jump_folders(self._root) if (path / SHIFT_FILE).exists()}
-        for name, path in present.items():
-            if name not in self._shifts:
-                self._shifts[name] = int(read_json(path / JUMP_RECORD)["step"]), Shift(path / SHIFT_FILE)
-        self._shifts = {name: self._shifts[name] for name in present}
+        present = {}
+        for path, record in jump_folders(self._root):
+            if (path / SHIFT_FILE).exists():
+                present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
+        for key, (step, file) in present.items():
+            if key not in self._shifts:
+                self._shifts[key] = step, Shift(file)
+        self._shifts = {key: self._shifts[key] for key in present}
 
     def since(self, step: int) -> tuple[Shift, ...]:
         """The shifts of the jumps made at or after a step, in order."""
@@ -126,15 +129,20 @@ class Shift:
         self._file = SafetensorsFile(path)
         self._cache = TensorCache()
 
-    def get(self, key: str) -> Tensor | None:
-        """The displacement of one tensor, None where the jump left it alone."""
+    def added(self, value: Tensor, key: str) -> Tensor:
+        """A stored tensor with the jump in it; the same where the jump left it alone."""
         if key not in self._file.shapes:
-            return None
+            return value
+        if self._file.shapes[key] != tuple(value.shape):
+            raise CheckpointError(
+                f"{self._file.path}: '{key}' is {self._file.shapes[key]} but the checkpoints have {tuple(value.shape)}"
+                "; these are jumps of another run"
+            )
         cached = self._cache.get((key, 0))
         if cached is None:
             cached = (self._file.read(key),)
             self._cache.put((key, 0), cached)
-        return cached[0]
+        return value + cached[0]
 
 
 def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -142,7 +150,11 @@ def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     if not root.is_dir():
         return []
     paths = sorted(path for path in root.iterdir() if path.name.isdigit())
-    return [(path, read_json(path / JUMP_RECORD)) for path in paths]
+    records = [read_json(path / JUMP_RECORD) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if not isinstance(record.get("step"), int):
+            raise CheckpointError(f"{path / JUMP_RECORD} names no step; restore it, or remove {path}")
+    return list(zip(paths, records, strict=True))
 
 
 class TensorCache:
@@ -176,13 +188,15 @@ def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
     if folders:
         newest = folders[max(folders)]
         if (newest / "trainer_state.json").exists():
-            logged = list(read_json(newest / "trainer_state.json").get("log_history", []))
+            logged = read_json(newest / "trainer_state.json").get("log_history", [])
+            if not isinstance(logged, list):
+                raise CheckpointError(f"{newest / 'trainer_state.json'}: log_history is no list; restore the file")
         elif (newest.parent.parent / "metrics.jsonl").exists():
-            lines = (newest.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (newest.parent.parent / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines:
                 try:
                     logged.append(json.loads(line))
-                except ValueError:
+                except (ValueError, RecursionError):
                     break  # a torn last line: the run was killed while it wrote
     metrics: dict[int, dict[str, float]] = {}
     for record in logged:

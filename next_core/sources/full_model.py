@@ -68,15 +68,17 @@ class FullModelSource(CheckpointSource):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        first = next(iter(self._models.values()))
         return tuple(
-            Parameter(name, (shape[0], shape[1])) for name, shape in sorted(first.shapes.items()) if len(shape) == 2
+            Parameter(name, (shape[0], shape[1])) for name, shape in sorted(self._shapes().items()) if len(shape) == 2
         )
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        first = next(iter(self._models.values()))
-        return {name: "not a matrix; stays as trained" for name, shape in first.shapes.items() if len(shape) != 2}
+        return {name: "not a matrix; stays as trained" for name, shape in self._shapes().items() if len(shape) != 2}
+
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        first = next(iter(self._models.values()), None)
+        return {} if first is None else first.shapes
 
     def weight(self, name: str, step: int | None) -> Tensor:
         """The weight at a step, or of the backbone (None), with the later jumps counted in."""
@@ -85,18 +87,19 @@ class FullModelSource(CheckpointSource):
         elif (step or 0) in self._models:
             value = self._models[step or 0].read(name)
         else:
-            what = "the backbone (pass --backbone)" if step is None else f"step {step}"
-            raise CheckpointError(f"{self.config.path} has no {what}; observed steps: {self.steps}")
+            what = "backbone; pass --backbone" if step is None else f"step {step}; observed steps: {self.steps}"
+            raise CheckpointError(f"{self.config.path} has no {what}")
         for shift in self._shifts.since(step or 0):
-            moved = shift.get(name)
-            value = value if moved is None else value + moved
+            value = shift.added(value, name)
         return value
 
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
         return self.weight(name, step).double() - self.weight(name, since).double()
 
     def position(self, name: str, step: int) -> Tensor:
-        begin = self._models[0] if self._backbone is None else self._backbone
+        begin = self._models.get(0) if self._backbone is None else self._backbone
+        if begin is None:
+            raise CheckpointError(f"{self.config.path} has no backbone; pass --backbone")
         return self.weight(name, step).double() - begin.read(name).double()
 
     def metrics(self, step: int) -> Mapping[str, float]:

@@ -21,8 +21,14 @@ class ModelFiles:
         self.folder = folder
         if not folder.is_dir():
             raise CheckpointError(f"the model folder {folder} does not exist")
+        self._index: dict[str, str] = {}
         self.files = [SafetensorsFile(folder / name) for name in self._file_names()]
         self._where = {key: file for file in self.files for key in file.shapes}
+        for key, file in self._index.items():
+            if key not in self._where:
+                raise CheckpointError(
+                    f"{folder / file} has no '{key}', which the index says it has; remove or restore this checkpoint"
+                )
         self.shapes = {key: file.shapes[key] for key, file in self._where.items()}
 
     def _file_names(self) -> list[str]:
@@ -30,11 +36,14 @@ class ModelFiles:
             return [SINGLE]
         if not (self.folder / INDEX).exists():
             raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; is it a model folder?")
-        names = sorted(set(read_json(self.folder / INDEX).get("weight_map", {}).values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map; restore the file")
+        for name in index.values():
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise CheckpointError(f"{self.folder / INDEX} points outside its folder: {name!r}")
-        return names
+        self._index = index
+        return sorted(set(index.values()))
 
     def read(self, name: str) -> Tensor:
         """One tensor, at least fp32."""

@@ -26,9 +26,12 @@ def open_checkpoints(
         raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
     name = layout or next((name for name, found in known.items() if _claims(found, folder)), None)
     if name is None:
+        near = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
+        right = next((other for other in near if any(_claims(found, other) for found in known.values())), None)
+        hint = "" if right is None else f"; did you mean {right}?"
         raise CheckpointError(
             f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "
-            "checkpoint-10/adapter_model.safetensors"
+            f"checkpoint-10/adapter_model.safetensors{hint}"
         )
     source: CheckpointSource = registry().make("source", name, **fields)
     return source

@@ -37,6 +37,8 @@ ADAPTER = "adapter"
 JUMP_PREFIX = "jump-"
 """How such an adapter is called in a live model, and in the trainer's own checkpoints."""
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that subtract the first B A from the base weights."""
 SHIFT_KEYS = ("{name}.lora_A", "{name}.lora_B")
 
 
@@ -59,16 +61,30 @@ class AdapterConfig:
                 f"{path}: DoRA's delta is not low-rank (its magnitude vector rescales whole rows), so its factors "
                 "cannot be extrapolated; train with use_dora=False, or extrapolate merged checkpoints"
             )
+        begin = self.raw.get("init_lora_weights")
+        if isinstance(begin, str) and begin.startswith(CHANGES_BASE):
+            raise CheckpointError(
+                f"{path}: init_lora_weights {begin!r} changes the base weights, so B A is not what the model moved by; "
+                "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+            )
         self.rslora = bool(self.raw.get("use_rslora"))
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
-        alpha = float(_match(self.raw.get("alpha_pattern") or {}, module, self.raw.get("lora_alpha", rank)))
+        alpha = self._number(module, "lora_alpha", "alpha_pattern")
         return alpha / (rank**0.5 if self.rslora else rank)
 
     def rank(self, module: str) -> int:
         """The rank the config declares for a module, per-module pattern included."""
-        return int(_match(self.raw.get("rank_pattern") or {}, module, self.raw.get("r", 0)))
+        return int(self._number(module, "r", "rank_pattern"))
+
+    def _number(self, module: str, key: str, pattern: str) -> float:
+        try:
+            return float(_match(self.raw.get(pattern) or {}, module, self.raw.get(key)))
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(
+                f"{self.path}: {key} and {pattern} give no number for '{module}' ({error}); restore the file"
+            ) from None
 
 
 def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -107,6 +123,10 @@ class PeftAdapterSource(CheckpointSource):
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
         folders = find_step_folders(self.config.path, known=self._files)
+        for step in set(self._files) - set(folders):
+            del self._files[step]
+            for parameter in self._parameters:
+                self._cache.drop((parameter.name, step))
         for step, folder in folders.items():
             if step not in self._files:
                 self._open(step, folder)
@@ -129,7 +149,7 @@ class PeftAdapterSource(CheckpointSource):
                 sides.setdefault(match["module"], {})[match["side"]] = shape
         parameters, scaling = [], {}
         for module, shapes in sorted(sides.items()):
-            if set(shapes) != {"A", "B"} or shapes["A"][0] != shapes["B"][1]:
+            if set(shapes) != {"A", "B"} or not shapes["A"][0] == shapes["B"][1] > 0:
                 raise CheckpointError(
                     f"{file.path}: factors of '{module}' do not fit: {shapes}; restore the checkpoint"
                 )
@@ -156,8 +176,8 @@ class PeftAdapterSource(CheckpointSource):
         for ours, theirs in zip(self._parameters, parameters, strict=False):
             if ours != theirs:
                 raise CheckpointError(
-                    f"{folder}: '{theirs.name}' {theirs.shape} where the first checkpoint has '{ours.name}' "
-                    f"{ours.shape}; these are adapters of different runs"
+                    f"{folder}: '{theirs.name}' {theirs.shape} of rank {theirs.rank} where the first checkpoint has "
+                    f"'{ours.name}' {ours.shape} of rank {ours.rank}; these are adapters of different runs"
                 )
         if len(parameters) != len(self._parameters) or scaling != self._scaling:
             raise CheckpointError(f"{folder}: other modules or another lora_alpha than the first checkpoint")
@@ -210,8 +230,7 @@ class PeftAdapterSource(CheckpointSource):
         A, B = self._raw(name, step)
         if shifts != counted:
             for shift in shifts[len(counted) :]:
-                dA, dB = (shift.get(key.format(name=name)) for key in SHIFT_KEYS)
-                A, B = A if dA is None else A + dA, B if dB is None else B + dB
+                A, B = (shift.added(x, key.format(name=name)) for x, key in zip((A, B), SHIFT_KEYS, strict=True))
             self._cache.put((name, step), (A, B))
             self._counted[name, step] = shifts
         return LoraFactors(A, B, self._scaling[name])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from next_core.config import RunConfig, load_config, make_config
 from next_core.cycle.run import run
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import BackendError, CheckpointError, ConfigError
 
 pytestmark = pytest.mark.trl
 
@@ -172,6 +172,17 @@ def test_a_reward_is_chosen_by_module_and_function(tmp_path: Path) -> None:
     assert {jump["accepted"] for jump in result.jumps} == {False}
     assert result.accuracy["final"] == result.accuracy["start"]
     assert "moved" in result.jumps[0]["reason"]
+
+
+def broken(completions: list[str], **columns: Any) -> list[float]:
+    raise ZeroDivisionError("the reward's own mistake")
+
+
+def test_an_error_inside_the_trainer_is_one_message_and_a_file(tmp_path: Path) -> None:
+    settings = config(training={"reward": "tests.cycle.test_run:broken"})
+    with pytest.raises(BackendError, match="the reward's own mistake"):
+        run(settings, tmp_path / "run")
+    assert "ZeroDivisionError" in (tmp_path / "run" / "error.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""A written model loads as any Hugging Face model, and is the backbone plus what was trained plus the jump."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from next_core import make_applier, make_predictor, open_checkpoints
+from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.history import History
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.lowrank import LowRank
+from next_core.storage import check_manifest
+from tests.conftest import LoraRun, noise
+
+ROW = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def run(make_lora_run: Callable[..., LoraRun], tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
+    return make_lora_run(tmp_path_factory.mktemp("run") / "checkpoints", (0, 10, 20), use_rslora=True, r=3)
+
+
+@pytest.fixture(scope="module")
+def sharded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base in several shards."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("sharded") / "base"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).double()
+
+
+def predict(run: LoraRun, backbone: Path) -> Prediction:
+    source = open_checkpoints(run.path, backbone=backbone)
+    updates = {name: CoefficientUpdate({20: 1.0, 10: -1.0}) for name in run.deltas[20]}
+    return Prediction(
+        source, 20, 10, updates={**updates, ROW: LowRankUpdate(LowRank(noise("l", 16, 1), noise("r", 1, 16)))}
+    )
+
+
+def expected(run: LoraRun, alpha: float) -> Any:
+    model = load(run.base)
+    with torch.no_grad():
+        for name in run.deltas[20]:
+            newest, before = run.deltas[20][name], run.deltas[10][name]
+            jump = noise("l", 16, 1).double() @ noise("r", 1, 16).double() if name == ROW else newest - before
+            model.get_parameter(name).add_(newest + alpha * jump)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards"])
+def test_the_model_loads_with_the_logits_of_the_explicit_weights(
+    run: LoraRun, sharded: Path, layout: str, tmp_path: Path, logits: Callable[[Any], Tensor]
+) -> None:
+    backbone = run.base if layout == "one file" else sharded
+    before = {path.name: path.read_bytes() for path in backbone.iterdir()}
+    make_applier("merged-model").apply(predict(run, backbone), alpha=1.5, out=tmp_path / "out")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(expected(run, 1.5)), atol=1e-5, rtol=1e-5)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, "manifest.json"}
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
+    check_manifest(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in backbone.iterdir()} == before
+
+
+def test_a_written_model_is_a_backbone_for_the_next_run(run: LoraRun, tmp_path: Path) -> None:
+    make_applier("merged-model").apply(predict(run, run.base), out=tmp_path / "first")
+    make_applier("merged-model").apply(predict(run, tmp_path / "first"), out=tmp_path / "second")
+    check_manifest(tmp_path / "second")
+    assert (
+        load_file(tmp_path / "second" / "model.safetensors").keys() == load_file(run.base / "model.safetensors").keys()
+    )
+
+
+def test_the_model_and_the_adapter_of_one_prediction_say_the_same(
+    run: LoraRun, tmp_path: Path, logits: Callable[[Any], Tensor]
+) -> None:
+    from peft import PeftModel
+
+    prediction = (
+        make_predictor("secant", space="factors").fit(History(open_checkpoints(run.path, run.base))).predict(10)
+    )
+    make_applier("merged-model").apply(prediction, alpha=2.0, out=tmp_path / "model")
+    make_applier("peft-adapter").apply(prediction, alpha=2.0, out=tmp_path / "adapter")
+    adapter = logits(PeftModel.from_pretrained(load(run.base), tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load(tmp_path / "model")), adapter, atol=1e-5, rtol=1e-5)
+
+
+def test_the_backbone_can_be_named_by_the_applier_and_is_not_written_into(run: LoraRun, tmp_path: Path) -> None:
+    source = open_checkpoints(run.path)
+    prediction = Prediction(source, 20, 10)
+    with pytest.raises(ConfigError, match="needs the base model; pass --backbone FOLDER"):
+        make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    copy = Path(shutil.copytree(run.base, tmp_path / "base"))
+    with pytest.raises(ConfigError, match="which is being read"):
+        make_applier("merged-model", backbone=copy).apply(prediction, out=copy / "new")
+    make_applier("merged-model", backbone=copy).apply(prediction, out=tmp_path / "out")
+    trained = load_file(run.base / "model.safetensors")[ROW] + run.deltas[20][ROW].float()
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")[ROW], trained, atol=1e-6, rtol=1e-5)
+
+
+def test_the_backbones_precision_is_kept_and_what_does_not_fit_it_is_refused(run: LoraRun, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(run.base, tmp_path / "half"))
+    save_file({k: v.half() for k, v in load_file(run.base / "model.safetensors").items()}, half / "model.safetensors")
+    source = open_checkpoints(run.path, half)
+    make_applier("merged-model").apply(Prediction(source, 20, 10), out=tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    large = LowRankUpdate(LowRank(torch.full((16, 1), 1e5), torch.ones(1, 16)))
+    with pytest.raises(GuardError, match=f"'{ROW}' overflows torch.float16 after the jump; nothing was written"):
+        make_applier("merged-model").apply(Prediction(source, 20, 10, updates={ROW: large}), out=tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_backbone_of_another_model_is_refused(run: LoraRun, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run.base, tmp_path / "other"))
+    save_file({"x": torch.zeros(2, 2)}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is not the model of this run"):
+        make_applier("merged-model", backbone=other).apply(
+            Prediction(open_checkpoints(run.path), 20, 10), out=tmp_path / "o"
+        )
+
+
+def test_an_adapter_that_trains_more_than_matrices_is_not_merged_without_it(
+    make_lora_run: Callable[..., LoraRun], tmp_path: Path
+) -> None:
+    run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"'base_model\.model\.lm_head\.weight'.* would lose; use .*'peft-adapter'"):
+        make_applier("merged-model").apply(Prediction(open_checkpoints(run.path, run.base), 20, 10), out=tmp_path / "o")
+
+
+def test_an_adapter_of_transposed_layers_is_not_merged(own_lora_run: LoraRun, tmp_path: Path) -> None:
+    path = own_lora_run.folder(60) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    source = open_checkpoints(own_lora_run.path, own_lora_run.base)
+    with pytest.raises(ConfigError, match="fan_in_fan_out"):
+        make_applier("merged-model").apply(Prediction(source, 60, 10), out=tmp_path / "out")
+
+
+@pytest.fixture
+def full_run(tmp_path: Path, base: Path) -> dict[int, dict[str, Tensor]]:
+    """A full-parameter run in ``tmp_path/checkpoints``, whose norms train too."""
+    start = load_file(base / "model.safetensors")
+    weights = {0: start}
+    for step in (10, 20):
+        weights[step] = {key: value + 0.001 * step * noise(f"{key}", *value.shape) for key, value in start.items()}
+        folder = Path(shutil.copytree(base, tmp_path / "checkpoints" / f"checkpoint-{step}"))
+        save_file(weights[step], folder / "model.safetensors")
+    return weights
+
+
+def test_of_a_full_parameter_run_matrices_jump_and_the_rest_stays_as_trained(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+) -> None:
+    source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
+    prediction = make_predictor("secant").fit(History(source)).predict(10)
+    make_applier("merged-model").apply(prediction, alpha=2.0, out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == full_run[0].keys()
+    for key, value in written.items():
+        trained = full_run[20][key]
+        jumped = trained + 2.0 * (trained - full_run[10][key]) if trained.dim() == 2 else trained
+        torch.testing.assert_close(value, jumped, atol=1e-6, rtol=1e-5)
+
+
+def test_a_full_parameter_run_can_be_written_over_another_copy_of_its_backbone(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+) -> None:
+    source = open_checkpoints(tmp_path / "checkpoints")
+    make_applier("merged-model", backbone=base).apply(Prediction(source, 20, 10), out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, full_run[20][key]) for key, value in written.items())
+
+
+def test_a_jump_of_the_run_is_in_the_model_that_is_written(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+) -> None:
+    folder = tmp_path / "jumps" / "0001"
+    folder.mkdir(parents=True)
+    save_file({ROW: noise("jump", 16, 16)}, folder / "shift.safetensors")
+    (folder / "jump.json").write_text(json.dumps({"step": 10, "alpha": 1.0, "adapter": None}))
+    source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
+    make_applier("merged-model").apply(Prediction(source, 20, 10), out=tmp_path / "out")
+    # Step 20 came after the jump, and its file has it.
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[ROW], full_run[20][ROW])

@@ -1,0 +1,141 @@
+"""Jumps of a run folder are counted into the checkpoints before them, so that deltas show what RL did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from next_core import open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.interfaces import LoraFactors
+from next_core.sources.peft_adapter import PeftAdapterSource
+from tests.conftest import STEPS, LoraRun, noise
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+OTHER = "model.layers.1.mlp.up_proj.weight"
+
+
+def jump(run: LoraRun, number: int, step: int, shift: dict[str, Tensor] | None = None) -> Path:
+    folder = run.path.parent / "jumps" / f"{number:04d}"
+    folder.mkdir(parents=True)
+    (folder / "jump.json").write_text(json.dumps({"step": step, "alpha": 1.5, "adapter": None}))
+    if shift is not None:
+        save_file(shift, folder / "shift.safetensors")
+    return folder
+
+
+def moved(seed: str, name: str = NAME) -> dict[str, Tensor]:
+    return {f"{name}.lora_A": noise(seed + "A", 4, 16), f"{name}.lora_B": noise(seed + "B", 16, 4)}
+
+
+def opened(run: LoraRun) -> PeftAdapterSource:
+    source = open_checkpoints(run.path)
+    assert isinstance(source, PeftAdapterSource)
+    return source
+
+
+def dense(factors: LoraFactors) -> Tensor:
+    return factors.scaling * factors.B.double() @ factors.A.double()
+
+
+def assert_moved(found: LoraFactors, stored: LoraFactors, *shifts: dict[str, Tensor]) -> None:
+    A = sum((shift[f"{NAME}.lora_A"] for shift in shifts), stored.A)
+    B = sum((shift[f"{NAME}.lora_B"] for shift in shifts), stored.B)
+    torch.testing.assert_close(found.A, A)
+    torch.testing.assert_close(found.B, B)
+
+
+def test_a_jump_moves_the_checkpoints_up_to_its_step_and_no_later_one(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    plain, shift = opened(lora_run), moved("s")
+    jump(own_lora_run, 1, 30, shift)
+    source = opened(own_lora_run)
+    for step in (0, *STEPS):
+        shifts = [shift] if step <= 30 else []
+        assert_moved(source.factors(NAME, step), plain.factors(NAME, step), *shifts)
+        assert torch.equal(source.factors(OTHER, step).B, plain.factors(OTHER, step).B)
+
+
+def test_jumps_add_up_and_reading_twice_counts_them_once(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    plain, first, second = opened(lora_run), moved("s"), moved("t")
+    jump(own_lora_run, 1, 30, first)
+    jump(own_lora_run, 2, 50, second)
+    source = opened(own_lora_run)
+    for _ in range(2):
+        assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
+        assert_moved(source.factors(NAME, 40), plain.factors(NAME, 40), second)
+        assert_moved(source.factors(NAME, 60), plain.factors(NAME, 60))
+
+
+def test_a_delta_across_a_jump_is_what_rl_did(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    source, plain = opened(own_lora_run), opened(lora_run)
+    at = source.factors(NAME, 30)
+    before, after = dense(at), dense(source.factors(NAME, 40))
+    torch.testing.assert_close(source.delta(NAME, 40, 30).dense(), after - before, atol=1e-6, rtol=1e-5)
+    # The start is moved as well: a global delta is the motion since, and not the jump.
+    start = dense(source.factors(NAME, 0))
+    torch.testing.assert_close(source.delta(NAME, 40).dense(), after - start, atol=1e-6, rtol=1e-5)
+    # What the weights really are is another question.
+    torch.testing.assert_close(source.position(NAME, 40).dense(), plain.delta(NAME, 40).dense(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(source.position(NAME, 30).dense(), before, atol=1e-6, rtol=1e-5)
+
+
+def test_a_jump_made_or_rolled_back_since_is_taken_in_or_forgotten(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    plain, first, second = opened(lora_run), moved("s"), moved("t")
+    source = opened(own_lora_run)
+    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
+    jump(own_lora_run, 1, 30, first)
+    folder = jump(own_lora_run, 2, 50, second)
+    source.refresh()
+    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
+    shutil.rmtree(folder)
+    source.refresh()
+    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first)
+    shutil.rmtree(own_lora_run.path.parent / "jumps")
+    source.refresh()
+    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
+
+
+def test_a_jump_that_replaced_one_that_was_rolled_back_is_the_one_that_counts(
+    own_lora_run: LoraRun, lora_run: LoraRun
+) -> None:
+    first, second = moved("s"), moved("t")
+    folder = jump(own_lora_run, 1, 30, first)
+    source = opened(own_lora_run)
+    source.factors(NAME, 20)
+    shutil.rmtree(folder)
+    jump(own_lora_run, 1, 40, second)
+    source.refresh()
+    assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), second)
+    assert_moved(source.factors(NAME, 40), opened(lora_run).factors(NAME, 40), second)
+
+
+def test_a_jump_in_an_adapter_of_its_own_shifts_nothing(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    folder = jump(own_lora_run, 1, 30)
+    (folder / "jump.json").write_text(json.dumps({"step": 30, "alpha": 1.5, "adapter": None}))
+    assert torch.equal(opened(own_lora_run).factors(NAME, 20).B, opened(lora_run).factors(NAME, 20).B)
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", "{}", '{"step": null}', '{"step": "soon"}'])
+def test_a_jump_whose_record_cannot_be_read_is_named(own_lora_run: LoraRun, record: str | None) -> None:
+    path = jump(own_lora_run, 1, 30, moved("s")) / "jump.json"
+    path.unlink() if record is None else path.write_text(record)
+    with pytest.raises(CheckpointError, match=r"jumps/0001/jump\.json"):
+        opened(own_lora_run)
+
+
+def test_a_shift_that_is_damaged_or_of_another_shape_is_named(own_lora_run: LoraRun) -> None:
+    folder = jump(own_lora_run, 1, 30, {f"{NAME}.lora_A": torch.zeros(3, 16)})
+    with pytest.raises(
+        CheckpointError, match=r"0001/shift\.safetensors.*'model.layers.0.self_attn.q_proj.weight.lora_A'"
+    ):
+        opened(own_lora_run).factors(NAME, 20)
+    (folder / "shift.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"0001/shift\.safetensors is truncated"):
+        opened(own_lora_run)

@@ -102,6 +102,7 @@ class RunConfig(Frozen):
     def _room_for_jumps(self) -> Self:
         try:
             self.schedule.check(self.steps)
+            self.guards.check(self.schedule)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self

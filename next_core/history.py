@@ -61,8 +61,9 @@ class History:
         return MatrixHistory(self, name)
 
     def metrics(self, key: str) -> list[float | None]:
-        """One metric per checkpoint, None where it was not logged."""
-        return [self.source.metrics(step).get(key) for step in self.steps]
+        """One metric per checkpoint: the last value logged since the checkpoint before, None where there is none."""
+        before = (None, *self.steps)
+        return [self.source.metrics(step, since).get(key) for step, since in zip(self.steps, before, strict=False)]
 
     def pairs(self, horizon: int) -> list[tuple[int, int]]:
         """Index pairs (i, j) with steps[j] - steps[i] == horizon: the targets that were already observed."""

@@ -92,7 +92,7 @@ class CheckpointSource(Plugin):
 
     @abstractmethod
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
-        """W_step - W_since of one parameter; ``since=None`` is the backbone.
+        """W_step - W_since of one parameter; ``since=None`` is where RL began: the backbone, or step 0 if it was kept.
 
         Low-rank (``LowRank``) where the run is LoRA, else a dense (m, n) tensor. Raises ``CheckpointError`` for
         values that are not finite.
@@ -106,8 +106,8 @@ class CheckpointSource(Plugin):
         """The LoRA factors of one parameter at one step; None where the run is not LoRA."""
         return None
 
-    def metrics(self, step: int) -> Mapping[str, float]:
-        """The trainer's last logged metrics at or before ``step``; empty when nothing was logged."""
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        """The trainer's last metrics logged at or before ``step`` and after ``since``; empty when there are none."""
         return {}
 
 
@@ -230,15 +230,24 @@ class Backend(Plugin):
         """The checkpoints so far, shifted by the jumps that were made: what RL did, not what we did."""
 
     @abstractmethod
-    def extend(self, prediction: Prediction, alpha: float) -> Applied:
+    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
         """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones.
 
-        What it returns puts weights and optimizer state back, also after further steps.
+        What it returns puts weights and optimizer state back, also after further steps; with ``keep`` a resumed run
+        can do so too (``standing``).
         """
 
     @abstractmethod
-    def restart_history(self) -> None:
-        """Forget the checkpoints so far: the weights were rolled back, and the trajectory starts anew."""
+    def rollback(self, applied: Applied, step: int) -> None:
+        """Put back what was there before a jump, after ``step`` ended.
+
+        At the jump's own step it is as if it had not been made; later, the checkpoints since are of a path that was
+        left, and the history starts anew at ``step``.
+        """
+
+    def standing(self, step: int) -> Applied | None:
+        """The jump made after ``step``, as a resumed run finds it; None where its undoing was not kept."""
+        return None
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\.(tmp|old)-\d+$")
 
 
 def _fsync(path: Path) -> None:
@@ -71,6 +73,22 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def remove_directory(folder: Path) -> None:
+    """Remove a folder so that a crash leaves all of it, or nothing by its name."""
+    if folder.exists():
+        doomed = folder.parent / f".{folder.name}.old-{os.getpid()}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed in ``folder``."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if TEMPORARY.search(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def check_manifest(folder: Path) -> None:
     """Raise ``CheckpointError`` when a file of ``folder`` is missing or has another size than its manifest says."""
     try:
@@ -112,8 +130,12 @@ def _finite(value: Any) -> Any:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as a line and make it durable."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json_text(record) + "\n")
+    """Append one JSON object as a line and make it durable. A torn last line, of a killed process, is cut off."""
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json_text(record) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())

@@ -173,6 +173,12 @@ def test_a_schedule_that_contradicts_itself_or_the_run_is_refused_with_the_reaso
     assert reason in str(caught.value)
 
 
+def test_a_recovery_that_the_end_of_the_run_would_cut_off_is_refused(load: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"settle \(5\) must be at least guards.recovery \(10\)"):
+        load(guards={"recovery": 10}, schedule={"settle": 5})
+    assert load(guards={"recovery": 10}, schedule={"settle": 10}).guards.recovery == 10
+
+
 def test_a_recovery_without_a_probe_is_refused(load: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r"guards: recovery needs probe: true"):
         load(guards={"recovery": 10, "probe": False})
@@ -311,7 +317,7 @@ def test_the_resolved_config_reads_back_as_itself(load: Callable[..., RunConfig]
         training__learning_rate=1e-5,
         training__lora=None,
         predictor={"name": "secant", "gate": {"floor": 0.1}, "window": 25},
-        schedule={"observe": 20, "every": 10, "jump_every": 20, "jumps": 3},
+        schedule={"observe": 20, "every": 10, "jump_every": 20, "jumps": 3, "settle": 10},
         guards={"max_norm_ratio": None, "recovery": 10},
     )
     copy = tmp_path / "elsewhere" / "config.yaml"

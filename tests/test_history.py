@@ -40,7 +40,7 @@ def moved(name: str, step: int | None) -> Tensor:
 
 
 def lora_run(steps: Sequence[int] = STEPS) -> MemorySource:
-    metrics = {20: {"reward": 0.2}, 35: {"reward": 0.35, "loss": 1.0}}
+    metrics = {18: {"reward": 0.1}, 20: {"reward": 0.2}, 35: {"reward": 0.35, "loss": 1.0}}
     return MemorySource({step: {name: factors(name, step) for name in SHAPES} for step in steps}, metrics=metrics)
 
 
@@ -123,6 +123,13 @@ def test_gram_matrices_are_the_inner_products_of_global_deltas(source: MemorySou
         rows = torch.stack([moved(name, step).flatten() for step in STEPS])
         torch.testing.assert_close(grams[name], rows @ rows.T, atol=1e-9, rtol=1e-9)
         assert grams[name].dtype == torch.float64
+
+
+def test_gram_matrices_are_computed_once(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(source)
+    first = history.grams()["a"]
+    monkeypatch.setattr(source, "delta", None)
+    assert history.grams()["a"] is first
 
 
 def test_gram_matrices_can_be_of_chosen_steps_in_any_order(source: MemorySource) -> None:
@@ -213,9 +220,9 @@ def test_one_matrix_has_its_own_view(source: MemorySource) -> None:
     assert torch.equal(matrix.components("local").U, history.components("local")["b"].U)
 
 
-def test_metrics_come_per_checkpoint_with_none_where_nothing_was_logged() -> None:
+def test_metrics_come_per_checkpoint_with_none_where_nothing_was_logged_since_the_one_before() -> None:
     history = History(lora_run())
-    assert history.metrics("reward") == [None, 0.2, 0.2, 0.35]
+    assert history.metrics("reward") == [None, 0.2, None, 0.35]
     assert history.matrix("a").metrics("loss") == [None, None, None, 1.0]
 
 

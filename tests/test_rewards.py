@@ -54,6 +54,7 @@ def test_what_equals_the_answer_is_right(reward: MathVerifyReward, completion: s
         ("7*2", "14"),
         ("28/2", "14"),
         ("9+5=14", "14"),
+        ("-9+4", "-5"),
         ("4=46", "46"),
         (r"\boxed{9+5}", "14"),
         ("The answer is $9+5$.", "14"),

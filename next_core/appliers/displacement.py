@@ -5,14 +5,14 @@ The one place where an anchor is read, so that a cumulative prediction is never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from next_core import lowrank
-from next_core.errors import CheckpointError, GuardError
+from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CoefficientUpdate, LoraFactors, Prediction
 from next_core.lowrank import LowRank
 
@@ -37,7 +37,8 @@ Displacement = FactorStep | LowRank | Tensor
 def displacement(prediction: Prediction, name: str, alpha: float) -> Displacement | None:
     """alpha * confidence * (predicted - W_T) of one parameter, in fp64; None where nothing is predicted.
 
-    Raises ``GuardError`` when it is not finite, ``CheckpointError`` when its shape or its steps are not the run's.
+    Raises ``GuardError`` when it is not finite, ``PluginError`` when its shape is not the parameter's, and
+    ``CheckpointError`` when its steps are not the run's.
     """
     update = prediction.updates.get(name)
     scale = alpha * prediction.weight(name)
@@ -73,11 +74,11 @@ def merged(moved: Displacement) -> LowRank | Tensor:
     return moved.merged() if isinstance(moved, FactorStep) else moved
 
 
-def norms(moves: Mapping[str, Displacement]) -> dict[str, float]:
+def norms(moves: Iterable[tuple[str, Displacement]]) -> dict[str, float]:
     """||displacement||_F of each parameter, in merged space; equal shapes in one batch."""
     found: dict[str, float] = {}
     batches: dict[tuple[int, int, int], dict[str, LowRank]] = {}
-    for name, moved in moves.items():
+    for name, moved in moves:
         delta = merged(moved)
         if isinstance(delta, LowRank):
             batches.setdefault((*delta.shape, delta.rank), {})[name] = delta
@@ -122,7 +123,7 @@ def _weighted_sum(prediction: Prediction, name: str, weights: Mapping[int, float
 
 def _from_lowrank(prediction: Prediction, name: str, matrix: LowRank, scale: float) -> LowRank | Tensor:
     if matrix.shape != _shape(prediction, name):
-        raise CheckpointError(f"the update of '{name}' is {matrix.shape}, the parameter {_shape(prediction, name)}")
+        raise PluginError(f"the update of '{name}' is {matrix.shape}, the parameter {_shape(prediction, name)}")
     if prediction.anchor == "newest":
         return matrix.scale(scale)
     moved_already = prediction.source.delta(name, prediction.step)
@@ -142,7 +143,7 @@ def _shape(prediction: Prediction, name: str) -> tuple[int, int]:
     for parameter in prediction.source.parameters:
         if parameter.name == name:
             return parameter.shape
-    raise CheckpointError(f"the prediction names '{name}', which the run does not have")
+    raise PluginError(f"the prediction names '{name}', which the run does not have")
 
 
 def _validated(prediction: Prediction, name: str, moved: Displacement) -> Displacement:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from next_core.appliers.displacement import Displacement, FactorStep, displacements
+from next_core.appliers.displacement import FactorStep, displacements
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.lowrank import LowRank
@@ -20,24 +20,21 @@ class LiveApplied(Applied):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []
         self.adapter: str | None = None
         self.shift: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def write(self, parameter: Tensor, moved: Tensor) -> None:
-        """parameter += moved, keeping what was there."""
-        self._kept.append((parameter, parameter.detach().clone()))
+    def write(self, key: str, parameter: Tensor, moved: Tensor) -> None:
+        """parameter += moved, keeping what was there; the shift is what landed, rounding included."""
+        kept = parameter.detach().clone()
+        self.kept.append((parameter, kept))
         parameter.copy_((parameter.double() + moved.to(parameter.device)).to(parameter.dtype))
-
-    @property
-    def written(self) -> list[Tensor]:
-        """The parameters that were changed in place."""
-        return [parameter for parameter, _ in self._kept]
+        self.shift[key] = (parameter.float() - kept.float()).cpu()
 
     @torch.no_grad()
     def rollback(self) -> None:
-        for parameter, kept in self._kept:
+        for parameter, kept in self.kept:
             parameter.copy_(kept)
         if self.adapter is not None:
             remove_adapter(self._model, self.adapter)
@@ -54,14 +51,22 @@ class LiveApplier(WeightApplier):
     name = "live"
 
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
-        moves = dict(displacements(prediction, alpha))
         applied = LiveApplied(out)
-        writes = self._plan(out, moves)
-        beside = {name: move for name, move in moves.items() if isinstance(move, LowRank) and is_peft(out)}
+        parameters = dict(out.named_parameters())
+        beside: dict[str, LowRank] = {}
         try:
-            for name, parameter, moved in writes:
-                applied.write(parameter, moved)
-                applied.shift[name] = moved.float()
+            # One matrix at a time: a full-parameter jump is as large as the model. An error on the way undoes it all.
+            for name, moved in displacements(prediction, alpha):
+                if isinstance(moved, FactorStep):
+                    for path, key, delta in _factor_writes(out, name, moved):
+                        applied.write(key, _find(parameters, path, delta.shape), delta)
+                elif not is_peft(out):
+                    delta = moved.dense() if isinstance(moved, LowRank) else moved
+                    applied.write(name, _full_precision(name, _find(parameters, name, delta.shape)), delta)
+                elif isinstance(moved, LowRank):
+                    beside[name] = moved
+                else:
+                    raise BackendError(f"a dense jump of '{name}' cannot be put beside a LoRA adapter")
             if beside:
                 applied.adapter = add_frozen_adapter(out, beside)
         except BaseException:
@@ -69,29 +74,21 @@ class LiveApplier(WeightApplier):
             raise
         return applied
 
-    def _plan(self, model: nn.Module, moves: Mapping[str, Displacement]) -> list[tuple[str, Tensor, Tensor]]:
-        """All writes to existing parameters, checked before the first of them is done."""
-        parameters = dict(model.named_parameters())
-        writes: list[tuple[str, Tensor, Tensor]] = []
-        for name, moved in moves.items():
-            if isinstance(moved, FactorStep):
-                adapter = trained_adapter(model)
-                module = name.removesuffix(".weight")
-                sides = zip("AB", SHIFT_KEYS, (moved.dA, moved.dB), strict=True)
-                for side, key, delta in sides:
-                    path = f"base_model.model.{module}.lora_{side}.{adapter}.weight"
-                    writes.append((key.format(name=name), _find(parameters, path, delta.shape), delta))
-            elif not is_peft(model):
-                target = _find(parameters, name, moved.shape)
-                if target.dtype not in (torch.float32, torch.float64):
-                    raise BackendError(
-                        f"'{name}' is {target.dtype}: most of a small jump would be lost in its rounding; "
-                        "load the model in float32, or train LoRA"
-                    )
-                writes.append((name, target, moved.dense() if isinstance(moved, LowRank) else moved))
-            elif not isinstance(moved, LowRank):
-                raise BackendError(f"a dense jump of '{name}' cannot be put beside a LoRA adapter")
-        return writes
+
+def _factor_writes(model: Any, name: str, moved: FactorStep) -> Iterator[tuple[str, str, Tensor]]:
+    """Path in the live model, key in a shift file, displacement: of A and of B."""
+    adapter, module = trained_adapter(model), name.removesuffix(".weight")
+    for side, key, delta in zip("AB", SHIFT_KEYS, (moved.dA, moved.dB), strict=True):
+        yield f"base_model.model.{module}.lora_{side}.{adapter}.weight", key.format(name=name), delta
+
+
+def _full_precision(name: str, parameter: Tensor) -> Tensor:
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise BackendError(
+            f"'{name}' is {parameter.dtype}: most of a small jump would be lost in its rounding; load the model in "
+            "float32, or train LoRA"
+        )
+    return parameter
 
 
 def _find(parameters: Mapping[str, Tensor], path: str, shape: tuple[int, ...]) -> Tensor:

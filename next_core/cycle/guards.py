@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from next_core.appliers.displacement import displacements, norms
+from next_core.cycle.schedule import Schedule
+from next_core.errors import ConfigError
 from next_core.history import History
 from next_core.interfaces import Prediction
 
@@ -39,6 +40,14 @@ class Guards(BaseModel):
             raise ValueError("recovery needs probe: true; there is nothing to judge the recovery by")
         return self
 
+    def check(self, schedule: Schedule) -> None:
+        """Raise ``ConfigError`` when a recovery window could not end before the run does."""
+        if self.recovery is not None and schedule.settle < self.recovery:
+            raise ConfigError(
+                f"settle ({schedule.settle}) must be at least guards.recovery ({self.recovery}): the last jump has to "
+                "be judged before the run ends"
+            )
+
 
 @dataclass(frozen=True)
 class JumpNorm:
@@ -46,7 +55,6 @@ class JumpNorm:
 
     jump: float
     recent: float
-    per_matrix: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -56,12 +64,9 @@ class JumpNorm:
 
 def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
     """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
-    per_matrix = norms(dict(displacements(prediction, alpha)))
-    return JumpNorm(
-        jump=math.sqrt(sum(norm**2 for norm in per_matrix.values())),
-        recent=recent_motion(history, prediction.horizon),
-        per_matrix=per_matrix,
-    )
+    found = norms(displacements(prediction, alpha))
+    jump = math.sqrt(sum(norm**2 for norm in found.values()))
+    return JumpNorm(jump, recent_motion(history, prediction.horizon))
 
 
 def recent_motion(history: History, window: int) -> float:

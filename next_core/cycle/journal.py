@@ -35,6 +35,10 @@ class Journal:
         """The jumps that were tried and still count, each with its final verdict."""
         return valid_jumps(self.records)
 
+    def counted(self) -> list[dict[str, Any]]:
+        """All records that still count after resumes."""
+        return counted_records(self.records)
+
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """All whole records. A torn last line is dropped; damage anywhere else is a ``CheckpointError``."""
@@ -52,15 +56,20 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Jump records in order with their verdicts; what happened after a step that was resumed at does not count."""
+def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that still count: what happened after a step that was resumed at does not."""
     counted: list[dict[str, Any]] = []
     for record in records:
         if record["event"] == "resume":
             counted = [earlier for earlier in counted if earlier["step"] <= record["step"]]
         counted.append(record)
+    return counted
+
+
+def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The jump records that still count, in order, with their verdicts."""
     jumps: list[dict[str, Any]] = []
-    for record in counted:
+    for record in counted_records(records):
         if record["event"] == "jump":
             jumps.append(dict(record))
         elif record["event"] == "verify":

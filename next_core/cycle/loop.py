@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
-from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, NextCoreError
+from next_core.errors import CheckpointError, GuardError, NextCoreError
 from next_core.history import History
 from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
 from next_core.plugins import describe
@@ -53,13 +54,14 @@ class PredictExtendCycle:
         milestone: Milestone | None = None,
     ) -> None:
         schedule.check(total)
+        guards.check(schedule)
         self.backend, self.predictor, self.schedule, self.guards = backend, predictor, schedule, guards
         self.total, self.journal, self.rank, self.compressor = total, journal, rank, compressor
         self.strict, self.progress, self.milestone = strict, progress, milestone
         self.seconds = {"observe": 0.0, "predict": 0.0, "extend": 0.0, "probe": 0.0}
         self._pending: _Pending | None = None
         self._probes: dict[int, float] = {}
-        self._from = 0
+        self._from, self._resuming = 0, False
         self._made = 0
         self._first_done = False
 
@@ -79,11 +81,33 @@ class PredictExtendCycle:
             self.after_step(stop)
 
     def resume(self, step: int) -> None:
-        """Take up a run that had reached ``step``: what was journalled after it does not count."""
-        self.journal.append("resume", step)
-        self._from = step
-        self._made = sum(jump["accepted"] for jump in self.journal.jumps())
-        self._first_done = self._made > 0
+        """Take up a run that had reached ``step``, when the next step ends: by then the backend has taken it up too."""
+        self._from, self._resuming = step, True
+
+    def _take_up(self) -> None:
+        """What was journalled after the resumed step does not count."""
+        self._resuming = False
+        self.journal.append("resume", self._from)
+        jumps = [jump for jump in self.journal.jumps() if jump["accepted"]]
+        self._made, self._first_done = len(jumps), bool(jumps)
+        for record in self.journal.counted():
+            if record["event"] == "probe" and record["accuracy"] is not None:
+                self._probes.setdefault(record["step"], record["accuracy"])
+        if self.guards.recovery is not None and jumps and self._from < jumps[-1]["step"] + self.guards.recovery:
+            self._reopen(jumps[-1])
+
+    def _reopen(self, jump: dict[str, Any]) -> None:
+        """Take up the recovery window of a jump that was open when the run ended."""
+        before = jump["accuracy_before"]
+        if before is None:
+            return
+        applied = self.backend.standing(jump["step"])
+        if applied is None:
+            raise CheckpointError(
+                f"the jump after step {jump['step']} is still to be judged, and what it would be rolled back to was "
+                "not kept; resume from an earlier checkpoint"
+            )
+        self._pending = _Pending(jump["step"], before, self._slope(jump["step"], before), applied)
 
     def _acts(self, step: int) -> bool:
         recovery = self.guards.recovery
@@ -96,6 +120,8 @@ class PredictExtendCycle:
 
     def after_step(self, step: int) -> None:
         """The whole cycle, once after each RL step."""
+        if self._resuming:
+            self._take_up()
         if self._pending is not None and step >= self._pending.step + (self.guards.recovery or 0):
             self._verify(self._pending, step)
         if self.schedule.observes(step):
@@ -111,11 +137,11 @@ class PredictExtendCycle:
         facts: dict[str, Any] = {"predictor": "?", "alpha": self.schedule.alpha, "norm_ratio": None}
         try:
             with self._timed("predict"):
-                prediction = self._predict(facts)
+                prediction = self._predict(step, facts)
         except _Refused as refusal:
             return self._refuse(step, facts, str(refusal))
-        except CheckpointError:
-            raise  # the run's own files are damaged: going on would not heal them
+        except NextCoreError as error:
+            return self._refuse(step, facts, str(error))
         except Exception as error:  # a predictor may be anybody's code: it must not end the run
             return self._refuse(step, facts, f"predictor failed: {describe(error)}")
         before = self._probe(step)
@@ -123,14 +149,15 @@ class PredictExtendCycle:
             self.milestone("before_jump", step)
         try:
             with self._timed("extend"):
-                applied = self.backend.extend(prediction, self.schedule.alpha)
-        except (BackendError, GuardError, ConfigError) as error:  # nothing was changed
+                applied = self.backend.extend(prediction, self.schedule.alpha, keep=self.guards.recovery is not None)
+        except NextCoreError as error:  # nothing was changed
             return self._refuse(step, facts, str(error))
         after = self._probe(step, again=True)
         facts |= {"accuracy_before": before, "accuracy_after": after}
-        if before is not None and after is not None and after < before - self.guards.max_drop:
-            applied.rollback()
-            return self._refuse(step, facts, f"accuracy fell from {before:.3f} to {after:.3f}; rolled back")
+        if before is not None and not (after is not None and after >= before - self.guards.max_drop):
+            self.backend.rollback(applied, step)
+            now = "what cannot be measured" if after is None else f"{after:.3f}"
+            return self._refuse(step, facts, f"accuracy fell from {before:.3f} to {now}; rolled back")
         if not self._first_done and self.milestone is not None:
             self.milestone("after_jump", step)
         self._first_done = True
@@ -142,19 +169,19 @@ class PredictExtendCycle:
         self.journal.append("jump", step, accepted=True, reason=reason, **facts)
         return None
 
-    def _predict(self, facts: dict[str, Any]) -> Prediction:
+    def _predict(self, step: int, facts: dict[str, Any]) -> Prediction:
         predictor = self.predictor()
         predictor.progress = self.progress
         facts["predictor"] = predictor.name
         history = History(self.backend.source(), self.rank, self.compressor, self.progress)
+        if history.newest != step:
+            raise _Refused(f"the newest checkpoint is of step {history.newest}")
         prediction = predictor.fit(history).predict(self.schedule.horizon)
-        facts |= {"horizon": self.schedule.horizon, **prediction.diagnostics}
+        facts["horizon"] = self.schedule.horizon
+        facts["diagnostics"] = {str(key): float(value) for key, value in prediction.diagnostics.items()}
         if prediction.abstention is not None:
             raise _Refused(prediction.abstention)
-        try:
-            norm = jump_norm(prediction, self.schedule.alpha, history)
-        except GuardError as error:
-            raise _Refused(str(error)) from error
+        norm = jump_norm(prediction, self.schedule.alpha, history)
         facts |= {"norm": norm.jump, "norm_ratio": norm.ratio}
         bound = self.guards.max_norm_ratio
         if bound is not None and norm.ratio > bound:
@@ -171,11 +198,10 @@ class PredictExtendCycle:
         wanted = pending.before - self.guards.tolerance
         if self.guards.against == "trend":
             wanted += pending.slope * (step - pending.step)
-        accepted = accuracy is None or accuracy >= wanted
+        accepted = accuracy is not None and accuracy >= wanted
         reason = f"accuracy {accuracy} after {step - pending.step} steps of recovery, {wanted:.3f} wanted"
         if not accepted:
-            pending.applied.rollback()
-            self.backend.restart_history()
+            self.backend.rollback(pending.applied, step)
             self._made -= 1
             reason += "; rolled back"
         self.journal.append("verify", step, jump_step=pending.step, accepted=accepted, reason=reason, accuracy=accuracy)
@@ -205,8 +231,15 @@ class PredictExtendCycle:
             return None
         if not again and step in self._probes:
             return self._probes[step]
+        problem = None
         with self._timed("probe"):
-            accuracy = self.backend.evaluate()
+            try:
+                accuracy = self.backend.evaluate()
+            except Exception as error:  # a probe may be anybody's code as well
+                accuracy, problem = None, describe(error)
+        if accuracy is not None and not math.isfinite(accuracy):
+            accuracy, problem = None, f"the accuracy is {accuracy}"
+        self.journal.append("probe", step, accuracy=accuracy, **({"problem": problem} if problem else {}))
         if accuracy is not None and not again:
             self._probes[step] = accuracy
         return accuracy

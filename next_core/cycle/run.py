@@ -107,8 +107,6 @@ def run(
     )
     if resume:
         cycle.resume(start)
-        past = [r for r in journal.records if r["event"] == "accuracy" and r["step"] <= start]
-        accuracy |= {record["milestone"]: record["value"] for record in past}
     else:
         journal.append("start", 0, steps=config.steps, seed=config.seed)
         measure("start", 0)
@@ -119,6 +117,8 @@ def run(
     training = time.perf_counter() - began - (measuring.seconds - measured)
     measure("final", config.steps)
     journal.append("end", config.steps)
+    # A resumed run finds in the journal what it measured before.
+    accuracy |= {r["milestone"]: r["value"] for r in journal.counted() if r["event"] == "accuracy"}
     ours = sum(cycle.seconds.values())
     result = RunResult(
         steps=config.steps,

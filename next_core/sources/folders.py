@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import OrderedDict
@@ -19,6 +20,9 @@ from next_core.storage import MANIFEST, check_manifest
 STEP_FOLDER = re.compile(r"(?:checkpoint|step)-(\d+)")
 JUMPS = "jumps"
 JUMP_RECORD = "jump.json"
+UNDONE = "undone.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 SHIFT_FILE = "shift.safetensors"
 CACHE_BYTES = 256 * 2**20
 """What one cache of tensors may hold."""
@@ -99,35 +103,53 @@ class Shifts:
     """The jumps of a run folder (``jumps/`` beside ``checkpoints/``), counted into the checkpoints before them.
 
     A jump made after step N moves every checkpoint up to N by as much: deltas between checkpoints then show what RL
-    did, and not what a jump did. A jump that lives in an adapter of its own has nothing to shift.
+    did, and not what a jump did. A jump that lives in an adapter of its own has nothing to shift. Where a jump was
+    undone some steps later, the history starts anew at ``start``.
     """
 
     def __init__(self, checkpoints: Path) -> None:
+        # A trainer's own folder holds weights from after each jump, and brings its jump adapters along.
+        self.ours = checkpoints.name == CHECKPOINTS
+        self.start = 0
         self._root = checkpoints.parent / JUMPS
+        self._cache = TensorCache()
         self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # a number can be used again after a rollback
 
     def refresh(self) -> None:
         """Take in jumps that were made, and forget those that were rolled back."""
+        if not self.ours:
+            return
+        self.start = max((undone for _, _, undone in jump_records(self._root) if undone is not None), default=0)
         present = {}
         for path, record in jump_folders(self._root):
             if (path / SHIFT_FILE).exists():
                 present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
         for key, (step, file) in present.items():
             if key not in self._shifts:
-                self._shifts[key] = step, Shift(file)
+                self._shifts[key] = step, Shift(file, self._cache)
         self._shifts = {key: self._shifts[key] for key in present}
+
+    def made_after(self, step: int) -> list[Shift]:
+        """The shifts of the jumps made right after a step, undone later or not."""
+        records = jump_records(self._root) if self.ours else []
+        found = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
+        return [Shift(path, TensorCache()) for path in found if path.exists()]
 
     def since(self, step: int) -> tuple[Shift, ...]:
         """The shifts of the jumps made at or after a step, in order."""
         return tuple(shift for jumped, shift in self._shifts.values() if step <= jumped)
 
 
+_SHIFTS = itertools.count()
+
+
 class Shift:
     """What one jump moved each stored tensor by, read on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cache: TensorCache) -> None:
         self._file = SafetensorsFile(path)
-        self._cache = TensorCache()
+        self._cache = cache
+        self._number = next(_SHIFTS)  # an id() comes back once its object is gone, and a folder's name after a rollback
 
     def added(self, value: Tensor, key: str) -> Tensor:
         """A stored tensor with the jump in it; the same where the jump left it alone."""
@@ -138,15 +160,21 @@ class Shift:
                 f"{self._file.path}: '{key}' is {self._file.shapes[key]} but the checkpoints have {tuple(value.shape)}"
                 "; these are jumps of another run"
             )
-        cached = self._cache.get((key, 0))
+        where = key, self._number
+        cached = self._cache.get(where)
         if cached is None:
             cached = (self._file.read(key),)
-            self._cache.put((key, 0), cached)
+            self._cache.put(where, cached)
         return value + cached[0]
 
 
 def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The folders under ``jumps/``, in order, with their records."""
+    """The jumps that stand, in order: their folders and records."""
+    return [(path, record) for path, record, undone in jump_records(root) if undone is None]
+
+
+def jump_records(root: Path) -> list[tuple[Path, dict[str, Any], int | None]]:
+    """The folders under ``jumps/``, in order, with their records, and the step at which one was undone."""
     if not root.is_dir():
         return []
     paths = sorted(path for path in root.iterdir() if path.name.isdigit())
@@ -154,7 +182,8 @@ def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     for path, record in zip(paths, records, strict=True):
         if not isinstance(record.get("step"), int):
             raise CheckpointError(f"{path / JUMP_RECORD} names no step; restore it, or remove {path}")
-    return list(zip(paths, records, strict=True))
+    undone = [int(read_json(p / UNDONE)["step"]) if (p / UNDONE).exists() else None for p in paths]
+    return list(zip(paths, records, undone, strict=True))
 
 
 class TensorCache:
@@ -191,13 +220,13 @@ def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
             logged = read_json(newest / "trainer_state.json").get("log_history", [])
             if not isinstance(logged, list):
                 raise CheckpointError(f"{newest / 'trainer_state.json'}: log_history is no list; restore the file")
-        elif (newest.parent.parent / "metrics.jsonl").exists():
-            lines = (newest.parent.parent / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        elif (newest.parent.parent / METRICS).exists():
+            lines = (newest.parent.parent / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines:
                 try:
                     logged.append(json.loads(line))
                 except (ValueError, RecursionError):
-                    break  # a torn last line: the run was killed while it wrote
+                    continue  # torn: the run was killed while it wrote
     metrics: dict[int, dict[str, float]] = {}
     for record in logged:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
@@ -206,7 +235,7 @@ def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
     return metrics
 
 
-def metrics_at(metrics: Mapping[int, Mapping[str, float]], step: int) -> Mapping[str, float]:
-    """The last logged metrics at or before a step."""
-    past = [logged for logged in metrics if logged <= step]
+def metrics_at(metrics: Mapping[int, Mapping[str, float]], step: int, since: int | None = None) -> Mapping[str, float]:
+    """The last metrics logged at or before a step, and after ``since``."""
+    past = [logged for logged in metrics if logged <= step and (since is None or logged > since)]
     return metrics[max(past)] if past else {}

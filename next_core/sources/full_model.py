@@ -64,7 +64,8 @@ class FullModelSource(CheckpointSource):
     @property
     def steps(self) -> tuple[int, ...]:
         # Without a backbone folder, step 0 is the backbone and not an observation.
-        return tuple(step for step in self._models if step > 0 or self._backbone is not None)
+        first = max(self._shifts.start, 0 if self._backbone is not None else 1)
+        return tuple(step for step in self._models if step >= first)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -96,13 +97,20 @@ class FullModelSource(CheckpointSource):
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
         return self.weight(name, step).double() - self.weight(name, since).double()
 
+    def stored(self, key: str, step: int) -> Tensor:
+        """One matrix of a checkpoint, with the jump made right after it."""
+        value = self._models[step].read(key)
+        for shift in self._shifts.made_after(step):
+            value = shift.added(value, key)
+        return value
+
     def position(self, name: str, step: int) -> Tensor:
         begin = self._models.get(0) if self._backbone is None else self._backbone
         if begin is None:
             raise CheckpointError(f"{self.config.path} has no backbone; pass --backbone")
         return self.weight(name, step).double() - begin.read(name).double()
 
-    def metrics(self, step: int) -> Mapping[str, float]:
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         if self._metrics is None:
             self._metrics = read_metrics({step: model.folder for step, model in self._models.items()})
-        return metrics_at(self._metrics, step)
+        return metrics_at(self._metrics, step, since)

@@ -10,6 +10,7 @@ from next_core import lowrank
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, LoraFactors, Parameter
 from next_core.lowrank import LowRank
+from next_core.sources.folders import metrics_at
 
 
 class MemorySource(CheckpointSource):
@@ -63,9 +64,8 @@ class MemorySource(CheckpointSource):
         assert isinstance(before, Tensor)
         return now.double() - before.double()
 
-    def metrics(self, step: int) -> Mapping[str, float]:
-        past = [logged for logged in self._metrics if logged <= step]
-        return self._metrics[max(past)] if past else {}
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        return metrics_at(self._metrics, step, since)
 
 
 def lora_delta(now: LoraFactors, then: LoraFactors | None) -> LowRank:

@@ -184,8 +184,8 @@ class PeftAdapterSource(CheckpointSource):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        # Step 0, where it was kept, is where the adapter began (B = 0) and not an observation of RL.
-        return tuple(step for step in self._folders if step > 0)
+        # Step 0, where it was kept, is where RL began and not an observation of it.
+        return tuple(step for step in self._folders if step > 0 and step >= self._shifts.start)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -205,11 +205,20 @@ class PeftAdapterSource(CheckpointSource):
 
     def rank(self, name: str) -> int:
         """The LoRA rank of one parameter."""
-        return self.factors(name, self.steps[-1]).A.shape[0]
+        return next(p.rank for p in self._parameters if p.name == name and p.rank is not None)
 
     def extra_tensors(self, step: int) -> dict[str, Tensor]:
         """What an adapter file holds besides LoRA factors of linear layers; it is carried along as trained."""
         return {key: self._files[step].read(key) for key in self._skipped}
+
+    def stored(self, key: str, step: int) -> Tensor:
+        """One tensor of a checkpoint by its name in the file, with the jump made right after it."""
+        value, match = self._files[step].read(key), KEY.fullmatch(key)
+        if match is not None:
+            shift_key = SHIFT_KEYS["AB".index(match["side"])].format(name=f"{match['module']}.weight")
+            for shift in self._shifts.made_after(step):
+                value = shift.added(value, shift_key)
+        return value
 
     def remember(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a checkpoint that is being written, by their names in the file, to spare reading them."""
@@ -248,8 +257,10 @@ class PeftAdapterSource(CheckpointSource):
         return cached
 
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank:
-        if since is None and step > 0 and 0 in self._files and self._shifts.since(0):
-            since = 0  # jumps move the start as well: the delta from it stays what RL did
+        if since is None and step > 0 and 0 in self._files:
+            start = self.factors(name, 0)
+            # A fresh adapter has B = 0 and adds nothing; one that was trained before does, and jumps move the start.
+            return lora_delta(self.factors(name, step), start if bool(start.B.any()) else None)
         return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
 
     def position(self, name: str, step: int) -> LowRank:
@@ -257,13 +268,11 @@ class PeftAdapterSource(CheckpointSource):
 
     def beside(self, name: str, step: int) -> list[LowRank]:
         """The jumps that stand in frozen adapters beside the trained one, as far as they touch this parameter."""
-        folder = self._folders[step]
-        paths = sorted(folder.glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
-        paths += [
-            path / ADAPTER
-            for path, record in jump_folders(self.config.path.parent / JUMPS)
-            if record.get("adapter") and record["step"] <= step
-        ]
+        if self._shifts.ours:
+            jumps = jump_folders(self.config.path.parent / JUMPS)
+            paths = [path / ADAPTER for path, record in jumps if record.get("adapter") and record["step"] <= step]
+        else:
+            paths = sorted(self._folders[step].glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
         module = name.removesuffix(".weight")
         found = []
         for path in paths:
@@ -274,7 +283,7 @@ class PeftAdapterSource(CheckpointSource):
                 found.append(LowRank(config.scaling(module, right.shape[0]) * left, right))
         return found
 
-    def metrics(self, step: int) -> Mapping[str, float]:
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         if self._metrics is None:
             self._metrics = read_metrics(self._folders)
-        return metrics_at(self._metrics, step)
+        return metrics_at(self._metrics, step, since)

@@ -104,8 +104,9 @@ class AlphaRlPredictor(PerMatrixPredictor):
             y = np.array(steps, dtype=np.float64)
         else:
             values = self.history.metrics(metric)
-            # Before the first step nothing is logged, and that checkpoint holds no motion either.
-            rows = [row for row in rows if not (steps[row] == 0 and values[row] is None)]
+            # Before the first step nothing is logged, and of the newest a live trainer has not logged anything yet.
+            ends = {0 if steps[0] == 0 else None, rows[-1]}
+            rows = [row for row in rows if values[row] is not None or row not in ends]
             y = np.array([math.nan if values[row] is None else values[row] for row in rows], dtype=np.float64)
             missing = [steps[row] for row, value in zip(rows, y, strict=True) if not math.isfinite(value)]
             if missing:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from next_core.appliers.displacement import FactorStep, displacement, displacements, merged, norms
-from next_core.errors import CheckpointError, GuardError
+from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Space, Update
 from next_core.lowrank import LowRank
 from next_core.sources.memory import MemorySource
@@ -112,7 +112,7 @@ def test_a_prediction_of_where_the_weights_are_moves_nothing(
 ) -> None:
     prediction = predict(source, CoefficientUpdate(weights, space), anchor)
     assert not dense(prediction, name).any()
-    assert norms(dict(displacements(prediction, 1.0))).get(name, 0.0) == 0.0
+    assert norms(displacements(prediction, 1.0)).get(name, 0.0) == 0.0
 
 
 def test_what_is_not_predicted_or_not_trusted_does_not_move(source: MemorySource) -> None:
@@ -135,7 +135,7 @@ def test_norms_of_a_batch_are_those_of_the_dense_displacements(source: MemorySou
         "another shape": LowRank(noise(8, 3, 2), noise(9, 2, 4)),
         "nothing": LowRank.zero(6, 5),
     }
-    found = norms(moves)
+    found = norms(moves.items())
     for name, move in moves.items():
         delta = merged(move)
         expected = delta.dense() if isinstance(delta, LowRank) else delta
@@ -166,10 +166,10 @@ def test_a_displacement_that_is_not_finite_is_refused_by_name_and_step(
 
 
 def test_an_update_of_another_shape_or_parameter_or_step_is_refused_by_name(source: MemorySource) -> None:
-    with pytest.raises(CheckpointError, match=r"the update of 'lora' is \(5, 6\), the parameter \(6, 5\)"):
+    with pytest.raises(PluginError, match=r"the update of 'lora' is \(5, 6\), the parameter \(6, 5\)"):
         displacement(predict(source, LowRankUpdate(LowRank(noise(1, 5, 1), noise(2, 1, 6)))), "lora", 1.0)
     other = Prediction(source, 30, 10, updates={"other": LowRankUpdate(LowRank(noise(1, 5, 1), noise(2, 1, 6)))})
-    with pytest.raises(CheckpointError, match="the prediction names 'other', which the run does not have"):
+    with pytest.raises(PluginError, match="the prediction names 'other', which the run does not have"):
         displacement(other, "other", 1.0)
     with pytest.raises(CheckpointError, match="step 25"):
         displacement(predict(source, CoefficientUpdate({25: 1.0})), "lora", 1.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
 from next_core.appliers import peft_adapter
-from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.errors import ConfigError, GuardError, PluginError
 from next_core.history import History
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Update
 from next_core.lowrank import LowRank
@@ -239,7 +239,7 @@ def test_an_update_of_a_parameter_that_the_run_does_not_have_is_refused(
     runs: dict[str, LoraRun], tmp_path: Path, applier: str
 ) -> None:
     prediction = Prediction(opened(runs["plain"]), 20, 10, updates={"other": CoefficientUpdate({20: 1.0})})
-    with pytest.raises(CheckpointError, match="the prediction names 'other', which the run does not have"):
+    with pytest.raises(PluginError, match="the prediction names 'other', which the run does not have"):
         make_applier(applier).apply(prediction, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from next_core.appliers.live import LiveApplied, LiveApplier
-from next_core.interfaces import Backend, Prediction
+from next_core.interfaces import Applied, Backend, Prediction
 from next_core.sources.memory import MemorySource
 
 
@@ -54,14 +54,18 @@ class Descent(Backend):
     def source(self) -> MemorySource:
         return MemorySource(self.checkpoints, backbone={"weight": self.backbone})
 
-    def extend(self, prediction: Prediction, alpha: float) -> LiveApplied:
+    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> LiveApplied:
         before = self.model.weight.detach().clone()
         applied = LiveApplier().apply(prediction, alpha, out=self.model)
         self.shift += self.model.weight.detach() - before
         return applied
 
-    def restart_history(self) -> None:
-        self.checkpoints.clear()
+    def rollback(self, applied: Applied, step: int) -> None:
+        after = self.model.weight.detach().clone()
+        applied.rollback()
+        self.shift += self.model.weight.detach() - after
+        if step > max(self.checkpoints):  # undone some steps later: the trajectory starts anew
+            self.checkpoints.clear()
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         return self._accuracy(self.loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from next_core.cycle.guards import Guards
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.schedule import Schedule
-from next_core.errors import GuardError
+from next_core.errors import CheckpointError, ConfigError, GuardError
 from next_core.plugins import make_predictor
 from tests.cycle.descent import Descent, LaunchedDescent
 
@@ -119,7 +120,7 @@ def test_a_jump_that_does_not_recover_is_rolled_back_and_the_history_starts_anew
     assert not first["accepted"]
     assert "0.5 after 10 steps" in first["reason"]
     assert first["accuracy_recovered"] == 0.5
-    assert min(backend.checkpoints) == 30
+    assert backend.source().steps[0] == 30
 
 
 def test_recovery_is_held_against_the_trend_when_asked() -> None:
@@ -132,7 +133,8 @@ def test_recovery_is_held_against_the_trend_when_asked() -> None:
 
 
 def test_no_jump_is_tried_while_another_recovers() -> None:
-    made = cycle(Descent(), guards=Guards(recovery=15))
+    schedule = SCHEDULE.model_copy(update={"settle": 15})
+    made = cycle(Descent(), guards=Guards(recovery=15), schedule=schedule)
     made.run()
     assert [jump["step"] for jump in made.journal.jumps()] == [20, 40]
 
@@ -160,16 +162,64 @@ def test_resuming_counts_the_jumps_that_were_made_before_and_forgets_later_ones(
     cycle(Descent(), schedule=schedule, journal=Journal(path)).run()
     again = cycle(Descent(), schedule=schedule, journal=Journal(path))
     again.resume(25)
+    again.after_step(26)
     assert [jump["step"] for jump in again.journal.jumps()] == [20]
     assert again._made == 1
 
 
-def test_what_is_thrown_by_damaged_checkpoints_is_not_swallowed() -> None:
-    from next_core.errors import CheckpointError
+def test_a_window_that_was_open_cannot_be_judged_without_what_to_go_back_to(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    guards = Guards(recovery=10)
+    cycle(Descent(), guards=guards, journal=Journal(path)).run()
+    again = cycle(Descent(), guards=guards, journal=Journal(path))
+    again.resume(25)
+    with pytest.raises(CheckpointError, match="still to be judged"):
+        again.after_step(26)
 
+
+def test_a_damaged_history_costs_the_jump_and_not_the_run() -> None:
     class Damaged(Descent):
         def source(self) -> Any:
             raise CheckpointError("step 20 is damaged")
 
-    with pytest.raises(CheckpointError, match="damaged"):
-        cycle(Damaged()).run()
+    backend = Damaged()
+    made = cycle(backend)
+    made.run()
+    assert {jump["reason"] for jump in made.journal.jumps()} == {"step 20 is damaged"}
+    assert torch.equal(backend.model.weight, plain().model.weight)
+
+
+def test_a_probe_that_fails_or_is_not_finite_is_journalled_and_judges_nothing() -> None:
+    def broken(loss: float) -> float:
+        raise RuntimeError("no validation set")
+
+    for accuracy in (broken, lambda loss: float("nan")):
+        made = cycle(Descent(accuracy=accuracy))
+        made.run()
+        assert all(jump["accepted"] for jump in made.journal.jumps())
+        assert all("problem" in record for record in made.journal.records if record["event"] == "probe")
+
+
+def test_an_accuracy_that_is_gone_after_the_jump_counts_as_a_fall() -> None:
+    readings = iter([0.8, float("nan")] + [0.8] * 40)
+    made = cycle(Descent(accuracy=lambda loss: next(readings)))
+    made.run()
+    first, *_ = made.journal.jumps()
+    assert not first["accepted"]
+    assert "cannot be measured" in first["reason"]
+
+
+def test_the_last_recovery_window_must_end_before_the_run() -> None:
+    with pytest.raises(ConfigError, match="settle"):
+        cycle(Descent(), guards=Guards(recovery=15))
+
+
+def test_diagnostics_cannot_disturb_the_journal() -> None:
+    class Chatty(type(make_predictor("secant"))):  # type: ignore[misc]
+        def predict(self, horizon: int) -> Any:
+            made = super().predict(horizon)
+            return dataclasses.replace(made, diagnostics={"step": torch.tensor(3.0), "reason": 1})
+
+    made = PredictExtendCycle(Descent(), lambda: Chatty(), SCHEDULE, Guards(), 60, Journal())
+    made.run()
+    assert made.journal.jumps()[0]["diagnostics"] == {"step": 3.0, "reason": 1.0}

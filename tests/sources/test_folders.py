@@ -14,6 +14,7 @@ from torch import Tensor
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.interfaces import LoraFactors
+from next_core.sources.folders import Shift, TensorCache
 from next_core.sources.peft_adapter import PeftAdapterSource
 from tests.conftest import STEPS, LoraRun, noise
 
@@ -114,6 +115,42 @@ def test_a_jump_that_replaced_one_that_was_rolled_back_is_the_one_that_counts(
     source.refresh()
     assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), second)
     assert_moved(source.factors(NAME, 40), opened(lora_run).factors(NAME, 40), second)
+
+
+def test_what_a_rolled_back_jump_moved_is_not_remembered_for_the_next_one(
+    own_lora_run: LoraRun, lora_run: LoraRun
+) -> None:
+    source, plain = opened(own_lora_run), opened(lora_run).factors(NAME, 20)
+    for seed in "stuvw":  # each takes the number of the one before
+        folder = jump(own_lora_run, 1, 30, moved(seed))
+        source.refresh()
+        assert_moved(source.factors(NAME, 20), plain, moved(seed))
+        shutil.rmtree(folder)
+        source.refresh()
+        assert_moved(source.factors(NAME, 20), plain)
+
+
+def test_a_jump_undone_steps_later_moves_nothing_and_the_history_starts_anew_there(
+    own_lora_run: LoraRun, lora_run: LoraRun
+) -> None:
+    folder = jump(own_lora_run, 1, 30, moved("s"))
+    (folder / "undone.json").write_text('{"step": 40}')
+    source = opened(own_lora_run)
+    assert source.steps == (40, 50, 60)
+    assert_moved(source.factors(NAME, 50), opened(lora_run).factors(NAME, 50))
+
+
+def test_a_trainers_own_folder_holds_its_jumps_already(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    trainer = LoraRun(own_lora_run.path.rename(own_lora_run.path.with_name("trainer")), own_lora_run.base)
+    assert_moved(opened(trainer).factors(NAME, 20), opened(lora_run).factors(NAME, 20))
+
+
+def test_shifts_that_share_a_cache_never_take_one_for_another(tmp_path: Path) -> None:
+    cache, begin = TensorCache(), torch.zeros(2)
+    for value in range(5):  # each may stand in memory where the one before did
+        save_file({"x": torch.full((2,), float(value))}, tmp_path / "shift.safetensors")
+        assert Shift(tmp_path / "shift.safetensors", cache).added(begin, "x").tolist() == [value, value]
 
 
 def test_a_jump_in_an_adapter_of_its_own_shifts_nothing(own_lora_run: LoraRun, lora_run: LoraRun) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,16 +12,26 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from next_backends.trl.applied import BEFORE_FILE, StoredApplied, TrlApplied
 from next_backends.trl.callback import StepCallback
-from next_core.appliers.live import LiveApplied, LiveApplier, activate_jumps, is_peft, trained_adapter
-from next_core.cycle.schedule import Schedule
+from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
+from next_core.appliers.live import LiveApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
-from next_core.sources.folders import JUMP_RECORD, JUMPS, SHIFT_FILE, find_step_folders, jump_folders
+from next_core.sources.folders import (
+    CHECKPOINTS,
+    JUMP_RECORD,
+    JUMPS,
+    METRICS,
+    SHIFT_FILE,
+    UNDONE,
+    jump_folders,
+    jump_records,
+    read_json,
+)
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
-from next_core.sources.hf_model import SINGLE
 from next_core.sources.peft_adapter import (
     ADAPTER,
     CONFIG_FILE,
@@ -30,7 +39,7 @@ from next_core.sources.peft_adapter import (
     PeftAdapterSource,
     PeftAdapterSourceConfig,
 )
-from next_core.storage import append_json_line, new_directory
+from next_core.storage import append_json_line, new_directory, remove_directory, sweep, write_text
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig
@@ -40,25 +49,6 @@ class TrlConfig(PluginConfig):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further fields of TRL's GRPOConfig or RLOOConfig, passed through"
     )
-
-
-class TrlApplied(Applied):
-    """A jump in a live trainer. Rolling back restores all that trains and its optimizer moments, also steps later."""
-
-    def __init__(self, model: nn.Module, live: LiveApplied, folder: Path, optimizer: Any) -> None:
-        self._live, self._folder, self._optimizer = live, folder, optimizer
-        written = {id(parameter) for parameter in live.written}  # those the applier has kept already
-        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in written]
-        self._kept = [(parameter, parameter.detach().clone()) for parameter in trained]
-        self._state = _clone_state(optimizer)
-
-    @torch.no_grad()
-    def rollback(self) -> None:
-        self._live.rollback()
-        for parameter, kept in self._kept:
-            parameter.copy_(kept)
-        _restore_state(self._optimizer, self._state)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class TrlBackend(Backend):
@@ -96,37 +86,72 @@ class TrlBackend(Backend):
         self._evaluate = evaluate or self._evaluate
 
     def begin(self, step: int, optimizer: Any) -> None:
-        """Called when training begins or resumes: keep the starting point, or take up the history."""
+        """Called when training begins or resumes: keep the starting point, or take up the history.
+
+        Everything is checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
+        """
         self._optimizer = optimizer
         if not is_peft(self._model):
             self._refuse_low_precision()
-        if step == 0:
+        if step > 0:
+            self._check_resume(step)
+            self._forget_after(step)
+            self._source = None
+        elif is_peft(self._model) and jump_adapters(self._model):
+            raise BackendError("the model was extended by an earlier training; make a new one, or resume")
+        else:
+            clear(self._folder)
             self.observe(0)
-            self.source()  # what cannot be read back (DoRA, no linear layer) is said now, not at the first jump
+        self.source()  # what cannot be read back (DoRA, no linear layer) is said now, not at the first jump
+
+    def _check_resume(self, step: int) -> None:
+        """Whether the trainer's checkpoint and this folder are of one run."""
+        if not self._checkpoints.is_dir():
+            raise CheckpointError(
+                f"{self._folder} holds no history: this run was not watched from its start; resume it without jumps"
+            )
+        standing = [
+            record["adapter"]
+            for _, record, undone in jump_records(self._jumps)
+            if record["adapter"] and record["step"] <= step and (undone is None or undone > step)
+        ]
+        found = activate_jumps(self._model) if is_peft(self._model) else []
+        if found != standing:
+            raise CheckpointError(
+                f"resuming at step {step}: the jump adapters {standing} are recorded in {self._folder}, but the "
+                f"trainer's checkpoint brought {found or 'none'}; resume from a checkpoint of this run"
+            )
+        if not (self._checkpoints / f"step-{step:06d}").is_dir():
             return
-        for later, path in find_step_folders(self._checkpoints).items():
-            if later > step:
-                shutil.rmtree(path)  # observed on a path that the resumed run no longer takes
-        for path, record in self._jump_folders():
-            if record["step"] > step:
-                shutil.rmtree(path)
-        if is_peft(self._model):
-            expected = [record["adapter"] for _, record in self._jump_folders() if record["adapter"]]
-            found = activate_jumps(self._model)
-            if found != expected:
+        source = self._open()
+        for name, live in live_tensors(self._model):
+            stored = source.stored(name, step)
+            if stored.shape != live.shape or not torch.allclose(live.float().cpu(), stored, atol=1e-6, rtol=1e-5):
                 raise CheckpointError(
-                    f"resuming at step {step}: the jump adapters {expected} are recorded in {self._folder}, but the "
-                    f"trainer's checkpoint brought {found or 'none'}; resume from a checkpoint of this run"
+                    f"resuming at step {step}: '{name}' is not what {self._folder} holds for that step; the trainer's "
+                    "checkpoint is of another run"
                 )
 
+    def _forget_after(self, step: int) -> None:
+        """Remove what was observed and made on a path that the resumed run does not take."""
+        for later, path in _numbered(self._checkpoints, "step-*"):
+            if later > step:
+                remove_directory(path)
+        for path, record, undone in jump_records(self._jumps):
+            if record["step"] > step:
+                remove_directory(path)
+            elif undone is not None and undone > step:
+                (path / UNDONE).unlink()  # at the resumed step the jump still stood
+        sweep(self._checkpoints)
+        sweep(self._jumps)
+
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        callback = StepCallback(self.begin, step_ended, self.log)
+        callback = StepCallback(self.begin, step_ended, self.log, self.flush)
         self.trainer.add_callback(callback)
         try:
             self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
         finally:
             self.trainer.remove_callback(callback)
-            self._flush()
         if self.trainer.state.global_step < until:
             raise BackendError(
                 f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
@@ -134,59 +159,69 @@ class TrlBackend(Backend):
 
     def observe(self, step: int) -> None:
         """Copy the trained tensors now, and write them while training goes on."""
-        config = None
-        if is_peft(self._model):
-            config, tensors = _adapter_files(self._model, trained_adapter(self._model))
-        else:
-            trained = ((n, p) for n, p in self._model.named_parameters() if p.requires_grad and p.dim() == 2)
-            tensors = {name: parameter.detach().cpu().clone() for name, parameter in trained}
-        self._flush()
-        self._writing = self._writer.submit(_write_checkpoint, self._checkpoints / f"step-{step:06d}", tensors, config)
+        config = adapter_config(self._model, trained_adapter(self._model)) if is_peft(self._model) else None
+        tensors = {name: value.cpu().clone() for name, value in live_tensors(self._model)}
+        self.flush()
+        self._writing = self._writer.submit(write_checkpoint, self._checkpoints / f"step-{step:06d}", tensors, config)
         if isinstance(self._source, PeftAdapterSource):
             self._source.remember(step, tensors)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Wait for the checkpoint that is being written. Raises what went wrong with it."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def source(self) -> PeftAdapterSource | FullModelSource:
-        self._flush()
-        if self._source is not None:
-            self._source.refresh()
-            return self._source
-        if is_peft(self._model):
-            self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=self._checkpoints))
+        self.flush()
+        if self._source is None:
+            self._source = self._open()
         else:
-            self._source = FullModelSource(FullModelSourceConfig(path=self._checkpoints))
+            self._source.refresh()
         return self._source
 
-    def extend(self, prediction: Prediction, alpha: float) -> TrlApplied:
+    def _open(self) -> PeftAdapterSource | FullModelSource:
+        if is_peft(self._model):
+            return PeftAdapterSource(PeftAdapterSourceConfig(path=self._checkpoints))
+        return FullModelSource(FullModelSourceConfig(path=self._checkpoints))
+
+    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
         live = LiveApplier().apply(prediction, alpha, out=self._model)
-        number = max((int(path.name) for path, _ in self._jump_folders()), default=0) + 1
-        target = self._folder / JUMPS / f"{number:04d}"
+        number = max((int(path.name) for path, _, _ in jump_records(self._jumps)), default=0) + 1
+        applied = TrlApplied(self._model, self._optimizer, live, self._jumps / f"{number:04d}")
         try:
-            with new_directory(target) as folder:
+            with new_directory(applied.folder) as folder:
                 record = {"step": prediction.step, "alpha": alpha, "adapter": live.adapter}
                 (folder / JUMP_RECORD).write_text(json.dumps(record))
                 if live.adapter is not None:
-                    config, tensors = _adapter_files(self._model, live.adapter)
                     (folder / ADAPTER).mkdir()
-                    (folder / ADAPTER / CONFIG_FILE).write_text(config)
+                    (folder / ADAPTER / CONFIG_FILE).write_text(adapter_config(self._model, live.adapter))
+                    tensors = on_cpu(adapter_tensors(self._model, live.adapter))
                     save_file(tensors, folder / ADAPTER / WEIGHTS_FILE, metadata={"format": "pt"})
                 if live.shift:
-                    save_file(_to_save(live.shift), folder / SHIFT_FILE)
-        except BaseException:
+                    save_file(on_cpu(live.shift), folder / SHIFT_FILE)
+                if keep:
+                    applied.save(self._model, folder / BEFORE_FILE)
+        except BaseException as error:
             live.rollback()
+            if isinstance(error, OSError | SafetensorError):
+                raise BackendError(f"the jump could not be written to {applied.folder}: {error}") from error
             raise
-        return TrlApplied(self._model, live, target, self._optimizer)
+        return applied
 
-    def restart_history(self) -> None:
-        self._flush()
-        for path in find_step_folders(self._checkpoints).values():
-            shutil.rmtree(path)
-        self._source = None
+    def rollback(self, applied: Applied, step: int) -> None:
+        assert isinstance(applied, TrlApplied | StoredApplied)
+        applied.rollback()
+        if read_json(applied.folder / JUMP_RECORD)["step"] == step:
+            remove_directory(applied.folder)  # no checkpoint has seen it
+        else:  # the trainer's checkpoints since hold it, and a resume from one of them has to find it
+            write_text(applied.folder / UNDONE, json.dumps({"step": step}))
+
+    def standing(self, step: int) -> Applied | None:
+        for path, record in jump_folders(self._jumps):
+            if record["step"] == step and (path / BEFORE_FILE).exists():
+                return StoredApplied(self._model, self._optimizer, path, record["adapter"])
+        return None
 
     def evaluate(self, split: str = "validation") -> float | None:
         return None if self._evaluate is None else self._evaluate(self._model, split)
@@ -194,14 +229,15 @@ class TrlBackend(Backend):
     def log(self, step: int, logs: dict[str, Any]) -> None:
         """Keep what the trainer logs, for predictors that read a metric."""
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-        append_json_line(self._folder / "metrics.jsonl", {"step": step, **numbers})
+        append_json_line(self._folder / METRICS, {"step": step, **numbers})
 
     @property
     def _checkpoints(self) -> Path:
-        return self._folder / "checkpoints"
+        return self._folder / CHECKPOINTS
 
-    def _jump_folders(self) -> list[tuple[Path, dict[str, Any]]]:
-        return jump_folders(self._folder / JUMPS)
+    @property
+    def _jumps(self) -> Path:
+        return self._folder / JUMPS
 
     def _refuse_low_precision(self) -> None:
         for name, parameter in self._model.named_parameters():
@@ -212,63 +248,16 @@ class TrlBackend(Backend):
                 )
 
 
-def check_boundaries(schedule: Schedule, total: int, args: Any) -> None:
-    """Raise ``ConfigError`` when a jump would fall between a generation and the last step that uses it.
-
-    TRL generates once every ``steps_per_generation * num_iterations`` micro-batches; a jump in between would train on
-    roll-outs, and on log-probabilities, of weights that are gone.
-    """
-    reuse = args.steps_per_generation * args.num_iterations
-    for step in schedule.attempt_steps(total):
-        if step * args.gradient_accumulation_steps % reuse:
-            unit = reuse // args.gradient_accumulation_steps
-            raise ConfigError(
-                f"a jump after step {step} would fall inside a generation that is used for {unit} steps; make "
-                f"observe and jump_every multiples of {unit}"
-            )
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left of checkpoints, jumps and metrics, by our own names and nothing else."""
+    (folder / METRICS).unlink(missing_ok=True)
+    for _, path in (*_numbered(folder / CHECKPOINTS, "step-*"), *_numbered(folder / JUMPS, "*")):
+        remove_directory(path)
+    sweep(folder / CHECKPOINTS)
+    sweep(folder / JUMPS)
 
 
-def _adapter_files(model: Any, adapter: str) -> tuple[str, dict[str, Tensor]]:
-    """PEFT's config and a copy of the tensors of one adapter, by their names in PEFT's file."""
-    suffix = f".{adapter}.weight"
-    tensors = {
-        name.removesuffix(suffix) + ".weight": value.detach().cpu().clone()
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-        if name.endswith(suffix) and ".lora_" in name
-    }
-    return json.dumps(model.peft_config[adapter].to_dict(), default=_jsonable, indent=1), tensors
-
-
-def _write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
-    try:
-        with new_directory(target, overwrite=True) as folder:
-            if config is not None:
-                (folder / CONFIG_FILE).write_text(config)
-            save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
-
-
-def _to_save(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-
-
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
-
-
-def _clone_state(optimizer: Any) -> dict[Any, dict[str, Any]]:
-    return {
-        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
-        for parameter, state in optimizer.state.items()
-    }
-
-
-@torch.no_grad()
-def _restore_state(optimizer: Any, kept: dict[Any, dict[str, Any]]) -> None:
-    for parameter, state in optimizer.state.items():
-        for key, value in kept.get(parameter, {}).items():
-            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
-                state[key].copy_(value)
-            else:
-                state[key] = value
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """Subfolders whose names end in a number."""
+    found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern)]
+    return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from next_backends.trl.backend import check_boundaries
+from next_backends.trl.checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.plugins import describe
@@ -35,7 +35,7 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     training = run.training
     reward = make_reward(training.reward)
     args = make_args(run, extra, output)
-    check_boundaries(run.schedule, run.steps, args)
+    check_arguments(run.schedule, run.guards, run.steps, args)
     train, splits = _load_data(training)
     set_seed(run.seed)
     try:

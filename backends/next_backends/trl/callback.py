@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
+from next_backends.trl.checks import check_arguments
 from next_core.cycle.guards import Guards
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.schedule import Schedule
-from next_core.errors import BackendError, ConfigError
+from next_core.errors import ConfigError
 from next_core.interfaces import TrajectoryPredictor
 from next_core.plugins import explain, make_predictor
 
+if TYPE_CHECKING:
+    from next_backends.trl.backend import TrlBackend
+
+JOURNAL = "journal.jsonl"
+
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells three functions that training begins, that a step ended, and what was logged."""
+    """Tells functions that training begins, that a step ended, what was logged, and that all must be on disk."""
 
     def __init__(
         self,
         begin: Callable[[int, Any], None],
         step_ended: Callable[[int], None],
         log: Callable[[int, dict[str, Any]], None],
+        flush: Callable[[], None],
     ) -> None:
-        self._begin, self._step_ended, self._log = begin, step_ended, log
+        self._begin, self._step_ended, self._log, self._flush = begin, step_ended, log, flush
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin(state.global_step, kwargs["optimizer"])
@@ -38,6 +44,12 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self._log(state.global_step, logs or {})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._flush()
 
 
 class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
@@ -63,11 +75,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         strict: bool = False,
         **schedule: Any,
     ) -> None:
-        try:
-            self.schedule = Schedule(**schedule)
-            self.guards = guards if isinstance(guards, Guards) else Guards(**(guards or {}))
-        except ValidationError as error:
-            raise ConfigError(explain(error, "PredictExtendCallback", list(Schedule.model_fields))) from None
+        self.schedule: Schedule = _validated(Schedule, schedule)
+        self.guards: Guards = guards if isinstance(guards, Guards) else _validated(Guards, guards or {})
+        self.guards.check(self.schedule)
+        if rank < 1:
+            raise ConfigError(f"rank must be at least 1 (got {rank})")
         if callable(predictor):
             self._make = predictor
         else:
@@ -78,7 +90,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = Path(folder) if folder is not None else None
         self.cycle: PredictExtendCycle | None = None
-        self._log: Callable[[int, dict[str, Any]], None] = lambda step, logs: None
+        self._backend: TrlBackend | None = None
 
     @property
     def journal(self) -> Journal:
@@ -86,28 +98,28 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         return self.cycle.journal if self.cycle is not None else Journal()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from next_backends.trl.backend import TrlBackend, check_boundaries
+        from next_backends.trl.backend import TrlBackend
 
-        if args.world_size > 1:
-            raise BackendError(f"{args.world_size} processes: jumps are made in one-process runs only, so far")
-        self.schedule.check(state.max_steps)
-        check_boundaries(self.schedule, state.max_steps, args)
+        check_arguments(self.schedule, self.guards, state.max_steps, args)
         folder = self._folder or Path(args.output_dir) / "next-core"
-        if state.global_step == 0 and (folder / "journal.jsonl").exists():
+        journal = folder / JOURNAL
+        if state.global_step == 0 and journal.exists():
             if not self._overwrite:
                 raise ConfigError(f"{folder} holds another run; resume it, pass folder= or overwrite=True")
-            shutil.rmtree(folder)
+            journal.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         backend = TrlBackend()
         probe = self._evaluate
         backend.attach(kwargs["model"], folder, None if probe is None else lambda model, split: probe(model))
+        backend.begin(state.global_step, kwargs["optimizer"])
+        self._backend = backend
         self.cycle = PredictExtendCycle(
             backend,
             self._make,
             self.schedule,
             self.guards,
             state.max_steps,
-            Journal(folder / "journal.jsonl"),
+            Journal(journal),
             rank=self._rank,
             strict=self._strict,
         )
@@ -115,12 +127,26 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             self.cycle.journal.append("start", 0, schedule=self.schedule.model_dump())
         else:
             self.cycle.resume(state.global_step)
-        backend.begin(state.global_step, kwargs["optimizer"])
-        self._log = backend.log
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.cycle is not None
         self.cycle.after_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self._log(state.global_step, logs or {})
+        if self._backend is not None:
+            self._backend.log(state.global_step, logs or {})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._backend is not None:
+            self._backend.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._backend is not None:
+            self._backend.flush()
+
+
+def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "PredictExtendCallback", list(model.model_fields))) from None

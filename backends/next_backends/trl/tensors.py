@@ -1,0 +1,67 @@
+"""The trained tensors of a live model, by the names their files have, and the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from next_core.appliers.live import is_peft, trained_adapter
+from next_core.errors import CheckpointError
+from next_core.sources.hf_model import SINGLE
+from next_core.sources.peft_adapter import CONFIG_FILE, JUMP_PREFIX, WEIGHTS_FILE
+from next_core.storage import new_directory
+
+
+def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of this project holds: the trained adapter, or the trained matrices."""
+    if is_peft(model):
+        yield from adapter_tensors(model, trained_adapter(model)).items()
+    else:
+        yield from ((n, p.detach()) for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2)
+
+
+def adapter_config(model: Any, adapter: str) -> str:
+    """PEFT's config of one adapter, as its file has it."""
+    return json.dumps(model.peft_config[adapter].to_dict(), default=_jsonable, indent=1)
+
+
+def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+    """The live tensors of one adapter by their names in PEFT's file."""
+    suffix = f".{adapter}.weight"
+    tensors = {
+        name.removesuffix(suffix) + ".weight": value.detach()
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if name.endswith(suffix) and (".lora_A." in name or ".lora_B." in name)
+    }
+    if adapter.startswith(JUMP_PREFIX) or len(tensors) == sum(p.requires_grad for p in model.parameters()):
+        return tensors
+    # Embeddings, biases or whole modules train beside the linear layers: PEFT knows how it names them.
+    from peft import get_peft_model_state_dict
+
+    return {name: value.detach() for name, value in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+
+
+def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
+    """Write one checkpoint folder: an adapter with its config, or matrices. Raises ``CheckpointError``."""
+    try:
+        with new_directory(target, overwrite=True) as folder:
+            if config is not None:
+                (folder / CONFIG_FILE).write_text(config)
+            save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them."""
+    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))

@@ -47,7 +47,7 @@ class MathVerifyReward(Reward):
             raise BackendError(
                 "the reward 'math-verify' needs the package math-verify: pip install next-core[trl]"
             ) from None
-        self._verify = functools.lru_cache(maxsize=1_000_000)(self._verify_once)
+        self._verify = functools.lru_cache(maxsize=100_000)(self._verify_once)
 
     def __call__(self, completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
         return [

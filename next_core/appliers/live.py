@@ -66,7 +66,9 @@ class LiveApplier(WeightApplier):
                 elif isinstance(moved, LowRank):
                     beside[name] = moved
                 else:
-                    raise BackendError(f"a dense jump of '{name}' cannot be put beside a LoRA adapter")
+                    raise BackendError(  # noqa: TRY301 - caught to roll back what was written
+                        f"a dense jump of '{name}' cannot be put beside a LoRA adapter"
+                    )
             if beside:
                 applied.adapter = add_frozen_adapter(out, beside)
         except BaseException:

@@ -45,6 +45,8 @@ def extrapolate_command(
         raise ConfigError("the applier 'live' changes a model in memory; use peft-adapter or merged-model")
     if out.exists() and not dry_run:
         raise ConfigError(f"{out} exists already; choose another folder or remove it")
+    if not dry_run and out.exists():
+        raise ConfigError(f"{out} exists already; choose another folder or remove it")
     made = make_predictor(predictor, **parse_assignments(fields))
     target = make_applier(applier, **parse_assignments(applier_fields))
     source = open_checkpoints(checkpoints, backbone, layout)

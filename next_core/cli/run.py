@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from next_core.cli.progress import Bars
+from next_core.storage import json_text
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig
@@ -32,7 +32,7 @@ def run_command(
         for key, value in plan.items():
             console.print(f"{key:<14} {value}")
         if as_json:
-            print(json.dumps(plan))
+            print(json_text(plan))
         return
     _quiet_libraries()
     from next_core.cycle.run import run
@@ -41,7 +41,7 @@ def run_command(
         result = run(config, out, resume=resume, overwrite=overwrite, strict=strict, progress=bars)
     show(result, console)
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(json_text(result.as_dict()))
 
 
 def _plan(config: RunConfig, out: Path) -> dict[str, Any]:

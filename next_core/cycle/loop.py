@@ -239,7 +239,8 @@ class PredictExtendCycle:
                 accuracy, problem = None, describe(error)
         if accuracy is not None and not math.isfinite(accuracy):
             accuracy, problem = None, f"the accuracy is {accuracy}"
-        self.journal.append("probe", step, accuracy=accuracy, **({"problem": problem} if problem else {}))
+        if accuracy is not None or problem is not None:
+            self.journal.append("probe", step, accuracy=accuracy, **({"problem": problem} if problem else {}))
         if accuracy is not None and not again:
             self._probes[step] = accuracy
         return accuracy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import os
 import shutil
 import time
 import traceback
@@ -19,11 +19,12 @@ from next_core.cycle.loop import PredictExtendCycle
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Backend, Progress
 from next_core.plugins import describe
-from next_core.storage import write_text
+from next_core.storage import json_text, write_text
 
 CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 RESULT = "result.json"
+ERROR_LOG = "error.log"
 
 
 @dataclass
@@ -44,8 +45,10 @@ class RunResult:
         return dataclasses.asdict(self)
 
 
-def prepare_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that it holds this very run. Raises ``ConfigError``."""
+def check_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Whether ``out`` can be used as asked. Raises ``ConfigError``; changes nothing."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out names the run's folder")
     if resume:
         if not (out / CONFIG).exists():
             raise ConfigError(f"{out} holds no run to resume; start it without --resume")
@@ -53,15 +56,28 @@ def prepare_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) 
             raise ConfigError(f"{out / CONFIG} differs from this config; resume with the config the run began with")
         if config.save_every is None:
             raise ConfigError("nothing to resume from: the config has no save_every")
-        return
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()):
         if not overwrite:
             raise ConfigError(f"{out} is not empty; choose another --out, or pass --resume or --overwrite")
         if not (out / CONFIG).exists():
             raise ConfigError(f"{out} is not a run folder (no {CONFIG}); refusing to overwrite it")
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path) -> Iterator[None]:
+    """An empty ``out``; an earlier run there is put back when the body fails, and removed when it succeeds."""
+    aside = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        out.rename(aside)
+    out.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / CONFIG, dump_yaml(config))
+        if aside.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def run(
@@ -74,12 +90,15 @@ def run(
     progress: Progress | None = None,
 ) -> RunResult:
     """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``."""
-    prepare_folder(out, config, resume, overwrite)
+    check_folder(out, config, resume, overwrite)
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
     started = time.perf_counter()
     backend: Backend = config.backend.make("backend")
-    with _trainer_errors(out):
-        start = backend.prepare(config, out, resume)
+    with contextlib.nullcontext() if resume else fresh_folder(out):
+        with _trainer_errors(out.parent):
+            start = backend.prepare(config, out, resume)
+        if not resume:
+            write_text(out / CONFIG, dump_yaml(config))
     if resume and start == 0:
         raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
     setup = time.perf_counter() - started
@@ -88,7 +107,7 @@ def run(
     journal = Journal(out / JOURNAL)
 
     def measure(milestone: str, step: int) -> None:
-        with measuring:
+        with measuring, _trainer_errors(out):
             accuracy[milestone] = backend.evaluate("test")
         journal.append("accuracy", step, milestone=milestone, value=accuracy[milestone])
 
@@ -138,7 +157,7 @@ def run(
     if config.control == "plain":
         result.control = _plain(config, out / "control", progress)
     result.seconds["total"] = time.perf_counter() - started
-    write_text(out / RESULT, json.dumps(result.as_dict(), indent=1) + "\n")
+    write_text(out / RESULT, json_text(result.as_dict()) + "\n")
     return result
 
 
@@ -163,7 +182,7 @@ def _trainer_errors(out: Path) -> Iterator[None]:
     except NextCoreError:
         raise
     except Exception as error:
-        log = out / "error.log"
+        log = out / ERROR_LOG
         log.write_text(traceback.format_exc(), encoding="utf-8")
         raise BackendError(f"the trainer failed: {describe(error)}; the whole traceback is in {log}") from error
 

@@ -178,12 +178,17 @@ def jump_records(root: Path) -> list[tuple[Path, dict[str, Any], int | None]]:
     if not root.is_dir():
         return []
     paths = sorted(path for path in root.iterdir() if path.name.isdigit())
-    records = [read_json(path / JUMP_RECORD) for path in paths]
-    for path, record in zip(paths, records, strict=True):
-        if not isinstance(record.get("step"), int):
-            raise CheckpointError(f"{path / JUMP_RECORD} names no step; restore it, or remove {path}")
-    undone = [int(read_json(p / UNDONE)["step"]) if (p / UNDONE).exists() else None for p in paths]
-    return list(zip(paths, records, undone, strict=True))
+    return [
+        (path, _record(path / JUMP_RECORD), _record(path / UNDONE)["step"] if (path / UNDONE).exists() else None)
+        for path in paths
+    ]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record.get("step"), int):
+        raise CheckpointError(f"{path} names no step; restore it, or remove {path.parent}")
+    return record
 
 
 class TensorCache:

@@ -17,6 +17,8 @@ def open_checkpoints(
     Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout.
     """
     folder = Path(path)
+    if not folder.name:
+        folder = folder.absolute()  # ".": what lies beside it has to be found
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
     fields = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}

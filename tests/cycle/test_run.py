@@ -130,6 +130,44 @@ def test_resume_and_overwrite_say_what_stands_in_their_way(tmp_path: Path) -> No
     assert (other / "thesis.tex").read_text() == "precious"
 
 
+def test_a_setting_that_is_refused_leaves_the_earlier_run_as_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wrong = config(backend={"name": "trl", "args": {"learning_rat": 1}})
+    with pytest.raises(ConfigError):
+        run(wrong, out)
+    assert not out.exists()
+    run(config(), out)
+    kept = sorted(path.relative_to(out) for path in out.rglob("*"))
+    with pytest.raises(ConfigError):
+        run(wrong, out, overwrite=True)
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == kept
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run(config(), tmp_path / "file")
+
+
+def test_numbers_as_answers_and_conversations_are_understood_or_refused(tmp_path: Path) -> None:
+    numbers, chat = tmp_path / "numbers.jsonl", tmp_path / "chat.jsonl"
+    numbers.write_text("\n".join(json.dumps({"prompt": f"{a}+10=", "answer": a + 10}) for a in range(10, 30)))
+    chat.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}))
+    train = str(EXAMPLES / "arithmetic" / "train.jsonl")
+    result = run(config(training={"data": {"train": train, "test": str(numbers)}}), tmp_path / "run")
+    assert 0 < (result.accuracy["start"] or 0) < 1
+    with pytest.raises(ConfigError, match="conversations"):
+        run(config(training={"data": {"train": train, "test": str(chat)}}), tmp_path / "chat")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    settings, out = config(save_every=5), tmp_path / "run"
+    finished = run(settings, out)
+    state = out / "trainer" / "checkpoint-15" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (out / "trainer" / "checkpoint-16" / "trainer_state.json").unlink(missing_ok=True)
+    resumed = run(settings, out, resume=True)
+    assert resumed.resumed_from == 10
+    assert resumed.accuracy == finished.accuracy
+
+
 def test_a_run_without_a_complete_checkpoint_cannot_resume(tmp_path: Path) -> None:
     settings = config(save_every=15)
     out = tmp_path / "run"

@@ -130,6 +130,25 @@ def test_what_a_rolled_back_jump_moved_is_not_remembered_for_the_next_one(
         assert_moved(source.factors(NAME, 20), plain)
 
 
+def test_a_run_is_read_the_same_from_within_its_folder(
+    own_lora_run: LoraRun, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    (own_lora_run.folder(60) / "trainer_state.json").unlink()
+    (own_lora_run.path.parent / "metrics.jsonl").write_text('{"step": 10, "reward": 0.25}\n')
+    monkeypatch.chdir(own_lora_run.path)
+    source = open_checkpoints(".")
+    assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), moved("s"))
+    assert source.metrics(10) == {"reward": 0.25}
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"step": null}'])
+def test_a_record_of_undoing_that_cannot_be_read_is_named(own_lora_run: LoraRun, record: str) -> None:
+    (jump(own_lora_run, 1, 30, moved("s")) / "undone.json").write_text(record)
+    with pytest.raises(CheckpointError, match=r"jumps/0001/undone\.json"):
+        opened(own_lora_run)
+
+
 def test_a_jump_undone_steps_later_moves_nothing_and_the_history_starts_anew_there(
     own_lora_run: LoraRun, lora_run: LoraRun
 ) -> None:

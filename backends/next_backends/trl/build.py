@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -15,11 +16,27 @@ from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.plugins import describe
 from next_core.rewards import RewardFunction, make_reward
+from next_core.sources.folders import read_json
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig, TrainingSettings
 
-OURS = frozenset({"output_dir", "max_steps", "seed", "learning_rate", "num_generations", "temperature", "beta"})
+OURS = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "num_generations",
+        "temperature",
+        "beta",
+        "max_completion_length",
+        "save_strategy",
+        "save_steps",
+    }
+)
+"""Fields of TRL's config that the run config sets in its own words."""
 Evaluate = Callable[[Any, str], float | None]
 
 
@@ -37,6 +54,9 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     args = make_args(run, extra, output)
     check_arguments(run.schedule, run.guards, run.steps, args)
     train, splits = _load_data(training)
+    for split, data in splits.items():
+        if training.evaluation == "likelihood" and len(data) and not isinstance(data[0]["prompt"], str):
+            raise ConfigError(f"the {split} prompts are conversations; set training.evaluation: generate")
     set_seed(run.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(training.model, local_files_only=True)
@@ -117,20 +137,28 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
         # Advantages are normalised over the whole batch; TRL keeps the group's mean as the baseline.
         fields |= {"scale_rewards": "batch"}
     try:
-        return config_class(**(fields | extra))
+        made = config_class(**(fields | extra))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"TRL's {config_class.__name__} refuses the settings: {describe(error)}") from None
+    a_step = made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
+    if a_step != training.prompts_per_step * training.generations:
+        raise ConfigError(
+            f"backend.args make a step of {a_step} roll-outs, but prompts_per_step * generations is "
+            f"{training.prompts_per_step * training.generations}; choose per_device_train_batch_size and "
+            "gradient_accumulation_steps whose product that is"
+        )
+    return made
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest complete ``checkpoint-N`` of the trainer, and N; (None, 0) when there is none."""
-    found = sorted(
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        # The trainer's state is written last: without it the folder is incomplete.
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").exists()
-    )
-    return (found[-1][1], found[-1][0]) if found else (None, 0)
+    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True):
+        # The trainer writes its state last: without it, or with half of it, the folder is incomplete.
+        with contextlib.suppress(CheckpointError):
+            if read_json(path / "trainer_state.json").get("global_step") == number:
+                return path, number
+    return None, 0
 
 
 def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:

@@ -38,7 +38,9 @@ def likelihood_accuracy(model: Any, tokenizer: Any, prompts: Sequence[str], answ
 def _answer_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
     """log P(answer, end | prompt) of each pair, (N,)."""
     asked = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
-    right = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs]
+    right = [
+        [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
+    ]
     width = max(len(a) + len(r) for a, r in zip(asked, right, strict=True))
     ids = torch.full((len(pairs), width), tokenizer.pad_token_id or 0)
     seen = torch.zeros_like(ids)

@@ -44,7 +44,9 @@ def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     # Embeddings, biases or whole modules train beside the linear layers: PEFT knows how it names them.
     from peft import get_peft_model_state_dict
 
-    return {name: value.detach() for name, value in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    # Its embedding layers, if they are LoRA's, come as factors; the frozen matrices beneath are the backbone's.
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: value.detach() for name, value in state.items()}
 
 
 def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:

@@ -341,6 +341,9 @@ def test_a_jump_inside_a_generation_is_refused_before_training(make_trainer: Any
     reuse = {"num_iterations": 2, "steps_per_generation": 2}  # one generation serves four steps
     with pytest.raises(ConfigError, match="multiples of 4"):
         make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=12, **reuse).train()
+    fits = {"observe": 4, "every": 4, "horizon": 4, "settle": 4}
+    with pytest.raises(ConfigError, match=r"guards\.recovery multiples of 4"):
+        make_trainer([PredictExtendCallback(FACTORS, guards={"recovery": 3}, **fits)], steps=12, **reuse).train()
 
 
 def test_a_jump_at_a_generation_boundary_is_made(make_trainer: Any) -> None:

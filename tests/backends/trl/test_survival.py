@@ -1,0 +1,248 @@
+"""Resume, rollback and accidents: nothing that a later resume needs is lost, and nothing is counted twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from next_backends.trl import PredictExtendCallback
+from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.lowrank import LowRank
+from tests.backends.trl.conftest import BASE
+
+pytestmark = pytest.mark.trl
+FACTORS = {"name": "secant", "window": 3, "space": "factors"}
+MERGED = {"name": "secant", "window": 3, "space": "merged"}
+SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+def callback(predictor: Any = FACTORS, **fields: Any) -> PredictExtendCallback:
+    return PredictExtendCallback(predictor, **SMALL | fields)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
+def test_a_run_killed_in_a_recovery_window_judges_the_jump_when_it_is_resumed(
+    make_trainer: Any, trained: Any, predictor: Any
+) -> None:
+    # Saved at 8, in the window of the jump at 6 that is judged at 9, and rolled back there.
+    def go(**fields: Any) -> tuple[Any, PredictExtendCallback]:
+        readings = iter(fields.pop("readings"))
+        made = callback(predictor, guards={"recovery": 3}, evaluate=lambda model: next(readings), settle=3)
+        return make_trainer([made], steps=12, **SAVING), made
+
+    whole, first = go(readings=[0.5, 0.5, 0.1])
+    whole.train()
+    assert [jump["accepted"] for jump in first.journal.jumps()] == [False]
+    folder = Path(whole.args.output_dir)
+    assert (folder / "next-core" / "jumps" / "0001" / "undone.json").exists()
+
+    resumed, again = go(readings=[0.1])
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert [jump["accepted"] for jump in again.journal.jumps()] == [False]
+    mine = trained(resumed.model)
+    assert all(torch.equal(value, mine[name]) for name, value in trained(whole.model).items())
+
+
+def test_after_a_late_rollback_the_history_starts_anew_and_the_start_is_kept(make_trainer: Any, tmp_path: Path) -> None:
+    readings = iter([0.5, 0.5, 0.1] + [0.5] * 20)
+    made = callback(
+        {"name": "rl-extra"}, guards={"recovery": 3}, evaluate=lambda m: next(readings), jump_every=3, settle=3
+    )
+    make_trainer([made], steps=15, lora=False, learning_rate=1e-4).train()
+    first, *later = made.journal.jumps()
+    assert not first["accepted"]
+    assert any(jump["accepted"] for jump in later)  # the full-parameter run still has its backbone: step 0
+    assert open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints").steps[0] == 9
+
+
+def test_a_refused_resume_changes_nothing(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer([], steps=8, out="other", learning_rate=5e-3, **SAVING).train()
+    make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train()
+    folder = tmp_path / "trainer" / "next-core"
+    before = names(folder / "checkpoints"), names(folder / "jumps"), (folder / "journal.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="of another run"):
+        make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train(
+            resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-8")
+        )
+    assert (names(folder / "checkpoints"), names(folder / "jumps"), (folder / "journal.jsonl").read_text()) == before
+
+
+def test_a_run_that_was_not_watched_cannot_be_resumed_with_jumps(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer([], steps=8, **SAVING).train()
+    with pytest.raises(CheckpointError, match="not watched from its start"):
+        make_trainer([callback()], steps=12).train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+
+
+def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer([callback()], steps=12, **SAVING).train()
+    folder = tmp_path / "trainer" / "next-core"
+    (folder / "checkpoints" / "step-000012" / "adapter_config.json").unlink()
+    (folder / "checkpoints" / ".step-000009.tmp-1").mkdir()
+    resumed = make_trainer([callback()], steps=12, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+    assert names(folder / "checkpoints") == [f"step-{n:06d}" for n in (0, 3, 6, 9, 12)]
+
+
+def test_a_setting_that_is_refused_leaves_no_run_behind(make_trainer: Any) -> None:
+    with pytest.raises(CheckpointError, match="DoRA"):
+        make_trainer([callback()], steps=8, lora={"use_dora": True}).train()
+    make_trainer([callback()], steps=8).train()
+
+
+def test_another_persons_files_in_the_folder_survive_overwrite(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer([callback(folder=tmp_path)], steps=8).train()
+    (tmp_path / "notes.txt").write_text("keep me")
+    (tmp_path / "checkpoints" / "mine").mkdir()
+    make_trainer([callback(folder=tmp_path, overwrite=True)], steps=8).train()
+    assert (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "checkpoints" / "mine").exists()
+
+
+def test_a_model_that_was_extended_before_is_not_trained_as_if_it_were_new(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer([callback(MERGED, folder=tmp_path / "w", overwrite=True)], steps=8)
+    trainer.train()
+    with pytest.raises(BackendError, match="extended by an earlier training"):
+        trainer.train()
+
+
+def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer([callback(folder=tmp_path / "w")], steps=9).train()
+    assert open_checkpoints(tmp_path / "w" / "checkpoints").steps == (3, 6, 9)
+
+    import next_backends.trl.tensors as tensors
+
+    real = tensors.save_file
+
+    def full(values: Any, path: Path, **fields: Any) -> None:
+        if "step-000009" in str(path):
+            raise OSError(28, "No space left on device")
+        real(values, path, **fields)
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(CheckpointError, match="step-000009 could not be written: .*No space left"):
+        make_trainer([callback(folder=tmp_path / "v")], steps=9).train()
+
+
+def test_a_jump_that_cannot_be_written_is_not_made(
+    make_trainer: Any, logits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import next_backends.trl.backend as backend
+
+    def full(*args: Any, **fields: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(backend, "save_file", full)
+    for predictor in (FACTORS, MERGED):
+        made = callback(predictor, overwrite=True)
+        jumping = make_trainer([made], steps=8)
+        jumping.train()
+        assert "No space left" in made.journal.jumps()[0]["reason"]
+        plain = make_trainer([], steps=8, out="plain")
+        plain.train()
+        assert torch.equal(logits(jumping.model), logits(plain.model))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"bias": "all"},
+    ],
+    ids=["modules_to_save", "embeddings", "bias"],
+)
+def test_what_trains_beside_the_linear_layers_is_exported_as_trained(
+    make_trainer: Any, logits: Any, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    trainer = make_trainer([callback()], steps=9, lora=lora)
+    trainer.train()
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints", backbone=BASE)
+    assert source.skipped
+    prediction = make_predictor("stay").fit(History(source)).predict(3)
+    make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    exported = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(exported, logits(trainer.model), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="peft-adapter"):
+        make_applier("merged-model").apply(prediction, out=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
+def test_a_trainers_checkpoints_beside_a_run_folder_count_no_jump_twice(
+    make_trainer: Any, logits: Any, tmp_path: Path, predictor: Any
+) -> None:
+    # As `next-core run` lays it out: <run>/trainer/checkpoint-N beside <run>/jumps.
+    trainer = make_trainer([callback(predictor, folder=tmp_path)], steps=8, out="trainer", **SAVING)
+    trainer.train()
+    source = open_checkpoints(tmp_path / "trainer", backbone=BASE)
+    prediction = make_predictor("stay").fit(History(source)).predict(3)
+    make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    exported = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(exported, logits(trainer.model), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trainer: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    make_trainer([callback("stay")], steps=9, lora=False, model=model).train()
+    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
+    for parameter in source.parameters:
+        start = source.delta(parameter.name, 9, since=0)
+        whole, absolute = source.delta(parameter.name, 9), source.position(parameter.name, 9)
+        assert isinstance(start, LowRank)
+        assert isinstance(whole, LowRank)
+        torch.testing.assert_close(whole.dense(), start.dense())
+        assert absolute.dense().norm() > 3 * whole.dense().norm()  # type: ignore[union-attr]
+
+
+def test_metrics_belong_to_the_steps_they_were_logged_for_live_and_offline(make_trainer: Any, tmp_path: Path) -> None:
+    live: list[Any] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 9:
+                source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
+                live.extend(History(source).metrics("reward"))
+
+    made = callback("stay")
+    make_trainer([made, Look()], steps=12, logging_steps=3).train()
+    offline = History(open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")).metrics("reward")
+    assert None not in offline
+    assert live[:2] == offline[:2]
+    assert live[2:] in ([], [None])  # of step 9 nothing is logged yet when it ends
+
+
+def test_a_torn_line_of_metrics_costs_that_line_only(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer([callback("stay")], steps=9, logging_steps=3, **SAVING).train()
+    folder = tmp_path / "trainer" / "next-core"
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    resumed = make_trainer([callback("stay")], steps=12, logging_steps=3, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+    assert None not in History(open_checkpoints(folder / "checkpoints")).metrics("reward")
+    shutil.rmtree(folder)

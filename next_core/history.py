@@ -17,6 +17,8 @@ from next_core.lowrank import Factors, LowRank
 from next_core.plugins import make_compressor
 
 DeltaKind = Literal["global", "local", "target"]
+Span = tuple[int, int | None]
+"""A delta: up to a step, since another; None is where RL began."""
 CHUNK_BYTES = 256 * 2**20
 """Deltas that are compressed in one batch take at most this much memory."""
 
@@ -48,7 +50,7 @@ class History:
         self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
         self._compressor = compressor if compressor is not None else make_compressor("exact")
         self._progress = progress
-        self._grams: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
         self._components: dict[tuple[DeltaKind, int | None, bool], dict[str, Factors]] = {}
 
     @property
@@ -76,22 +78,29 @@ class History:
         Everything linear (secants, least squares, the time SVD) can be computed from them. From LoRA factors no
         m x n matrix is formed: <G_s, G_t> = tr((B_s^T B_t)(A_t A_s^T)).
         """
-        chosen = tuple(steps) if steps is not None else self.steps
+        return self.inner_products([(step, None) for step in (self.steps if steps is None else steps)])
+
+    def inner_products(self, spans: Sequence[Span]) -> Mapping[str, Tensor]:
+        """Per matrix the inner products of the deltas of several (step, since), fp64, (len(spans), len(spans)).
+
+        Deltas between checkpoints are taken directly, so that short ones lose nothing to cancellation.
+        """
+        chosen = tuple(spans)
         if chosen not in self._grams:
             self._grams[chosen] = {
                 name: gram for group in self._groups(len(chosen)) for name, gram in self._gram_group(group, chosen)
             }
         return self._grams[chosen]
 
-    def _gram_group(self, names: Sequence[str], steps: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        deltas = [[self.source.delta(name, step) for name in names] for step in steps]
-        if all(isinstance(delta, LowRank) for row in deltas for delta in row):
-            stacked = [LowRank.stack([d for d in row if isinstance(d, LowRank)]) for row in deltas]
-            yield from zip(names, lowrank.gram(stacked), strict=True)
+    def _gram_group(self, names: Sequence[str], spans: Sequence[Span]) -> Iterator[tuple[str, Tensor]]:
+        if self.ranks[names[0]] is None:
+            for name in names:
+                rows = torch.stack([_dense(self.source.delta(name, *span)).flatten().double() for span in spans])
+                yield name, rows @ rows.T
             return
-        for index, name in enumerate(names):
-            rows = torch.stack([_dense(row[index]).flatten().double() for row in deltas])
-            yield name, rows @ rows.T
+        deltas = [[self.source.delta(name, *span) for name in names] for span in spans]
+        stacked = [LowRank.stack([d for d in row if isinstance(d, LowRank)]) for row in deltas]
+        yield from zip(names, lowrank.gram(stacked), strict=True)
 
     def components(self, kind: DeltaKind, horizon: int | None = None, align: bool = True) -> Mapping[str, Factors]:
         """Rank-k singular triplets over time: per matrix ``Factors`` with leading dimension T.
@@ -116,8 +125,8 @@ class History:
             self._components[key] = raw
         return self._components[key]
 
-    def _spans(self, kind: DeltaKind, horizon: int | None) -> list[tuple[int, int | None]]:
-        """The (step, since) of each delta of one kind; ``since=None`` is the backbone."""
+    def _spans(self, kind: DeltaKind, horizon: int | None) -> list[Span]:
+        """The (step, since) of each delta of one kind."""
         if kind == "global":
             return [(step, None) for step in self.steps]
         if kind == "local":

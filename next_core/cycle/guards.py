@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from next_core.appliers.displacement import displacements, norms
@@ -70,14 +69,8 @@ def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNor
 
 
 def recent_motion(history: History, window: int) -> float:
-    """||W_T - W_{T-window}||_F over the matrices that move; from the oldest checkpoint when there is none that old."""
+    """||W_T - W_{T-window}||_F over the matrices that move; from where RL began when no checkpoint is that old."""
     older = [step for step in history.steps if step <= history.newest - window]
-    since = older[-1] if older else None
-    if since is None:  # the backbone is the start of the run, ``newest`` steps ago
-        squares = [float(gram[0, 0]) for gram in history.grams((history.newest,)).values()]
-        return math.sqrt(sum(squares))
-    grams = history.grams((since, history.newest))
-    if not grams:
-        return 0.0
-    stacked = torch.stack(list(grams.values()))
-    return math.sqrt(float((stacked[:, 0, 0] + stacked[:, 1, 1] - 2 * stacked[:, 0, 1]).clamp_min(0).sum()))
+    since = older[-1] if older else None  # where RL began is ``newest`` steps ago
+    deltas = ((name, history.source.delta(name, history.newest, since)) for name in history.names)
+    return math.sqrt(sum(norm**2 for norm in norms(deltas).values()))

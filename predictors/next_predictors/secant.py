@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from pydantic import Field
 
 from next_core.history import History, MatrixHistory
@@ -145,26 +144,26 @@ class Gate:
 
 
 def measure(history: History, config: GateConfig) -> Gate | Abstain:
-    """lambda of every moving matrix at the newest checkpoint, from one Gram matrix of three checkpoints each."""
+    """lambda of every moving matrix at the newest checkpoint, from the inner products of P and D."""
     newest, window = history.newest, config.window
     first, middle = newest - 2 * window, newest - window
     known = (0, *history.steps)
     if first not in known or middle not in known:
         needs = f"needs checkpoints {window} and {2 * window} steps before step {newest}"
         return Abstain(f"gate: {needs}; observed: {list(history.steps)}")
-    # A step 0 without a checkpoint is the backbone, whose delta is zero.
-    steps = (first, middle, newest) if first in history.steps else (middle, newest)
-    grams = torch.stack([history.grams(steps)[name] for name in history.names])
-    P = grams.new_tensor([-1.0, 1.0, 0.0][-len(steps) :])
-    D = grams.new_tensor([0.0, -1.0, 1.0][-len(steps) :])
-    squares = grams @ P @ P
-    # P is the difference of two inner products; what is left of nothing is rounding.
-    moved = squares > 1e-13 * grams.diagonal(dim1=-2, dim2=-1).sum(-1)
-    lambdas = dict(zip(history.names, torch.where(moved, grams @ D @ P / squares, math.nan).tolist(), strict=True))
+    # A step 0 without a checkpoint is where RL began.
+    spans = ((middle, first if first in history.steps else None), (newest, middle))
+    products = history.inner_products(spans)
+    lambdas = {name: _lambda(*products[name].flatten().tolist()) for name in history.names}
     defined = [value for value in lambdas.values() if math.isfinite(value)]
     if not defined:
         return Abstain(f"gate: no matrix moved from step {first} to {middle}")
     return Gate(config, lambdas, statistics.median(defined))
+
+
+def _lambda(PP: float, PD: float, _: float, DD: float) -> float:
+    """<P, D> / <P, P>; NaN where P is nothing, or rounding noise beside D."""
+    return PD / PP if PP > 1e-20 * DD else math.nan
 
 
 def _clip(value: float) -> float:

@@ -162,8 +162,8 @@ def measure(history: History, config: GateConfig) -> Gate | Abstain:
 
 
 def _lambda(PP: float, PD: float, _: float, DD: float) -> float:
-    """<P, D> / <P, P>; NaN where P is nothing, or rounding noise beside D."""
-    return PD / PP if PP > 1e-20 * DD else math.nan
+    """<P, D> / <P, P>; NaN where P is nothing beside D."""
+    return PD / PP if PP > 1e-12 * DD else math.nan
 
 
 def _clip(value: float) -> float:

@@ -136,7 +136,7 @@ def test_the_gate_counts_the_backbone_as_the_checkpoint_of_step_0() -> None:
 
 
 def test_a_matrix_that_stood_still_before_has_no_lambda() -> None:
-    # What is left of the difference of two inner products is rounding, not motion.
+    # A billionth of the later motion is not motion that lambda could be read from.
     late = {"late": bend(1.0, before=0.0), "rounding": bend(1.0, before=1e-9)}
     source = dense_run({"a": bend(0.5), "b": bend(0.6), **late}, QUARTERS)
     prediction = predict(source, window=25, gate={})

@@ -214,14 +214,14 @@ class Registry:
         return self.get(kind, name)(self.make_config(kind, name, fields))
 
 
-def explain(error: ValidationError, where: str, known: type[BaseModel] | list[str]) -> str:
+def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:
     """A pydantic error as one line for each wrong key, with the nearest key of the block that it stands in."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            keys = known if isinstance(known, list) else _known_keys(known, item["loc"][:-1])
+            keys = _known_keys(known, item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             options = f" Known keys: {', '.join(keys)}." if keys else ""

@@ -26,7 +26,7 @@ def run_command(
     from next_core.config import load_config
 
     config = load_config(path)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
     if dry_run:
         plan = _plan(config, out)
         for key, value in plan.items():
@@ -98,8 +98,8 @@ def show(result: RunResult, console: Console) -> None:
     ]
     if result.control is not None:
         parts.append(f"the plain run {result.control['seconds']:.1f}")
-    console.print(f"Seconds: {', '.join(parts)}, in all {seconds['total']:.1f}.", highlight=False)
-    console.print(f"Folder: {result.folder}", highlight=False)
+    console.print(f"Seconds: {', '.join(parts)}, in all {seconds['total']:.1f}.")
+    console.print(f"Folder: {result.folder}")
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

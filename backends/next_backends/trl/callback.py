@@ -149,4 +149,4 @@ def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:
     try:
         return model(**fields)
     except ValidationError as error:
-        raise ConfigError(explain(error, "PredictExtendCallback", list(model.model_fields))) from None
+        raise ConfigError(explain(error, "PredictExtendCallback", model)) from None

@@ -19,11 +19,11 @@ from next_core.storage import new_directory
 
 
 def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint of this project holds: the trained adapter, or the trained matrices."""
+    """What a checkpoint of this project holds: the trained adapter, or every trained parameter."""
     if is_peft(model):
         yield from adapter_tensors(model, trained_adapter(model)).items()
     else:
-        yield from ((n, p.detach()) for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2)
+        yield from ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def adapter_config(model: Any, adapter: str) -> str:
@@ -50,7 +50,7 @@ def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
-    """Write one checkpoint folder: an adapter with its config, or matrices. Raises ``CheckpointError``."""
+    """Write one checkpoint folder: an adapter with its config, or a model's parameters. Raises ``CheckpointError``."""
     try:
         with new_directory(target, overwrite=True) as folder:
             if config is not None:

@@ -138,20 +138,16 @@ class PredictExtendCycle:
         try:
             with self._timed("predict"):
                 prediction = self._predict(step, facts)
-        except _Refused as refusal:
-            return self._refuse(step, facts, str(refusal))
-        except NextCoreError as error:
-            return self._refuse(step, facts, str(error))
         except Exception as error:  # a predictor may be anybody's code: it must not end the run
-            return self._refuse(step, facts, f"predictor failed: {describe(error)}")
+            return self._refuse(step, facts, _reason("predictor", error))
         before = self._probe(step)
         if not self._first_done and self.milestone is not None:
             self.milestone("before_jump", step)
         try:
             with self._timed("extend"):
                 applied = self.backend.extend(prediction, self.schedule.alpha, keep=self.guards.recovery is not None)
-        except NextCoreError as error:  # nothing was changed
-            return self._refuse(step, facts, str(error))
+        except Exception as error:  # and nothing was changed
+            return self._refuse(step, facts, _reason("jump", error))
         after = self._probe(step, again=True)
         facts |= {"accuracy_before": before, "accuracy_after": after}
         if before is not None and not (after is not None and after >= before - self.guards.max_drop):
@@ -252,6 +248,10 @@ class PredictExtendCycle:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
+
+
+def _reason(what: str, error: Exception) -> str:
+    return str(error) if isinstance(error, NextCoreError) else f"the {what} failed: {describe(error)}"
 
 
 class _Refused(NextCoreError):  # noqa: N818 - not an error of the run

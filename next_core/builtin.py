@@ -8,6 +8,7 @@ from next_core.hookspecs import Register, hookimpl
 @hookimpl
 def register_compressors(register: Register) -> None:
     register("next_core.compressors.exact:ExactCompressor", name="exact")
+    register("next_core.compressors.lanczos:LanczosCompressor", name="lanczos")
 
 
 @hookimpl

@@ -23,7 +23,7 @@ class ExactCompressor(Compressor):
             return truncated_svd(LowRank.stack(factored), rank)
         if factored:
             raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
-        return _stack([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
+        return stack([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
 
 
 def _dense_svd(delta: Tensor, rank: int) -> Factors:
@@ -34,7 +34,8 @@ def _dense_svd(delta: Tensor, rank: int) -> Factors:
     return Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
 
 
-def _stack(factors: Sequence[Factors]) -> Factors:
+def stack(factors: Sequence[Factors]) -> Factors:
+    """Several decompositions of equal shapes, with a leading dimension."""
     nuclear = [f.nuclear for f in factors if f.nuclear is not None]
     return Factors(
         torch.stack([f.U for f in factors]),

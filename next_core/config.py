@@ -112,6 +112,7 @@ class RunConfig(Frozen):
         for kind in ("backend", "predictor", "compressor"):
             choice: Choice = getattr(self, kind)
             registry().make_config(kind, choice.name, choice.fields, where=kind)
+        self.schedule.check_predictor(self.predictor.make("predictor"), self.steps)
         reward = self.training.reward
         if ":" not in reward.name:
             registry().make_config("reward", reward.name, reward.fields, where="training.reward")

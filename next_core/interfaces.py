@@ -179,6 +179,13 @@ class TrajectoryPredictor(Plugin):
     """Whether matrices learn from one another (one network for all) or each stands alone."""
     progress: Progress | None = None
 
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+        """Why checkpoints of these steps cannot carry a prediction, whatever is in them; None where they can.
+
+        Asked before a run begins, so that a schedule on which a predictor can never act is refused at once.
+        """
+        return None
+
     @abstractmethod
     def fit(self, history: History) -> Self:
         """Take the history. What depends on the horizon may be fitted on the first ``predict`` of it."""

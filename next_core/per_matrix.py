@@ -126,7 +126,8 @@ class PerMatrixPredictor(TrajectoryPredictor):
         if not history.names:
             since = f"step {history.steps[-2]}" if len(history.steps) > 1 else "the backbone"
             return Abstain(f"no matrix moved since {since}: did training change the weights?")
-        return self.prepare(horizon)
+        reason = self.lacks(history.steps, horizon)
+        return self.prepare(horizon) if reason is None else Abstain(reason)
 
     def _checked(self, name: str, outcome: Outcome) -> tuple[Update, float] | Abstain:
         """The outcome as (update, confidence), or the reason why it cannot be used."""

@@ -316,7 +316,7 @@ def test_the_resolved_config_reads_back_as_itself(load: Callable[..., RunConfig]
     config = load(
         training__learning_rate=1e-5,
         training__lora=None,
-        predictor={"name": "secant", "gate": {"floor": 0.1}, "window": 25},
+        predictor={"name": "secant", "gate": {"floor": 0.1, "window": 40}, "window": 20},
         schedule={"observe": 20, "every": 10, "jump_every": 20, "jumps": 3, "settle": 10},
         guards={"max_norm_ratio": None, "recovery": 10},
     )

@@ -55,6 +55,7 @@ class PredictExtendCycle:
     ) -> None:
         schedule.check(total)
         guards.check(schedule)
+        schedule.check_predictor(predictor(), total)
         self.backend, self.predictor, self.schedule, self.guards = backend, predictor, schedule, guards
         self.total, self.journal, self.rank, self.compressor = total, journal, rank, compressor
         self.strict, self.progress, self.milestone = strict, progress, milestone

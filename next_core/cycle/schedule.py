@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from next_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from next_core.interfaces import TrajectoryPredictor
 
 
 class Schedule(BaseModel):
@@ -54,6 +57,15 @@ class Schedule(BaseModel):
     def attempt_steps(self, total: int) -> list[int]:
         """Every step after which a jump is tried."""
         return [step for step in range(self.observe, total + 1) if self.attempts(step, total)]
+
+    def check_predictor(self, predictor: TrajectoryPredictor, total: int) -> None:
+        """Raise ``ConfigError`` when the checkpoints of this schedule never carry what a predictor needs."""
+        attempts = self.attempt_steps(total)
+        reasons = [predictor.lacks(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
+        if reasons and None not in reasons:
+            raise ConfigError(
+                f"predictor '{predictor.name}' can never act on this schedule; after step {attempts[-1]}: {reasons[-1]}"
+            )
 
     def check(self, total: int) -> None:
         """Raise ``ConfigError`` when a run of ``total`` steps leaves no room for a jump."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,6 +76,11 @@ class AlphaRlPredictor(PerMatrixPredictor):
     def anchor(self) -> Anchor:
         anchor: Anchor = self.config.anchor
         return anchor
+
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+        if len(steps) < 3:
+            return f"alpharl: a regression needs at least 3 checkpoints (got {len(steps)})"
+        return None
 
     def prepare(self, horizon: int) -> Abstain | None:
         made = self._read_series(horizon)

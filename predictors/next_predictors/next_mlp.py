@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -109,6 +109,12 @@ class NextMlpPredictor(TrajectoryPredictor):
         self._predictions: dict[int, Prediction] = {}
         return self
 
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+        if any(step + horizon in steps for step in steps):
+            return None
+        missing = steps[0] + horizon
+        return f"no two checkpoints lie {horizon} steps apart; observe one at step {missing}, or choose another horizon"
+
     def predict(self, horizon: int) -> Prediction:
         """Trains once for each horizon. Raises ``ConfigError`` before ``fit`` or for horizon < 1."""
         if self._history is None:
@@ -122,7 +128,9 @@ class NextMlpPredictor(TrajectoryPredictor):
     def _predict(self, history: History, horizon: int) -> Prediction:
         jumps: dict[str, LowRank] = {}
         abstained, figures = dict(history.frozen), {"sigma_clamped": 0.0}
-        reason = _cannot_learn(history, horizon)
+        reason = self.lacks(history.steps, horizon)
+        if not history.names:
+            reason = "no matrix moved over the last interval: did training change the weights?"
         if reason is None:
             components = _read_components(history, horizon, self.config.align)
             groups = self._make_groups(components, [earlier for earlier, _ in history.pairs(horizon)])
@@ -203,14 +211,6 @@ def _usable(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"next-mlp cannot train on device '{device}': {error}; use cpu") from error
-
-
-def _cannot_learn(history: History, horizon: int) -> str | None:
-    """Why nothing can be learnt from this history; None if something can."""
-    if not history.names:
-        return "no matrix moved over the last interval: did training change the weights?"
-    apart, missing = f"no two checkpoints lie {horizon} steps apart", history.steps[0] + horizon
-    return None if history.pairs(horizon) else f"{apart}; observe one at step {missing}, or choose another horizon"
 
 
 def _read_components(history: History, horizon: int, align: bool) -> dict[DeltaKind, Mapping[str, Factors]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 
 from next_core.history import MatrixHistory
 from next_core.interfaces import Anchor, CoefficientUpdate
-from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.per_matrix import CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class RelexConfig(CoefficientConfig):
@@ -41,10 +43,8 @@ class RelexPredictor(PerMatrixPredictor):
         anchor: Anchor = self.config.anchor
         return anchor
 
-    def prepare(self, horizon: int) -> Abstain | None:
-        if len(self.history.steps) < 2:
-            return Abstain("relex: a line over time needs at least 2 checkpoints (got 1)")
-        return None
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+        return "relex: a line over time needs at least 2 checkpoints (got 1)" if len(steps) < 2 else None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         squares, Q = torch.linalg.eigh(matrix.gram())

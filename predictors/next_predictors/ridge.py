@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -43,13 +44,15 @@ class RidgePredictor(PerMatrixPredictor):
     requires = frozenset({"gram"})
     _pairs: list[tuple[int, int]]
 
-    def prepare(self, horizon: int) -> Abstain | None:
-        steps = self.history.steps
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
         # At step 0 position and velocity are zero: nothing to learn from.
-        self._pairs = [(i, j) for i, j in self.history.pairs(horizon) if steps[i] != 0]
-        if self._pairs:
+        if any(step != 0 and step + horizon in steps for step in steps):
             return None
-        return Abstain(f"ridge: no two checkpoints are {horizon} steps apart; {_remedy(steps, horizon)}")
+        return f"ridge: no two checkpoints are {horizon} steps apart; {_remedy(steps, horizon)}"
+
+    def prepare(self, horizon: int) -> Abstain | None:
+        self._pairs = [(i, j) for i, j in self.history.pairs(horizon) if self.history.steps[i] != 0]
+        return None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         inputs, targets = _contrasts(len(matrix.steps), self._pairs)
@@ -81,7 +84,7 @@ def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor
     return torch.stack([unit[start], unit[start] - before[start]]), unit[end] - unit[start]
 
 
-def _remedy(steps: tuple[int, ...], horizon: int) -> str:
+def _remedy(steps: Sequence[int], horizon: int) -> str:
     trained = [step for step in steps if step != 0]
     gaps = [after - before for before, after in itertools.pairwise(trained)]
     if not gaps:

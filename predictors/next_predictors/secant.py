@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -70,11 +70,20 @@ class SecantPredictor(PerMatrixPredictor):
         anchor: Anchor = self.config.anchor
         return anchor
 
+    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+        newest, known = steps[-1], {0, *steps}
+        window = horizon if self.config.window is None else self.config.window
+        if self.anchor == "newest" and newest - window not in known:
+            there = sorted(newest - step for step in known if step < newest)
+            return f"no checkpoint {window} steps before step {newest}; windows that are: {there}"
+        gate = self.config.gate
+        if gate is not None and not {newest - gate.window, newest - 2 * gate.window} <= known:
+            needs = f"needs checkpoints {gate.window} and {2 * gate.window} steps before step {newest}"
+            return f"gate: {needs}; observed: {list(steps)}"
+        return None
+
     def prepare(self, horizon: int) -> Abstain | None:
-        made = self._weights(horizon)
-        if isinstance(made, Abstain):
-            return made
-        self._update = CoefficientUpdate(made, self.config.space)
+        self._update = CoefficientUpdate(self._weights(horizon), self.config.space)
         self._gate = None
         if self.config.gate is not None:
             gate = measure(self.history, self.config.gate)
@@ -91,18 +100,14 @@ class SecantPredictor(PerMatrixPredictor):
         confidence = self._gate.confidence(matrix.name)
         return confidence if isinstance(confidence, Abstain) else (self._update, confidence)
 
-    def _weights(self, horizon: int) -> Mapping[int, float] | Abstain:
+    def _weights(self, horizon: int) -> Mapping[int, float]:
         steps, newest = self.history.steps, self.history.newest
         if self.anchor == "backbone":
             return backbone_weights(newest, horizon, self.config.damping)
         window = horizon if self.config.window is None else self.config.window
-        earlier = newest - window
-        if earlier not in steps and earlier != 0:
-            known = sorted({newest - step for step in (0, *steps) if step < newest})
-            return Abstain(f"no checkpoint {window} steps before step {newest}; windows that are: {known}")
         c = self.config.damping * horizon / window
-        # A step 0 without a checkpoint is the backbone, whose delta is zero.
-        return {newest: c, earlier: -c} if earlier in steps else {newest: c}
+        # A step 0 without a checkpoint is where RL began, whose delta is zero.
+        return {newest: c, newest - window: -c} if newest - window in steps else {newest: c}
 
 
 def backbone_weights(newest: int, horizon: int, damping: float = 1.0) -> dict[int, float]:
@@ -147,10 +152,6 @@ def measure(history: History, config: GateConfig) -> Gate | Abstain:
     """lambda of every moving matrix at the newest checkpoint, from the inner products of P and D."""
     newest, window = history.newest, config.window
     first, middle = newest - 2 * window, newest - window
-    known = (0, *history.steps)
-    if first not in known or middle not in known:
-        needs = f"needs checkpoints {window} and {2 * window} steps before step {newest}"
-        return Abstain(f"gate: {needs}; observed: {list(history.steps)}")
     # A step 0 without a checkpoint is where RL began.
     spans = ((middle, first if first in history.steps else None), (newest, middle))
     products = history.inner_products(spans)

@@ -84,9 +84,23 @@ def test_a_refused_jump_leaves_the_run_plain_and_strict_makes_it_an_error() -> N
 
 
 def test_an_abstention_is_journalled_with_its_reason() -> None:
-    made = cycle(Descent(), predictor={"name": "secant", "window": 7})
+    made = cycle(Descent(), predictor={"name": "secant", "window": 40})
     made.run()
-    assert all("7" in jump["reason"] for jump in made.journal.jumps())
+    first, *_, last = made.journal.jumps()
+    assert "no checkpoint 40 steps before step 20" in first["reason"]
+    assert last["accepted"]
+
+
+def test_a_predictor_that_can_never_act_on_the_schedule_is_refused_before_the_run() -> None:
+    for name, fields in (("secant", {"window": 7}), ("secant", {"window": 5, "gate": {"window": 30}})):
+        with pytest.raises(ConfigError, match="can never act on this schedule; after step 50"):
+            PredictExtendCycle(
+                Descent(), lambda n=name, f=fields: make_predictor(n, **f), SCHEDULE, Guards(), 60, Journal()
+            )
+    late = SCHEDULE.model_copy(update={"horizon": 55})
+    for name in ("ridge", "next-mlp"):
+        with pytest.raises(ConfigError, match="steps apart"):
+            PredictExtendCycle(Descent(), lambda n=name: make_predictor(n), late, Guards(), 60, Journal())
 
 
 def test_the_history_shows_what_descent_did_and_not_what_jumps_did() -> None:

@@ -20,8 +20,9 @@ def test_every_example_config_is_valid(path: Path) -> None:
 
 @pytest.mark.trl
 def test_the_trl_script_with_one_more_line_jumps(tmp_path: Path) -> None:
-    script = [sys.executable, str(EXAMPLES / "trl_callback.py"), "--steps", "35", "--observe", "20"]
+    script = [sys.executable, str(EXAMPLES / "trl_callback.py"), "--steps", "65", "--observe", "40"]
     done = subprocess.run([*script, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    # The gate looks back twice 25 steps: at step 20 that history is not there yet, and no jump is made of less.
-    assert "step 20: no jump (gate: needs checkpoints 25 and 50 steps before" in done.stdout
+    # The gate looks back twice 25 steps: at step 40 that history is not there yet, and no jump is made of less.
+    assert "step 40: no jump (gate: needs checkpoints 25 and 50 steps before" in done.stdout
+    assert "step 50: jumped (14 of 14 matrices)" in done.stdout

@@ -101,6 +101,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         from next_backends.trl.backend import TrlBackend
 
         check_arguments(self.schedule, self.guards, state.max_steps, args)
+        self.schedule.check_predictor(self._make(), state.max_steps)
         folder = self._folder or Path(args.output_dir) / "next-core"
         journal = folder / JOURNAL
         if state.global_step == 0 and journal.exists():

@@ -94,13 +94,22 @@ class History:
 
     def _gram_group(self, names: Sequence[str], spans: Sequence[Span]) -> Iterator[tuple[str, Tensor]]:
         if self.ranks[names[0]] is None:
-            for name in names:
-                rows = torch.stack([_dense(self.source.delta(name, *span)).flatten().double() for span in spans])
-                yield name, rows @ rows.T
+            yield from ((name, self._dense_gram(name, spans)) for name in names)
             return
         deltas = [[self.source.delta(name, *span) for name in names] for span in spans]
         stacked = [LowRank.stack([d for d in row if isinstance(d, LowRank)]) for row in deltas]
         yield from zip(names, lowrank.gram(stacked), strict=True)
+
+    def _dense_gram(self, name: str, spans: Sequence[Span]) -> Tensor:
+        """Summed over blocks of rows, so that memory does not grow with the matrix times the checkpoints."""
+        m, n = self.shapes[name]
+        block = max(1, CHUNK_BYTES // (8 * n * len(spans)))
+        gram = torch.zeros(len(spans), len(spans), dtype=torch.float64)
+        for start in range(0, m, block):
+            rows = slice(start, min(m, start + block))
+            flat = torch.stack([self.source.delta_rows(name, rows, *span).flatten().double() for span in spans])
+            gram += flat @ flat.T
+        return gram
 
     def components(self, kind: DeltaKind, horizon: int | None = None, align: bool = True) -> Mapping[str, Factors]:
         """Rank-k singular triplets over time: per matrix ``Factors`` with leading dimension T.
@@ -140,8 +149,13 @@ class History:
         if not spans:
             return made
         for group in self._groups(len(spans)):
-            deltas = [self.source.delta(name, step, since) for name in group for step, since in spans]
-            flat = self._compressor.compress(deltas, self.rank)
+            wanted = [(name, *span) for name in group for span in spans]
+            size = max(1, CHUNK_BYTES // self._bytes(group[0]))
+            parts = [
+                self._compressor.compress([self.source.delta(*key) for key in wanted[start : start + size]], self.rank)
+                for start in range(0, len(wanted), size)
+            ]
+            flat = lowrank.concatenate_batches(parts)
             for index, name in enumerate(group):
                 made[name] = _rows(flat, slice(index * len(spans), (index + 1) * len(spans)))
             if self._progress is not None:
@@ -153,11 +167,15 @@ class History:
         by_shape: dict[tuple[tuple[int, int], int | None], list[str]] = {}
         for name in self.names:
             by_shape.setdefault((self.shapes[name], self.ranks[name]), []).append(name)
-        for ((m, n), rank), names in by_shape.items():
-            each = 8 * deltas_each * (m * n if rank is None else 2 * rank * (m + n))
-            size = max(1, CHUNK_BYTES // each)
+        for names in by_shape.values():
+            size = max(1, CHUNK_BYTES // (deltas_each * self._bytes(names[0])))
             for start in range(0, len(names), size):
                 yield names[start : start + size]
+
+    def _bytes(self, name: str) -> int:
+        """What one delta of a matrix takes in fp64."""
+        (m, n), rank = self.shapes[name], self.ranks[name]
+        return 8 * (m * n if rank is None else 2 * rank * (m + n))
 
     def _find_frozen(self) -> dict[str, str]:
         newest = self.steps[-1]

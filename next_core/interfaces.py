@@ -98,6 +98,11 @@ class CheckpointSource(Plugin):
         values that are not finite.
         """
 
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        """Some rows of a dense delta; a source that can read them alone should, to bound the memory of a sweep."""
+        delta = self.delta(name, step, since)
+        return (delta.dense() if isinstance(delta, LowRank) else delta)[rows]
+
     def position(self, name: str, step: int) -> LowRank | Tensor:
         """W_step minus the backbone as it is on disk, every jump included: where the run stands, not what RL did."""
         return self.delta(name, step)

@@ -261,6 +261,20 @@ def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Fac
     )
 
 
+def concatenate_batches(parts: Sequence[Factors]) -> Factors:
+    """Several batches (N_i, ...) of equal shapes as one; ``nuclear`` is known where every part knows it."""
+    if len(parts) == 1:
+        return parts[0]
+    nuclear = [part.nuclear for part in parts if part.nuclear is not None]
+    return Factors(
+        torch.cat([part.U for part in parts]),
+        torch.cat([part.S for part in parts]),
+        torch.cat([part.V for part in parts]),
+        torch.cat([part.energy for part in parts]),
+        torch.cat(nuclear) if len(nuclear) == len(parts) else None,
+    )
+
+
 def align_signs(factors_over_time: Factors, reference: Factors | None = None) -> Factors:
     """Choose each component's sign for continuity over the leading dim T, from the newest row backwards.
 

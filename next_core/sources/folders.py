@@ -81,10 +81,10 @@ class SafetensorsFile:
                 f"{path} is truncated or not a safetensors file ({error}); remove or restore this checkpoint"
             ) from None
 
-    def read(self, key: str) -> Tensor:
-        """One tensor, at least fp32. Raises ``CheckpointError`` when it holds NaN or Inf."""
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """One tensor or some rows of it, at least fp32. Raises ``CheckpointError`` when they hold NaN or Inf."""
         try:
-            tensor: Tensor = self._file.get_tensor(key)
+            tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: no tensor '{key}' ({error})") from None
         if tensor.dtype.itemsize < 4:
@@ -151,15 +151,18 @@ class Shift:
         self._cache = cache
         self._number = next(_SHIFTS)  # an id() comes back once its object is gone, and a folder's name after a rollback
 
-    def added(self, value: Tensor, key: str) -> Tensor:
-        """A stored tensor with the jump in it; the same where the jump left it alone."""
+    def added(self, value: Tensor, key: str, rows: slice | None = None) -> Tensor:
+        """A stored tensor, or some rows of one, with the jump in it; the same where the jump left it alone."""
         if key not in self._file.shapes:
             return value
-        if self._file.shapes[key] != tuple(value.shape):
+        shape = self._file.shapes[key]
+        if shape[1:] != tuple(value.shape[1:]) or (rows is None and shape[0] != value.shape[0]):
             raise CheckpointError(
-                f"{self._file.path}: '{key}' is {self._file.shapes[key]} but the checkpoints have {tuple(value.shape)}"
-                "; these are jumps of another run"
+                f"{self._file.path}: '{key}' is {shape} but the checkpoints have {tuple(value.shape)}; these are jumps "
+                "of another run"
             )
+        if rows is not None:
+            return value + self._file.read(key, rows)
         where = key, self._number
         cached = self._cache.get(where)
         if cached is None:

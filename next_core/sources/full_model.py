@@ -81,18 +81,21 @@ class FullModelSource(CheckpointSource):
         first = next(iter(self._models.values()), None)
         return {} if first is None else first.shapes
 
-    def weight(self, name: str, step: int | None) -> Tensor:
-        """The weight at a step, or of the backbone (None), with the later jumps counted in."""
+    def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
+        """The weight at a step, or of the backbone (None), or some rows of it, with the later jumps counted in."""
         if step is None and self._backbone is not None:
-            value = self._backbone.read(name)
+            value = self._backbone.read(name, rows)
         elif (step or 0) in self._models:
-            value = self._models[step or 0].read(name)
+            value = self._models[step or 0].read(name, rows)
         else:
             what = "backbone; pass --backbone" if step is None else f"step {step}; observed steps: {self.steps}"
             raise CheckpointError(f"{self.config.path} has no {what}")
         for shift in self._shifts.since(step or 0):
-            value = shift.added(value, name)
+            value = shift.added(value, name, rows)
         return value
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        return self.weight(name, step, rows).double() - self.weight(name, since, rows).double()
 
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
         return self.weight(name, step).double() - self.weight(name, since).double()

@@ -45,11 +45,11 @@ class ModelFiles:
         self._index = index
         return sorted(set(index.values()))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, at least fp32."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor or some rows of it, at least fp32."""
         if name not in self._where:
             raise CheckpointError(f"{self.folder} has no parameter '{name}'")
-        return self._where[name].read(name)
+        return self._where[name].read(name, rows)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ``CheckpointError`` when a parameter is missing here or has another shape."""

@@ -196,6 +196,20 @@ def test_a_jump_moves_the_checkpoints_up_to_its_step_and_the_backbone(run: Path)
     torch.testing.assert_close(source.position("a.weight", 20), plain[20] - plain[0] + moved, atol=1e-6, rtol=0)
 
 
+def test_some_rows_of_a_delta_are_those_of_the_whole_jumps_included(run: Path) -> None:
+    name = opened(run).parameters[0].name
+    m, n = opened(run).parameters[0].shape
+    folder = run / "jumps" / "0001"
+    folder.mkdir(parents=True)
+    (folder / "jump.json").write_text(json.dumps({"step": 10, "alpha": 1.0, "adapter": None}))
+    save_file({name: torch.randn(m, n)}, folder / "shift.safetensors")
+    source = opened(run)
+    for since in (None, 10):
+        whole = dense(source, name, 30, since)
+        for rows in (slice(0, 1), slice(1, m), slice(0, m)):
+            assert torch.equal(source.delta_rows(name, rows, 30, since), whole[rows])
+
+
 def test_what_is_neither_adapter_nor_model_is_no_layout(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "pytorch_model.bin").write_bytes(b"x")

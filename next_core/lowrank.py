@@ -155,6 +155,11 @@ class Factors:
         """The rank-k matrix U diag(S) V^T."""
         return LowRank(self.U * self.S[..., None, :], self.V.mT)
 
+    def batch(self) -> Factors:
+        """The same with a leading dimension of one."""
+        nuclear = None if self.nuclear is None else self.nuclear[None]
+        return Factors(self.U[None], self.S[None], self.V[None], self.energy[None], nuclear)
+
     def flip(self, signs: Tensor) -> Factors:
         """U and V columns times signs (..., k) of +1 and -1: the same matrix."""
         signs = signs.to(self.U.dtype)[..., None, :]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import Compressor
-from next_core.lowrank import Factors, LowRank, truncated_svd
+from next_core.lowrank import Factors, LowRank, concatenate_batches, truncated_svd
 
 
 class ExactCompressor(Compressor):
@@ -23,7 +23,7 @@ class ExactCompressor(Compressor):
             return truncated_svd(LowRank.stack(factored), rank)
         if factored:
             raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
-        return stack([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
+        return concatenate_batches([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
 
 
 def _dense_svd(delta: Tensor, rank: int) -> Factors:
@@ -31,16 +31,5 @@ def _dense_svd(delta: Tensor, rank: int) -> Factors:
     # LAPACK answers a zero matrix with arbitrary unit vectors: what has no length gets no direction.
     alive = S.new_tensor(max(delta.shape) * torch.finfo(S.dtype).eps) * S[:1] < S
     U, S, V = U * alive, S * alive, Vh.T * alive
-    return Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
-
-
-def stack(factors: Sequence[Factors]) -> Factors:
-    """Several decompositions of equal shapes, with a leading dimension."""
-    nuclear = [f.nuclear for f in factors if f.nuclear is not None]
-    return Factors(
-        torch.stack([f.U for f in factors]),
-        torch.stack([f.S for f in factors]),
-        torch.stack([f.V for f in factors]),
-        torch.stack([f.energy for f in factors]),
-        torch.stack(nuclear) if len(nuclear) == len(factors) else None,
-    )
+    whole = Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
+    return whole.batch()

@@ -10,9 +10,9 @@ from pydantic import Field
 from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
-from next_core.compressors.exact import ExactCompressor, stack
+from next_core.compressors.exact import ExactCompressor
 from next_core.interfaces import Compressor, PluginConfig
-from next_core.lowrank import Factors, LowRank
+from next_core.lowrank import Factors, LowRank, concatenate_batches
 
 
 class LanczosConfig(PluginConfig):
@@ -36,34 +36,27 @@ class LanczosCompressor(Compressor):
         dense = [delta for delta in deltas if isinstance(delta, Tensor)]
         if len(dense) < len(deltas):
             return ExactCompressor().compress(deltas, rank)
-        found = [self._leading(delta, rank) for delta in dense]
-        # One that fell back knows its whole spectrum, the others do not: what is stacked must agree.
-        return stack([Factors(f.U, f.S, f.V, f.energy, None) for f in found])
+        return concatenate_batches([self._leading(delta, rank) for delta in dense])
 
     def _leading(self, delta: Tensor, rank: int) -> Factors:
         small = min(delta.shape)
         energy = delta.double().square().sum()
         if rank >= small or energy == 0.0:
-            return self._exact(delta, rank)
+            return ExactCompressor().compress([delta], rank)
         matrix = delta.float().numpy()
         start = np.random.default_rng(0).standard_normal(small).astype(matrix.dtype)
         try:
             u, s, vh = svds(matrix, k=rank, tol=self.config.tol, v0=start)
         except ArpackError:
-            return self._exact(delta, rank)
+            return ExactCompressor().compress([delta], rank)
         order = np.argsort(s)[::-1]
         U, S, V = (torch.from_numpy(np.ascontiguousarray(x)).double() for x in (u[:, order], s[order], vh[order].T))
         if self._residual(torch.from_numpy(matrix), U, S, V) > self.config.residual:
-            return self._exact(delta, rank)
-        return Factors(U, S, V, energy, None)
+            return ExactCompressor().compress([delta], rank)
+        return Factors(U, S, V, energy, None).batch()
 
     @staticmethod
     def _residual(matrix: Tensor, U: Tensor, S: Tensor, V: Tensor) -> float:
         right = (matrix @ V.float()).double() - U * S
         left = (matrix.T @ U.float()).double() - V * S
         return float((right.norm(dim=0) + left.norm(dim=0)).max() / S[0])
-
-    @staticmethod
-    def _exact(delta: Tensor, rank: int) -> Factors:
-        whole = ExactCompressor().compress([delta], rank)
-        return Factors(whole.U[0], whole.S[0], whole.V[0], whole.energy[0], None)

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.storage import MANIFEST, check_manifest
 
-STEP_FOLDER = re.compile(r"(?:checkpoint|step)-(\d+)")
+LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
+    re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
+    re.compile(r"global_step(\d+)_hf"): ("",),  # OpenRLHF with --ckpt.save_hf
+    re.compile(r"global_step_(\d+)"): ("actor/lora_adapter", "actor/huggingface"),  # verl
+}
+"""How trainers name the folder of a step, and where in it the weights may lie."""
+WRITTEN_LAST = "tokenizer_config.json"
+"""OpenRLHF writes the tokenizer last: without it one of its folders is incomplete."""
 JUMPS = "jumps"
 JUMP_RECORD = "jump.json"
 UNDONE = "undone.json"
@@ -29,28 +36,47 @@ CACHE_BYTES = 256 * 2**20
 
 
 def find_step_folders(root: Path, known: Container[int] = ()) -> dict[int, Path]:
-    """``checkpoint-N`` (transformers, TRL) and ``step-N`` (this project) under ``root``, by ascending step.
+    """The folder of each step under ``root``, whichever trainer wrote it (``LAYOUTS``), by ascending step.
 
-    Manifests of the steps in ``known`` are not read again.
-
-    Raises ``CheckpointError`` when the folder is missing, two names stand for one step, or one of this project's own
-    is incomplete by its manifest.
+    Those in ``known`` are not checked again. Raises ``CheckpointError`` when ``root`` is missing, two names stand for
+    one step, or a folder is incomplete: by this project's manifest, or by OpenRLHF's order of writing.
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a folder; pass the folder that holds checkpoint-N or step-N")
     found: dict[int, Path] = {}
     for path in root.iterdir():
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match is None or not path.is_dir():
+        named = step_folder(path)
+        if named is None:
             continue
-        step = int(match[1])
+        step, folder = named
         if step in found:
-            raise CheckpointError(f"step {step} is there twice: {found[step].name} and {path.name}; remove one")
-        found[step] = path
+            there, here = found[step].relative_to(root), folder.relative_to(root)
+            raise CheckpointError(f"step {step} is there twice: {there} and {here}; remove one")
+        found[step] = folder
     for step, path in found.items():
-        if step not in known and (path.name.startswith("step-") or (path / MANIFEST).exists()):
+        if step in known:
+            continue
+        if path.name.startswith("step-") or (path / MANIFEST).exists():
             check_manifest(path)
+        if path.name.endswith("_hf") and not (path / WRITTEN_LAST).exists():
+            raise CheckpointError(f"{path} is incomplete: the tokenizer, written last, is missing; remove it")
     return dict(sorted(found.items()))
+
+
+def step_folder(path: Path) -> tuple[int, Path] | None:
+    """The step that a folder's name stands for, and where in it the weights lie; None for any other folder."""
+    for pattern, places in LAYOUTS.items():
+        match = pattern.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            inside = [path / place for place in places]
+            return int(match[1]), next((folder for folder in inside if folder.is_dir()), inside[0])
+    return None
+
+
+def holds(root: Path, files: Collection[str]) -> bool:
+    """Whether some step's folder under ``root`` holds one of these files."""
+    named = [step_folder(child) for child in root.iterdir()] if root.is_dir() else []
+    return any((found[1] / file).exists() for found in named if found is not None for file in files)
 
 
 def read_json(path: Path) -> dict[str, Any]:

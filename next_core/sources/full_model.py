@@ -11,9 +11,9 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, Parameter, PluginConfig
 from next_core.sources.folders import (
-    STEP_FOLDER,
     Shifts,
     find_step_folders,
+    holds,
     metrics_at,
     read_metrics,
 )
@@ -21,7 +21,7 @@ from next_core.sources.hf_model import INDEX, SINGLE, ModelFiles
 
 
 class FullModelSourceConfig(PluginConfig):
-    path: Path = Field(description="Folder that holds checkpoint-N or step-N folders")
+    path: Path = Field(description="Folder that holds the folders of the steps")
     backbone: Path | None = Field(None, description="The base model's folder; without it, step 0 must be there")
 
 
@@ -41,10 +41,7 @@ class FullModelSource(CheckpointSource):
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        return path.is_dir() and any(
-            STEP_FOLDER.fullmatch(child.name) and ((child / SINGLE).exists() or (child / INDEX).exists())
-            for child in path.iterdir()
-        )
+        return holds(path, (SINGLE, INDEX))
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""

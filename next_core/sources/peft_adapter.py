@@ -16,12 +16,12 @@ from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, Plugi
 from next_core.lowrank import LowRank
 from next_core.sources.folders import (
     JUMPS,
-    STEP_FOLDER,
     SafetensorsFile,
     Shift,
     Shifts,
     TensorCache,
     find_step_folders,
+    holds,
     jump_folders,
     metrics_at,
     read_json,
@@ -43,7 +43,7 @@ SHIFT_KEYS = ("{name}.lora_A", "{name}.lora_B")
 
 
 class PeftAdapterSourceConfig(PluginConfig):
-    path: Path = Field(description="Folder that holds checkpoint-N or step-N folders")
+    path: Path = Field(description="Folder that holds the folders of the steps")
     backbone: Path | None = Field(None, description="The base model's folder; its names and shapes are compared")
 
 
@@ -95,7 +95,7 @@ def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 class PeftAdapterSource(CheckpointSource):
-    """``checkpoint-N/adapter_model.safetensors`` (TRL) or ``step-N/...`` (this project)."""
+    """``checkpoint-N/adapter_model.safetensors`` as TRL writes it, or as this project, OpenRLHF and verl do."""
 
     name = "peft-adapter"
     config_class = PeftAdapterSourceConfig
@@ -115,10 +115,7 @@ class PeftAdapterSource(CheckpointSource):
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        return path.is_dir() and any(
-            STEP_FOLDER.fullmatch(child.name) and ((child / CONFIG_FILE).exists() or (child / WEIGHTS_FILE).exists())
-            for child in path.iterdir()
-        )
+        return holds(path, (CONFIG_FILE, WEIGHTS_FILE))
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""

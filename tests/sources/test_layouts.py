@@ -1,0 +1,83 @@
+"""The same run is read alike from the folders of every trainer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from next_core import open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.lowrank import LowRank
+from tests.conftest import STEPS, LoraRun
+
+
+def openrlhf(source: Path, root: Path, step: int) -> Path:
+    target = Path(shutil.copytree(source, root / f"global_step{step}_hf"))
+    (target / "tokenizer_config.json").write_text("{}")
+    return target
+
+
+def verl(source: Path, root: Path, step: int) -> Path:
+    return Path(shutil.copytree(source, root / f"global_step_{step}" / "actor" / "lora_adapter"))
+
+
+def ours(source: Path, root: Path, step: int) -> Path:
+    target = Path(shutil.copytree(source, root / f"step-{step:06d}"))
+    (target / "manifest.json").write_text('{"files": {}}')
+    return target
+
+
+def as_laid_out(run: LoraRun, root: Path, write: Callable[[Path, Path, int], Path]) -> Path:
+    root.mkdir()
+    (root / "_actor").mkdir()  # a trainer keeps more than checkpoints in its folder
+    for step in STEPS:
+        write(run.path / f"checkpoint-{step}", root, step)
+    return root
+
+
+@pytest.mark.parametrize("write", [openrlhf, verl, ours])
+def test_adapters_of_every_trainer_are_the_same_run(
+    lora_run: LoraRun, tmp_path: Path, write: Callable[[Path, Path, int], Path]
+) -> None:
+    source, expected = open_checkpoints(as_laid_out(lora_run, tmp_path / "x", write)), open_checkpoints(lora_run.path)
+    assert source.name == "peft-adapter"
+    assert source.steps == expected.steps
+    assert source.parameters == expected.parameters
+    for parameter in source.parameters:
+        found, wanted = (s.delta(parameter.name, STEPS[-1], STEPS[0]) for s in (source, expected))
+        assert isinstance(found, LowRank)
+        assert isinstance(wanted, LowRank)
+        assert torch.equal(found.dense(), wanted.dense())
+
+
+@pytest.mark.parametrize("place", ["global_step{}_hf", "global_step_{}/actor/huggingface", "checkpoint-{}"])
+def test_full_models_of_every_trainer_are_read(tmp_path: Path, place: str) -> None:
+    for step in (0, 10, 20):
+        folder = tmp_path / place.format(step)
+        folder.mkdir(parents=True)
+        (folder / "tokenizer_config.json").write_text("{}")
+        save_file({"w.weight": torch.full((3, 2), float(step))}, folder / "model.safetensors")
+    source = open_checkpoints(tmp_path)
+    assert source.name == "full-model"
+    assert source.steps == (10, 20)
+    delta = source.delta("w.weight", 20, 10)
+    assert torch.equal(torch.as_tensor(delta), torch.full((3, 2), 10.0, dtype=torch.float64))
+
+
+def test_a_folder_that_openrlhf_had_not_finished_is_named(lora_run: LoraRun, tmp_path: Path) -> None:
+    root = as_laid_out(lora_run, tmp_path / "x", openrlhf)
+    (root / f"global_step{STEPS[-1]}_hf" / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"global_step{STEPS[-1]}_hf is incomplete: the tokenizer"):
+        open_checkpoints(root)
+
+
+def test_one_step_of_two_trainers_is_a_doubt_and_named(lora_run: LoraRun, tmp_path: Path) -> None:
+    root = as_laid_out(lora_run, tmp_path / "x", verl)
+    openrlhf(lora_run.path / f"checkpoint-{STEPS[0]}", root, STEPS[0])
+    with pytest.raises(CheckpointError, match=f"step {STEPS[0]} is there twice"):
+        open_checkpoints(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ def run_command(
     """Load, run, show."""
     from next_core.config import load_config
 
+    sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     config = load_config(path)
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
     if dry_run:

@@ -88,7 +88,9 @@ def make_reward(choice: Choice) -> RewardFunction:
     try:
         function = import_object(choice.name)
     except Exception as error:
-        hint = "; put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        hint = (
+            "; put it beside the config, or its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        )
         raise ConfigError(f"the reward '{choice.name}' cannot be imported: {describe(error)}{hint}") from None
     if not callable(function):
         raise ConfigError(f"the reward '{choice.name}' is not a function")

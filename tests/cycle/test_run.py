@@ -241,6 +241,9 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     raw = small()
     raw["training"]["model"] = str(EXAMPLES / "arithmetic" / "base")
     raw["training"]["data"] = {k: str(EXAMPLES / v) for k, v in raw["training"]["data"].items()}
+    code = "def reward(completions, answer, **_):\n    return [1.0 * (c == a) for c, a in zip(completions, answer)]\n"
+    (tmp_path / "beside.py").write_text(code)
+    raw["training"]["reward"] = "beside:reward"
     path.write_text(yaml.safe_dump(raw))
     command = [
         str(Path(sys.executable).parent / "next-core"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from next_core import lowrank
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Compressor, Progress
-from next_core.lowrank import Factors, LowRank
+from next_core.lowrank import Factors, LowRank, dense
 from next_core.plugins import make_compressor
 
 DeltaKind = Literal["global", "local", "target"]
@@ -186,7 +186,7 @@ class History:
     def _still(self, name: str, step: int, before: int | None) -> bool:
         now = self.source.factors(name, step)
         if now is None:
-            return not bool(_dense(self.source.delta(name, step, before)).any())
+            return not bool(dense(self.source.delta(name, step, before)).any())
         if before is None:
             return not bool(now.B.any() and now.A.any())
         then = self.source.factors(name, before)
@@ -224,10 +224,6 @@ class MatrixHistory:
     def metrics(self, key: str) -> list[float | None]:
         """One metric per checkpoint, None where it was not logged."""
         return self.history.metrics(key)
-
-
-def _dense(delta: LowRank | Tensor) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta
 
 
 def _rows(factors: Factors, rows: slice | int) -> Factors:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from next_core.lowrank import Factors, LowRank
+from next_core.lowrank import Factors, LowRank, dense
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,8 +100,7 @@ class CheckpointSource(Plugin):
 
     def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
         """Some rows of a dense delta; a source that can read them alone should, to bound the memory of a sweep."""
-        delta = self.delta(name, step, since)
-        return (delta.dense() if isinstance(delta, LowRank) else delta)[rows]
+        return dense(self.delta(name, step, since))[rows]
 
     def position(self, name: str, step: int) -> LowRank | Tensor:
         """W_step minus the backbone as it is on disk, every jump included: where the run stands, not what RL did."""

@@ -266,6 +266,11 @@ def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Fac
     )
 
 
+def dense(delta: LowRank | Tensor) -> Tensor:
+    """A delta as a whole matrix, however it is given."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
 def concatenate_batches(parts: Sequence[Factors]) -> Factors:
     """Several batches (N_i, ...) of equal shapes as one; ``nuclear`` is known where every part knows it."""
     if len(parts) == 1:

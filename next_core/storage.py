@@ -73,6 +73,23 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def fresh_directory(target: Path) -> Iterator[None]:
+    """An empty ``target``; what was there is put back when the body fails, and removed when it succeeds."""
+    aside = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        target.rename(aside)
+    target.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(target)
+        if aside.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_directory(folder: Path) -> None:
     """Remove a folder so that a crash leaves all of it, or nothing by its name."""
     if folder.exists():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from next_core.appliers.displacement import FactorStep, displacements
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
-from next_core.lowrank import LowRank
+from next_core.lowrank import LowRank, dense
 from next_core.sources.peft_adapter import JUMP_PREFIX, SHIFT_KEYS
 
 
@@ -61,7 +61,7 @@ class LiveApplier(WeightApplier):
                     for path, key, delta in _factor_writes(out, name, moved):
                         applied.write(key, _find(parameters, path, delta.shape), delta)
                 elif not is_peft(out):
-                    delta = moved.dense() if isinstance(moved, LowRank) else moved
+                    delta = dense(moved)
                     applied.write(name, _full_precision(name, _find(parameters, name, delta.shape)), delta)
                 elif isinstance(moved, LowRank):
                     beside[name] = moved
@@ -192,5 +192,4 @@ def _lora_layers(model: Any) -> list[Any]:
 
 
 def _active(model: Any) -> list[str]:
-    active = model.base_model.active_adapters
-    return list(active)
+    return list(model.base_model.active_adapters)

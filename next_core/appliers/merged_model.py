@@ -16,7 +16,7 @@ from next_core.appliers.displacement import displacement, merged
 from next_core.appliers.folder import WrittenFolder, checked_target
 from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CheckpointSource, PluginConfig, Prediction, WeightApplier
-from next_core.lowrank import LowRank
+from next_core.lowrank import dense
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.peft_adapter import PeftAdapterSource
@@ -82,15 +82,11 @@ class MergedModelApplier(WeightApplier):
         if isinstance(source, FullModelSource):
             total = source.weight(name, step).double()
         else:
-            total = value.double() + _dense(source.position(name, step))
+            total = value.double() + dense(source.position(name, step))
         moved = displacement(prediction, name, alpha)
         if moved is not None:
-            total = total + _dense(merged(moved))
+            total = total + dense(merged(moved))
         result = total.to(value.dtype)
         if not bool(torch.isfinite(result).all()):
             raise GuardError(f"'{name}' overflows {value.dtype} after the jump; nothing was written")
         return result
-
-
-def _dense(delta: LowRank | Tensor) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta

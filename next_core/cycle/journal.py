@@ -9,6 +9,8 @@ from typing import Any
 from next_core.errors import CheckpointError
 from next_core.storage import append_json_line, json_text, write_text
 
+JOURNAL = "journal.jsonl"
+
 
 class Journal:
     """Without a path the journal is kept in memory only."""

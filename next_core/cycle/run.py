@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 import traceback
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from next_core.config import RunConfig, dump_yaml
-from next_core.cycle.journal import Journal
+from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Backend, Progress
 from next_core.plugins import describe
-from next_core.storage import json_text, write_text
+from next_core.storage import fresh_directory, json_text, write_text
 
 CONFIG = "config.yaml"
-JOURNAL = "journal.jsonl"
 RESULT = "result.json"
 ERROR_LOG = "error.log"
 
@@ -63,23 +61,6 @@ def check_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) ->
             raise ConfigError(f"{out} is not a run folder (no {CONFIG}); refusing to overwrite it")
 
 
-@contextlib.contextmanager
-def fresh_folder(out: Path) -> Iterator[None]:
-    """An empty ``out``; an earlier run there is put back when the body fails, and removed when it succeeds."""
-    aside = out.parent / f".{out.name}.old-{os.getpid()}"
-    if out.exists():
-        out.rename(aside)
-    out.mkdir(parents=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(out)
-        if aside.exists():
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def run(
     config: RunConfig,
     out: Path,
@@ -94,7 +75,7 @@ def run(
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
     started = time.perf_counter()
     backend: Backend = config.backend.make("backend")
-    with contextlib.nullcontext() if resume else fresh_folder(out):
+    with contextlib.nullcontext() if resume else fresh_directory(out):
         with _trainer_errors(out.parent):
             start = backend.prepare(config, out, resume)
         if not resume:

@@ -110,6 +110,7 @@ class PeftAdapterSource(CheckpointSource):
         self._shifts = Shifts(config.path)
         self._cache = TensorCache()
         self._counted: dict[tuple[str, int], tuple[Shift, ...]] = {}  # which jumps a cached tensor has in it
+        self._beside: dict[int, list[tuple[SafetensorsFile, AdapterConfig]]] = {}
         self._metrics: dict[int, dict[str, float]] | None = None
         self.refresh()
 
@@ -129,6 +130,7 @@ class PeftAdapterSource(CheckpointSource):
                 self._open(step, folder)
         self._folders = folders
         self._shifts.refresh()
+        self._beside = {}
         self._metrics = None
 
     def _open(self, step: int, folder: Path) -> None:
@@ -265,20 +267,23 @@ class PeftAdapterSource(CheckpointSource):
 
     def beside(self, name: str, step: int) -> list[LowRank]:
         """The jumps that stand in frozen adapters beside the trained one, as far as they touch this parameter."""
-        if self._shifts.ours:
-            jumps = jump_folders(self.config.path.parent / JUMPS)
-            paths = [path / ADAPTER for path, record in jumps if record.get("adapter") and record["step"] <= step]
-        else:
-            paths = sorted(self._folders[step].glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
+        if step not in self._beside:
+            paths = self._jump_adapters(step)
+            self._beside[step] = [(SafetensorsFile(p / WEIGHTS_FILE), AdapterConfig(p / CONFIG_FILE)) for p in paths]
         module = name.removesuffix(".weight")
+        A, B = self._keys(name)
         found = []
-        for path in paths:
-            file, config = SafetensorsFile(path / WEIGHTS_FILE), AdapterConfig(path / CONFIG_FILE)
-            A, B = self._keys(name)
+        for file, config in self._beside[step]:
             if A in file.shapes:
                 right, left = file.read(A).double(), file.read(B).double()
                 found.append(LowRank(config.scaling(module, right.shape[0]) * left, right))
         return found
+
+    def _jump_adapters(self, step: int) -> list[Path]:
+        if self._shifts.ours:
+            jumps = jump_folders(self.config.path.parent / JUMPS)
+            return [path / ADAPTER for path, record in jumps if record.get("adapter") and record["step"] <= step]
+        return sorted(self._folders[step].glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
 
     def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         if self._metrics is None:

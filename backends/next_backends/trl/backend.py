@@ -146,7 +146,7 @@ class TrlBackend(Backend):
         sweep(self._jumps)
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        callback = StepCallback(self.begin, step_ended, self.log, self.flush)
+        callback = StepCallback(self, step_ended)
         self.trainer.add_callback(callback)
         try:
             self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from next_backends.trl.checks import check_arguments
 from next_core.cycle.guards import Guards
-from next_core.cycle.journal import Journal
+from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
@@ -21,38 +21,33 @@ from next_core.plugins import explain, make_predictor
 if TYPE_CHECKING:
     from next_backends.trl.backend import TrlBackend
 
-JOURNAL = "journal.jsonl"
-
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells functions that training begins, that a step ended, what was logged, and that all must be on disk."""
+    """Passes on what the trainer reports: to the backend, and the end of each step to ``step_ended``."""
 
-    def __init__(
-        self,
-        begin: Callable[[int, Any], None],
-        step_ended: Callable[[int], None],
-        log: Callable[[int, dict[str, Any]], None],
-        flush: Callable[[], None],
-    ) -> None:
-        self._begin, self._step_ended, self._log, self._flush = begin, step_ended, log, flush
+    def __init__(self, backend: TrlBackend | None, step_ended: Callable[[int], None]) -> None:
+        self._backend, self._step_ended = backend, step_ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin(state.global_step, kwargs["optimizer"])
+        if self._backend is not None:
+            self._backend.begin(state.global_step, kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_ended(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self._log(state.global_step, logs or {})
+        if self._backend is not None:
+            self._backend.log(state.global_step, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._flush()
+        if self._backend is not None:
+            self._backend.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._flush()
+        self.on_save(args, state, control)
 
 
-class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
+class PredictExtendCallback(StepCallback):
     """Predict-extend for any existing ``GRPOTrainer`` or ``RLOOTrainer``; LoRA or full-parameter.
 
     ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), or a function that makes one;
@@ -90,7 +85,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = Path(folder) if folder is not None else None
         self.cycle: PredictExtendCycle | None = None
-        self._backend: TrlBackend | None = None
+        super().__init__(None, self._after_step)  # the trainer is known when training begins
 
     @property
     def journal(self) -> Journal:
@@ -129,21 +124,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         else:
             self.cycle.resume(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _after_step(self, step: int) -> None:
         assert self.cycle is not None
-        self.cycle.after_step(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.log(state.global_step, logs or {})
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.flush()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.flush()
+        self.cycle.after_step(step)
 
 
 def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:

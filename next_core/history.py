@@ -27,7 +27,8 @@ class History:
     """What predictors read: the trajectory of every matrix that moves.
 
     ``names`` are the matrices that moved over the last interval; ``frozen`` names the others, with the reason, and
-    they are never predicted. Raises ``CheckpointError`` when there is no checkpoint.
+    they are never predicted. With ``spectrum``, components carry the sum of all singular values too
+    (``Factors.nuclear``), which costs a full decomposition. Raises ``CheckpointError`` when there is no checkpoint.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class History:
         rank: int = 1,
         compressor: Compressor | None = None,
         progress: Progress | None = None,
+        *,
+        spectrum: bool = False,
     ) -> None:
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})")
@@ -43,6 +46,7 @@ class History:
             raise CheckpointError("the run has no checkpoint yet; observe at least one before fitting")
         self.source = source
         self.rank = rank
+        self.spectrum = spectrum
         self.steps = source.steps
         self.shapes = {parameter.name: parameter.shape for parameter in source.parameters}
         self.ranks = {parameter.name: parameter.rank for parameter in source.parameters}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -89,6 +90,22 @@ class CheckpointSource(Plugin):
     def skipped(self) -> Mapping[str, str]:
         """Parameters that are stored but cannot be extrapolated, each with the reason."""
         return {}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of the folder: steps that are missing, damaged folders that were left out, ..."""
+        return ()
+
+    def precision(self, name: str) -> torch.dtype:
+        """The precision a parameter's checkpoints are stored in."""
+        return torch.float32
+
+    def fingerprint(self, step: int | None) -> str | None:
+        """A digest of all that decides the weights at a step (None: where RL began), jumps since included.
+
+        None where it cannot be told, as for what lives in memory alone: nothing computed from it is cached then.
+        """
+        return None
 
     @abstractmethod
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:

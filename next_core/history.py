@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from next_core import lowrank
 from next_core.errors import CheckpointError, ConfigError
-from next_core.interfaces import CheckpointSource, Compressor, Progress
-from next_core.lowrank import Factors, LowRank, dense
+from next_core.executor import Executor, Task
+from next_core.interfaces import CheckpointSource, Compressor, Progress, Span
+from next_core.lowrank import Factors, dense
+from next_core.matrix_tasks import Compress, InnerProducts
 from next_core.plugins import make_compressor
 
 DeltaKind = Literal["global", "local", "target"]
-Span = tuple[int, int | None]
-"""A delta: up to a step, since another; None is where RL began."""
-CHUNK_BYTES = 256 * 2**20
-"""Deltas that are compressed in one batch take at most this much memory."""
+Result = TypeVar("Result")
 
 
 class History:
@@ -39,6 +38,7 @@ class History:
         progress: Progress | None = None,
         *,
         spectrum: bool = False,
+        executor: Executor | None = None,
     ) -> None:
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})")
@@ -54,6 +54,7 @@ class History:
         self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
         self._compressor = compressor if compressor is not None else make_compressor("exact")
         self._progress = progress
+        self._executor = executor if executor is not None else Executor()
         self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
         self._components: dict[tuple[DeltaKind, int | None, bool], dict[str, Factors]] = {}
 
@@ -91,29 +92,17 @@ class History:
         """
         chosen = tuple(spans)
         if chosen not in self._grams:
-            self._grams[chosen] = {
-                name: gram for group in self._groups(len(chosen)) for name, gram in self._gram_group(group, chosen)
-            }
+            self._grams[chosen] = self._map("inner products", InnerProducts(self.source, chosen))
         return self._grams[chosen]
 
-    def _gram_group(self, names: Sequence[str], spans: Sequence[Span]) -> Iterator[tuple[str, Tensor]]:
-        if self.ranks[names[0]] is None:
-            yield from ((name, self._dense_gram(name, spans)) for name in names)
-            return
-        deltas = [[self.source.delta(name, *span) for name in names] for span in spans]
-        stacked = [LowRank.stack([d for d in row if isinstance(d, LowRank)]) for row in deltas]
-        yield from zip(names, lowrank.gram(stacked), strict=True)
-
-    def _dense_gram(self, name: str, spans: Sequence[Span]) -> Tensor:
-        """Summed over blocks of rows, so that memory does not grow with the matrix times the checkpoints."""
-        m, n = self.shapes[name]
-        block = max(1, CHUNK_BYTES // (8 * n * len(spans)))
-        gram = torch.zeros(len(spans), len(spans), dtype=torch.float64)
-        for start in range(0, m, block):
-            rows = slice(start, min(m, start + block))
-            flat = torch.stack([self.source.delta_rows(name, rows, *span).flatten().double() for span in spans])
-            gram += flat @ flat.T
-        return gram
+    def _map(self, what: str, task: Task[Result]) -> dict[str, Result]:
+        """A task of every matrix that moves."""
+        made: dict[str, Result] = {}
+        for name, value in zip(self.names, self._executor.map(task, self.names), strict=True):
+            made[name] = value
+            if self._progress is not None:
+                self._progress(what, len(made), len(self.names))
+        return made
 
     def components(self, kind: DeltaKind, horizon: int | None = None, align: bool = True) -> Mapping[str, Factors]:
         """Rank-k singular triplets over time: per matrix ``Factors`` with leading dimension T.
@@ -126,9 +115,8 @@ class History:
             raise ConfigError("a horizon belongs to target deltas, and only to them")
         key = kind, horizon, align
         if key not in self._components:
-            raw = self._components.get((kind, horizon, False))
-            if raw is None:
-                raw = self._components[kind, horizon, False] = self._compress(kind, horizon)
+            self.compress(kind, horizon=horizon)
+            raw = self._components[kind, horizon, False]
             if align:
                 references = {} if kind == "global" else self.components("global")
                 raw = {
@@ -147,39 +135,22 @@ class History:
         assert horizon is not None
         return [(self.steps[j], self.steps[i]) for i, j in self.pairs(horizon)]
 
-    def _compress(self, kind: DeltaKind, horizon: int | None) -> dict[str, Factors]:
-        spans = self._spans(kind, horizon)
+    def compress(self, *kinds: DeltaKind, horizon: int | None = None) -> None:
+        """Decompose the deltas of several kinds in one pass, which shares what they have in common.
+
+        ``components`` does so for one kind when it is asked for; a predictor that reads more calls this first.
+        """
+        wanted = {kind: (kind, horizon if kind == "target" else None, False) for kind in kinds}
+        spans = {key: self._spans(kind, key[1]) for kind, key in wanted.items() if key not in self._components}
+        union = list(dict.fromkeys(span for some in spans.values() for span in some))
         made: dict[str, Factors] = {}
-        if not spans:
-            return made
-        for group in self._groups(len(spans)):
-            wanted = [(name, *span) for name in group for span in spans]
-            size = max(1, CHUNK_BYTES // self._bytes(group[0]))
-            parts = [
-                self._compressor.compress([self.source.delta(*key) for key in wanted[start : start + size]], self.rank)
-                for start in range(0, len(wanted), size)
-            ]
-            flat = lowrank.concatenate_batches(parts)
-            for index, name in enumerate(group):
-                made[name] = _rows(flat, slice(index * len(spans), (index + 1) * len(spans)))
-            if self._progress is not None:
-                self._progress(f"compress {kind} deltas", len(made), len(self.names))
-        return made
-
-    def _groups(self, deltas_each: int) -> Iterator[list[str]]:
-        """Matrices of one shape, in batches whose deltas fit ``CHUNK_BYTES``."""
-        by_shape: dict[tuple[tuple[int, int], int | None], list[str]] = {}
-        for name in self.names:
-            by_shape.setdefault((self.shapes[name], self.ranks[name]), []).append(name)
-        for names in by_shape.values():
-            size = max(1, CHUNK_BYTES // (deltas_each * self._bytes(names[0])))
-            for start in range(0, len(names), size):
-                yield names[start : start + size]
-
-    def _bytes(self, name: str) -> int:
-        """What one delta of a matrix takes in fp64."""
-        (m, n), rank = self.shapes[name], self.ranks[name]
-        return 8 * (m * n if rank is None else 2 * rank * (m + n))
+        if union:
+            task = Compress(self.source, self._compressor, tuple(union), self.rank, self.spectrum)
+            made = self._map("compress", task)
+        where = {span: row for row, span in enumerate(union)}
+        for key, some in spans.items():
+            rows = [where[span] for span in some]
+            self._components[key] = {name: _rows(factors, rows) for name, factors in made.items()} if rows else {}
 
     def _find_frozen(self) -> dict[str, str]:
         newest = self.steps[-1]
@@ -230,7 +201,7 @@ class MatrixHistory:
         return self.history.metrics(key)
 
 
-def _rows(factors: Factors, rows: slice | int) -> Factors:
+def _rows(factors: Factors, rows: list[int] | int) -> Factors:
     nuclear = None if factors.nuclear is None else factors.nuclear[rows]
     return Factors(factors.U[rows], factors.S[rows], factors.V[rows], factors.energy[rows], nuclear)
 

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
     from next_core.config import RunConfig
     from next_core.history import History
+    from next_core.lora_path import LoraPath
 
 Space = Literal["factors", "merged"]
 Anchor = Literal["newest", "backbone"]
+Span = tuple[int, int | None]
+"""A delta: up to a step, since another; None is where RL began."""
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: called by long steps so that somebody can show it."""
 
@@ -127,6 +130,10 @@ class CheckpointSource(Plugin):
         """The LoRA factors of one parameter at one step; None where the run is not LoRA."""
         return None
 
+    def start(self, name: str) -> LoraFactors | None:
+        """The adapter that RL began with, where it added anything: ``delta`` without ``since`` counts from it."""
+        return None
+
     def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         """The trainer's last metrics logged at or before ``step`` and after ``since``; empty when there are none."""
         return {}
@@ -141,6 +148,13 @@ class Compressor(Plugin):
 
         Zero deltas give zero columns, never arbitrary unit vectors.
         """
+
+    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+        """The same for several deltas of one LoRA matrix, which share their factors; leading dimension len(spans).
+
+        ``spectrum`` asks for the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
+        """
+        return self.compress([path.delta(*span) for span in spans], rank)
 
 
 @dataclass(frozen=True)
@@ -306,6 +320,7 @@ __all__ = [
     "Progress",
     "Reward",
     "Space",
+    "Span",
     "TrajectoryPredictor",
     "Update",
     "WeightApplier",

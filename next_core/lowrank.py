@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,13 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import NextCoreError
-
-# Orthogonality the Gram route may lose before a matrix is handed to QR; the singular values are then off by
-# about as much, relatively. The bound is pessimistic, and QR costs only four times as much.
-_ORTHOGONALITY_LOSS = 1e-8
-# Column norms below this come from squares that underflowed: such a column counts as zero.
-_SMALLEST_NORM = 1e-146
-_EPS = torch.finfo(torch.float64).eps
+from next_core.gram_svd import LowRankGrams, decompose, reciprocal, refuse_non_finite, svd_of_core
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,77 +316,29 @@ class _Svd(NamedTuple):
 
 
 def _svd_by_gram(left: Tensor, right: Tensor, k: int) -> tuple[_Svd, Tensor]:
-    """Triplets of left (b, m, r) @ right (b, n, r)^T with r <= min(m, n), and which are sound (b,).
-
-    left = P K D with column norms D, K the Cholesky factor of the scaled Gram matrix and P orthonormal up to
-    eps |K^-1|^2; likewise right. The singular values are those of K_L D_L D_R K_R^T. A P off by delta moves
-    each of them by a relative delta only, however small it is, so that this one number decides.
-    """
-    upper_l, map_l, norms_l, loss_l = _cholesky_basis(left)
-    upper_r, map_r, norms_r, loss_r = _cholesky_basis(right)
-    weights = norms_l * norms_r
-    X, spectrum, Y = _svd_of_core(upper_l, weights, upper_r, k)
-    # The r x k products first: P itself is never formed.
-    U, V = left @ (map_l @ X), right @ (map_r @ Y)
-    sound = loss_l + loss_r <= _ORTHOGONALITY_LOSS
-    return _Svd(_unit_columns(U, spectrum), spectrum, _unit_columns(V, spectrum)), sound
+    """Triplets of left (b, m, r) @ right (b, n, r)^T with r <= min(m, n), and which are sound (b,)."""
+    grams = LowRankGrams(left.mT @ left, right.mT @ right, noise=left.new_zeros(len(left)))
+    solved = decompose(grams, k)
+    assert solved.spectrum is not None
+    U, V = left @ solved.left, right @ solved.right
+    return _Svd(_unit_columns(U, solved.spectrum), solved.spectrum, _unit_columns(V, solved.spectrum)), solved.sound
 
 
 def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
     """The same for any r and any conditioning, by a Householder QR of both scaled factors."""
     norms_l, norms_r = (torch.linalg.vector_norm(x, dim=-2) for x in (left, right))
-    _refuse_non_finite(norms_l, norms_r)
+    refuse_non_finite(norms_l, norms_r)
     (Q_l, upper_l), (Q_r, upper_r) = (
-        torch.linalg.qr(x * _reciprocal(norms)[:, None, :]) for x, norms in ((left, norms_l), (right, norms_r))
+        torch.linalg.qr(x * reciprocal(norms)[:, None, :]) for x, norms in ((left, norms_l), (right, norms_r))
     )
-    X, spectrum, Y = _svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
+    X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
     return _Svd(_unit_columns(Q_l @ X, spectrum), spectrum, _unit_columns(Q_r @ Y, spectrum))
-
-
-def _cholesky_basis(tall: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K (b, r, r), the map with tall @ map orthonormal, column norms (b, r), the orthogonality lost (b,)."""
-    squares = tall.mT @ tall
-    norms = squares.diagonal(dim1=-2, dim2=-1).sqrt()
-    _refuse_non_finite(norms)
-    scale = _reciprocal(norms)
-    # Scaling the Gram matrix scales the columns, without another pass over them. A zero column gets a 1 on
-    # the diagonal, as if it had a dimension of its own; its weight in the core is zero.
-    squares = squares * scale[:, :, None] * scale[:, None, :]
-    squares.diagonal(dim1=-2, dim2=-1).fill_(1)
-    lower, failed = torch.linalg.cholesky_ex(squares)
-    identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device).expand_as(lower)
-    lower = torch.where((failed != 0)[:, None, None], identity, lower)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    loss = torch.where(failed != 0, math.inf, _EPS * inverse.square().sum((-2, -1)))
-    return lower.mT, scale[:, :, None] * inverse.mT, norms, loss
-
-
-def _svd_of_core(left: Tensor, weights: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """X (b, p, k), the spectrum less rounding noise, Y (b, q, k) of left diag(weights) right^T."""
-    X, spectrum, Yh = torch.linalg.svd((left * weights[:, None, :]) @ right.mT, full_matrices=False)
-    # Noise is relative to the products that were summed, not to sigma_1: they may have cancelled.
-    noise = 8 * _EPS * math.sqrt(weights.shape[-1]) * torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
-    return X[..., :k], torch.where(spectrum > noise, spectrum, 0.0), Yh.mT[..., :k]
 
 
 def _unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
     """Columns of unit norm where sigma is positive, exactly zero elsewhere."""
     unit = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     return torch.where(spectrum[:, None, : x.shape[-1]] > 0, unit, 0.0)
-
-
-def _reciprocal(norms: Tensor) -> Tensor:
-    return torch.where(norms > _SMALLEST_NORM, 1 / norms, 0.0)
-
-
-def _refuse_non_finite(*norms: Tensor) -> None:
-    finite = torch.stack([x.isfinite().all(-1) for x in norms]).all(0)
-    if not finite.all():
-        where = (~finite).nonzero().flatten().tolist()
-        raise NextCoreError(
-            f"NaN, Inf or squares beyond float64 in the factors of matrices {where} of a batch of "
-            f"{len(finite)}; is the checkpoint damaged, or did the run diverge?"
-        )
 
 
 def _same_shape(parts: Sequence[LowRank]) -> None:

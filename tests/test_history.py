@@ -1,4 +1,4 @@
-"""A run's deltas: right against direct computation, grouped by shape, and compressed only when asked for."""
+"""A run's deltas: right against direct computation, and compressed only when asked for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core import history as history_module
+from next_core import matrix_tasks
 from next_core.compressors.exact import ExactCompressor
 from next_core.errors import CheckpointError, ConfigError
 from next_core.history import DeltaKind, History
-from next_core.interfaces import LoraFactors
+from next_core.interfaces import Compressor, LoraFactors
 from next_core.lowrank import Factors, LowRank
 from next_core.sources.memory import MemorySource
 
@@ -55,16 +55,21 @@ def source(request: pytest.FixtureRequest) -> MemorySource:
     return made
 
 
-class Counting(ExactCompressor):
-    """Remembers what it was asked for."""
+class Counting(Compressor):
+    """One that knows nothing of shared factors, and remembers what it was asked for."""
+
+    name = "counting"
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[list[tuple[tuple[int, ...], int]]] = []
+        self.deltas, self.largest = 0, 0
+        self.ranks: set[int] = set()
 
     def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
-        self.batches.append([(tuple(delta.shape), rank) for delta in deltas])
-        return super().compress(deltas, rank)
+        self.deltas += len(deltas)
+        self.largest = max(self.largest, len(deltas))
+        self.ranks.add(rank)
+        return ExactCompressor().compress(deltas, rank)
 
 
 def spans(kind: DeltaKind) -> list[tuple[int, int | None]]:
@@ -165,51 +170,72 @@ def test_nothing_is_compressed_until_it_is_asked_for_and_then_once(source: Memor
     counting = Counting()
     history = History(source, 2, counting)
     history.grams()
-    assert counting.batches == []
+    assert counting.deltas == 0
     history.components("global")
-    asked = len(counting.batches)
-    assert asked > 0
-    assert all(rank == 2 for batch in counting.batches for _, rank in batch)
+    assert counting.deltas == 4 * len(STEPS)
     history.components("global")
     history.components("global", align=False)
-    assert len(counting.batches) == asked
+    assert counting.deltas == 4 * len(STEPS)
     history.components("local")
-    assert len(counting.batches) == 2 * asked
+    assert counting.deltas == 8 * len(STEPS)
     history.components("target", 10)
     history.components("target", 20)
-    assert len(counting.batches) == 4 * asked
+    assert counting.deltas == 8 * len(STEPS) + 4 * 2 + 4 * 2
     history.components("target", 10, align=False)
-    assert len(counting.batches) == 4 * asked
+    assert counting.deltas == 8 * len(STEPS) + 4 * 2 + 4 * 2
+    assert counting.ranks == {2}
 
 
-def test_matrices_of_one_shape_and_rank_are_compressed_together() -> None:
+def test_one_pass_serves_several_kinds_and_decomposes_no_delta_twice(source: MemorySource) -> None:
     counting = Counting()
-    History(lora_run(), 1, counting).components("global")
-    assert [len(batch) for batch in counting.batches] == [2 * len(STEPS), len(STEPS), len(STEPS)]  # a and c; b; d
-    assert all(len({shape for shape, _ in batch}) == 1 for batch in counting.batches)
+    history = History(source, 1, counting)
+    history.compress("global", "local", "target", horizon=20)
+    # The first local delta is the first global one, and the last target the last local one.
+    assert counting.deltas == 4 * (4 + 3 + 1)
+    alone = History(source)
+    for kind in ("global", "local", "target"):
+        horizon = 20 if kind == "target" else None
+        for name, found in history.components(kind, horizon).items():  # type: ignore[arg-type]
+            expected = alone.components(kind, horizon)[name]  # type: ignore[arg-type]
+            torch.testing.assert_close(found.lowrank().dense(), expected.lowrank().dense())
+    assert counting.deltas == 4 * (4 + 3 + 1)
 
 
-def test_a_batch_takes_no_more_memory_than_allowed_and_the_result_is_the_same(
-    source: MemorySource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = History(source)
-    expected, grams = whole.components("local"), whole.grams()
-    monkeypatch.setattr(history_module, "CHUNK_BYTES", 1)
+def test_one_pass_reads_the_factors_of_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = lora_run()
+    history = History(source)
+    read: list[tuple[str, int]] = []
+    factors_of = source.factors
+    monkeypatch.setattr(source, "factors", lambda name, step: (read.append((name, step)), factors_of(name, step))[1])
+    history.compress("global", "local", "target", horizon=20)
+    assert sorted(read) == sorted((name, step) for name in history.names for step in STEPS)
+
+
+def test_dense_deltas_are_decomposed_one_at_a_time() -> None:
     counting = Counting()
-    cut = History(source, 1, counting)
-    found = cut.components("local")
-    # One delta at a time: 4 matrices, their local deltas and, for the signs, the global ones.
-    assert [len(batch) for batch in counting.batches if batch] == [1] * (8 * len(STEPS))
-    for name in expected:
-        torch.testing.assert_close(found[name].lowrank().dense(), expected[name].lowrank().dense())
-        torch.testing.assert_close(cut.grams()[name], grams[name])
+    History(full_run(), 1, counting).components("global")
+    assert counting.largest == 1
 
 
-def test_progress_is_told_of_every_batch(source: MemorySource) -> None:
+def test_dense_inner_products_are_summed_over_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = History(full_run()).grams()
+    monkeypatch.setattr(matrix_tasks, "BLOCK_BYTES", 1)
+    blocked = History(full_run()).grams()
+    for name in whole:
+        torch.testing.assert_close(blocked[name], whole[name])
+
+
+def test_the_whole_spectrum_is_known_where_it_was_asked_for() -> None:
+    assert History(lora_run()).components("global")["a"].nuclear is None
+    found = History(lora_run(), spectrum=True).components("global")["a"]
+    assert found.nuclear is not None
+    torch.testing.assert_close(found.nuclear[0], torch.linalg.svdvals(moved("a", 10)).sum())
+
+
+def test_progress_is_told_of_every_matrix(source: MemorySource) -> None:
     told: list[tuple[str, int, int]] = []
     History(source, progress=lambda *facts: told.append(facts)).components("global")
-    assert told[-1] == ("compress global deltas", 4, 4)
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told == [("compress", done, 4) for done in (1, 2, 3, 4)]
 
 
 def test_one_matrix_has_its_own_view(source: MemorySource) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import Compressor
+from next_core.interfaces import Compressor, Span
+from next_core.lora_path import LoraPath
 from next_core.lowrank import Factors, LowRank, concatenate_batches, truncated_svd
 
 
@@ -24,6 +25,9 @@ class ExactCompressor(Compressor):
         if factored:
             raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
         return concatenate_batches([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
+
+    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+        return path.triplets(spans, rank, spectrum)
 
 
 def _dense_svd(delta: Tensor, rank: int) -> Factors:

@@ -11,7 +11,8 @@ from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.interfaces import Compressor, PluginConfig
+from next_core.interfaces import Compressor, PluginConfig, Span
+from next_core.lora_path import LoraPath
 from next_core.lowrank import Factors, LowRank, concatenate_batches
 
 
@@ -37,6 +38,9 @@ class LanczosCompressor(Compressor):
         if len(dense) < len(deltas):
             return ExactCompressor().compress(deltas, rank)
         return concatenate_batches([self._leading(delta, rank) for delta in dense])
+
+    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+        return path.triplets(spans, rank, spectrum)
 
     def _leading(self, delta: Tensor, rank: int) -> Factors:
         small = min(delta.shape)

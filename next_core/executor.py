@@ -1,0 +1,101 @@
+"""Where the map over matrices runs: in this process, in a pool of processes, or as Ray tasks. The results are the same.
+
+Each matrix is computed alone and in one thread, wherever that is: the bytes do not depend on the executor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+
+from next_core.errors import ConfigError
+from next_core.interfaces import PluginConfig
+
+Result = TypeVar("Result")
+Task = Callable[[str], Result]
+"""What is computed of one matrix, given its name; it must pickle for more than one process."""
+
+
+class Executor(PluginConfig):
+    """``local`` with one worker computes in this process; with more, or with ``ray``, tasks are pickled to others."""
+
+    name: Literal["local", "ray"] = Field("local", description="local: this machine; ray: a Ray cluster (extra `ray`)")
+    workers: int = Field(1, ge=1, description="Processes at a time, one thread each")
+    address: str | None = Field(None, description="ray: the cluster's address; none: as Ray finds it, else a local one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _address_is_rays(self) -> Executor:
+        if self.address is not None and self.name != "ray":
+            raise ValueError("address is of a Ray cluster: set name: ray")
+        return self
+
+    def map(self, task: Task[Result], names: Sequence[str]) -> Iterator[Result]:
+        """task(name) of each name, in order, as they get done. Raises ``ConfigError`` without Ray."""
+        if self.name == "ray":
+            yield from self._map_ray(task, names)
+        elif self.workers == 1 or len(names) < 2:
+            yield from map(task, names)
+        else:
+            # Not fork: a child of a process whose libraries hold threads may hang.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(self.workers, context, _one_thread, (task,)) as pool:
+                yield from pool.map(_run, names)
+
+    def _map_ray(self, task: Task[Result], names: Sequence[str]) -> Iterator[Result]:
+        ray = _ray()
+        started = not ray.is_initialized()
+        if started:
+            local = {"num_cpus": self.workers, "include_dashboard": False} if self.address is None else {}
+            ray.init(self.address, log_to_driver=False, configure_logging=False, **local)
+        try:
+            shared = ray.put(task)
+            remote = ray.remote(_run_on_ray)
+            waiting = [remote.remote(shared, name) for name in names[: 2 * self.workers]]
+            for index in range(len(names)):
+                # A few ahead only: the results of a large model are not to pile up in the object store.
+                value: Result = ray.get(waiting.pop(0))
+                ahead = index + 2 * self.workers
+                if ahead < len(names):
+                    waiting.append(remote.remote(shared, names[ahead]))
+                yield value
+        finally:
+            if started:
+                ray.shutdown()
+
+
+_task: Task[Any]
+
+
+def _one_thread(task: Task[Any]) -> None:
+    global _task
+    _task = task
+    torch.set_num_threads(1)
+
+
+def _run(name: str) -> Any:
+    return _task(name)
+
+
+def _run_on_ray(task: Task[Result], name: str) -> Result:
+    torch.set_num_threads(1)
+    return task(name)
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(f"executor ray needs Ray ({error}); pip install next-core[ray], or use local") from None

@@ -1,0 +1,75 @@
+"""What is computed of one matrix of a run, from its checkpoints alone: the unit that executors map over matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from next_core import lowrank
+from next_core.interfaces import CheckpointSource, Compressor, LoraFactors, Span
+from next_core.lora_path import LoraPath
+from next_core.lowrank import Factors, LowRank
+
+BLOCK_BYTES = 64 * 2**20
+"""Rows of dense deltas that are held at a time take at most this much memory."""
+
+
+@dataclass(frozen=True)
+class Compress:
+    """The rank-k triplets of one matrix's deltas: ``Factors`` with leading dimension len(spans)."""
+
+    source: CheckpointSource
+    compressor: Compressor
+    spans: tuple[Span, ...]
+    rank: int
+    spectrum: bool
+
+    def __call__(self, name: str) -> Factors:
+        path = lora_path(self.source, name, self.spans)
+        if path is not None:
+            return self.compressor.compress_path(path, self.spans, self.rank, self.spectrum)
+        # One delta at a time: a dense one is as large as its matrix.
+        parts = [self.compressor.compress([self.source.delta(name, *span)], self.rank) for span in self.spans]
+        return lowrank.concatenate_batches(parts)
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """The inner products of one matrix's deltas, fp64, (len(spans), len(spans))."""
+
+    source: CheckpointSource
+    spans: tuple[Span, ...]
+
+    def __call__(self, name: str) -> Tensor:
+        path = lora_path(self.source, name, self.spans)
+        if path is not None:
+            return path.gram(self.spans)
+        first = self.source.delta(name, *self.spans[0])
+        if isinstance(first, LowRank):
+            rest = [self.source.delta(name, *span) for span in self.spans[1:]]
+            return lowrank.gram([first, *(delta for delta in rest if isinstance(delta, LowRank))])
+        return self._of_dense(name, first.shape[0], first.shape[1])
+
+    def _of_dense(self, name: str, m: int, n: int) -> Tensor:
+        """Summed over blocks of rows, so that memory does not grow with the matrix times the checkpoints."""
+        block = max(1, BLOCK_BYTES // (8 * n * len(self.spans)))
+        gram = torch.zeros(len(self.spans), len(self.spans), dtype=torch.float64)
+        for start in range(0, m, block):
+            rows = slice(start, min(m, start + block))
+            flat = torch.stack([self.source.delta_rows(name, rows, *span).flatten().double() for span in self.spans])
+            gram += flat @ flat.T
+        return gram
+
+
+def lora_path(source: CheckpointSource, name: str, spans: Sequence[Span]) -> LoraPath | None:
+    """The factors that some deltas of a matrix are made of; None where the run is not LoRA."""
+    factors: dict[int, LoraFactors] = {}
+    for step in sorted({step for span in spans for step in span if step is not None}):
+        at = source.factors(name, step)
+        if at is None:
+            return None
+        factors[step] = at
+    return LoraPath(factors, source.start(name) if any(since is None for _, since in spans) else None)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from next_core.cycle.guards import Guards
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
+from next_core.executor import Executor
 from next_core.plugins import KINDS, Kind, explain, registry
 
 
@@ -93,6 +94,7 @@ class RunConfig(Frozen):
     predictor: Choice = Field(Choice(name="secant"), description="Where the weights are going")
     compressor: Choice = Field(Choice(name="exact"), description="How deltas become rank-k factors")
     rank: int = Field(1, ge=1, description="Rank k of the factors a predictor reads")
+    executor: Executor = Field(Executor(), description="Where matrices are compressed: local, or ray")
     schedule: Schedule = Schedule()
     guards: Guards = Guards()
     control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")

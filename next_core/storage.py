@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import CheckpointError, ConfigError, NextCoreError
 
 MANIFEST = "manifest.json"
+INCOMPLETE = "INCOMPLETE.json"
+"""Lies in a folder while its files are replaced one by one: what is there is partly old and partly new."""
 TEMPORARY = re.compile(r"\.(tmp|old)-\d+$")
 
 
@@ -34,11 +37,12 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, overwrite: bool = False, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A temporary sibling of ``target`` to write into; on success it becomes ``target``, else it is gone.
 
-    A manifest (sha256 and size of every file) is written last. Raises ``ConfigError`` if ``target`` exists and
-    ``overwrite`` is false, and whatever the body raises.
+    A manifest (sha256 and size of every file) is written last. ``digests`` may name the sha256 of files by their path
+    in the folder, filled in while they are written: those are not read again. Raises ``ConfigError`` if ``target``
+    exists and ``overwrite`` is false, and whatever the body raises.
     """
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists already; choose another folder or remove it")
@@ -48,13 +52,8 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        # A copied folder may bring its old manifest, which is replaced here.
-        files = sorted(path for path in scratch.rglob("*") if path.is_file() and path != scratch / MANIFEST)
-        manifest = {
-            str(path.relative_to(scratch)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files
-        }
-        (scratch / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
-        for path in [*files, scratch / MANIFEST, scratch]:
+        (scratch / MANIFEST).write_text(manifest_text(scratch, digests))
+        for path in [*(path for path in sorted(scratch.rglob("*")) if path.is_file()), scratch]:
             _fsync(path)
         if target.exists():
             old = target.parent / f".{target.name}.old-{os.getpid()}"
@@ -71,6 +70,82 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def manifest_text(folder: Path, digests: Mapping[str, str] | None = None) -> str:
+    """The manifest of a folder as it is; ``digests`` as for ``new_directory``."""
+    # A copied folder may bring its old manifest, which is replaced by this one.
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path not in (folder / MANIFEST, folder / INCOMPLETE)
+    )
+    manifest = {}
+    for path in sorted(files):
+        name = str(path.relative_to(folder))
+        digest = (digests or {}).get(name) or sha256(path)
+        manifest[name] = {"sha256": digest, "size": path.stat().st_size}
+    return json.dumps({"files": manifest}, indent=1)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling of a file to write to; on success it takes the file's place in one go, else it is gone."""
+    scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    scratch.unlink(missing_ok=True)
+    try:
+        yield scratch
+        _fsync(scratch)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def changing_in_place(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Marks a folder as ``INCOMPLETE`` while the body replaces its files; after an error the mark stays.
+
+    ``facts`` are written into the mark. The old manifest goes first, for it no longer holds.
+    """
+    write_text(folder / INCOMPLETE, json.dumps(dict(facts), indent=1))
+    (folder / MANIFEST).unlink(missing_ok=True)
+    yield
+    (folder / INCOMPLETE).unlink()
+    _fsync(folder)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder, or of the nearest one above it that exists."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+@contextlib.contextmanager
+def enough_space(target: Path, needed: int) -> Iterator[None]:
+    """Refuse to begin what the disk has no room for, and name the file when it fills up all the same.
+
+    Raises ``NextCoreError`` with the bytes needed and the bytes free, before the body or in place of its ``OSError``.
+    """
+    free = free_bytes(target)
+    if free < needed:
+        raise NextCoreError(
+            f"{target} needs {_megabytes(needed)} but the disk has {_megabytes(free)} free; nothing was written: free "
+            "some space, or choose a folder on another disk"
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        raise NextCoreError(
+            f"the disk was full while {where} of {target} was written; {_megabytes(needed)} were needed and "
+            f"{_megabytes(free)} free at the start: free some space, or choose a folder on another disk"
+        ) from error
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager

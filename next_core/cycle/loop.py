@@ -13,6 +13,7 @@ from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
 from next_core.errors import CheckpointError, GuardError, NextCoreError
+from next_core.executor import Executor
 from next_core.history import History
 from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
 from next_core.plugins import describe
@@ -49,6 +50,7 @@ class PredictExtendCycle:
         *,
         rank: int = 1,
         compressor: Compressor | None = None,
+        executor: Executor | None = None,
         strict: bool = False,
         progress: Progress | None = None,
         milestone: Milestone | None = None,
@@ -57,7 +59,8 @@ class PredictExtendCycle:
         guards.check(schedule)
         schedule.check_predictor(predictor(), total)
         self.backend, self.predictor, self.schedule, self.guards = backend, predictor, schedule, guards
-        self.total, self.journal, self.rank, self.compressor = total, journal, rank, compressor
+        self.total, self.journal, self.rank = total, journal, rank
+        self.compressor, self.executor = compressor, executor
         self.strict, self.progress, self.milestone = strict, progress, milestone
         self.seconds = {"observe": 0.0, "predict": 0.0, "extend": 0.0, "probe": 0.0}
         self._pending: _Pending | None = None
@@ -170,7 +173,7 @@ class PredictExtendCycle:
         predictor = self.predictor()
         predictor.progress = self.progress
         facts["predictor"] = predictor.name
-        history = History(self.backend.source(), self.rank, self.compressor, self.progress)
+        history = History(self.backend.source(), self.rank, self.compressor, self.progress, executor=self.executor)
         if history.newest != step:
             raise _Refused(f"the newest checkpoint is of step {history.newest}")
         prediction = predictor.fit(history).predict(self.schedule.horizon)

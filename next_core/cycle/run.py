@@ -101,6 +101,7 @@ def run(
         journal,
         rank=config.rank,
         compressor=config.compressor.make("compressor"),
+        executor=config.executor,
         strict=strict,
         progress=progress,
         milestone=measure,

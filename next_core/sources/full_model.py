@@ -1,27 +1,24 @@
-"""Full-parameter checkpoints (safetensors, one file or sharded): dense deltas, one matrix at a time."""
+"""Full-parameter checkpoints (one file or sharded): dense deltas, one matrix at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource, Parameter, PluginConfig
-from next_core.sources.folders import (
-    Shifts,
-    find_step_folders,
-    holds,
-    metrics_at,
-    read_metrics,
-)
-from next_core.sources.hf_model import INDEX, SINGLE, ModelFiles
+from next_core.interfaces import CheckpointSource, Parameter
+from next_core.sources.hf_model import ModelFiles
+from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, holds
+from next_core.sources.mismatch import mismatch
+from next_core.sources.run_folder import DiskSourceConfig, RunFolder
+from next_core.sources.ties import tied_names
 
 
-class FullModelSourceConfig(PluginConfig):
-    path: Path = Field(description="Folder that holds the folders of the steps")
+class FullModelSourceConfig(DiskSourceConfig):
     backbone: Path | None = Field(None, description="The base model's folder; without it, step 0 must be there")
 
 
@@ -33,30 +30,47 @@ class FullModelSource(CheckpointSource):
 
     def __init__(self, config: FullModelSourceConfig) -> None:
         super().__init__(config)
-        self._backbone = ModelFiles(config.backbone) if config.backbone is not None else None
-        self._models: dict[int, ModelFiles] = {}
-        self._shifts = Shifts(config.path)
-        self._metrics: dict[int, dict[str, float]] | None = None
+        self.tied: Mapping[str, str] = {}
+        """The head's name, where it is one parameter with the embedding that it maps to."""
+        allow = config.allow_pickle
+        self._backbone = ModelFiles(config.backbone, allow) if config.backbone is not None else None
+        self._run = RunFolder(config, lambda folder, _: ModelFiles(folder, allow))
+        self._shifts = self._run.shifts
         self.refresh()
 
     @classmethod
-    def detect(cls, path: Path) -> bool:
-        return holds(path, (SINGLE, INDEX))
+    def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
+        return holds(path, (*MODEL_FILES, *MODEL_PICKLES), folders)
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
-        folders = find_step_folders(self.config.path, known=self._models)
-        models = {step: self._models.get(step) or ModelFiles(folder) for step, folder in folders.items()}
-        first = next(iter(models.values()), None)
-        for step, model in models.items():
-            if first is not None and model.shapes != first.shapes:
-                different = sorted(set(model.shapes.items()) ^ set(first.shapes.items()))[0]
-                raise CheckpointError(f"{folders[step]}: '{different[0]}' differs in name or shape from the first step")
+        self._run.refresh(self._check)
+
+    def _check(self, models: Mapping[int, ModelFiles]) -> None:
+        """Raise ``CheckpointError`` unless all models are of one run."""
+        backbone = [] if self._backbone is None else [self._backbone]
+        tied = tied_names([*backbone, *models.values()]) if models else None
+        if tied is not None:
+            for model in (*backbone, *models.values()):
+                model.call_one(*tied)
+            self.tied = dict([tied])
+        first_step, first = next(iter(models.items()), (0, None))
+        for model in models.values():
+            different = mismatch(first.shapes, model.shapes, f"step {first_step}") if first is not None else None
+            if different is not None:
+                raise CheckpointError(f"{model.folder}: {different}")
         if first is not None and self._backbone is not None:
             self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
-        self._models = models
-        self._shifts.refresh()
-        self._metrics = None
+
+    @property
+    def naming(self) -> str:
+        """How the folders of the steps are named, with N for the step."""
+        return self._run.naming
+
+    @property
+    def notes(self) -> Sequence[str]:
+        tied = [f"{head} and {one} are one parameter, read once as {one}" for head, one in self.tied.items()]
+        return [*self._run.notes(), *tied]
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -66,27 +80,55 @@ class FullModelSource(CheckpointSource):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
+        skipped = self.skipped
         return tuple(
-            Parameter(name, (shape[0], shape[1])) for name, shape in sorted(self._shapes().items()) if len(shape) == 2
+            Parameter(name, (shape[0], shape[1]))
+            for name, shape in sorted(self._shapes().items())
+            if name not in skipped
         )
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        return {name: "not a matrix; stays as trained" for name, shape in self._shapes().items() if len(shape) != 2}
+        found = {name: "not a matrix; stays as trained" for name, shape in self._shapes().items() if len(shape) != 2}
+        for name in self._shapes().keys() - found.keys():
+            if not self.precision(name).is_floating_point:
+                found[name] = "stored as integers; stays as it is"
+        return found
+
+    @property
+    def _models(self) -> Mapping[int, ModelFiles]:
+        return self._run.checkpoints
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         first = next(iter(self._models.values()), None)
         return {} if first is None else first.shapes
 
-    def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
-        """The weight at a step, or of the backbone (None), or some rows of it, with the later jumps counted in."""
-        if step is None and self._backbone is not None:
-            value = self._backbone.read(name, rows)
-        elif (step or 0) in self._models:
-            value = self._models[step or 0].read(name, rows)
-        else:
+    def _start(self) -> ModelFiles | None:
+        """Where RL began: the backbone, or step 0."""
+        return self._backbone or self._models.get(0)
+
+    def model(self, step: int | None) -> ModelFiles:
+        """The files of a step, or of where RL began (None): ``raw`` reads from them what is stored, unchecked."""
+        model = self._start() if step is None else self._models.get(step)
+        if model is None:
             what = "backbone; pass --backbone" if step is None else f"step {step}; observed steps: {self.steps}"
             raise CheckpointError(f"{self.config.path} has no {what}")
+        return model
+
+    def precision(self, name: str) -> torch.dtype:
+        newest = next(reversed(self._run.checkpoints.values()), None)
+        return torch.float32 if newest is None else newest.dtype(name)
+
+    def stored_precision(self, name: str, step: int | None) -> torch.dtype:
+        """The precision a parameter is stored in at a step, or in the backbone (None)."""
+        return self.model(step).dtype(name)
+
+    def fingerprint(self, step: int | None) -> str:
+        return self._run.digest(self.model(step), step or 0)
+
+    def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
+        """The weight at a step, or of the backbone (None), or some rows of it, with the later jumps counted in."""
+        value = self.model(step).read(name, rows)
         for shift in self._shifts.since(step or 0):
             value = shift.added(value, name, rows)
         return value
@@ -99,18 +141,13 @@ class FullModelSource(CheckpointSource):
 
     def stored(self, key: str, step: int) -> Tensor:
         """One matrix of a checkpoint, with the jump made right after it."""
-        value = self._models[step].read(key)
+        value = self.model(step).read(key)
         for shift in self._shifts.made_after(step):
             value = shift.added(value, key)
         return value
 
     def position(self, name: str, step: int) -> Tensor:
-        begin = self._models.get(0) if self._backbone is None else self._backbone
-        if begin is None:
-            raise CheckpointError(f"{self.config.path} has no backbone; pass --backbone")
-        return self.weight(name, step).double() - begin.read(name).double()
+        return self.weight(name, step).double() - self.model(None).read(name).double()
 
     def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        if self._metrics is None:
-            self._metrics = read_metrics({step: model.folder for step, model in self._models.items()})
-        return metrics_at(self._metrics, step, since)
+        return self._run.metrics(step, since)

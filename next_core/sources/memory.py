@@ -10,7 +10,7 @@ from next_core import lowrank
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, LoraFactors, Parameter
 from next_core.lowrank import LowRank
-from next_core.sources.folders import metrics_at
+from next_core.sources.metrics import metrics_at
 
 
 class MemorySource(CheckpointSource):

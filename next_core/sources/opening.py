@@ -1,42 +1,82 @@
-"""Open a folder of checkpoints, whatever its layout."""
+"""Open the checkpoints of a run, whatever their layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
+from next_core.sources.layouts import common_folder
 
 
 def open_checkpoints(
-    path: str | Path, backbone: str | Path | None = None, layout: str | None = None
+    path: str | Path | Sequence[str | Path],
+    backbone: str | Path | None = None,
+    layout: str | None = None,
+    *,
+    skip_damaged: bool = False,
+    allow_pickle: bool = False,
 ) -> CheckpointSource:
-    """The source of a folder; the layout is detected, or named by ``layout``.
+    """The source of a run's checkpoints; the layout is detected, or named by ``layout`` (a source's name).
 
-    Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout.
+    ``path`` is the folder that holds them, a cache of the Hugging Face Hub, or a list of the checkpoints' own folders
+    with steps in their names. ``skip_damaged`` goes on without damaged ones and says so in the source's ``notes``;
+    ``allow_pickle`` reads ``.bin`` files too, tensors only.
+
+    Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout,
+    ``ConfigError`` for a setting that the layout's source does not have.
     """
+    folder, folders = _where(path)
+    fields: dict[str, Any] = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}
+    fields |= {"folders": folders} if folders else {}
+    fields |= {"skip_damaged": True} if skip_damaged else {}
+    fields |= {"allow_pickle": True} if allow_pickle else {}
+    known = {name: found for name in registry().names("source") if (found := _on_disk(name)) is not None}
+    if layout is not None and layout not in known:
+        registry().get("source", layout)  # unknown or broken, and why
+        raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
+    name = layout or next((name for name, found in known.items() if _claims(found, folder, folders)), None)
+    if name is None:
+        raise CheckpointError(_nothing(folder, folders, known))
+    lacks = [field for field in fields if field not in known[name].config_class.model_fields]
+    if lacks:
+        raise ConfigError(f"the source '{name}' has no setting '{lacks[0]}', which was asked for; leave it out")
+    source: CheckpointSource = registry().make("source", name, **fields)
+    return source
+
+
+def _where(path: str | Path | Sequence[str | Path]) -> tuple[Path, tuple[Path, ...]]:
+    """A folder above all checkpoints, and the folders that were listed."""
+    if not isinstance(path, str | Path):
+        listed = tuple(Path(one) for one in path)
+        if not listed:
+            raise CheckpointError("the list of checkpoints is empty; pass at least two folders")
+        return common_folder(listed), listed
     folder = Path(path)
     if not folder.name:
         folder = folder.absolute()  # ".": what lies beside it has to be found
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
-    fields = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}
-    known = {name: found for name in registry().names("source") if (found := _on_disk(name)) is not None}
-    if layout is not None and layout not in known:
-        registry().get("source", layout)  # unknown or broken, and why
-        raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
-    name = layout or next((name for name, found in known.items() if _claims(found, folder)), None)
-    if name is None:
-        near = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
-        right = next((other for other in near if any(_claims(found, other) for found in known.values())), None)
-        hint = "" if right is None else f"; did you mean {right}?"
-        raise CheckpointError(
-            f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "
-            f"checkpoint-10/adapter_model.safetensors{hint}"
-        )
-    source: CheckpointSource = registry().make("source", name, **fields)
-    return source
+    return folder, ()
+
+
+def _nothing(folder: Path, folders: Sequence[Path], known: dict[str, type[CheckpointSource]]) -> str:
+    """Why nothing could be opened, and where to look."""
+    if folders:
+        gone = next((path for path in folders if not path.is_dir()), None)
+        if gone is not None:
+            return f"{gone} is not a folder; list the folders of the checkpoints"
+        return f"none of the {len(folders)} folders holds an adapter or a model of a known layout ({', '.join(known)})"
+    near = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
+    right = next((other for other in near if any(_claims(found, other) for found in known.values())), None)
+    hint = "" if right is None else f"; did you mean {right}?"
+    return (
+        f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "
+        f"checkpoint-10/adapter_model.safetensors{hint}"
+    )
 
 
 def _on_disk(name: str) -> type[CheckpointSource] | None:
@@ -48,8 +88,11 @@ def _on_disk(name: str) -> type[CheckpointSource] | None:
     return source if "path" in source.config_class.model_fields else None
 
 
-def _claims(source: type[CheckpointSource], folder: Path) -> bool:
+def _claims(source: type[CheckpointSource], folder: Path, folders: Sequence[Path] = ()) -> bool:
+    detect: Any = source.detect
     try:
-        return source.detect(folder)
+        if not folders:
+            return bool(detect(folder))
+        return "folders" in source.config_class.model_fields and bool(detect(folder, folders))
     except Exception:  # anybody's code: it must not keep the other layouts from being found
         return False

@@ -14,3 +14,4 @@ def register_predictors(register: Register) -> None:
     register("next_predictors.relex:RelexPredictor", name="relex")
     register("next_predictors.ridge:RidgePredictor", name="ridge")
     register("next_predictors.next_mlp:NextMlpPredictor", name="next-mlp")
+    register("next_predictors.next_mlp_reduced:NextMlpReducedPredictor", name="next-mlp-reduced")

@@ -15,7 +15,8 @@ from next_core.history import History
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.lowrank import Factors, LowRank
 from next_core.sources.memory import MemorySource
-from next_predictors.next_mlp import Network, NextMlpConfig, NextMlpPredictor
+from next_predictors.component_networks import Network
+from next_predictors.next_mlp import NextMlpConfig, NextMlpPredictor
 
 SHAPES = {"0.down": (12, 24), "0.q": (16, 12), "1.down": (12, 24), "1.q": (16, 12)}
 OBSERVED = tuple(range(10, 160, 10))

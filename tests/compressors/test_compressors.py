@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import next_core.compressors.lanczos as lanczos
 from next_core.compressors.exact import ExactCompressor
+from next_core.compressors.lanczos import LanczosCompressor
 from next_core.errors import CheckpointError
 from next_core.lowrank import LowRank
 from next_core.plugins import make_compressor
@@ -76,22 +76,51 @@ def test_a_rank_that_leaves_nothing_out_is_the_full_svd() -> None:
 
 
 def test_what_lanczos_gets_wrong_is_found_out_and_done_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lanczos.svds
+    real = LanczosCompressor._eigenvectors
 
-    def off(a: Any, **fields: Any) -> Any:
-        u, s, vh = real(a, **fields)
-        u[:, 0] += 0.01
-        return u, s, vh
+    def off(self: LanczosCompressor, blocks: Any, scale: Tensor, k: int) -> Any:
+        squares, V = real(self, blocks, scale, k)  # type: ignore[misc]
+        V[:, 0] += 0.01
+        return squares, V
 
     delta = matrix(60, 50)
-    monkeypatch.setattr(lanczos, "svds", off)
+    monkeypatch.setattr(LanczosCompressor, "_eigenvectors", off)
     found = make_compressor("lanczos").compress([delta], 1)
     U, _, _ = torch.linalg.svd(delta, full_matrices=False)
     assert abs(float(found.U[0, :, 0].double() @ U[:, 0])) > 1 - 1e-9
 
-    def fails(a: Any, **fields: Any) -> Any:
-        raise lanczos.ArpackError(-1)
 
-    monkeypatch.setattr(lanczos, "svds", fails)
-    again = make_compressor("lanczos").compress([delta], 1)
-    torch.testing.assert_close(again.S, found.S)
+def test_what_has_not_settled_in_the_allowed_passes_is_done_in_full() -> None:
+    delta = matrix(60, 50)
+    assert make_compressor("lanczos", iterations=3).compress([delta], 1).nuclear is not None
+    assert make_compressor("lanczos").compress([delta], 1).nuclear is None
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-18, 1e18, 1e35])
+def test_tiny_and_huge_deltas_neither_vanish_nor_overflow(size: float) -> None:
+    delta = matrix(60, 50) * size
+    found = make_compressor("lanczos").compress([delta], 1)
+    torch.testing.assert_close(found.S[0], torch.linalg.svdvals(delta)[:1], rtol=1e-6, atol=0)
+
+
+def test_directions_hold_where_the_second_singular_value_is_close() -> None:
+    delta = matrix(300, 200, torch.tensor([1.0, 0.98, 0.9, 0.8, 0.7], dtype=torch.float64), noise=0.3)
+    U, _, Vh = torch.linalg.svd(delta, full_matrices=False)
+    found = make_compressor("lanczos").compress([delta.float()], 1)
+    assert 1 - abs(float(found.U[0, :, 0] @ U[:, 0])) < 1e-10
+    assert 1 - abs(float(found.V[0, :, 0] @ Vh[0])) < 1e-10
+
+
+def test_a_delta_of_low_rank_ends_the_search_early() -> None:
+    g = torch.Generator().manual_seed(0)
+    delta = torch.randn(60, 2, generator=g) @ torch.randn(2, 50, generator=g)
+    found = make_compressor("lanczos").compress([delta], 2)
+    torch.testing.assert_close(found.S[0], torch.linalg.svdvals(delta.double())[:2], rtol=1e-5, atol=0)
+
+
+def test_more_triplets_than_a_low_rank_delta_has_come_with_zeros() -> None:
+    delta = torch.zeros(60, 50, dtype=torch.float64)
+    delta[3, 4] = 2.0
+    found = make_compressor("lanczos").compress([delta], 3)
+    torch.testing.assert_close(found.S[0], torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64))
+    assert not found.U[0, :, 1:].any()

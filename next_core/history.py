@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from next_core import lowrank
+from next_core.cache import DeltaCache, how, spans_key
 from next_core.errors import CheckpointError, ConfigError
 from next_core.executor import Executor, Task
 from next_core.interfaces import CheckpointSource, Compressor, Progress, Span
@@ -39,6 +40,7 @@ class History:
         *,
         spectrum: bool = False,
         executor: Executor | None = None,
+        cache: DeltaCache | None = None,
     ) -> None:
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})")
@@ -55,6 +57,7 @@ class History:
         self._compressor = compressor if compressor is not None else make_compressor("exact")
         self._progress = progress
         self._executor = executor if executor is not None else Executor()
+        self._cache = cache
         self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
         self._components: dict[tuple[DeltaKind, int | None, bool], dict[str, Factors]] = {}
 
@@ -92,7 +95,13 @@ class History:
         """
         chosen = tuple(spans)
         if chosen not in self._grams:
-            self._grams[chosen] = self._map("inner products", InnerProducts(self.source, chosen))
+            key = self._key(chosen, "inner products")
+            found = None if self._cache is None else self._cache.load_tensors(key, self.names)
+            if found is None:
+                found = self._map("inner products", InnerProducts(self.source, chosen))
+                if self._cache is not None:
+                    self._cache.save_tensors(key, found)
+            self._grams[chosen] = found
         return self._grams[chosen]
 
     def _map(self, what: str, task: Task[Result]) -> dict[str, Result]:
@@ -143,14 +152,38 @@ class History:
         wanted = {kind: (kind, horizon if kind == "target" else None, False) for kind in kinds}
         spans = {key: self._spans(kind, key[1]) for kind, key in wanted.items() if key not in self._components}
         union = list(dict.fromkeys(span for some in spans.values() for span in some))
-        made: dict[str, Factors] = {}
-        if union:
-            task = Compress(self.source, self._compressor, tuple(union), self.rank, self.spectrum)
-            made = self._map("compress", task)
+        made = self._decompose(union) if union else {}
         where = {span: row for row, span in enumerate(union)}
         for key, some in spans.items():
             rows = [where[span] for span in some]
             self._components[key] = {name: _rows(factors, rows) for name, factors in made.items()} if rows else {}
+
+    def _decompose(self, spans: Sequence[Span]) -> dict[str, Factors]:
+        """The triplets of every matrix, one row a span; what the cache has is not computed again."""
+        keys = {span: self._key([span], *how(self._compressor, self.rank, self.spectrum)) for span in spans}
+        known = {span: found for span in spans if (found := self._cached(keys[span])) is not None}
+        todo = tuple(span for span in spans if span not in known)
+        made: dict[str, Factors] = {}
+        if todo:
+            made = self._map("compress", Compress(self.source, self._compressor, todo, self.rank, self.spectrum))
+        if self._cache is not None:
+            for row, span in enumerate(todo):
+                self._cache.save(keys[span], {name: _rows(found, [row]) for name, found in made.items()})
+        if not known:
+            return made
+        where = {span: row for row, span in enumerate(todo)}
+        return {
+            name: lowrank.concatenate_batches(
+                [known[span][name] if span in known else _rows(made[name], [where[span]]) for span in spans]
+            )
+            for name in self.names
+        }
+
+    def _cached(self, key: str | None) -> dict[str, Factors] | None:
+        return None if self._cache is None else self._cache.load(key, self.names)
+
+    def _key(self, spans: Sequence[Span], *more: object) -> str | None:
+        return None if self._cache is None else spans_key(self.source, spans, *more)
 
     def _find_frozen(self) -> dict[str, str]:
         newest = self.steps[-1]

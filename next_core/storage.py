@@ -193,19 +193,24 @@ def check_manifest(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace one file atomically."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write; on success it replaces ``path``, durably, else it is gone."""
     scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield scratch
+        _fsync(scratch)
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
     _fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace one file atomically."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def json_text(value: Any) -> str:

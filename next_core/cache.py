@@ -52,7 +52,7 @@ class DeltaCache:
 
     def save(self, key: str | None, made: Mapping[str, Factors]) -> None:
         """Keep triplets of leading dimension 1."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, found in made.items():
             # Transposed, as they are made: the long side is contiguous.
             values = (found.U.mT, found.S, found.V.mT, found.energy, found.nuclear)

@@ -32,6 +32,9 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: called by long steps so that somebody can show it."""
 
 
+Needs = Literal["global", "local", "target", "gram", "metrics"]
+
+
 class PluginConfig(BaseModel):
     """Base of every plug-in's settings: immutable; an unknown key or a number that is not finite is an error."""
 
@@ -46,6 +49,21 @@ class Plugin(ABC):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         self.config: Any = config if config is not None else self.config_class()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of matrix products, and bytes that go to or from memory and disk."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> Work:
+        """So many times as much."""
+        return Work(self.flops * count, self.bytes * count)
 
 
 @dataclass(frozen=True)
@@ -208,8 +226,8 @@ class Prediction:
 class TrajectoryPredictor(Plugin):
     """Fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
 
-    requires: ClassVar[frozenset[Literal["factors", "gram", "metrics"]]] = frozenset()
-    """What it reads of a history; ``factors`` are the rank-k components."""
+    requires: ClassVar[frozenset[Needs]] = frozenset()
+    """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
     shares: ClassVar[bool] = False
     """Whether matrices learn from one another (one network for all) or each stands alone."""
     progress: Progress | None = None
@@ -220,6 +238,10 @@ class TrajectoryPredictor(Plugin):
         Asked before a run begins, so that a schedule on which a predictor can never act is refused at once.
         """
         return None
+
+    def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
+        """What fitting takes once the deltas are decomposed, for ``next-core plan``; next to nothing by default."""
+        return Work()
 
     @abstractmethod
     def fit(self, history: History) -> Self:
@@ -313,6 +335,7 @@ __all__ = [
     "Compressor",
     "LoraFactors",
     "LowRankUpdate",
+    "Needs",
     "Parameter",
     "Plugin",
     "PluginConfig",
@@ -324,4 +347,5 @@ __all__ = [
     "TrajectoryPredictor",
     "Update",
     "WeightApplier",
+    "Work",
 ]

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, TypeVar, get_args
+from typing import ClassVar, Self, TypeVar, get_args
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from next_core.interfaces import (
     Anchor,
     CoefficientUpdate,
     LowRankUpdate,
+    Needs,
     PluginConfig,
     Prediction,
     Space,
@@ -30,7 +31,6 @@ from next_core.interfaces import (
     Update,
 )
 
-Needs = Literal["factors", "gram", "metrics"]
 Config = TypeVar("Config", bound=PluginConfig)
 
 

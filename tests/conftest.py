@@ -25,6 +25,12 @@ def noise(seed: str, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(zlib.crc32(seed.encode())))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads what another one kept, nor the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @dataclass
 class LoraRun:
     """Checkpoints of a LoRA run, and by step what PEFT itself says each matrix had moved by."""

@@ -7,6 +7,26 @@ from typing import Annotated
 
 import typer
 
+from next_core.cli.options import (
+    AllowPickle,
+    Applier,
+    Backbone,
+    CacheFolder,
+    Checkpoints,
+    Compression,
+    ExecutorName,
+    Json,
+    Layout,
+    NoCache,
+    Predictor,
+    Rank,
+    Run,
+    Set,
+    SetApplier,
+    SkipDamaged,
+    Workers,
+)
+
 EXIT_CODES = "Exit codes: 0 done, 2 config, 3 checkpoint, 4 guard (with --strict), 5 plug-in, 6 backend."
 
 app = typer.Typer(
@@ -18,11 +38,6 @@ app = typer.Typer(
     "jump, and let the trainer go on.",
     epilog=EXIT_CODES,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the plug-in, e.g. gate.window=25")
-]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -45,20 +60,27 @@ def run(
 
 @app.command(epilog=EXIT_CODES)
 def extrapolate(
-    checkpoints: Annotated[Path, typer.Option(help="Folder that holds checkpoint-N or step-N folders")],
+    checkpoints: Checkpoints,
     out: Annotated[Path, typer.Option(help="Where the extrapolated weights go; must not exist")],
     horizon: Annotated[int, typer.Option(help="RL steps past the newest checkpoint")],
-    predictor: Annotated[str, typer.Option(help="A predictor's name; see `next-core plugins`")] = "secant",
-    backbone: Annotated[Path | None, typer.Option(help="The base model's folder")] = None,
+    predictor: Predictor = "secant",
+    backbone: Backbone = None,
     alpha: Annotated[float, typer.Option(help="Scale of the jump")] = 1.0,
-    rank: Annotated[int, typer.Option(help="Rank k of the factors the predictor reads")] = 1,
-    applier: Annotated[str, typer.Option(help="peft-adapter or merged-model")] = "peft-adapter",
-    set_: Set = None,
-    set_applier: Annotated[
-        list[str] | None,
-        typer.Option("--set-applier", metavar="KEY=VALUE", help="A field of the applier, e.g. rank=16"),
+    alphas: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Write one folder for each of these scales into --out")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="Force a checkpoint layout by its source's name")] = None,
+    rank: Rank = 1,
+    applier: Applier = "peft-adapter",
+    set_: Set = None,
+    set_applier: SetApplier = None,
+    layout: Layout = None,
+    skip_damaged: SkipDamaged = False,
+    allow_pickle: AllowPickle = False,
+    compressor: Compression = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    executor: ExecutorName = "local",
+    workers: Workers = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict and report; write nothing")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 when a matrix abstains")] = False,
     json: Json = False,
@@ -67,19 +89,115 @@ def extrapolate(
     from next_core.cli.extrapolate import extrapolate_command
 
     extrapolate_command(
-        checkpoints,
+        Run(
+            checkpoints,
+            backbone,
+            layout,
+            skip_damaged=skip_damaged,
+            allow_pickle=allow_pickle,
+            compressor=compressor,
+            cache=cache,
+            no_cache=no_cache,
+            executor=executor,
+            workers=workers,
+        ),
         out,
         horizon=horizon,
         predictor=predictor,
-        backbone=backbone,
         alpha=alpha,
+        alphas=alphas,
         rank=rank,
         applier=applier,
         fields=set_ or [],
         applier_fields=set_applier or [],
-        layout=layout,
         dry_run=dry_run,
         strict=strict,
+        as_json=json,
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def analyze(
+    checkpoints: Checkpoints,
+    backbone: Backbone = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="RL steps ahead of the out-of-sample figures; default: a few intervals")
+    ] = None,
+    by: Annotated[str, typer.Option(help="What the table's rows are: layer, kind or matrix")] = "kind",
+    spectrum: Annotated[
+        bool | None, typer.Option("--spectrum/--no-spectrum", help="Take all singular values; default: for LoRA only")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=2, help="Random walks drawn for each null")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks")] = 0,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder (extra `report`)")] = None,
+    layout: Layout = None,
+    skip_damaged: SkipDamaged = False,
+    allow_pickle: AllowPickle = False,
+    compressor: Compression = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    executor: ExecutorName = "local",
+    workers: Workers = 1,
+    json: Json = False,
+) -> None:
+    """Measure how a run's weights move, each figure beside that of a random walk."""
+    from next_core.cli.analyze import analyze_command
+
+    analyze_command(
+        Run(
+            checkpoints,
+            backbone,
+            layout,
+            skip_damaged=skip_damaged,
+            allow_pickle=allow_pickle,
+            compressor=compressor,
+            cache=cache,
+            no_cache=no_cache,
+            executor=executor,
+            workers=workers,
+        ),
+        horizon=horizon,
+        by=by,
+        spectrum=spectrum,
+        draws=draws,
+        seed=seed,
+        plots=plots,
+        as_json=json,
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML file; or name recorded --checkpoints")] = None,
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a run's checkpoints, or several folders of checkpoints")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the result would go")] = Path("runs/run"),
+    horizon: Annotated[int | None, typer.Option(help="RL steps past the newest checkpoint")] = None,
+    predictor: Predictor = "secant",
+    backbone: Backbone = None,
+    rank: Rank = 1,
+    applier: Applier = "peft-adapter",
+    set_: Set = None,
+    set_applier: SetApplier = None,
+    layout: Layout = None,
+    skip_damaged: SkipDamaged = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+) -> None:
+    """Say what a run or an extrapolation would read, compute and write, with memory, disk and time; do nothing."""
+    from next_core.cli.plan import plan_command
+
+    plan_command(
+        config,
+        Run(checkpoints or [], backbone, layout, skip_damaged=skip_damaged, allow_pickle=allow_pickle),
+        out,
+        horizon=horizon,
+        predictor=predictor,
+        rank=rank,
+        applier=applier,
+        fields=set_ or [],
+        applier_fields=set_applier or [],
         as_json=json,
     )
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +16,6 @@ from next_core.cli.progress import Bars
 from next_core.storage import json_text
 
 if TYPE_CHECKING:
-    from next_core.config import RunConfig
     from next_core.cycle.run import RunResult
 
 
@@ -30,11 +29,10 @@ def run_command(
     config = load_config(path)
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
     if dry_run:
-        plan = _plan(config, out)
-        for key, value in plan.items():
-            console.print(f"{key:<14} {value}")
-        if as_json:
-            print(json_text(plan))
+        from next_core.cli.plan import show_plan
+        from next_core.planning import plan_run
+
+        show_plan(plan_run(config, out), as_json=as_json)
         return
     _quiet_libraries()
     from next_core.cycle.run import run
@@ -44,22 +42,6 @@ def run_command(
     show(result, console)
     if as_json:
         print(json_text(result.as_dict()))
-
-
-def _plan(config: RunConfig, out: Path) -> dict[str, Any]:
-    steps = config.schedule.attempt_steps(config.steps)
-    allowed = steps if config.schedule.limit == float("inf") else steps[: int(config.schedule.limit)]
-    return {
-        "steps": config.steps,
-        "backend": config.backend.name,
-        "algorithm": config.training.algorithm,
-        "predictor": config.predictor.name,
-        "jumps after": allowed,
-        "checkpoints": config.steps // config.schedule.every,
-        "roll-outs": config.steps * config.training.prompts_per_step * config.training.generations,
-        "control": config.control,
-        "out": str(out),
-    }
 
 
 def show(result: RunResult, console: Console) -> None:

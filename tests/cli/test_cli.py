@@ -317,7 +317,8 @@ def test_a_dry_run_of_a_config_prints_the_plan_and_trains_nothing(
 ) -> None:
     outcome = cli("run", config, "--out", tmp_path / "run", "--dry-run", "--json")
     assert outcome.code == 0
-    assert facts(outcome)["jumps after"] == [50]
+    assert facts(outcome)["compute"]["jumps after"] == [50]
+    assert "the sizes of the model are not known" in outcome.err
     assert not (tmp_path / "run").exists()
 
 

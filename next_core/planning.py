@@ -22,8 +22,10 @@ from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Parameter, Span, TrajectoryPredictor, Work
 from next_core.sources.hf_model import ModelFiles
 
-_ITERATIONS = 30
+_ITERATIONS = 20
 """Lanczos iterations that a core, or a dense delta, takes as a rule."""
+_SMALL = 3
+"""Products of small matrices take so many times what their bytes would."""
 _LIBRARIES = 350 * 2**20
 """What torch and the rest take before any work."""
 
@@ -38,9 +40,9 @@ class Rates:
     @classmethod
     def measure(cls) -> Rates:
         thin = torch.ones(4096, 64, dtype=torch.float64)
-        large = torch.ones(2**22)
+        large, copy = torch.ones(2**24), torch.ones(2**24)
         flops = 2 * 4096 * 64 * 64 / _fastest(lambda: thin.T @ thin)
-        return cls(flops, 2 * large.nbytes / _fastest(lambda: large.clone()))
+        return cls(flops, 2 * large.nbytes / _fastest(lambda: copy.copy_(large)))
 
     def seconds(self, work: Work) -> float:
         return work.flops / self.flops + work.bytes / self.bytes
@@ -197,13 +199,13 @@ def compress_work(parameter: Parameter, spans: Sequence[Span], rank: int, itemsi
     if not spans:
         return Work()
     if r is None:
-        passes = Work(4.0 * m * n * rank, 4.0 * m * n).times(_ITERATIONS)
+        passes = Work(bytes=4.0 * m * n).times(_ITERATIONS)  # memory is what they wait for
         return (passes + Work(bytes=(2 * itemsize + 12.0) * m * n)).times(len(spans))
     steps = {step for span in spans for step in span if step is not None}
     blocks = {(t, t) for t in steps} | {span for span in spans if span[1] is not None}
     products = Work(2.0 * r * r * (m + n)).times(len(blocks))
     triplets = Work(2.0 * 2 * r * rank * (m + n)).times(len(spans))
-    cores = Work(_ITERATIONS * 2 * 2.0 * (2 * r) ** 2, _ITERATIONS * 2 * 8.0 * (2 * r) ** 2).times(len(spans))
+    cores = Work(bytes=_SMALL * _ITERATIONS * 2 * 8.0 * (2 * r) ** 2).times(len(spans))
     return products + triplets + cores + Work(bytes=(itemsize + 16.0) * r * (m + n)).times(len(steps))
 
 

@@ -15,7 +15,7 @@ from next_core.sources.jumps import (
     jump_folders,
     jump_records,
 )
-from next_core.sources.layouts import LAYOUTS, find_step_folders
+from next_core.sources.layouts import LAYOUTS
 from next_core.sources.metrics import METRICS, metrics_at, read_metrics
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "Shift",
     "Shifts",
     "TensorCache",
-    "find_step_folders",
     "jump_folders",
     "jump_records",
     "metrics_at",

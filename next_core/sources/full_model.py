@@ -11,6 +11,7 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, Parameter
+from next_core.sources.deepspeed import reader
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, holds
 from next_core.sources.mismatch import mismatch
@@ -34,7 +35,8 @@ class FullModelSource(CheckpointSource):
         """The head's name, where it is one parameter with the embedding that it maps to."""
         allow = config.allow_pickle
         self._backbone = ModelFiles(config.backbone, allow) if config.backbone is not None else None
-        self._run = RunFolder(config, lambda folder, _: ModelFiles(folder, allow))
+        through = reader(config.masters, allow)
+        self._run = RunFolder(config, lambda folder, step: ModelFiles(folder, allow, through(folder, step)))
         self._shifts = self._run.shifts
         self.refresh()
 
@@ -81,11 +83,8 @@ class FullModelSource(CheckpointSource):
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         skipped = self.skipped
-        return tuple(
-            Parameter(name, (shape[0], shape[1]))
-            for name, shape in sorted(self._shapes().items())
-            if name not in skipped
-        )
+        shapes = {name: shape for name, shape in sorted(self._shapes().items()) if name not in skipped}
+        return tuple(Parameter(name, (rows, columns)) for name, (rows, columns) in shapes.items())
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -120,7 +119,7 @@ class FullModelSource(CheckpointSource):
         return torch.float32 if newest is None else newest.dtype(name)
 
     def stored_precision(self, name: str, step: int | None) -> torch.dtype:
-        """The precision a parameter is stored in at a step, or in the backbone (None)."""
+        """The precision a parameter is stored in at a step, or where RL began (None)."""
         return self.model(step).dtype(name)
 
     def fingerprint(self, step: int | None) -> str:
@@ -134,10 +133,10 @@ class FullModelSource(CheckpointSource):
         return value
 
     def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
-        return self.weight(name, step, rows).double() - self.weight(name, since, rows).double()
+        return self.weight(name, step, rows).double() - self.weight(name, since, rows)
 
     def delta(self, name: str, step: int, since: int | None = None) -> Tensor:
-        return self.weight(name, step).double() - self.weight(name, since).double()
+        return self.weight(name, step).double() - self.weight(name, since)
 
     def stored(self, key: str, step: int) -> Tensor:
         """One matrix of a checkpoint, with the jump made right after it."""
@@ -147,7 +146,7 @@ class FullModelSource(CheckpointSource):
         return value
 
     def position(self, name: str, step: int) -> Tensor:
-        return self.weight(name, step).double() - self.model(None).read(name).double()
+        return self.weight(name, step).double() - self.model(None).read(name)
 
     def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         return self._run.metrics(step, since)

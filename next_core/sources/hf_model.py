@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,14 @@ MODEL_CONFIG = "config.json"
 
 
 class ModelFiles:
-    """Names, shapes and tensors of a model folder. Pickles (``pytorch_model.bin``) only where they are allowed."""
+    """Names, shapes and tensors of a model folder. Pickles (``pytorch_model.bin``) only where they are allowed.
 
-    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+    ``through`` may stand something in the place of each file that is opened.
+    """
+
+    def __init__(
+        self, folder: Path, allow_pickle: bool = False, through: Callable[[TensorFile], TensorFile] = lambda file: file
+    ) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise CheckpointError(f"the model folder {folder} does not exist")
@@ -33,7 +38,7 @@ class ModelFiles:
         if names[0] in (INDEX, PICKLE_INDEX):
             index = _index(folder / names[0])
         self.files: list[TensorFile] = [
-            open_tensors(folder / name, allow_pickle) for name in sorted(set(index.values())) or names[:1]
+            through(open_tensors(folder / name, allow_pickle)) for name in sorted(set(index.values())) or names[:1]
         ]
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
         by_name = {file.path.name: file for file in self.files}
@@ -41,7 +46,8 @@ class ModelFiles:
             if key not in by_name[name].shapes:
                 have = f"; {self._where[key][0].path.name} has it" if key in self._where else ""
                 raise CheckpointError(
-                    f"{folder / name} has no '{key}', which the index says it has{have}; remove or restore this checkpoint"
+                    f"{folder / name} has no '{key}', which the index says it has{have}; "
+                    "remove or restore this checkpoint"
                 )
         if index:
             self._where = {key: (by_name[name], key) for key, name in index.items()}
@@ -64,7 +70,7 @@ class ModelFiles:
 
     def settled_by(self) -> list[Path]:
         """The files that decide the weights."""
-        return [file.path for file in self.files]
+        return [path for file in self.files for path in file.settled_by()]
 
     def _stored(self, name: str) -> tuple[TensorFile, str]:
         if name not in self._where:

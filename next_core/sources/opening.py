@@ -19,12 +19,14 @@ def open_checkpoints(
     *,
     skip_damaged: bool = False,
     allow_pickle: bool = False,
+    masters: bool = False,
 ) -> CheckpointSource:
     """The source of a run's checkpoints; the layout is detected, or named by ``layout`` (a source's name).
 
     ``path`` is the folder that holds them, a cache of the Hugging Face Hub, or a list of the checkpoints' own folders
     with steps in their names. ``skip_damaged`` goes on without damaged ones and says so in the source's ``notes``;
-    ``allow_pickle`` reads ``.bin`` files too, tensors only.
+    ``allow_pickle`` reads ``.bin`` files too, tensors only; ``masters`` takes the fp32 weights from DeepSpeed's
+    optimizer states instead of the stored ones (needs DeepSpeed and ``allow_pickle``, as these pickles can run code).
 
     Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout,
     ``ConfigError`` for a setting that the layout's source does not have.
@@ -34,6 +36,7 @@ def open_checkpoints(
     fields |= {"folders": folders} if folders else {}
     fields |= {"skip_damaged": True} if skip_damaged else {}
     fields |= {"allow_pickle": True} if allow_pickle else {}
+    fields |= {"masters": True} if masters else {}
     known = {name: found for name in registry().names("source") if (found := _on_disk(name)) is not None}
     if layout is not None and layout not in known:
         registry().get("source", layout)  # unknown or broken, and why

@@ -1,4 +1,4 @@
-"""LoRA adapter checkpoints in PEFT's format, as trainers and this project write them: deltas straight from the factors."""
+"""LoRA adapter checkpoints in PEFT's format, whichever trainer wrote them: deltas straight from the factors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from next_core.interfaces import CheckpointSource, LoraFactors, Parameter
 from next_core.lowrank import LowRank
 from next_core.sources.adapter_files import CONFIG_FILE, KEY, WEIGHTS_FILE, AdapterFiles
 from next_core.sources.cache import TensorCache
+from next_core.sources.deepspeed import reader
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.jumps import JUMPS, Shift, jump_folders
 from next_core.sources.layouts import ADAPTER_FILES, holds
@@ -44,7 +45,8 @@ class PeftAdapterSource(CheckpointSource):
 
     def __init__(self, config: PeftAdapterSourceConfig) -> None:
         super().__init__(config)
-        self._run = RunFolder(config, lambda folder, _: AdapterFiles(folder, config.allow_pickle))
+        allow, through = config.allow_pickle, reader(config.masters, config.allow_pickle)
+        self._run = RunFolder(config, lambda folder, step: AdapterFiles(folder, allow, through(folder, step)))
         self._shifts = self._run.shifts
         self._first: AdapterFiles | None = None
         self._cache = TensorCache()

@@ -14,7 +14,8 @@ from torch import Tensor
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.interfaces import LoraFactors
-from next_core.sources.folders import Shift, TensorCache
+from next_core.sources.cache import TensorCache
+from next_core.sources.jumps import Shift
 from next_core.sources.peft_adapter import PeftAdapterSource
 from tests.conftest import STEPS, LoraRun, noise
 

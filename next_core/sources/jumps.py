@@ -1,0 +1,115 @@
+"""The jumps of a run folder, counted into the checkpoints before them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.sources.cache import TensorCache
+from next_core.sources.files import SafetensorsFile, read_json
+
+CHECKPOINTS = "checkpoints"
+JUMPS = "jumps"
+JUMP_RECORD = "jump.json"
+UNDONE = "undone.json"
+SHIFT_FILE = "shift.safetensors"
+
+
+class Shifts:
+    """The jumps of a run folder (``jumps/`` beside ``checkpoints/``), counted into the checkpoints before them.
+
+    A jump made after step N moves every checkpoint up to N by as much: deltas between checkpoints then show what RL
+    did, and not what a jump did. A jump that lives in an adapter of its own has nothing to shift. Where a jump was
+    undone some steps later, the history starts anew at ``start``.
+    """
+
+    def __init__(self, checkpoints: Path) -> None:
+        # A trainer's own folder holds weights from after each jump, and brings its jump adapters along.
+        self.ours = checkpoints.name == CHECKPOINTS
+        self.start = 0
+        self._root = checkpoints.parent / JUMPS
+        self._cache = TensorCache()
+        self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # a number can be used again after a rollback
+
+    def refresh(self) -> None:
+        """Take in jumps that were made, and forget those that were rolled back."""
+        if not self.ours:
+            return
+        self.start = max((undone for _, _, undone in jump_records(self._root) if undone is not None), default=0)
+        present = {}
+        for path, record in jump_folders(self._root):
+            if (path / SHIFT_FILE).exists():
+                present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
+        for key, (step, file) in present.items():
+            if key not in self._shifts:
+                self._shifts[key] = step, Shift(file, self._cache)
+        self._shifts = {key: self._shifts[key] for key in present}
+
+    def made_after(self, step: int) -> list[Shift]:
+        """The shifts of the jumps made right after a step, undone later or not."""
+        records = jump_records(self._root) if self.ours else []
+        found = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
+        return [Shift(path, TensorCache()) for path in found if path.exists()]
+
+    def since(self, step: int) -> tuple[Shift, ...]:
+        """The shifts of the jumps made at or after a step, in order."""
+        return tuple(shift for jumped, shift in self._shifts.values() if step <= jumped)
+
+
+_SHIFTS = itertools.count()
+
+
+class Shift:
+    """What one jump moved each stored tensor by, read on demand."""
+
+    def __init__(self, path: Path, cache: TensorCache) -> None:
+        self.path = path
+        self._file = SafetensorsFile(path)
+        self._cache = cache
+        self._number = next(_SHIFTS)  # an id() comes back once its object is gone, and a folder's name after a rollback
+
+    def added(self, value: Tensor, key: str, rows: slice | None = None) -> Tensor:
+        """A stored tensor, or some rows of one, with the jump in it; the same where the jump left it alone."""
+        if key not in self._file.shapes:
+            return value
+        shape = self._file.shapes[key]
+        if shape[1:] != tuple(value.shape[1:]) or (rows is None and shape[0] != value.shape[0]):
+            raise CheckpointError(
+                f"{self._file.path}: '{key}' is {shape} but the checkpoints have {tuple(value.shape)}; these are jumps "
+                "of another run"
+            )
+        if rows is not None:
+            return value + self._file.read(key, rows)
+        where = key, self._number
+        cached = self._cache.get(where)
+        if cached is None:
+            cached = (self._file.read(key),)
+            self._cache.put(where, cached)
+        return value + cached[0]
+
+
+def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The jumps that stand, in order: their folders and records."""
+    return [(path, record) for path, record, undone in jump_records(root) if undone is None]
+
+
+def jump_records(root: Path) -> list[tuple[Path, dict[str, Any], int | None]]:
+    """The folders under ``jumps/``, in order, with their records, and the step at which one was undone."""
+    if not root.is_dir():
+        return []
+    paths = sorted(path for path in root.iterdir() if path.name.isdigit())
+    return [
+        (path, _record(path / JUMP_RECORD), _record(path / UNDONE)["step"] if (path / UNDONE).exists() else None)
+        for path in paths
+    ]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record.get("step"), int):
+        raise CheckpointError(f"{path} names no step; restore it, or remove {path.parent}")
+    return record

@@ -1,0 +1,27 @@
+"""Words for a checkpoint that does not fit the others of its run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+
+def mismatch(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], first: str) -> str | None:
+    """What is different in ``theirs`` (names to shapes), against the checkpoint called ``first``; None for nothing."""
+    missing, new = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing and new:
+        renamed = next((name for name in missing if ours[name] in [theirs[other] for other in new]), missing[0])
+        fitting = [name for name in new if theirs[name] == ours[renamed]] or new
+        now = max(fitting, key=lambda name: difflib.SequenceMatcher(None, renamed, name, autojunk=False).ratio())
+        return (
+            f"'{renamed}' of {first} is missing and '{now}' is new (of {len(missing)} missing, {len(new)} new); did "
+            "training rename its parameters? Extrapolate only checkpoints of one naming"
+        )
+    if missing:
+        return f"'{missing[0]}' is missing, which {first} has ({len(missing)} in all); restore this checkpoint"
+    if new:
+        return f"'{new[0]}' is new, {first} does not have it ({len(new)} in all); are these checkpoints of one run?"
+    for name, shape in ours.items():
+        if theirs[name] != shape:
+            return f"'{name}' is {theirs[name]} but {shape} in {first}; these are checkpoints of different runs"
+    return None

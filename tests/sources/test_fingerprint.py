@@ -1,0 +1,143 @@
+"""A digest of all that decides the weights at a step: it follows the content, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from next_core import open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.interfaces import CheckpointSource
+from next_core.sources import run_folder
+from next_core.sources.run_folder import file_digest
+from next_core.storage import sha256
+from tests.conftest import LoraRun
+from tests.sources.models import adapter, model
+
+
+def prints(source: CheckpointSource, *steps: int | None) -> list[str | None]:
+    return [source.fingerprint(step) for step in steps]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def full(root: Path) -> CheckpointSource:
+    for step in (10, 20):
+        model(root / "run" / f"checkpoint-{step}", step)
+    model(root / "base", 0)
+    return open_checkpoints(root / "run", backbone=root / "base")
+
+
+def lora(root: Path) -> CheckpointSource:
+    for step in (10, 20):
+        adapter(root / "run" / f"checkpoint-{step}", step)
+    return open_checkpoints(root / "run")
+
+
+@pytest.mark.parametrize("make", [full, lora])
+def test_it_is_of_the_content_and_not_of_the_place(tmp_path: Path, make: type) -> None:
+    first = prints(make(tmp_path / "a"), 10, 20, None)
+    assert len(set(first)) == 3
+    assert prints(make(tmp_path / "b"), 10, 20, None) == first
+    shutil.move(tmp_path / "a" / "run" / "checkpoint-20", tmp_path / "a" / "run" / "checkpoint-25")
+    base = tmp_path / "a" / "base"
+    assert prints(open_checkpoints(tmp_path / "a" / "run", base if base.exists() else None), 10, 25, None) == first
+
+
+@pytest.mark.parametrize("make", [full, lora])
+@pytest.mark.parametrize("at", [-1, -17])
+def test_any_byte_of_the_weights_changes_that_step_alone(tmp_path: Path, make: type, at: int) -> None:
+    source = make(tmp_path)
+    before = prints(source, 10, 20, None)
+    for _ in range(3):
+        flip(next((tmp_path / "run" / "checkpoint-20").glob("*.safetensors")), at)
+        after = prints(source, 10, 20, None)
+        assert (after[0] == before[0], after[1] == before[1], after[2] == before[2]) == (True, False, True)
+        before = after
+
+
+def test_the_scaling_counts(tmp_path: Path) -> None:
+    before = prints(lora(tmp_path), 10, 20)
+    path = tmp_path / "run" / "checkpoint-20" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
+    after = prints(open_checkpoints(tmp_path / "run"), 10, 20)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_where_rl_began_is_the_backbone_or_step_0(tmp_path: Path) -> None:
+    source = full(tmp_path)
+    began = source.fingerprint(None)
+    shutil.copytree(tmp_path / "base", tmp_path / "run" / "checkpoint-0")
+    alone = open_checkpoints(tmp_path / "run")
+    assert alone.fingerprint(None) == alone.fingerprint(0) == began
+    shutil.rmtree(tmp_path / "run" / "checkpoint-0")
+    with pytest.raises(CheckpointError, match="has no backbone"):
+        open_checkpoints(tmp_path / "run").fingerprint(None)
+    with pytest.raises(CheckpointError, match="has no step 15"):
+        source.fingerprint(15)
+
+
+def test_where_an_adapter_began_is_step_0_if_it_was_kept(tmp_path: Path) -> None:
+    without = lora(tmp_path).fingerprint(None)
+    adapter(tmp_path / "run" / "checkpoint-0", 0)
+    source = open_checkpoints(tmp_path / "run")
+    assert source.fingerprint(None) == source.fingerprint(0) != without
+    with pytest.raises(CheckpointError, match="step 15 was not observed"):
+        source.fingerprint(15)
+
+
+def test_the_jumps_since_a_step_count(own_lora_run: LoraRun) -> None:
+    def now() -> list[str | None]:
+        return prints(open_checkpoints(own_lora_run.path), 0, 30, 40, None)
+
+    plain = now()
+    folder = own_lora_run.path.parent / "jumps" / "0001"
+    folder.mkdir(parents=True)
+    (folder / "jump.json").write_text('{"step": 30, "adapter": null}')
+    seen = [plain]
+    for value in (1.0, 2.0):
+        save_file({"x": torch.full((2,), value)}, folder / "shift.safetensors")
+        jumped = now()
+        assert jumped[2] == plain[2]
+        assert all(one != other for before in seen for one, other in zip(jumped[:2], before[:2], strict=True))
+        assert jumped[3] == jumped[0]
+        seen.append(jumped)
+    (folder / "undone.json").write_text('{"step": 30}')
+    assert now() == plain
+
+
+def test_a_file_is_hashed_once_while_it_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, hashed = tmp_path / "x", []
+
+    def counted(one: Path) -> str:
+        hashed.append(one)
+        return sha256(one)
+
+    monkeypatch.setattr(run_folder, "sha256", counted)
+    path.write_bytes(b"old")
+    os.utime(path, (10, 10))
+    assert file_digest(path) == file_digest(path) == sha256(path)
+    assert len(hashed) == 1
+    path.write_bytes(b"new")
+    os.utime(path, (11, 11))
+    assert file_digest(path) == sha256(path)
+    now = time.time()
+    for content in (b"one", b"two"):  # written twice within one tick of the file system's clock
+        path.write_bytes(content)
+        os.utime(path, (now, now))
+        assert file_digest(path) == sha256(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"x is gone since it was opened"):
+        file_digest(path)

@@ -1,0 +1,108 @@
+"""Tied output heads: one parameter, whichever of its names a writer stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from next_core import open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.sources.full_model import FullModelSource
+from tests.sources.models import model
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+NOTE = f"{HEAD} and {EMBEDDING} are one parameter, read once as {EMBEDDING}"
+
+
+def save(root: Path, step: int, *stored: str, tied: bool | None = None, head: float | None = None) -> Path:
+    values = dict.fromkeys(stored, float(step)) | ({HEAD: head} if head is not None else {})
+    folder = model(root / f"checkpoint-{step}", step, **{k: torch.full((4, 2), v) for k, v in values.items()})
+    if tied is not None:
+        (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    return folder
+
+
+def opened(root: Path) -> FullModelSource:
+    source = open_checkpoints(root)
+    assert isinstance(source, FullModelSource)
+    return source
+
+
+@pytest.mark.parametrize("declared", [None, True])
+def test_writers_that_differ_are_one_run(tmp_path: Path, declared: bool | None) -> None:
+    save(tmp_path, 10, EMBEDDING, tied=declared)
+    save(tmp_path, 20, EMBEDDING, HEAD, tied=declared)
+    save(tmp_path, 30, HEAD, tied=declared)
+    source = opened(tmp_path)
+    assert [p.name for p in source.parameters] == [EMBEDDING, "w.weight"]
+    assert source.tied == {HEAD: EMBEDDING}
+    assert source.notes == [NOTE]
+    for later, earlier in ((20, 10), (30, 20), (30, 10)):
+        for name in (EMBEDDING, HEAD):
+            assert torch.equal(source.delta(name, later, earlier), torch.full((4, 2), later - earlier).double())
+
+
+def test_both_stored_everywhere_are_one_where_the_config_says_so(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step, EMBEDDING, HEAD, tied=True)
+    assert [p.name for p in opened(tmp_path).parameters] == [EMBEDDING, "w.weight"]
+
+
+@pytest.mark.parametrize("declared", [None, False])
+def test_both_stored_everywhere_are_two_where_it_does_not(tmp_path: Path, declared: bool | None) -> None:
+    for step in (10, 20):
+        save(tmp_path, step, EMBEDDING, HEAD, tied=declared)
+    source = opened(tmp_path)
+    assert [p.name for p in source.parameters] == [HEAD, EMBEDDING, "w.weight"]
+    assert source.tied == {}
+    assert source.notes == []
+
+
+def test_an_untied_head_that_is_missing_is_missing(tmp_path: Path) -> None:
+    save(tmp_path, 10, EMBEDDING, HEAD, tied=False)
+    save(tmp_path, 20, EMBEDDING, tied=False)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-20: '{HEAD}' is missing, which step 10 has"):
+        opened(tmp_path)
+
+
+def test_a_declared_tie_of_two_that_differ_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10, EMBEDDING, HEAD, tied=True)
+    save(tmp_path, 20, EMBEDDING, tied=True, head=21.0)
+    words = rf"checkpoint-20: '{HEAD}' and '{EMBEDDING}' differ, but config\.json says tie_word_embeddings"
+    with pytest.raises(CheckpointError, match=words):
+        opened(tmp_path)
+
+
+def test_a_head_that_differs_and_is_elsewhere_missing_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10, EMBEDDING)
+    save(tmp_path, 20, EMBEDDING, head=21.0)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-20: .* differ, but other checkpoints store only one of them"
+    ):
+        opened(tmp_path)
+
+
+def test_a_backbone_may_store_the_other_name(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", 0, HEAD)
+    save(tmp_path / "run", 10, EMBEDDING)
+    source = open_checkpoints(tmp_path / "run", backbone=base)
+    assert torch.equal(torch.as_tensor(source.delta(EMBEDDING, 10)), torch.full((4, 2), 10.0).double())
+
+
+def test_the_tie_of_a_model_with_its_text_part_inside_is_found(tmp_path: Path) -> None:
+    for step in (10, 20):
+        folder = save(tmp_path, step, EMBEDDING, HEAD)
+        (folder / "config.json").write_text(json.dumps({"text_config": {"tie_word_embeddings": True}}))
+    assert opened(tmp_path).tied == {HEAD: EMBEDDING}
+
+
+def test_a_tie_stays_when_later_checkpoints_store_both(tmp_path: Path) -> None:
+    save(tmp_path, 10, EMBEDDING, tied=True)
+    source = opened(tmp_path)
+    save(tmp_path, 20, EMBEDDING, HEAD, tied=True)
+    source.refresh()
+    assert [p.name for p in source.parameters] == [EMBEDDING, "w.weight"]
+    assert source.steps == (10, 20)

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint setup clean help
+.PHONY: quickstart test bench-speed lint setup clean help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run b
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
+
+bench-speed: $(STAMP)  ## Measure every stage of docs/speed.md and write its table (half an hour, 15 GB of scratch)
+	$(BIN)/python -m benchmarks.speed all
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

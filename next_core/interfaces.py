@@ -113,6 +113,11 @@ class CheckpointSource(Plugin):
         return {}
 
     @property
+    def naming(self) -> str:
+        """How the folders of the steps are named, with N for the step; empty for what is not in folders."""
+        return ""
+
+    @property
     def notes(self) -> Sequence[str]:
         """What a user should know of the folder: steps that are missing, damaged folders that were left out, ..."""
         return ()

@@ -17,6 +17,7 @@ from next_core.cli.options import (
     ExecutorName,
     Json,
     Layout,
+    Masters,
     NoCache,
     Predictor,
     Rank,
@@ -76,6 +77,7 @@ def extrapolate(
     layout: Layout = None,
     skip_damaged: SkipDamaged = False,
     allow_pickle: AllowPickle = False,
+    masters: Masters = False,
     compressor: Compression = None,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
@@ -95,6 +97,7 @@ def extrapolate(
             layout,
             skip_damaged=skip_damaged,
             allow_pickle=allow_pickle,
+            masters=masters,
             compressor=compressor,
             cache=cache,
             no_cache=no_cache,
@@ -121,18 +124,22 @@ def analyze(
     checkpoints: Checkpoints,
     backbone: Backbone = None,
     horizon: Annotated[
-        int | None, typer.Option(help="RL steps ahead of the out-of-sample figures; default: a few intervals")
+        int | None,
+        typer.Option(
+            help="RL steps ahead of the out-of-sample figures; default: the longest that is at most a third of the run"
+        ),
     ] = None,
     by: Annotated[str, typer.Option(help="What the table's rows are: layer, kind or matrix")] = "kind",
     spectrum: Annotated[
         bool | None, typer.Option("--spectrum/--no-spectrum", help="Take all singular values; default: for LoRA only")
     ] = None,
-    draws: Annotated[int, typer.Option(min=2, help="Random walks drawn for each null")] = 200,
+    draws: Annotated[int, typer.Option(min=20, help="Random walks drawn for each null")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks")] = 0,
     plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder (extra `report`)")] = None,
     layout: Layout = None,
     skip_damaged: SkipDamaged = False,
     allow_pickle: AllowPickle = False,
+    masters: Masters = False,
     compressor: Compression = None,
     cache: CacheFolder = None,
     no_cache: NoCache = False,
@@ -150,6 +157,7 @@ def analyze(
             layout,
             skip_damaged=skip_damaged,
             allow_pickle=allow_pickle,
+            masters=masters,
             compressor=compressor,
             cache=cache,
             no_cache=no_cache,
@@ -183,6 +191,7 @@ def plan(
     layout: Layout = None,
     skip_damaged: SkipDamaged = False,
     allow_pickle: AllowPickle = False,
+    masters: Masters = False,
     json: Json = False,
 ) -> None:
     """Say what a run or an extrapolation would read, compute and write, with memory, disk and time; do nothing."""
@@ -190,7 +199,14 @@ def plan(
 
     plan_command(
         config,
-        Run(checkpoints or [], backbone, layout, skip_damaged=skip_damaged, allow_pickle=allow_pickle),
+        Run(
+            checkpoints or [],
+            backbone,
+            layout,
+            skip_damaged=skip_damaged,
+            allow_pickle=allow_pickle,
+            masters=masters,
+        ),
         out,
         horizon=horizon,
         predictor=predictor,

@@ -37,6 +37,9 @@ SkipDamaged = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin files too (tensors only: nothing in them is run)")
 ]
+Masters = Annotated[
+    bool, typer.Option("--masters", help="fp32 masters from DeepSpeed's states; with --allow-pickle, can run code")
+]
 Compression = Annotated[str | None, typer.Option("--compressor", help="exact or lanczos; default: by what is stored")]
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where decomposed deltas are kept for the next time")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing")]
@@ -53,6 +56,7 @@ class Run:
     layout: str | None = None
     skip_damaged: bool = False
     allow_pickle: bool = False
+    masters: bool = False
     compressor: str | None = None
     cache: Path | None = None
     no_cache: bool = False
@@ -71,7 +75,12 @@ class Run:
             raise ConfigError("--cache and --no-cache contradict; leave one out")
         path = self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints
         return open_checkpoints(
-            path, self.backbone, self.layout, skip_damaged=self.skip_damaged, allow_pickle=self.allow_pickle
+            path,
+            self.backbone,
+            self.layout,
+            skip_damaged=self.skip_damaged,
+            allow_pickle=self.allow_pickle,
+            masters=self.masters,
         )
 
     def history(
@@ -106,12 +115,14 @@ def report(run: Run, source: CheckpointSource, console: Console) -> dict[str, An
     """Say what was found and what is odd about it; the same for ``--json``."""
     steps = source.steps
     span = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
-    console.print(f"{source.name}: {span}; {len(source.parameters)} matrices")
+    layout = f"{source.name} ({source.naming})" if source.naming else source.name
+    console.print(f"{layout}: {span}; {len(source.parameters)} matrices")
     for note in source.notes:
         console.print(f"  note: {note}")
     return {
         "checkpoints": [str(path) for path in run.checkpoints],
         "layout": source.name,
+        "naming": source.naming,
         "steps": list(steps),
         "notes": list(source.notes),
         "skipped": dict(source.skipped),

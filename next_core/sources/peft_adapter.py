@@ -58,6 +58,9 @@ class PeftAdapterSource(CheckpointSource):
     def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
         return holds(path, ADAPTER_FILES, folders)
 
+    def __reduce__(self) -> tuple[type[PeftAdapterSource], tuple[PeftAdapterSourceConfig]]:
+        return type(self), (self.config,)  # another process opens the folder for itself
+
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
         for step in self._run.refresh(self._check):
@@ -199,11 +202,16 @@ class PeftAdapterSource(CheckpointSource):
         return cached
 
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank:
-        if since is None and step > 0 and 0 in self._adapters:
-            start = self.factors(name, 0)
-            # A fresh adapter has B = 0 and adds nothing; one that was trained before does, and jumps move the start.
-            return lora_delta(self.factors(name, step), start if bool(start.B.any()) else None)
-        return lora_delta(self.factors(name, step), None if since is None else self.factors(name, since))
+        if since is None:
+            return lora_delta(self.factors(name, step), self.start(name) if step > 0 else None)
+        return lora_delta(self.factors(name, step), self.factors(name, since))
+
+    def start(self, name: str) -> LoraFactors | None:
+        if 0 not in self._adapters:
+            return None
+        first = self.factors(name, 0)
+        # A fresh adapter has B = 0 and adds nothing; one that was trained before does, and jumps move the start.
+        return first if bool(first.B.any()) else None
 
     def position(self, name: str, step: int) -> LowRank:
         return lowrank.concatenate([lora_delta(self.factors(name, step), None), *self.beside(name, step)])

@@ -92,7 +92,7 @@ def rounding_report(
     row_noise, column_squares, column_noise = 0.0, torch.zeros(n).double(), torch.zeros(n).double()
     held = torch.empty(shape if sigma is None else (0, n))
     for rows in _blocks(shape):
-        delta = source.delta_rows(name, rows, step, since)
+        delta = source.delta_rows(name, rows, step, since).double()
         if sigma is None:
             held[rows] = delta.float()
         total += float(delta.abs().sum())

@@ -170,7 +170,8 @@ def test_a_dry_run_reports_and_writes_nothing(extrapolate: Callable[..., Outcome
 
 def test_people_are_told_what_moved_and_what_did_not(extrapolate: Callable[..., Outcome]) -> None:
     outcome = extrapolate()
-    assert "peft-adapter: 6 checkpoints, steps 10 to 60; secant moved 13 matrices by 10 steps" in outcome.out
+    assert "peft-adapter (checkpoint-N): 6 checkpoints, steps 10 to 60; 14 matrices" in outcome.out
+    assert "secant moved 13 matrices by 10 steps" in outcome.out
     assert "stays: model.layers.1.self_attn.k_proj.weight: did not move since step 50" in outcome.out
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
+from next_core.history import History
 from next_core.interfaces import LoraFactors
 from next_core.sources.cache import TensorCache
 from next_core.sources.jumps import Shift
@@ -86,6 +87,20 @@ def test_a_delta_across_a_jump_is_what_rl_did(own_lora_run: LoraRun, lora_run: L
     # What the weights really are is another question.
     torch.testing.assert_close(source.position(NAME, 40).dense(), plain.delta(NAME, 40).dense(), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(source.position(NAME, 30).dense(), before, atol=1e-6, rtol=1e-5)
+
+
+def test_a_history_reads_the_same_deltas_whether_of_one_matrix_or_along_its_path(
+    own_lora_run: LoraRun,
+) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    source = opened(own_lora_run)
+    assert source.start(NAME) is not None  # the jump moved the adapter as it was initialised, where B was 0
+    assert source.start(OTHER) is None
+    history = History(source)
+    for name in (NAME, OTHER):
+        norms = [source.delta(name, step).dense().norm() for step in STEPS]
+        torch.testing.assert_close(history.components("global")[name].energy.sqrt(), torch.stack(norms))
+        torch.testing.assert_close(history.grams()[name].diagonal().sqrt(), torch.stack(norms))
 
 
 def test_a_jump_made_or_rolled_back_since_is_taken_in_or_forgotten(own_lora_run: LoraRun, lora_run: LoraRun) -> None:

@@ -53,7 +53,7 @@ def test_a_direction_is_called_drowned_when_bf16_hides_it(tmp_path: Path, shape:
     for seed, sigma in enumerate((3e-5, 1e-4, 2e-4, 4e-4, 2e-3, 4e-3, 1e-2, 3e-2)):
         W, D, u = moved(shape, sigma, bulk, seed)
         source = save(tmp_path / str(seed), {10: {"w": W.bfloat16()}, 20: {"w": (W + D).bfloat16()}})
-        U, S, _ = torch.linalg.svd(torch.as_tensor(source.delta("w", 20, 10)))
+        U, S, _ = torch.linalg.svd(torch.as_tensor(source.delta("w", 20, 10)).double())
         report = rounding_report(source, "w", 20, 10, sigma=float(S[0]))
         assert rounding_report(source, "w", 20, 10).drowned == report.drowned
         cosines[report.drowned].append(abs(float(U[:, 0] @ u)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from next_backends.trl.tensors import on_cpu
 from next_core.appliers.live import LiveApplied, remove_adapter
 from next_core.interfaces import Applied
-from next_core.sources.folders import SafetensorsFile
+from next_core.sources.files import SafetensorsFile
 
 BEFORE_FILE = "before.safetensors"
 """In a jump's folder: what trained, and the optimizer's moments, from before the jump."""

@@ -20,18 +20,10 @@ from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tens
 from next_core.appliers.live import LiveApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
-from next_core.sources.folders import (
-    CHECKPOINTS,
-    JUMP_RECORD,
-    JUMPS,
-    METRICS,
-    SHIFT_FILE,
-    UNDONE,
-    jump_folders,
-    jump_records,
-    read_json,
-)
+from next_core.sources.files import read_json
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
+from next_core.sources.metrics import METRICS
 from next_core.sources.peft_adapter import (
     ADAPTER,
     CONFIG_FILE,

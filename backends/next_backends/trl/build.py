@@ -16,7 +16,7 @@ from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.plugins import describe
 from next_core.rewards import RewardFunction, make_reward
-from next_core.sources.folders import read_json
+from next_core.sources.files import read_json
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig, TrainingSettings

@@ -1,0 +1,18 @@
+"""What is going on in a run's weights: geometry over time, each figure beside its random-walk null."""
+
+from next_core.diagnostics.analysis import analyze
+from next_core.diagnostics.results import FIGURES, Analysis, Figure, Group, Null, Precision, Series
+from next_core.diagnostics.trajectory import FromFirstCheckpoint, with_origin
+
+__all__ = [
+    "FIGURES",
+    "Analysis",
+    "Figure",
+    "FromFirstCheckpoint",
+    "Group",
+    "Null",
+    "Precision",
+    "Series",
+    "analyze",
+    "with_origin",
+]

@@ -1,0 +1,152 @@
+"""The null of the figures of singular triplets: it depends on how a matrix is stored, and is drawn per class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from next_core.diagnostics.energy import triplet_figures
+from next_core.diagnostics.trajectory import measured_steps
+from next_core.errors import CheckpointError
+from next_core.history import History
+from next_core.interfaces import LoraFactors
+from next_core.lowrank import lora_difference, truncated_svd
+
+LORA_DRAWS = 8
+"""Walks of factors per class of matrices (one shape, one rank): the figures vary little between them."""
+DENSE_DRAWS = 100
+MOST_SAMPLED = 1024
+"""Dense matrices of up to this many entries are drawn; for larger ones the limits of large matrices are good."""
+TRACY_WIDOM = (-1.2065, 1.2680)
+"""Mean and standard deviation of the law of the largest eigenvalue of a real Wishart matrix."""
+
+
+def energy_nulls(history: History, seed: int) -> dict[str, Tensor]:
+    """Per figure of ``energy_over_time`` (draws, M, T); all matrices of a class share their draws. NaN: no null."""
+    draws = LORA_DRAWS if all(history.ranks[name] is not None for name in history.names) else DENSE_DRAWS
+    rng = np.random.default_rng(seed)
+    classes: dict[tuple[tuple[int, int], int | None], list[int]] = {}
+    for index, name in enumerate(history.names):
+        classes.setdefault((history.shapes[name], history.ranks[name]), []).append(index)
+    length, matrices = len(measured_steps(history)), len(history.names)
+    found: dict[str, Tensor] = {}
+    for (shape, rank), members in classes.items():
+        if rank is None:
+            drawn = dense_null(shape, length, draws, rng)
+        else:
+            picked = [members[draw * len(members) // LORA_DRAWS] for draw in range(LORA_DRAWS)]
+            drawn = _lora_null(history, [history.names[index] for index in picked], rng)
+        for figure, value in drawn.items():
+            if figure not in found:
+                found[figure] = torch.full((draws, matrices, length), torch.nan, dtype=torch.float64)
+            found[figure][:, members] = value[torch.arange(draws) % len(value), None]
+    return found
+
+
+def _lora_null(history: History, names: Sequence[str], rng: np.random.Generator) -> dict[str, Tensor]:
+    """One walk for each of ``names``, with its start and its step lengths: (len(names), T)."""
+    each = []
+    for name in names:
+        path = _factor_path(history, name)
+        if path is None:
+            return {}
+        each.append(factor_walk_figures(*(_walk_like(factor, rng) for factor in path)))
+    return {figure: torch.stack([one[figure] for one in each]) for figure in each[0]}
+
+
+def _factor_path(history: History, name: str) -> tuple[Tensor, Tensor] | None:
+    """A (T + 1, r, n) and B (T + 1, m, r) over time. Where step 0 was not kept, A starts as first seen, and B at 0."""
+    steps, source = measured_steps(history), history.source
+    now = [at for step in steps if (at := source.factors(name, step)) is not None]
+    if len(now) < len(steps):
+        return None
+    try:
+        start = source.factors(name, 0)
+    except CheckpointError:
+        start = None
+    if start is None:
+        start = LoraFactors(now[0].A, torch.zeros_like(now[0].B), now[0].scaling)
+    path = [start, *now]
+    return torch.stack([at.A for at in path]).double(), torch.stack([at.B for at in path]).double()
+
+
+def _walk_like(path: Tensor, rng: np.random.Generator) -> Tensor:
+    """A walk (T + 1, a, b) from where ``path`` starts, with steps of the same norms in random directions."""
+    lengths = path.diff(dim=0).square().sum((1, 2)).sqrt()
+    steps = torch.from_numpy(rng.standard_normal((len(path) - 1, *path.shape[1:])))
+    steps = steps * (lengths / steps.square().sum((1, 2)).sqrt())[:, None, None]
+    return torch.cat([path[:1], steps]).cumsum(0)
+
+
+def factor_walk_figures(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The figures of B_t A_t - B_0 A_0 over time, (T,), A (T + 1, r, n) and B (T + 1, m, r); point 0 is the start."""
+    later = A[1:], B[1:]
+    deltas = {
+        "global": lora_difference(later, (A[:1].expand_as(later[0]), B[:1].expand_as(later[1])), 1.0),
+        "local": lora_difference(later, (A[:-1], B[:-1]), 1.0),
+    }
+    return {
+        f"{figure}_{kind}": value
+        for kind, delta in deltas.items()
+        for figure, value in triplet_figures(truncated_svd(delta, 1)).items()
+    }
+
+
+def dense_null(shape: tuple[int, int], length: int, draws: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Of a walk with iid Gaussian steps every delta, global or local, is an iid Gaussian matrix: (draws, length).
+
+    Leading vectors of successive local deltas are independent directions; those of global deltas, which overlap, have
+    no null here. Global deltas overlap in time, too: one draw serves all moments.
+    """
+    m, n = shape
+    ratios = sampled if m * n <= MOST_SAMPLED else asymptotic
+    found: dict[str, Tensor] = {}
+    for kind, moments in (("global", 1), ("local", length)):
+        squared, plain = (x.reshape(draws, moments).expand(draws, length) for x in ratios(m, n, draws * moments, rng))
+        found |= {f"squared_energy_ratio_{kind}": squared, f"energy_ratio_{kind}": plain}
+    for side, size in (("u", m), ("v", n)):
+        one = rng.standard_normal((draws, length))
+        rest = rng.chisquare(size - 1, (draws, length)) if size > 1 else np.zeros((draws, length))
+        cosine = torch.from_numpy(np.abs(one) / np.sqrt(one**2 + rest))
+        cosine[:, 0] = torch.nan
+        found[f"cosine_{side}_local"] = cosine
+    return found
+
+
+def sampled(m: int, n: int, draws: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """sigma_1^2 / sum sigma^2 and sigma_1 / sum sigma of iid Gaussian (m, n) matrices, (draws,) each."""
+    sigma = torch.linalg.svdvals(torch.from_numpy(rng.standard_normal((draws, m, n))))
+    squares = sigma.square()
+    return squares[:, 0] / squares.sum(-1), sigma[:, 0] / sigma.sum(-1)
+
+
+def asymptotic(m: int, n: int, draws: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The same of large matrices, from the limit laws alone.
+
+    With M >= N the larger and smaller side, sigma_1^2 = mu + s x, mu = (sqrt(M - 1) + sqrt(N))^2,
+    s = sqrt(mu) (1 / sqrt(M - 1) + 1 / sqrt(N))^(1/3), x of Tracy and Widom's mean and deviation; sum sigma^2 = m n;
+    sum sigma from ``mean_singular_value``.
+    """
+    a, b = math.sqrt(max(m, n) - 1), math.sqrt(min(m, n))
+    x = TRACY_WIDOM[0] + TRACY_WIDOM[1] * torch.from_numpy(rng.standard_normal(draws))
+    largest = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * x
+    plain = largest.sqrt() / (min(m, n) * mean_singular_value(m, n))
+    return (largest / (m * n)).clamp_max(1), plain.clamp_max(1)
+
+
+def mean_singular_value(m: int, n: int, points: int = 2000) -> float:
+    """The mean of the min(m, n) singular values of an iid standard normal (m, n) matrix, by Marchenko and Pastur.
+
+    With M >= N the larger and smaller side and y = N / M, x = sigma^2 / M has the density
+    sqrt((b - x)(x - a)) / (2 pi y x) between a = (1 - sqrt(y))^2 and b = (1 + sqrt(y))^2.
+    """
+    large, y = max(m, n), min(m, n) / max(m, n)
+    # x = 1 + y + 2 sqrt(y) cos(phi) takes the square root's ends out of the integral.
+    phi = (torch.arange(points, dtype=torch.float64) + 0.5) * (math.pi / points)
+    x = (1 + y + 2 * math.sqrt(y) * phi.cos()).clamp_min(1e-300)
+    density = (2 * math.sqrt(y) * phi.sin()).square() / (2 * math.pi * y * x)
+    return float((density * x.sqrt()).sum() / density.sum()) * math.sqrt(large)

@@ -1,0 +1,95 @@
+"""The null of every figure that is read from inner products: isotropic random walks with the observed step lengths."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from next_core.history import History
+from next_core.interfaces import LoraFactors
+
+FEW_DRAWS = 40
+"""Below this many draws, quantiles say little and the interval is Student's prediction interval."""
+
+
+class Band(NamedTuple):
+    """A null's mean and its 95% interval, tensors of one shape; NaN where it is not known."""
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def band(draws: Tensor) -> Band:
+    """Mean and 95% interval over the leading dimension: quantiles, or Student's for ``FEW_DRAWS`` and fewer."""
+    count, mean = draws.shape[0], draws.mean(0)
+    if count >= FEW_DRAWS:
+        low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0)
+        return Band(mean, low, high)
+    half = stdtrit(count - 1, 0.975) * (1 + 1 / count) ** 0.5 * draws.std(0)
+    return Band(mean, mean - half, mean + half)
+
+
+def isotropic_walks(lengths: Tensor, dimensions: Tensor, draws: int, rng: np.random.Generator) -> Tensor:
+    """Gram matrices of N steps in uniformly random directions: (draws, M, N, N), fp64.
+
+    ``lengths`` (M, N) are the norms of the steps, ``dimensions`` (M,) of the space they are taken in; they need not be
+    whole. No vector of that space is drawn: by Bartlett, N Gaussian vectors in d dimensions have the Gram matrix L L^T
+    with L lower triangular, L_ij normal below the diagonal and L_ii^2 chi-squared with d - i degrees of freedom
+    (columns beyond d are absent). Rows of L scaled to norm l_i give directions that are exactly uniform.
+    """
+    matrices, size = lengths.shape
+    freedom = dimensions.double().numpy()[:, None] - np.arange(size)  # (M, N)
+    alive = freedom > 0
+    squares = rng.chisquare(np.where(alive, freedom, 1.0), (draws, matrices, size))
+    factor = np.zeros((draws, matrices, size, size))
+    below = np.tril_indices(size, -1)
+    factor[:, :, below[0], below[1]] = rng.standard_normal((draws, matrices, len(below[0])))
+    diagonal = np.arange(size)
+    factor[:, :, diagonal, diagonal] = np.sqrt(squares)
+    if not alive.all():
+        factor *= alive[:, None, :]
+    rows = torch.from_numpy(factor)
+    rows *= (lengths / torch.linalg.vector_norm(rows, dim=-1))[..., None]
+    return rows @ rows.mT
+
+
+def dimensions(history: History, steps: tuple[int, ...]) -> Tensor:
+    """The number of directions an isotropic walk of each moving matrix has, (M,), fp64.
+
+    Dense: m n. LoRA: ``factor_walk_dimension`` at the newest checkpoint, from the last two.
+    """
+    found = []
+    for name in history.names:
+        (m, n), rank = history.shapes[name], history.ranks[name]
+        now = None if rank is None else history.source.factors(name, steps[-1])
+        if rank is None:
+            found.append(float(m * n))
+        elif now is None or len(steps) < 2:
+            found.append(float(rank * (m + n - rank)))
+        else:
+            before = history.source.factors(name, steps[-2])
+            found.append(factor_walk_dimension(now, before if before is not None else now))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def factor_walk_dimension(now: LoraFactors, before: LoraFactors) -> float:
+    """The participation ratio tr(C)^2 / tr(C^2) of the steps dB A + B dA, dA and dB isotropic.
+
+    A (r, n), B (m, r). dA and dB have the mean square per entry that the last interval shows, a^2 and b^2. C is the
+    covariance of vec(dB A + B dA): tr C = b^2 m |A|^2 + a^2 n |B|^2 and
+    tr C^2 = b^4 m |A A^T|^2 + a^4 n |B^T B|^2 + 2 a^2 b^2 |A|^2 |B|^2. Two such steps have a mean squared cosine of one
+    over it. It is at most m r while B is small, and never above r (m + n), about the dimension of the rank-r matrices.
+    """
+    A, B = now.A.double(), now.B.double()
+    (r, n), m = A.shape, B.shape[0]
+    a2, b2 = (A - before.A.double()).square().mean(), (B - before.B.double()).square().mean()
+    left, right = A @ A.T, B.T @ B
+    trace = b2 * m * left.trace() + a2 * n * right.trace()
+    square = b2**2 * m * left.square().sum() + a2**2 * n * right.square().sum()
+    square = square + 2 * a2 * b2 * left.trace() * right.trace()
+    return float(trace**2 / square) if square > 0 else float(r * (m + n - r))

@@ -1,0 +1,198 @@
+"""A run as points in time: where each matrix was, as inner products of its steps. All linear figures need no more."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.history import History
+from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, Span
+from next_core.lowrank import LowRank
+
+MOST_HORIZONS = 32
+"""Lags and horizons looked at; of more distinct ones (uneven spacing, many checkpoints) an even choice is taken."""
+FEWEST_POINTS = 3
+"""A line is fitted to at least this many points, the start among them, before it has to predict."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The moments of a run: N + 1 points in RL steps, the first of which is where RL began, and N intervals."""
+
+    times: tuple[int, ...]
+
+    @property
+    def intervals(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def span(self) -> int:
+        """RL steps from the first point to the last."""
+        return self.times[-1] - self.times[0]
+
+    @cached_property
+    def t(self) -> Tensor:
+        """The times, fp64, (N + 1)."""
+        return torch.tensor(self.times, dtype=torch.float64)
+
+    @property
+    def even(self) -> bool:
+        """Whether all intervals are of one length."""
+        return len({b - a for a, b in itertools.pairwise(self.times)}) <= 1
+
+    @cached_property
+    def lags(self) -> tuple[int, ...]:
+        """The distinct distances between two points, in RL steps, up to half the span: longer ones have few pairs."""
+        return _some(sorted({b - a for a, b in itertools.combinations(self.times, 2) if 2 * (b - a) <= self.span}))
+
+    @cached_property
+    def horizons(self) -> tuple[int, ...]:
+        """The lags at which a line fitted to ``FEWEST_POINTS`` or more points meets a later point."""
+        return tuple(lag for lag in self.lags if self.targets(lag))
+
+    def pairs(self, lag: int) -> list[tuple[int, int]]:
+        """Index pairs (i, j) of points that lie ``lag`` RL steps apart."""
+        where = {time: index for index, time in enumerate(self.times)}
+        return [(i, where[time + lag]) for i, time in enumerate(self.times) if time + lag in where]
+
+    def targets(self, horizon: int) -> list[tuple[int, int]]:
+        """The pairs (i, j) of ``pairs(horizon)`` with at least ``FEWEST_POINTS`` points up to i."""
+        return [(i, j) for i, j in self.pairs(horizon) if i + 1 >= FEWEST_POINTS]
+
+    def default_horizon(self) -> int | None:
+        """The longest horizon up to a third of the span (as 50 after 150 observed steps), else the shortest."""
+        short = [horizon for horizon in self.horizons if 3 * horizon <= self.span]
+        return short[-1] if short else (self.horizons[0] if self.horizons else None)
+
+    def form(self, rows: Tensor) -> Tensor:
+        """sum over rows c of |sum_j c_j W_j|^2 as a quadratic form in the N steps: (N, N).
+
+        ``rows`` (K, N + 1) are coefficients over the points, each row summing to zero, so that only differences of
+        points count. The sum is <form, K> with K the Gram matrix of the steps.
+        """
+        of_steps = rows.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # point j is the start and the first j steps
+        return of_steps.T @ of_steps
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The steps of all moving matrices: Gram matrices <x_i, x_j>, fp64, (M, N, N), of x_i = W_i - W_{i-1}."""
+
+    names: tuple[str, ...]
+    grid: Grid
+    grams: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """The norm of each step, (M, N)."""
+        return self.grams.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+
+
+def apply_forms(grams: Tensor, forms: Sequence[Tensor]) -> Tensor:
+    """<form_f, K> for each Gram matrix (..., N, N) and each of F forms (N, N): (..., F)."""
+    return grams.flatten(-2) @ torch.stack(list(forms)).flatten(1).T
+
+
+def measured_steps(history: History) -> tuple[int, ...]:
+    """The observed steps but step 0, which is where RL began and so the start itself."""
+    return tuple(step for step in history.steps if step > origin(history))
+
+
+def origin(history: History) -> int:
+    """The RL step the deltas count from."""
+    source = history.source
+    return source.origin if isinstance(source, FromFirstCheckpoint) else 0
+
+
+def read_trajectory(history: History) -> Trajectory:
+    """The steps between neighbouring checkpoints, taken directly: nothing cancels.
+
+    Raises what the source raises: ``CheckpointError`` for values that are not finite or a backbone that is not there.
+    """
+    steps = measured_steps(history)
+    grid = Grid((origin(history), *steps))
+    spans: list[Span] = [(step, before) for before, step in itertools.pairwise((None, *steps)) if step is not None]
+    found = history.inner_products(spans) if history.names and steps else {}
+    size = len(steps)
+    grams = torch.stack([found[name] for name in history.names]) if found else torch.zeros(0, size, size).double()
+    return Trajectory(history.names if found else (), grid, grams)
+
+
+class FromFirstCheckpoint(CheckpointSource):
+    """A run whose backbone is not at hand, counted from its first checkpoint instead."""
+
+    name = "from-first-checkpoint"
+
+    def __init__(self, inner: CheckpointSource) -> None:
+        super().__init__()
+        if len(inner.steps) < 2:
+            raise CheckpointError(
+                "one checkpoint and no backbone to compare it with; pass --backbone, or a folder with more checkpoints"
+            )
+        self.inner = inner
+        self.origin = inner.steps[0]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.inner.steps[1:]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return self.inner.parameters
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        return self.inner.skipped
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return (*self.inner.notes, f"no backbone: deltas count from the first checkpoint, step {self.origin}")
+
+    def precision(self, name: str) -> torch.dtype:
+        return self.inner.precision(name)
+
+    def fingerprint(self, step: int | None) -> str | None:
+        return self.inner.fingerprint(self.origin if step is None else step)
+
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
+        return self.inner.delta(name, step, self.origin if since is None else since)
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        return self.inner.delta_rows(name, rows, step, self.origin if since is None else since)
+
+    def factors(self, name: str, step: int) -> LoraFactors | None:
+        return self.inner.factors(name, step)
+
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        return self.inner.metrics(step, since)
+
+
+def with_origin(source: CheckpointSource) -> CheckpointSource:
+    """The source, or ``FromFirstCheckpoint`` of it when its backbone cannot be read.
+
+    Raises ``CheckpointError`` when there is one checkpoint only and nothing to compare it with.
+    """
+    dense = [parameter for parameter in source.parameters if parameter.rank is None] if source.steps else []
+    if not dense:
+        return source
+    smallest = min(dense, key=lambda parameter: parameter.shape[0] * parameter.shape[1]).name
+    first = source.steps[0]
+    source.delta_rows(smallest, slice(0, 1), first, first)  # damaged itself: its own error
+    try:
+        source.delta_rows(smallest, slice(0, 1), first, None)
+    except CheckpointError:
+        return FromFirstCheckpoint(source)
+    return source
+
+
+def _some(values: list[int]) -> tuple[int, ...]:
+    if len(values) <= MOST_HORIZONS:
+        return tuple(values)
+    chosen = torch.linspace(0, len(values) - 1, MOST_HORIZONS).round().int().tolist()
+    return tuple(values[index] for index in chosen)

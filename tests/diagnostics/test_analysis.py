@@ -1,0 +1,276 @@
+"""The analysis as a whole: what it says of known runs, what it leaves out and why, and the object it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from next_core.compressors.exact import ExactCompressor
+from next_core.diagnostics import FIGURES, Analysis, FromFirstCheckpoint, Group, analyze, with_origin
+from next_core.diagnostics.analysis import kind_of, layer_of
+from next_core.diagnostics.results import Figure, Null
+from next_core.errors import CheckpointError, ConfigError
+from next_core.history import History
+from next_core.interfaces import LoraFactors
+from next_core.sources.memory import MemorySource
+from next_core.sources.opening import open_checkpoints
+from next_core.storage import json_text
+from tests.diagnostics.runs import FIFTEEN, history, lora_walks, name, straight, walks
+from tests.predictors.trajectories import curved_lora_run, dense_run, drift, noise, still
+
+
+def strict(analysis: Analysis) -> object:
+    """Its JSON, which must not need NaN."""
+    return json.loads(json.dumps(analysis.as_dict(), allow_nan=False))
+
+
+def value(analysis: Analysis, figure: str) -> float:
+    found = analysis.overall.value(figure)
+    assert found is not None
+    return found
+
+
+def test_a_straight_line_is_called_one() -> None:
+    analysis = analyze(history(straight()))
+    for figure in ("c1_r2", "line_r2", "line_skill", "pinned_skill", "line_r2_out", "cosine_local", "straightness"):
+        assert value(analysis, figure) == pytest.approx(1), figure
+    assert value(analysis, "msd_exponent") == pytest.approx(2)
+    assert value(analysis, "speed_ratio") == pytest.approx(1)
+    for figure in ("c1_r2", "pinned_skill", "cosine_local", "msd_exponent", "squared_energy_ratio_global"):
+        assert analysis.overall.figures[figure].outside == "above", figure
+    assert analysis.frozen == {name(1): "did not move since step 140"}
+    assert analysis.advice[0].startswith("Motion goes straight on")
+    assert any("nearly of rank 1" in sentence for sentence in analysis.advice)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
+def test_a_random_walk_lies_inside_its_null_19_times_of_20(lora: bool) -> None:
+    """60 matrices are 60 walks, and each figure's interval should hold about 57 of them."""
+    analysis = analyze(history(lora_walks(60) if lora else walks(60)))
+    assert analysis.missing.keys() <= {"cosine_u_global", "cosine_v_global"}
+    for figure in FIGURES:
+        each = [group.figures[figure] for group in analysis.matrices.values() if figure in group.figures]
+        inside = [one.outside is None for one in each if one.null is not None]
+        no_null = figure == "speed_ratio" or (not lora and figure in ("cosine_u_global", "cosine_v_global"))
+        assert len(inside) == (0 if no_null else 60), figure
+        assert no_null or sum(inside) / 60 >= 0.85, figure
+
+
+def test_a_straight_lora_run_is_told_from_walks_of_factors() -> None:
+    analysis = analyze(history(curved_lora_run(names=[name(0), name(1), name(1, "v_proj")])))
+    assert value(analysis, "cosine_local") > 0.9
+    assert analysis.overall.figures["cosine_local"].outside == "above"
+    null = analysis.overall.figures["squared_energy_ratio_global"].null
+    assert null is not None
+    assert 0.5 < null.mean < 1.0  # a walk of rank-2 factors puts at least half of its energy in one direction
+
+
+def test_matrices_are_summed_up_by_layer_and_by_kind() -> None:
+    run = dense_run(
+        {name(0): drift(0), name(0, "v_proj"): drift(2), name(3): drift(4), "lm_head.weight": drift(6)}, (10, 20, 30)
+    )
+    analysis = analyze(history(run))
+    assert {layer: len(group.members) for layer, group in analysis.layers.items()} == {0: 2, 3: 1}
+    assert {kind: len(group.members) for kind, group in analysis.kinds.items()} == {
+        "lm_head": 1, "q_proj": 2, "v_proj": 1,
+    }  # fmt: skip
+    assert analysis.matrices[name(3)].layer == 3
+    assert analysis.matrices["lm_head.weight"].layer is None
+    figures = analysis.kinds["q_proj"].figures["speed_ratio"]
+    assert figures.matrices == 2
+    assert layer_of("transformer.h.11.attn.c_attn.weight") == 11
+    assert layer_of("lm_head.weight") is None
+    assert kind_of("model.layers.12.mlp.up_proj.weight") == "up_proj"
+
+
+def test_a_group_shows_the_median_and_its_quartiles() -> None:
+    analysis = analyze(history(walks(5)))
+    each = sorted(group.value("straightness") or 0.0 for group in analysis.matrices.values())
+    figure = analysis.overall.figures["straightness"]
+    assert figure.value == pytest.approx(each[2])
+    assert figure.quartiles == pytest.approx((each[1], each[3]))
+    series = analysis.overall.series["cosine_local"]
+    assert (series.over, series.x) == ("step", FIFTEEN[1:])
+    assert series.null is not None
+    assert len(series.null) == len(series.value) == 14
+
+
+def test_the_whole_run_is_all_matrices_as_one_vector() -> None:
+    source = walks(3)
+    analysis = analyze(history(source))
+    steps = [
+        torch.cat([source.delta(name(i), t, before) for i in range(3)]).flatten()
+        for t, before in zip(FIFTEEN, (None, *FIFTEEN), strict=False)
+    ]
+    wanted = float(sum(steps).norm()) / sum(float(step.norm()) for step in steps)
+    assert analysis.whole.value("straightness") == pytest.approx(wanted)
+    assert "energy_ratio_global" not in analysis.whole.figures
+
+
+@pytest.mark.parametrize(
+    ("steps", "there", "missing"),
+    [
+        ((10,), {"squared_energy_ratio_global"}, {"cosine_local", "c1_r2", "msd_exponent", "pinned_skill"}),
+        ((10, 20), {"cosine_local", "top_1_share", "straightness"}, {"c1_r2", "line_r2", "msd_exponent", "line_skill"}),
+        (
+            (10, 20, 30),
+            {"c1_r2", "line_r2", "line_skill", "speed_ratio"},
+            {"msd_exponent", "line_r2_out", "top_5_share"},
+        ),
+        ((10, 20, 30, 40), {"msd_exponent", "line_r2_out", "pinned_skill"}, {"top_5_share", "top_1_of_top_5"}),
+        ((5, 10, 20, 40, 45, 60), {"msd_exponent", "top_5_share", "pinned_skill"}, set()),
+        ((0, 10, 20, 30, 40), {"msd_exponent", "line_r2_out"}, {"top_5_share"}),
+    ],
+)
+def test_few_or_uneven_checkpoints_leave_figures_out_with_a_reason(
+    steps: Sequence[int], there: set[str], missing: set[str]
+) -> None:
+    analysis = analyze(history(dense_run({name(0): drift(0), name(1): drift(2)}, steps)))
+    assert analysis.steps == tuple(step for step in steps if step)
+    assert analysis.missing.keys() >= missing
+    assert not analysis.missing.keys() & there
+    for figure in there:
+        assert analysis.overall.value(figure) is not None
+    for figure in missing:
+        assert "needs" in analysis.missing[figure]
+    strict(analysis)
+
+
+def test_an_uneven_straight_line_is_still_one() -> None:
+    analysis = analyze(history(dense_run({name(0): drift(0)}, (5, 10, 20, 40, 45, 60, 65, 90))))
+    assert not analysis.even
+    assert value(analysis, "msd_exponent") == pytest.approx(2)
+    assert value(analysis, "pinned_skill") == pytest.approx(1)
+
+
+def test_a_run_that_never_moved_says_so() -> None:
+    analysis = analyze(history(dense_run({name(0): still(), name(1): still()}, (10, 20, 30))))
+    assert set(analysis.missing) == set(FIGURES)
+    assert len(analysis.frozen) == 2
+    assert "No matrix moved" in analysis.advice[0]
+    strict(analysis)
+
+
+def test_a_matrix_that_stood_still_for_a_while_has_what_can_be_defined() -> None:
+    path = drift(0)
+    analysis = analyze(history(dense_run({name(0): lambda t: path(0 if t < 40 else t)}, tuple(range(10, 90, 10)))))
+    assert analysis.overall.value("speed_ratio") is None
+    assert analysis.missing["speed_ratio"].startswith("not defined")
+    assert value(analysis, "cosine_local") == pytest.approx(1)
+    strict(analysis)
+
+
+def test_the_horizon_chooses_the_out_of_sample_figures_and_one_that_is_not_there_is_explained() -> None:
+    run = history(walks(2))
+    assert analyze(run).horizon == 50  # the longest up to a third of 150 steps
+    series = analyze(run).overall.series["line_skill"]
+    for horizon in (10, 60):
+        assert value(analyze(run, horizon=horizon), "line_skill") == series.value[series.x.index(horizon)]
+    other = analyze(run, horizon=25)
+    assert "horizons that are: 10, 20, 30" in other.missing["pinned_skill"]
+    with pytest.raises(ConfigError, match="horizon must be at least 1"):
+        analyze(run, horizon=0)
+    with pytest.raises(ConfigError, match="draws must be at least 20"):
+        analyze(run, draws=3)
+
+
+def test_the_same_seed_gives_the_same_analysis() -> None:
+    one, same, other = (analyze(history(lora_walks(3)), seed=seed).as_dict() for seed in (0, 0, 1))
+    assert one == same
+    assert one["overall"]["figures"]["c1_r2"]["null"] != other["overall"]["figures"]["c1_r2"]["null"]
+
+
+def test_without_the_spectrum_the_published_ratio_is_missing_and_the_reason_names_the_option() -> None:
+    from next_core.compressors.lanczos import LanczosCompressor
+
+    analysis = analyze(History(walks(2, m=40, n=30), 1, LanczosCompressor()))
+    assert "--spectrum" in analysis.missing["energy_ratio_global"]
+    assert analysis.overall.value("squared_energy_ratio_global") is not None
+
+
+def test_values_that_are_not_finite_are_the_sources_error(tmp_path: Path) -> None:
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({name(0): torch.full((4, 3), torch.nan if step == 20 else 1.0)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="q_proj"):
+        analyze(history(with_origin(open_checkpoints(tmp_path))))
+
+
+def test_a_full_run_without_its_backbone_counts_from_the_first_checkpoint() -> None:
+    whole = straight()
+    lost = MemorySource({t: {name(0): whole._value(name(0), t)} for t in FIFTEEN})
+    source = with_origin(lost)
+    assert isinstance(source, FromFirstCheckpoint)
+    analysis = analyze(history(source))
+    assert (analysis.origin, analysis.steps) == (10, FIFTEEN[1:])
+    assert value(analysis, "msd_exponent") == pytest.approx(2)
+    assert "no backbone" in analysis.notes[-1]
+    assert with_origin(whole) is whole
+    with pytest.raises(CheckpointError, match="pass --backbone"):
+        with_origin(MemorySource({10: {name(0): torch.ones(3, 2)}}))
+
+
+def test_a_lora_run_whose_step_0_was_not_kept_still_has_its_null() -> None:
+    kept = lora_walks(2)
+    later = MemorySource({t: {n: kept._value(n, t) for n in (name(0), name(1))} for t in FIFTEEN})
+    assert isinstance(kept._value(name(0), 0), LoraFactors)
+    for source in (kept, later):
+        null = analyze(history(source)).overall.figures["squared_energy_ratio_global"].null
+        assert null is not None
+        assert 0.3 < null.mean < 0.7
+
+
+def test_half_precision_checkpoints_that_drown_the_signal_are_warned_of(tmp_path: Path) -> None:
+    weight, step_of = noise(0, 40, 30), torch.outer(noise(1, 40), noise(2, 30))
+    for dtype, folder in ((torch.bfloat16, tmp_path / "half"), (torch.float32, tmp_path / "full")):
+        for step in (0, 10, 20, 30):
+            place = folder / f"checkpoint-{step}"
+            place.mkdir(parents=True)
+            save_file({name(0): (weight + 1e-6 * step * step_of).to(dtype)}, place / "model.safetensors")
+    half, full = (
+        analyze(History(with_origin(open_checkpoints(tmp_path / kind)), 1, ExactCompressor()))
+        for kind in ("half", "full")
+    )
+    assert full.precision is None
+    assert half.precision is not None
+    assert half.precision.drowned == (name(0),)
+    assert 0 < half.precision.delta_to_ulp[name(0)] < 1
+    assert any("drowns in rounding" in sentence for sentence in half.advice)
+    strict(half)
+
+
+def test_the_answer_has_the_documented_keys_and_documentation_names_every_figure() -> None:
+    found = analyze(history(lora_walks(2))).as_dict()
+    page = (Path(__file__).parents[2] / "docs" / "analyze.md").read_text()
+    for key in (*found, *found["overall"], *found["overall"]["figures"]["c1_r2"], *FIGURES):
+        assert f"`{key}`" in page, key
+    assert json.loads(json_text(found)) == json.loads(json.dumps(found))
+
+
+def test_advice_reads_the_figures_it_has() -> None:
+    analysis = analyze(history(walks(4)))
+    assert any("cannot be told from a random walk" in sentence for sentence in analysis.advice)
+    assert any("worse than staying put" in sentence for sentence in analysis.advice)
+    turned = Figure(-0.6, None, 1, Null(0.0, -0.1, 0.1))
+    from next_core.diagnostics.advice import advice
+
+    told = advice(dataclasses.replace(analysis, overall=Group((name(0),), {"cosine_local": turned})))
+    assert told[0].startswith("Motion turns back on itself")
+    few = analyze(history(dense_run({name(0): drift(0)}, (10, 20))))
+    assert few.advice[0].startswith("Only 2 checkpoints: no out-of-sample figures (needs 3 checkpoints")
+
+
+def test_nulls_of_a_run_with_many_matrices_take_seconds_and_not_minutes() -> None:
+    source = history(walks(196))
+    source.compress("global", "local")
+    begin = time.process_time()
+    analyze(source)
+    assert time.process_time() - begin < 15

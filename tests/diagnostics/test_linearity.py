@@ -1,0 +1,130 @@
+"""Lines in time, in sample and out of it, against plain least squares on the points themselves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from next_core.diagnostics.linearity import line_in_sample, time_components, walk_forward
+from next_core.diagnostics.nulls import isotropic_walks
+from next_core.diagnostics.trajectory import Grid
+from tests.predictors.trajectories import noise
+
+EVEN = (0, 10, 20, 30, 40, 50, 60, 70)
+UNEVEN = (0, 5, 10, 20, 40, 45, 60, 65)
+
+
+def steps_of(points: Tensor) -> Tensor:
+    """The Gram matrix of the steps between points (N + 1, d), as one of a batch of one matrix."""
+    steps = points.diff(dim=0)
+    return (steps @ steps.T)[None]
+
+
+def curve(times: tuple[int, ...]) -> Tensor:
+    t = torch.tensor(times, dtype=torch.float64)[:, None]
+    return t * noise(0, 1, 6) + 0.02 * t**1.7 * noise(1, 1, 6) + 3 * noise(2, len(times), 6)
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN])
+def test_a_straight_line_has_every_r2_and_every_skill_at_one(times: tuple[int, ...]) -> None:
+    points = torch.tensor(times, dtype=torch.float64)[:, None] * noise(0, 1, 6)
+    grams, grid = steps_of(points), Grid(times)
+    found = {**time_components(grams, grid), **line_in_sample(grams, grid), **walk_forward(grams, grid)}
+    assert set(found) >= {"c1_r2", "top_1_share", "line_r2", "line_skill", "pinned_skill", "line_r2_out"}
+    for value in found.values():
+        defined = value[~value.isnan()]
+        assert len(defined)
+        assert torch.allclose(defined, torch.ones_like(defined), atol=1e-9)
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN])
+def test_time_components_are_those_of_the_stacked_deltas(times: tuple[int, ...]) -> None:
+    points = curve(times)
+    found = time_components(steps_of(points), Grid(times))
+    stacked = (points[1:] - points[0]).numpy()
+    q, s, _ = np.linalg.svd(stacked, full_matrices=False)
+    t, c = np.array(times[1:]), s[0] * q[:, 0]
+    residual = c - np.polyval(np.polyfit(t, c, 1), t)
+    assert float(found["c1_r2"]) == pytest.approx(1 - residual @ residual / ((c - c.mean()) ** 2).sum())
+    assert float(found["top_1_share"]) == pytest.approx(s[0] ** 2 / (s**2).sum())
+    assert float(found["top_5_share"]) == pytest.approx((s[:5] ** 2).sum() / (s**2).sum())
+    assert float(found["top_1_of_top_5"]) == pytest.approx(s[0] ** 2 / (s[:5] ** 2).sum())
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN])
+def test_the_line_through_all_points_is_least_squares(times: tuple[int, ...]) -> None:
+    points = curve(times).numpy()
+    fitted = np.stack([np.polyval(np.polyfit(times, column, 1), times) for column in points.T], 1)
+    wanted = 1 - ((points - fitted) ** 2).sum() / ((points - points.mean(0)) ** 2).sum()
+    assert float(line_in_sample(steps_of(torch.from_numpy(points)), Grid(times))["line_r2"]) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN])
+def test_walking_forward_fits_the_past_alone(times: tuple[int, ...]) -> None:
+    points, grid = curve(times), Grid(times)
+    found = walk_forward(steps_of(points), grid)
+    W = points.numpy()
+    for at, horizon in enumerate(grid.horizons):
+        line = pinned = stay = 0.0
+        targets = []
+        for i in range(2, len(times)):
+            if times[i] + horizon not in times:
+                continue
+            j = times.index(times[i] + horizon)
+            b, a = np.polyfit(times[: i + 1], W[: i + 1], 1)
+            line += ((a + b * times[j] - W[j]) ** 2).sum()
+            pinned += ((W[i] + b * horizon - W[j]) ** 2).sum()
+            stay += ((W[i] - W[j]) ** 2).sum()
+            targets.append(W[j])
+        assert float(found["line_skill"][0, at]) == pytest.approx(1 - line / stay)
+        assert float(found["pinned_skill"][0, at]) == pytest.approx(1 - pinned / stay)
+        spread = ((np.array(targets) - np.mean(targets, 0)) ** 2).sum()
+        if len(targets) > 1:
+            assert float(found["line_r2_out"][0, at]) == pytest.approx(1 - line / spread)
+        else:
+            assert math.isnan(found["line_r2_out"][0, at])
+
+
+def test_a_hand_computed_skill() -> None:
+    """0, 1, 2, 2 at steps 0, 1, 2, 3: the line through the first three says 3; staying errs by 0, so no skill is
+    defined. 0, 1, 2, 4: the line errs by 1, staying by 2: skill 3/4."""
+    grid = Grid((0, 1, 2, 3))
+    stood = walk_forward(steps_of(torch.tensor([[0.0], [1.0], [2.0], [2.0]]).double()), grid)
+    assert math.isnan(stood["line_skill"][0, 0])
+    moved = walk_forward(steps_of(torch.tensor([[0.0], [1.0], [2.0], [4.0]]).double()), grid)
+    assert float(moved["line_skill"][0, 0]) == pytest.approx(0.75)
+
+
+def test_a_random_walk_alone_has_the_published_in_sample_figures() -> None:
+    """R2(c_1 ~ t) of 0.958 and a top-1/top-5 share of 0.844: the limits of many steps in many dimensions, where c_1 is
+    a quarter of a sine and the eigenvalues fall as 1, 1/9, 1/25, ..."""
+    count = 400
+    walk = isotropic_walks(torch.ones(1, count), torch.tensor([1e9]), 4, np.random.default_rng(0))
+    found = time_components(walk, Grid(tuple(range(count + 1))))
+    assert float(found["c1_r2"].mean()) == pytest.approx(0.958, abs=0.002)
+    assert float(found["top_1_of_top_5"].mean()) == pytest.approx(0.844, abs=0.002)
+    assert float(found["top_1_share"].mean()) == pytest.approx(8 / math.pi**2, abs=0.003)
+
+
+def test_fifteen_checkpoints_of_a_random_walk_are_near_those_limits() -> None:
+    walk = isotropic_walks(torch.ones(1, 15), torch.tensor([1e6]), 100, np.random.default_rng(0))
+    found = time_components(walk, Grid(tuple(range(0, 160, 10))))
+    assert float(found["c1_r2"].mean()) == pytest.approx(0.957, abs=0.01)
+    assert float(found["top_1_of_top_5"].mean()) == pytest.approx(0.844, abs=0.01)
+
+
+def test_what_stood_still_is_undefined_and_not_a_number_that_misleads() -> None:
+    grams, grid = torch.zeros(1, 7, 7, dtype=torch.float64), Grid(EVEN)
+    for value in (*time_components(grams, grid).values(), *walk_forward(grams, grid).values()):
+        assert bool(value.isnan().all())
+
+
+def test_too_few_points_give_no_figure() -> None:
+    grams = torch.ones(1, 2, 2, dtype=torch.float64)
+    assert set(time_components(grams, Grid((0, 10, 20)))) == {"top_1_share"}
+    assert line_in_sample(grams, Grid((0, 10, 20))) == {}
+    assert walk_forward(grams, Grid((0, 10, 20))) == {}

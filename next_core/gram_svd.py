@@ -16,11 +16,11 @@ _ORTHOGONALITY_LOSS = 1e-8
 # Column norms below this come from squares that underflowed: such a column counts as zero.
 _SMALLEST_NORM = 1e-146
 _EPS = torch.finfo(torch.float64).eps
-_RESIDUAL = 1e-11
-"""Residual |D D^T u - sigma^2 u| / sigma^2 at which Lanczos stops: rounding."""
+_RESIDUAL = 1e-9
+"""Residual |D D^T u - sigma^2 u| / sigma^2 at which Lanczos stops; u is off by as much over the relative gap."""
 _EXHAUSTED = 1e-13
 """A Lanczos coefficient at or below this part of sigma_1^2 ends the space: an eigenvector lies in it to rounding."""
-_CHECKS = (12, 20, 32, 48, 64)
+_CHECKS = (8, 12, 16, 24, 32, 48, 64)
 """Iterations after which Lanczos looks at its residual; what has not converged by the last is decomposed whole."""
 
 

@@ -15,8 +15,8 @@ from next_core.cache import DeltaCache, how, spans_key
 from next_core.errors import CheckpointError, ConfigError
 from next_core.executor import Executor, Task
 from next_core.interfaces import CheckpointSource, Compressor, Progress, Span
-from next_core.lowrank import Factors, dense
-from next_core.matrix_tasks import Compress, InnerProducts
+from next_core.lowrank import Factors
+from next_core.matrix_tasks import BLOCK_BYTES, Compress, InnerProducts
 from next_core.plugins import make_compressor
 
 DeltaKind = Literal["global", "local", "target"]
@@ -194,7 +194,10 @@ class History:
     def _still(self, name: str, step: int, before: int | None) -> bool:
         now = self.source.factors(name, step)
         if now is None:
-            return not bool(dense(self.source.delta(name, step, before)).any())
+            m, n = self.shapes[name]
+            rows = max(1, BLOCK_BYTES // (8 * n))  # a matrix that moved shows it in its first rows
+            blocks = (slice(start, min(m, start + rows)) for start in range(0, m, rows))
+            return not any(bool(self.source.delta_rows(name, block, step, before).any()) for block in blocks)
         if before is None:
             return not bool(now.B.any() and now.A.any())
         then = self.source.factors(name, before)

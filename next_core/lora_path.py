@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -33,13 +33,36 @@ _CANCELLATION = 1e-9
 _EPS = torch.finfo(torch.float64).eps
 
 
+class Workspace:
+    """Memory that one path after the other is laid out in: new pages cost more than the numbers put into them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return type(self), ()  # each process has its own
+
+    def take(self, what: str, rows: int, columns: int) -> Tensor:
+        """(rows, columns), fp64, of any values; what was taken before under this name is overwritten."""
+        size = rows * columns
+        if what not in self._buffers or self._buffers[what].numel() < size:
+            self._buffers[what] = torch.empty(size, dtype=torch.float64)
+        return self._buffers[what][:size].view(rows, columns)
+
+
 class LoraPath:
     """A (r, n) and B (m, r) of one matrix at several steps; ``start`` is the adapter RL began with, if it adds any.
 
+    With a ``workspace``, the path is gone once another is made there.
     Raises ``NextCoreError`` for factors of unlike shapes, and for NaN or Inf in them when they are used.
     """
 
-    def __init__(self, factors: Mapping[int, LoraFactors], start: LoraFactors | None = None) -> None:
+    def __init__(
+        self,
+        factors: Mapping[int, LoraFactors],
+        start: LoraFactors | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
         stored: dict[int | None, LoraFactors] = dict(factors.items())
         if start is not None:
             stored[None] = start
@@ -56,8 +79,8 @@ class LoraPath:
         self.shape = first.B.shape[0], first.A.shape[1]
         self._rows = {step: slice(i * self.rank, (i + 1) * self.rank) for i, step in enumerate(stored)}
         width = self.rank * len(stored)
-        self._left = torch.empty(self.shape[0], width, dtype=torch.float64)
-        self._right = torch.empty(width, self.shape[1], dtype=torch.float64)
+        space = Workspace() if workspace is None else workspace
+        self._left, self._right = space.take("B", self.shape[0], width), space.take("A", width, self.shape[1])
         for step, at in stored.items():
             torch.mul(at.B.detach(), at.scaling, out=self._left[:, self._rows[step]])
             self._right[self._rows[step]].copy_(at.A.detach())
@@ -75,12 +98,21 @@ class LoraPath:
 
         From the scaled factors' own inner products; spans too short for that are subtracted first.
         """
-        steps = sorted({t for span in spans for t in span if t in self._rows}, key=lambda t: -1 if t is None else t)
+        steps = [step for step in self._rows if any(step in span for span in spans)]
         products = torch.zeros(len(steps), len(steps), dtype=torch.float64)
         for i, t in enumerate(steps):
-            for j, s in enumerate(steps[i:], i):
-                left, right = self._block(t, s)
-                products[i, j] = products[j, i] = (left * right).sum()
+            # Every step with all later ones at once: a wide product is twice as fast as many narrow ones.
+            later = torch.cat([torch.arange(self._rows[s].start, self._rows[s].stop) for s in steps[i:]])
+            columns = slice(int(later[0]), int(later[-1]) + 1)
+            left = self._left[:, self._rows[t]].T @ self._left[:, columns]
+            right = self._right[self._rows[t]] @ self._right[columns].T
+            sums = (left * right).sum(0).reshape(-1, self.rank).sum(1)
+            products[i, i:] = sums[(later.reshape(-1, self.rank)[:, 0] - columns.start) // self.rank]
+            products[i:, i] = products[i, i:]
+        if not math.isfinite(float(products.sum())):
+            raise self._not_finite(
+                next(s for s, value in zip(steps, products.diagonal(), strict=True) if not value.isfinite())
+            )
         where = {step: i for i, step in enumerate(steps)}
         contrasts = torch.zeros(len(spans), len(steps), dtype=torch.float64)
         for row, (step, since) in enumerate(spans):
@@ -147,6 +179,7 @@ class LoraPath:
 
     def _grams(self, spans: list[Span]) -> LowRankGrams:
         """Of [B_t - B_s, B_s] and of [A_t; A_t - A_s] for each span, or of B_t and A_t alone."""
+        self._prepare(spans)
         pairs = []
         for step, since in spans:
             left_tt, right_tt = self._block(step, step)
@@ -166,22 +199,46 @@ class LoraPath:
         left, right, size = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return LowRankGrams(left, right, noise=size * (_EPS / _CANCELLATION))
 
+    def _prepare(self, spans: list[Span]) -> None:
+        """The blocks that some spans need, of each step with all that lie side by side in one product."""
+        steps = list(self._rows)
+        place = {step: index for index, step in enumerate(steps)}
+        partners: dict[int | None, set[int]] = {}
+        for span in spans:
+            known = [step for step in span if step in place]
+            for step in known:
+                partners.setdefault(step, set()).add(place[step])
+            if len(known) == 2:
+                partners[known[0]].add(place[known[1]])
+        for step, others in partners.items():
+            todo = sorted(other for other in others if (step, steps[other]) not in self._blocks)
+            for run in _runs(todo):
+                columns = slice(run[0] * self.rank, (run[-1] + 1) * self.rank)
+                left = self._left[:, self._rows[step]].T @ self._left[:, columns]
+                right = self._right[self._rows[step]] @ self._right[columns].T
+                parts = zip(run, torch.split(left, self.rank, 1), torch.split(right, self.rank, 1), strict=True)
+                self._blocks |= {(step, steps[other]): (a, b) for other, a, b in parts}
+        self._refuse_non_finite(partners)
+
+    def _refuse_non_finite(self, steps: Iterable[int | None]) -> None:
+        for step in steps:
+            left, right = self._blocks[step, step]
+            if not math.isfinite(float(left.sum() + right.sum())):
+                raise self._not_finite(step)
+
+    @staticmethod
+    def _not_finite(step: int | None) -> NextCoreError:
+        return NextCoreError(
+            f"NaN, Inf or squares beyond float64 in the factors of {'the start' if step is None else f'step {step}'}; "
+            "is the checkpoint damaged, or did the run diverge?"
+        )
+
     def _block(self, t: int | None, s: int | None) -> tuple[Tensor, Tensor]:
         """B_t^T B_s and A_t A_s^T."""
-        if (t, s) not in self._blocks:
-            if (s, t) in self._blocks:
-                left, right = self._blocks[s, t]
-                return left.T, right.T
-            rows_t, rows_s = self._rows[t], self._rows[s]
-            left = self._left[:, rows_t].T @ self._left[:, rows_s]
-            right = self._right[rows_t] @ self._right[rows_s].T
-            if t == s and not math.isfinite(float(left.sum() + right.sum())):
-                raise NextCoreError(
-                    f"NaN, Inf or squares beyond float64 in the factors of step {t}; is the checkpoint damaged, or "
-                    "did the run diverge?"
-                )
-            self._blocks[t, s] = left, right
-        return self._blocks[t, s]
+        if (t, s) in self._blocks:
+            return self._blocks[t, s]
+        left, right = self._blocks[s, t]
+        return left.T, right.T
 
     def _combine(self, parts: list[_Part], count: int, k: int, factors: Tensor) -> Tensor:
         """(count, k, d): per row the sum of coefficients^T @ factor (r, d) of a step; each step is read once."""
@@ -192,6 +249,17 @@ class LoraPath:
                 where = torch.tensor([row * k + j for row, _ in mine for j in range(k)])
                 out.index_add_(0, where, torch.cat([x for _, x in mine], 1).T @ factors[at])
         return out.reshape(count, k, -1)
+
+
+def _runs(places: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers, cut where one is missing."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and runs[-1][-1] == place - 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _square(upper: Tensor, corner: Tensor, lower: Tensor) -> Tensor:

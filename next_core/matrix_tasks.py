@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from next_core import lowrank
 from next_core.interfaces import CheckpointSource, Compressor, LoraFactors, Span
-from next_core.lora_path import LoraPath
+from next_core.lora_path import LoraPath, Workspace
 from next_core.lowrank import Factors, LowRank
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 """Rows of dense deltas that are held at a time take at most this much memory."""
 
 
@@ -26,9 +26,10 @@ class Compress:
     spans: tuple[Span, ...]
     rank: int
     spectrum: bool
+    workspace: Workspace = field(default_factory=Workspace)
 
     def __call__(self, name: str) -> Factors:
-        path = lora_path(self.source, name, self.spans)
+        path = lora_path(self.source, name, self.spans, self.workspace)
         if path is not None:
             return self.compressor.compress_path(path, self.spans, self.rank, self.spectrum)
         # One delta at a time: a dense one is as large as its matrix.
@@ -42,9 +43,10 @@ class InnerProducts:
 
     source: CheckpointSource
     spans: tuple[Span, ...]
+    workspace: Workspace = field(default_factory=Workspace)
 
     def __call__(self, name: str) -> Tensor:
-        path = lora_path(self.source, name, self.spans)
+        path = lora_path(self.source, name, self.spans, self.workspace)
         if path is not None:
             return path.gram(self.spans)
         first = self.source.delta(name, *self.spans[0])
@@ -64,7 +66,9 @@ class InnerProducts:
         return gram
 
 
-def lora_path(source: CheckpointSource, name: str, spans: Sequence[Span]) -> LoraPath | None:
+def lora_path(
+    source: CheckpointSource, name: str, spans: Sequence[Span], workspace: Workspace | None = None
+) -> LoraPath | None:
     """The factors that some deltas of a matrix are made of; None where the run is not LoRA."""
     factors: dict[int, LoraFactors] = {}
     for step in sorted({step for span in spans for step in span if step is not None}):
@@ -72,4 +76,4 @@ def lora_path(source: CheckpointSource, name: str, spans: Sequence[Span]) -> Lor
         if at is None:
             return None
         factors[step] = at
-    return LoraPath(factors, source.start(name) if any(since is None for _, since in spans) else None)
+    return LoraPath(factors, source.start(name) if any(since is None for _, since in spans) else None, workspace)

@@ -69,7 +69,7 @@ class AlphaRlPredictor(PerMatrixPredictor):
 
     name = "alpharl"
     config_class = AlphaRlConfig
-    requires = frozenset({"factors"})
+    requires = frozenset({"global", "metrics"})
     _series: Series
 
     @property

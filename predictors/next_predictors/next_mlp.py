@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Self, get_args
+from typing import ClassVar, Self, get_args
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from next_core import lowrank
 from next_core.errors import ConfigError
 from next_core.history import DeltaKind, History
-from next_core.interfaces import LowRankUpdate, Prediction, TrajectoryPredictor
+from next_core.interfaces import LowRankUpdate, Prediction, TrajectoryPredictor, Work
 from next_core.lowrank import Factors, LowRank
-from next_predictors.component_networks import Group, Key, NetworkConfig, Precision, make_groups, train
+from next_predictors.component_networks import (
+    ComponentNetwork,
+    Group,
+    Key,
+    NetworkConfig,
+    Part,
+    Precision,
+    make_groups,
+    train,
+    training_work,
+)
 
 Components = Mapping[DeltaKind, Mapping[str, Factors]]
 """Global, local and target components, each per matrix with one row per checkpoint (targets: per pair)."""
@@ -32,6 +43,21 @@ class NextMlpConfig(NetworkConfig):
     )
 
 
+class Network(ComponentNetwork):
+    """The paper's layers: two bottlenecks in each encoder, two in the decoder."""
+
+    def __init__(self, length: int, inputs: int, hidden: int) -> None:
+        super().__init__(length, inputs, hidden)
+        self.encoders = nn.ModuleList(_layers(length, length, hidden) for _ in range(inputs))
+        self.decoder = _layers(inputs * length, length, hidden)
+
+
+def _layers(wide: int, out: int, hidden: int) -> nn.Sequential:
+    """The paper's block: two bottlenecks of width ``hidden`` with one ReLU between them."""
+    first, second = nn.Linear(wide, hidden), nn.Linear(hidden, wide)
+    return nn.Sequential(first, second, nn.ReLU(), nn.Linear(wide, hidden), nn.Linear(hidden, out))
+
+
 class ComponentPredictor(TrajectoryPredictor):
     """Predicts the rank-k components of W_{t+h} - W_t from those of W_t - W_0 and W_t - W_{t-1}.
 
@@ -40,12 +66,13 @@ class ComponentPredictor(TrajectoryPredictor):
     singular index is a sample of its own, u_k and v_k going with sigma_k. A network's start depends on the seed and
     its key alone; the result depends neither on the order of the matrices nor, with ``align``, on the SVD's signs.
 
-    A subclass may change the coordinates that the networks see (``encode`` and ``decode``).
+    A subclass names the network, and may change the coordinates it sees (``encode``, ``decode`` and ``length``).
     """
 
     config_class = NetworkConfig
-    requires = frozenset({"factors"})
+    requires = frozenset({"global", "local", "target"})
     shares = True
+    network_class: ClassVar[type[ComponentNetwork]]
     precision: Precision = "float32"
     _history: History | None = None
 
@@ -53,9 +80,13 @@ class ComponentPredictor(TrajectoryPredictor):
         """The components in the networks' coordinates; may add to the diagnostics."""
         return components
 
-    def decode(self, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def decode(self, name: str, found: Mapping[Part, Tensor]) -> Mapping[Part, Tensor]:
         """u (k, m), sigma (k, 1) and v (k, n) of one matrix, from what the networks said."""
         return found
+
+    def length(self, size: int) -> int:
+        """How long a network's vector is for singular vectors of this length."""
+        return size
 
     def fit(self, history: History) -> Self:
         self._history = history
@@ -67,6 +98,15 @@ class ComponentPredictor(TrajectoryPredictor):
             return None
         missing = steps[0] + horizon
         return f"no two checkpoints lie {horizon} steps apart; observe one at step {missing}, or choose another horizon"
+
+    def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
+        pairs = sum(step + horizon in steps for step in steps)
+        samples: Counter[Key] = Counter()
+        for m, n in shapes.values():
+            for key in (("u", self.length(m)), ("sigma", 1), ("v", self.length(n))):
+                samples[key] += pairs * min(rank, m, n)
+        inputs = self.config.use_global + self.config.use_local
+        return training_work(samples, inputs, self.network_class, self.config)
 
     def predict(self, horizon: int) -> Prediction:
         """Trains once for each horizon. Raises ``ConfigError`` before ``fit`` or for horizon < 1."""
@@ -92,7 +132,8 @@ class ComponentPredictor(TrajectoryPredictor):
                 if len(found) < 3:
                     abstained[name] = f"no matrix of its size moved over any observed {horizon} steps"
                     continue
-                u, sigma, v = (self.decode(name, found)[part] for part in ("u", "sigma", "v"))
+                said = self.decode(name, found)
+                u, sigma, v = said["u"], said["sigma"], said["v"]
                 figures["sigma_clamped"] += float((sigma < 0).sum())
                 U, S, V = normalize(u), sigma.clamp(min=0), normalize(v)
                 if not bool((S * U).isfinite().all() and V.isfinite().all()):
@@ -108,9 +149,10 @@ class ComponentPredictor(TrajectoryPredictor):
         return Prediction(history.source, history.newest, horizon, "newest", updates, {}, abstained, reason, figures)
 
     def _fit_networks(self, components: Components, history: History, horizon: int) -> dict[Key, Group]:
-        used: list[DeltaKind] = ["global"] * self.config.use_global + ["local"] * self.config.use_local
         earlier = [index for index, _ in history.pairs(horizon)]
-        groups = make_groups([components[kind] for kind in used], components["target"], earlier, self.config)
+        read = {"global": self.config.use_global, "local": self.config.use_local}
+        inputs = [components[kind] for kind in get_args(DeltaKind) if read.get(kind)]
+        groups = make_groups(inputs, components["target"], earlier, self.network_class, self.config)
         train(list(groups.values()), self.config, self.precision, self.progress, f"train {self.name}")
         return groups
 
@@ -124,6 +166,7 @@ class NextMlpPredictor(ComponentPredictor):
 
     name = "next-mlp"
     config_class = NextMlpConfig
+    network_class = Network
 
     def __init__(self, config: NextMlpConfig | None = None) -> None:
         super().__init__(config)
@@ -133,12 +176,13 @@ class NextMlpPredictor(ComponentPredictor):
 def _read_components(history: History, horizon: int, align: bool) -> Components:
     """Global, local and target components; with ``align``, of signs that do not depend on the SVD's."""
     kinds: tuple[DeltaKind, ...] = get_args(DeltaKind)
+    history.compress(*kinds, horizon=horizon)
     read = {kind: history.components(kind, horizon if kind == "target" else None, align) for kind in kinds}
     return fix_signs(read) if align else read
 
 
 def fix_signs(components: Components) -> Components:
-    """Alignment leaves each component one free sign, that of its newest global u: the sum of that u is made positive."""
+    """Alignment leaves each component one free sign, that of its newest global u, whose sum is made positive."""
     signs = {name: torch.where(f.U[-1].sum(0) < 0, -1.0, 1.0) for name, f in components["global"].items()}
     return {kind: {name: f.flip(signs[name]) for name, f in group.items()} for kind, group in components.items()}
 

@@ -15,8 +15,7 @@ from next_core.history import History
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.lowrank import Factors, LowRank
 from next_core.sources.memory import MemorySource
-from next_predictors.component_networks import Network
-from next_predictors.next_mlp import NextMlpConfig, NextMlpPredictor
+from next_predictors.next_mlp import Network, NextMlpConfig, NextMlpPredictor
 
 SHAPES = {"0.down": (12, 24), "0.q": (16, 12), "1.down": (12, 24), "1.q": (16, 12)}
 OBSERVED = tuple(range(10, 160, 10))
@@ -239,6 +238,28 @@ def test_a_matrix_nobody_can_teach_stays_put() -> None:
     prediction = predict(history({step: {**run[step], "late": late[step]} for step in steps}), 10, **QUICK)
     assert "no matrix of its size moved over any observed 10 steps" in prediction.abstained["late"]
     assert set(prediction.updates) == set(SHAPES)
+
+
+def test_bfloat16_fits_as_well_as_float32(past: History) -> None:
+    """Only the products are of bfloat16: small steps of a small learning rate are not lost in the weights."""
+    exact, rounded = (predict(past, epochs=200, precision=precision) for precision in ("float32", "bfloat16"))
+    for name, loss in exact.diagnostics.items():
+        if name.startswith("loss/"):
+            assert loss < 0.95 * exact.diagnostics[f"stay_{name}"]
+            assert rounded.diagnostics[name] == pytest.approx(loss, rel=0.02)
+    assert not same(exact, rounded)
+
+
+def test_bfloat16_agrees_with_itself_bit_for_bit(past: History) -> None:
+    first, second = (predict(past, precision="bfloat16", **QUICK) for _ in range(2))
+    assert same(first, second)
+
+
+def test_a_plan_knows_what_training_takes(past: History) -> None:
+    """Of a matrix (12, 24) and two epochs: networks of 93 864, 15 * 256 * 12 + 6 * 256 + 7 * 12 and 5 383 weights."""
+    work = NextMlpPredictor(NextMlpConfig(epochs=2)).work({"w": (24, 12)}, OBSERVED, HORIZON, 1)
+    weights = 93_864 + 47_700 + 5_383
+    assert (work.flops, work.bytes) == (2 * 6 * weights * 10, 2 * 28 * weights)
 
 
 def test_either_input_can_be_switched_off(past: History) -> None:

@@ -1,0 +1,212 @@
+"""The speed benchmarks run at toy size, their runs are always the same ones, and the page shows what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import clock, machine, reference, synthetic, table
+from benchmarks.speed.dense import delta
+from benchmarks.speed.scaling import fitted_exponent
+from benchmarks.speed.stage import ORDER, STAGES, Options
+from benchmarks.speed.synthetic import LoraRun, Shapes
+
+RUN = LoraRun(replace(synthetic.TOY, layers=3), rank=4, distinct=2)
+RATES = machine.Rates({"fp64": 20.0, "fp32": 40.0, "bf16": 80.0}, 10.0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``all --toy`` leaves."""
+    folder = tmp_path_factory.mktemp("results")
+    command.main(["all", "--toy", "--results", str(folder)])
+    return folder
+
+
+def test_every_stage_runs_at_toy_size_and_leaves_its_own_file(results: Path) -> None:
+    assert set(STAGES) == set(ORDER)
+    assert {path.name for path in results.iterdir()} == {f"speed-{name}.json" for name in ORDER}
+    for facts in table.load(results):
+        assert facts["rows"] or facts["series"]
+        assert facts["hardware"]["cpu"]
+        for row in facts["rows"]:
+            assert "skipped" in row or (row["cpu_s"] > 0 and row["wall_s"] > 0)
+            assert "skipped" in row or "target_cpu_s" in row or "inner products" in row["what"]
+
+
+def test_ours_agrees_with_an_exact_decomposition_at_toy_size(results: Path) -> None:
+    for name in ("compress-0.5B", "compress-1.5B", "compress-7B"):
+        row = json.loads((results / f"speed-{name}.json").read_text())["rows"][0]
+        assert row["errors"]["sigma"] < 1e-6
+        assert row["errors"]["u"] < 1e-5
+
+
+def test_a_linear_jump_is_what_the_line_says(results: Path) -> None:
+    rows = json.loads((results / "speed-jump-1.5B.json").read_text())["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["errors"]["elements_unlike"] < 0.01  # fp32 and fp64 round some elements to another bf16
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    assert table.shown() == table.render(table.load(table.RESULTS))
+
+
+def test_committed_results_are_whole_and_not_of_toys() -> None:
+    committed = table.load(table.RESULTS)
+    assert [facts["stage"] for facts in committed] == list(ORDER)
+    assert not any(facts["toy"] for facts in committed)
+
+
+def test_tables_show_targets_references_and_what_was_skipped() -> None:
+    floor = RATES.floor(2.0, "fp64", flops=20e9, moved=5e9)
+    reference_row = {"what": "the dense way", "how": "estimated", "cpu_s": 50.0}
+    done = {"what": "a", "cpu_s": 2.0, "target_cpu_s": 4.0, "wall_s": 2.5, "own_gib": 0.2, "target_gib": 1.0}
+    rows = [done | {"floor": floor, "reference": reference_row}, {"what": "b", "skipped": "not installed"}]
+    hardware = {"cpu": "C", "cores": 2, "ram_gib": 8.0, "torch": "2", "blas": "B", "threads": 1}
+    rates = {"gemm_gflop_s": RATES.gemm, "copy_gb_s": RATES.copy}
+    text = table.render([{"stage": "s", "hardware": hardware, "rates": rates, "rows": rows}])
+    assert "| s | a | 2 | 4 | 2.5 | 0.20 (target 1) | 50 | the dense way; estimated | 25 |" in text
+    assert "| s | b | not run: not installed |" in text
+    assert "| s | a | 20 | fp64 | 5 | 1 | 2 | 2 |" in text
+
+
+def test_a_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
+    assert RATES.floor(2.0, "fp64", flops=20e9, moved=5e9)["seconds"] == 1.0
+    assert RATES.floor(2.0, "fp64", flops=20e9, moved=5e10)["seconds"] == 5.0
+    measured = machine.measure_rates(size=64, megabytes=1)
+    assert measured.copy > 0
+    assert all(rate > 0 for rate in measured.gemm.values())
+
+
+def test_every_floor_is_positive_and_below_what_was_measured(results: Path) -> None:
+    floors = [row["floor"] for facts in table.load(results) for row in facts["rows"] if "floor" in row]
+    assert len(floors) >= 8
+    assert all(floor["seconds"] > 0 and floor["ratio"] > 1 for floor in floors)
+
+
+def test_a_run_is_the_same_each_time_it_is_made() -> None:
+    first, second = (
+        [{k: (A.clone(), B.clone()) for k, (A, B) in f.items()} for _, f in RUN.checkpoints()] for _ in "ab"
+    )
+    for one, other in zip(first, second, strict=True):
+        for name in one:
+            assert all(torch.equal(x, y) for x, y in zip(one[name], other[name], strict=True))
+
+
+def test_layers_beyond_the_distinct_ones_repeat_them() -> None:
+    _, factors = next(RUN.checkpoints())
+    key = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(factors[key.format(2)][0], factors[key.format(0)][0])
+    assert not torch.equal(factors[key.format(1)][0], factors[key.format(0)][0])
+
+
+def test_b_starts_near_zero_and_local_motion_is_small_beside_the_factors() -> None:
+    checkpoints = [
+        (step, {name: (A.clone(), B.clone()) for name, (A, B) in factors.items()})
+        for step, factors in RUN.checkpoints()
+    ]
+    name = "model.layers.0.mlp.up_proj.weight"
+    (_, before), (_, newest) = checkpoints[-2:]
+    A, B = newest[name]
+    assert (A - before[name][0]).norm() < 0.05 * A.norm()
+    assert checkpoints[0][1][name][1].norm() < 0.5 * B.norm()
+
+
+def test_a_written_run_opens_with_the_public_reader(tmp_path: Path) -> None:
+    from next_core import open_checkpoints
+
+    source = open_checkpoints(RUN.write(tmp_path / "checkpoints"))
+    assert source.steps == RUN.steps
+    assert {p.name: p.shape for p in source.parameters} == RUN.shapes.matrices()
+    for step, factors in RUN.checkpoints():
+        stored = source.factors("model.layers.2.mlp.down_proj.weight", step)
+        assert stored is not None
+        assert stored.scaling == RUN.scaling
+        assert torch.equal(stored.B, factors["model.layers.2.mlp.down_proj.weight"][1])
+
+
+def test_a_full_model_has_the_published_size() -> None:
+    # Qwen2.5-1.5B: 1,543,714,304 parameters, embeddings counted once.
+    assert synthetic.model_bytes(synthetic.QWEN_15B) == 2 * 1_543_714_304
+
+
+def test_thirty_nine_different_deltas_of_fifteen_checkpoints() -> None:
+    kinds = reference.spans(synthetic.STEPS)
+    assert {kind: len(found) for kind, found in kinds.items()} == {"global": 15, "local": 15, "target": 10}
+    assert len(reference.different_spans(synthetic.STEPS)) == 39
+
+
+def test_the_hard_dense_case_has_the_gap_it_claims() -> None:
+    sigma = torch.linalg.svdvals(delta("gap", 1200, 400).double())
+    assert float(sigma[1] / sigma[0]) == pytest.approx(0.98, abs=0.02)
+
+
+def test_the_error_of_a_direction_ignores_its_sign_and_is_exact_for_small_angles() -> None:
+    u = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert reference.sine(-u, u) == 0.0
+    assert reference.sine(torch.tensor([1.0, 1e-9], dtype=torch.float64), u) == pytest.approx(1e-9)
+
+
+def test_an_exponent_is_fitted_in_logarithms() -> None:
+    assert fitted_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    held, memory = clock.apart(hold, 200)
+    assert held == 200
+    assert 0.19 < memory["own_gib"] - memory["imports_gib"] < 0.4
+
+
+def hold(megabytes: int) -> int:
+    """Take memory long enough to be seen."""
+    import time
+
+    block = torch.ones(megabytes * 2**18)
+    time.sleep(0.2)
+    return block.numel() // 2**18
+
+
+def fail() -> None:
+    raise ValueError("too bad")
+
+
+def test_an_error_in_the_other_process_is_told_here() -> None:
+    with pytest.raises(ChildProcessError, match="too bad"):
+        clock.apart(fail)
+
+
+def die() -> None:
+    import os
+
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_not_waited_for() -> None:
+    with pytest.raises(ChildProcessError, match="die died with exit code 9"):
+        clock.apart(die)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    endless = replace(RUN, shapes=Shapes(10**9, 10**9, 10**9, 1), rank=10**6)
+    with pytest.raises(OSError, match="pass --scratch"):
+        endless.write(tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_scratch_folder_is_removed(tmp_path: Path) -> None:
+    with Options(RATES, scratch=tmp_path).folder() as folder:
+        (folder / "x").write_text("x")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_stage_is_refused(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["no-such-stage"])
+    assert "compress-0.5B" in capsys.readouterr().err

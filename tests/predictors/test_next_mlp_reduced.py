@@ -1,0 +1,209 @@
+"""next-mlp-reduced: that few coordinates are enough, mean the same in every matrix, and map back to the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from next_core.errors import ConfigError
+from next_core.history import History
+from next_core.interfaces import CheckpointSource, LoraFactors, LowRankUpdate, Prediction
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from next_predictors.next_mlp_reduced import Basis, NextMlpReducedConfig, NextMlpReducedPredictor
+from tests.predictors.trajectories import curve, dense_run, drift, history, noise, resolve_dense, still, walk
+
+OBSERVED = tuple(range(10, 160, 10))
+HORIZON = 50
+SIZES = {"a": (7, 5), "b": (9, 5), "c": (7, 8), "d": (12, 10)}
+QUICK: dict[str, Any] = {"epochs": 20, "hidden": 8}  # for what does not depend on a good fit
+
+
+def run(path: Any, steps: tuple[int, ...] = OBSERVED, names: str = "abcd") -> MemorySource:
+    return dense_run({name: path(100 * ord(name), *SIZES[name]) for name in names}, steps)
+
+
+def lora_run(steps: tuple[int, ...] = OBSERVED) -> MemorySource:
+    """B grows, slows down and turns, A drifts, each checkpoint is a little off: rank 4, of several singular values."""
+
+    def at(seed: int, m: int, n: int, t: int) -> LoraFactors:
+        x = t / 100
+        A = noise(seed, 4, n) + 0.3 * (1 - math.exp(-x)) * noise(seed + 1, 4, n)
+        main = torch.outer(noise(seed + 2, m), noise(seed + 3, 4))
+        B = (1 - math.exp(-x)) * (main + 0.1 * noise(seed + 4, m, 4)) + 0.05 * x**1.5 * noise(seed + 5, m, 4)
+        return LoraFactors(A, B + (t > 0) * 0.002 * noise(seed + 10 + t, m, 4), 2.0)
+
+    sizes = [(48, 32), (32, 48), (32, 32), (48, 32)]
+    return MemorySource({t: {str(i): at(1000 * i, m, n, t) for i, (m, n) in enumerate(sizes)} for t in (0, *steps)})
+
+
+def predict(past: History, horizon: int = HORIZON, **fields: Any) -> Prediction:
+    return NextMlpReducedPredictor(NextMlpReducedConfig(**fields)).fit(past).predict(horizon)
+
+
+def error(prediction: Prediction, truth: CheckpointSource) -> float:
+    """|predicted - true| / |true| over all matrices: 1 is what staying scores."""
+    missed, moved = 0.0, 0.0
+    for parameter in truth.parameters:
+        true = truth.delta(parameter.name, prediction.step + HORIZON, prediction.step)
+        whole = true if isinstance(true, Tensor) else true.dense()
+        missed += float((resolve_dense(prediction, parameter.name) - whole).square().sum())
+        moved += float(whole.square().sum())
+    return math.sqrt(missed / moved)
+
+
+def dense(prediction: Prediction) -> dict[str, Tensor]:
+    return {name: resolve_dense(prediction, name) for name in prediction.updates}
+
+
+def same(a: Prediction, b: Prediction) -> bool:
+    first, second = dense(a), dense(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def past() -> History:
+    return history(run(curve))
+
+
+def test_it_predicts_a_curved_trajectory_far_better_than_staying(past: History) -> None:
+    assert error(predict(past), run(curve, (*OBSERVED, 200))) < 0.3
+
+
+def test_a_straight_trajectory_is_continued() -> None:
+    assert error(predict(history(run(drift))), run(drift, (*OBSERVED, 200))) < 0.1
+
+
+def test_on_a_random_walk_it_does_harm_but_no_more_than_its_own_length() -> None:
+    """It has no judgement of its own: the guard on walk-forward skill is what stops it."""
+    prediction = predict(history(run(walk)))
+    assert 1 < error(prediction, run(walk, (*OBSERVED, 200))) < math.sqrt(2)
+
+
+def test_twelve_coordinates_keep_nearly_all_of_a_lora_run() -> None:
+    figures = predict(history(lora_run()), **QUICK).diagnostics
+    assert min(figures["kept/u"], figures["kept/v"]) >= 0.9999
+    few = predict(history(lora_run()), q=1, **QUICK).diagnostics
+    assert max(few["kept/u"], few["kept/v"]) < 0.9999
+    assert min(few["kept/u"], few["kept/v"]) > 0.5
+
+
+def test_the_prediction_lies_in_what_the_history_spans() -> None:
+    """Motion in one direction of 48 cannot be predicted out of it, whatever the networks say."""
+    past = history(run(drift))
+    for name, found in dense(predict(past, q=3, **QUICK)).items():
+        u, v = past.components("global")[name].U[-1], past.components("global")[name].V[-1]
+        torch.testing.assert_close(u @ (u.mT @ found @ v) @ v.mT, found, rtol=0, atol=1e-9 * float(found.norm()))
+
+
+def test_a_basis_is_orthonormal_and_the_newest_position_is_positive_in_it(past: History) -> None:
+    kinds = {"global": None, "local": None, "target": HORIZON}
+    components = {kind: past.components(kind, horizon)["d"] for kind, horizon in kinds.items()}  # type: ignore[arg-type]
+    for q, spanned in ((4, 4), (12, 10)):
+        basis = Basis.of(components, q)
+        gram = basis.right.mT @ basis.right
+        torch.testing.assert_close(gram, torch.diag((torch.arange(q) < spanned).double()), rtol=0, atol=1e-9)
+        encoded = basis.encode(components["global"])
+        assert bool((encoded.U[-1] >= 0).all() and (encoded.V[-1] >= 0).all())
+        assert float(encoded.S[-1]) == pytest.approx(1)
+        assert encoded.V.shape == (15, q, 1)
+
+
+def test_all_matrices_share_one_network_for_each_component(past: History) -> None:
+    figures = predict(past, **QUICK).diagnostics
+    assert {name for name in figures if name.startswith("loss/")} == {"loss/u/12", "loss/sigma/1", "loss/v/12"}
+
+
+def test_a_matrix_learns_from_others_of_other_sizes(past: History) -> None:
+    alone = predict(history(run(curve, names="a")), **QUICK)
+    assert not torch.equal(dense(alone)["a"], dense(predict(past, **QUICK))["a"])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("signs", [0, 1])
+def test_signs_of_the_svd_do_not_matter(rank: int, signs: int) -> None:
+    as_is, flipped = (history(run(curve), rank, chosen) for chosen in (None, signs))
+    assert same(predict(as_is, **QUICK), predict(flipped, **QUICK))
+
+
+def test_the_order_of_the_matrices_does_not_matter() -> None:
+    paths = {name: curve(100 * ord(name), *size) for name, size in SIZES.items()}
+    checkpoints = {t: {name: path(t) for name, path in paths.items()} for t in OBSERVED}
+    turned = {t: dict(reversed(weights.items())) for t, weights in checkpoints.items()}
+    backbone = {name: torch.zeros(size, dtype=torch.float64) for name, size in SIZES.items()}
+    first, second = (history(MemorySource(each, backbone)) for each in (checkpoints, turned))
+    assert list(first.shapes) != list(second.shapes)
+    assert same(predict(first, **QUICK), predict(second, **QUICK))
+
+
+def test_turning_and_scaling_a_matrix_turns_and_scales_its_jump() -> None:
+    """Coordinates know neither the directions nor the size of a matrix's motion."""
+    turn = torch.linalg.qr(noise(1, 7, 7)).Q
+    sources = [
+        MemorySource({t: {"w": factor @ curve(3)(t)} for t in OBSERVED}, {"w": torch.zeros(7, 5).double()})
+        for factor in (torch.eye(7).double(), 100 * turn)
+    ]
+    as_is, turned = (dense(predict(history(source), **QUICK))["w"] for source in sources)
+    torch.testing.assert_close(100 * turn @ as_is, turned, rtol=1e-3, atol=1e-3 * float(turned.norm()))
+
+
+def test_a_second_run_agrees_bit_for_bit(past: History) -> None:
+    first, second = predict(past, **QUICK), predict(past, **QUICK)
+    assert same(first, second)
+    assert first.diagnostics == second.diagnostics
+    assert not same(first, predict(past, seed=1, **QUICK))
+
+
+def test_of_rank_2_it_comes_closer_to_a_trajectory_of_two_directions() -> None:
+    source, truth = lora_run(), lora_run((*OBSERVED, 200))
+    one, two = (predict(history(source, rank)) for rank in (1, 2))
+    update = two.updates["0"]
+    assert isinstance(update, LowRankUpdate)
+    assert update.matrix.rank == 2
+    assert error(two, truth) < error(one, truth) < 1
+
+
+def test_frozen_matrices_are_neither_learnt_from_nor_predicted(past: History) -> None:
+    paths = {name: curve(100 * ord(name), *size) for name, size in SIZES.items()}
+    prediction = predict(history(dense_run({**paths, "z": still()}, OBSERVED)), **QUICK)
+    assert prediction.abstained == {"z": "did not move since step 140"}
+    assert set(prediction.updates) == set(SIZES)
+    assert all(bool(found.isfinite().all()) for found in dense(prediction).values())
+
+
+def test_it_abstains_without_two_checkpoints_a_horizon_apart() -> None:
+    prediction = predict(history(run(curve, OBSERVED[:5])))
+    assert not prediction.updates
+    assert "next-mlp-reduced: no two checkpoints lie 50 steps apart" in (prediction.abstention or "")
+
+
+def test_it_abstains_when_nothing_moves() -> None:
+    prediction = predict(history(dense_run({"a": still()}, OBSERVED)))
+    assert "no matrix moved" in (prediction.abstention or "")
+
+
+def test_either_input_can_be_switched_off(past: History) -> None:
+    both, position, velocity = (
+        predict(past, **QUICK, **switch) for switch in ({}, {"use_local": False}, {"use_global": False})
+    )
+    assert not same(both, position)
+    assert not same(position, velocity)
+
+
+def test_wrong_settings_are_refused(past: History) -> None:
+    with pytest.raises(ConfigError, match="use_global or use_local"):
+        NextMlpReducedConfig(use_global=False, use_local=False)
+    with pytest.raises(ConfigError, match="q"):
+        make_predictor("next-mlp-reduced", q=0)
+    with pytest.raises(ConfigError, match="at least 1 step"):
+        predict(past, horizon=0)
+
+
+def test_a_plan_knows_what_training_takes() -> None:
+    small = NextMlpReducedPredictor().work(SIZES, OBSERVED, HORIZON, 1)
+    assert NextMlpReducedPredictor().work({**SIZES, "e": (4096, 4096)}, OBSERVED, HORIZON, 1).flops < 2 * small.flops
+    assert NextMlpReducedPredictor().work(SIZES, OBSERVED[:5], HORIZON, 1).flops == 0

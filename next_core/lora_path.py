@@ -107,8 +107,8 @@ class LoraPath:
             left = self._left[:, self._rows[t]].T @ self._left[:, columns]
             right = self._right[self._rows[t]] @ self._right[columns].T
             sums = (left * right).sum(0).reshape(-1, self.rank).sum(1)
-            products[i, i:] = sums[(later.reshape(-1, self.rank)[:, 0] - columns.start) // self.rank]
-            products[i:, i] = products[i, i:]
+            found = sums[(later.reshape(-1, self.rank)[:, 0] - columns.start) // self.rank]
+            products[i, i:], products[i:, i] = found, found
         if not math.isfinite(float(products.sum())):
             raise self._not_finite(
                 next(s for s, value in zip(steps, products.diagonal(), strict=True) if not value.isfinite())

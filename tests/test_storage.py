@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 
 from next_core import storage
-from next_core.errors import CheckpointError, ConfigError
-from next_core.storage import append_json_line, check_manifest, new_directory, write_text
+from next_core.errors import CheckpointError, ConfigError, NextCoreError
+from next_core.storage import (
+    INCOMPLETE,
+    append_json_line,
+    changing_in_place,
+    check_manifest,
+    enough_space,
+    free_bytes,
+    manifest_text,
+    new_directory,
+    replaced_file,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -159,3 +170,60 @@ def test_json_lines_are_appended_one_object_each_and_strictly_json(tmp_path: Pat
         {"a": 1, "text": "two\nlines"},
         {"ratio": None, "more": [None, 2.0], "deep": {"x": None}},
     ]
+
+
+def test_files_hashed_while_they_were_written_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    digests: dict[str, str] = {}
+    with new_directory(tmp_path / "target", digests=digests) as folder:
+        (folder / "a.txt").write_text("a")
+        (folder / "b.txt").write_text("b")
+        digests["a.txt"] = hashlib.sha256(b"a").hexdigest()
+    assert read == ["b.txt"]
+    files = json.loads((tmp_path / "target" / "manifest.json").read_text())["files"]
+    assert files["a.txt"]["sha256"] == hashlib.sha256(b"a").hexdigest()
+
+
+def test_a_file_is_replaced_by_what_was_written_beside_it_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="half"), replaced_file(path) as scratch:
+        scratch.write_text("half")
+        raise ValueError("half")
+    assert names(tmp_path) == ["a.bin"]
+    assert path.read_text() == "old"
+    with replaced_file(path) as scratch:
+        scratch.write_text("new")
+        assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.bin"]
+    assert path.read_text() == "new"
+
+
+def test_a_folder_that_changes_in_place_is_marked_until_all_went_well(tmp_path: Path) -> None:
+    write(tmp_path / "target")
+    with pytest.raises(ValueError, match="x"), changing_in_place(tmp_path / "target", {"alpha": 2}):
+        assert not (tmp_path / "target" / "manifest.json").exists()
+        raise ValueError("x")
+    assert json.loads((tmp_path / "target" / INCOMPLETE).read_text()) == {"alpha": 2}
+    with changing_in_place(tmp_path / "target", {}):
+        assert INCOMPLETE not in manifest_text(tmp_path / "target")
+    assert names(tmp_path / "target") == ["a.txt", "sub"]
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "free_bytes", lambda folder: 1_000_000)
+    with enough_space(tmp_path / "out", 1_000_000):
+        pass
+    with pytest.raises(NextCoreError, match=r"out needs 2\.0 MB but the disk has 1\.0 MB free; nothing was written"):
+        enough_space(tmp_path / "out", 2_000_000).__enter__()
+    full = r"full while a\.bin of .*out was written; 0\.5 MB were needed and 1\.0 MB"
+    with pytest.raises(NextCoreError, match=full), enough_space(tmp_path / "out", 500_000):
+        raise OSError(28, "No space left on device", str(tmp_path / "a.bin"))
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "not" / "there") > 0

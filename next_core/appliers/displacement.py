@@ -18,7 +18,7 @@ from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LoraFactors, Prediction
 from next_core.lowrank import LowRank
 
-BLOCK = 2**18
+BLOCK = 2**17
 """Values in a block of rows: it stays in the processor's cache while several passes go over it."""
 
 

@@ -27,13 +27,21 @@ from next_core.appliers.folder import (
 from next_core.appliers.landed import Landed
 from next_core.appliers.rounding import Rounder, Rounding
 from next_core.appliers.stream import DTYPES, Entry, TensorWriter, read_entries
-from next_core.errors import ConfigError
+from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, PluginConfig, Prediction
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.hf_model import INDEX, ModelFiles
 from next_core.sources.peft_adapter import PeftAdapterSource
 from next_core.sources.ties import tied_names
-from next_core.storage import MANIFEST, changing_in_place, enough_space, manifest_text, replaced_file, write_text
+from next_core.storage import (
+    INCOMPLETE,
+    MANIFEST,
+    changing_in_place,
+    enough_space,
+    manifest_text,
+    replaced_file,
+    write_text,
+)
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 LIBRARY = "transformers"
@@ -125,6 +133,8 @@ class MergedModelApplier(FolderApplier):
         backbone: Path | None = self.config.backbone or getattr(prediction.source.config, "backbone", None)
         if backbone is None:
             raise ConfigError("the applier 'merged-model' needs the base model; pass --backbone FOLDER")
+        if (backbone / INCOMPLETE).exists():
+            raise CheckpointError(f"{backbone} was being written in place and is partly old; run that again first")
         return backbone
 
 

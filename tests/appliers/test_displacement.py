@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.appliers.displacement import FactorStep, displacement, displacements, merged, norms
+from next_core.appliers.displacement import (
+    Blend,
+    FactorStep,
+    displacement,
+    displacements,
+    jump_norms,
+    merged,
+    norms,
+    resolved,
+    row_blocks,
+    scaled,
+)
 from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Space, Update
 from next_core.lowrank import LowRank
@@ -173,3 +184,55 @@ def test_an_update_of_another_shape_or_parameter_or_step_is_refused_by_name(sour
         displacement(other, "other", 1.0)
     with pytest.raises(CheckpointError, match="step 25"):
         displacement(predict(source, CoefficientUpdate({25: 1.0})), "lora", 1.0)
+
+
+class RowSource(MemorySource):
+    """A dense run whose rows can be read alone."""
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        delta = self.delta(name, step, None if since == 0 else since)
+        assert isinstance(delta, Tensor)
+        return delta[rows]
+
+
+@pytest.mark.parametrize("anchor", ["newest", "backbone"])
+@pytest.mark.parametrize(
+    "update",
+    [
+        CoefficientUpdate({30: 1.5, 10: -0.5}),
+        CoefficientUpdate({30: 1.0, 20: -1.0}, "factors"),
+        CoefficientUpdate({20: 1.0, 0: -2.0}),
+        LowRankUpdate(LowRank(noise(4, 6, 1), noise(5, 1, 5))),
+    ],
+)
+def test_read_by_rows_a_displacement_is_the_same(
+    source: MemorySource, update: Update, anchor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("next_core.appliers.displacement.row_blocks", lambda shape: row_blocks(shape, 10))
+    backbone = noise(9, 6, 5)
+    by_rows = RowSource({step: {"full": backbone + moved(step)} for step in STEPS}, {"full": backbone})
+    streamed = Prediction(by_rows, 30, 10, anchor, {"full": update}, {"full": 0.5})  # type: ignore[arg-type]
+    found = resolved(streamed, "full", 2.0)
+    expected = dense(predict(source, update, anchor, confidence=0.5), "full", 2.0)
+    if not isinstance(update, LowRankUpdate) or anchor == "backbone":
+        assert isinstance(found, Blend)
+    torch.testing.assert_close(dense(streamed, "full", 2.0), expected)
+    assert jump_norms(streamed, 2.0)["full"] == pytest.approx(float(expected.norm()))
+    once = resolved(streamed, "full", 1.0)
+    assert once is not None
+    again = scaled(streamed, "full", once, 2.0)
+    whole = again.dense() if isinstance(again, Blend | LowRank) else again
+    torch.testing.assert_close(whole, expected)
+
+
+def test_read_by_rows_a_step_that_was_not_observed_is_refused_before_reading() -> None:
+    source = RowSource({10: {"full": noise(1, 6, 5)}}, {"full": noise(2, 6, 5)})
+    with pytest.raises(CheckpointError, match="step 7 was not observed"):
+        resolved(Prediction(source, 10, 10, updates={"full": CoefficientUpdate({7: 1.0})}), "full", 1.0)
+
+
+def test_blocks_of_rows_cover_a_matrix_once() -> None:
+    for shape in ((7, 3), (1, 100), (5,), (4, 2, 3)):
+        rows = [row for block in row_blocks(shape, 6) for row in range(block.start, block.stop)]
+        assert rows == list(range(shape[0]))
+    assert row_blocks(()) == [slice(None)]

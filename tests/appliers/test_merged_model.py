@@ -73,7 +73,12 @@ def test_the_model_loads_with_the_logits_of_the_explicit_weights(
     before = {path.name: path.read_bytes() for path in backbone.iterdir()}
     make_applier("merged-model").apply(predict(run, backbone), alpha=1.5, out=tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(expected(run, 1.5)), atol=1e-5, rtol=1e-5)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, "manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *before,
+        "manifest.json",
+        "extrapolation.json",
+        "README.md",
+    }
     for name in ("tokenizer.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == before[name]
     check_manifest(tmp_path / "out")
@@ -199,3 +204,157 @@ def test_a_jump_of_the_run_is_in_the_model_that_is_written(
     make_applier("merged-model").apply(Prediction(source, 20, 10), out=tmp_path / "out")
     # Step 20 came after the jump, and its file has it.
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[ROW], full_run[20][ROW])
+
+
+def half_precision(base: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    folder = Path(shutil.copytree(base, to))
+    save_file({k: v.to(dtype) for k, v in load_file(base / SHARD).items()}, folder / SHARD, metadata={"format": "pt"})
+    return folder
+
+
+SHARD = "model.safetensors"
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_share_that_landed_is_that_of_the_files(run: LoraRun, tmp_path: Path, rounding: str) -> None:
+    half = half_precision(run.base, tmp_path / "half")
+    prediction = predict(run, half)
+    applied = make_applier("merged-model", rounding=rounding).apply(prediction, alpha=0.05, out=tmp_path / "out")
+    backbone, written = load_file(half / SHARD), load_file(tmp_path / "out" / SHARD)
+    along = wanted_sum = 0.0
+    for name in run.deltas[20]:
+        trained = run.deltas[20][name]
+        other = noise("l", 16, 1).double() @ noise("r", 1, 16).double()
+        jump = 0.05 * (other if name == ROW else trained - run.deltas[10][name])
+        start = (backbone[name].double() + trained).float().bfloat16().double()
+        share = ((written[name].double() - start) * jump).sum() / (jump * jump).sum()
+        assert applied.landed[name] == pytest.approx(float(share), rel=1e-3, abs=1e-3)
+        whole = trained + jump
+        along += float(((written[name].double() - backbone[name].double()) * whole).sum())
+        wanted_sum += float((whole * whole).sum())
+    assert applied.update_share == pytest.approx(along / wanted_sum, rel=1e-3)
+    record = json.loads((tmp_path / "out" / "extrapolation.json").read_text())
+    assert record["share_of_jump"] == pytest.approx(applied.share)
+    assert record["share_of_update"] == pytest.approx(applied.update_share)
+    assert next(iter(record["lowest_shares_of_jump"].items())) == min(applied.landed.items(), key=lambda item: item[1])
+    assert (record["step"], record["horizon"], record["alpha"]) == (20, 10, 0.05)
+    assert record["rounding"] == rounding
+    changed = sum(
+        int((written[n] != (backbone[n].double() + d).float().bfloat16()).sum()) for n, d in run.deltas[20].items()
+    )
+    assert record["elements_changed"] == pytest.approx(changed, rel=0.01)
+
+
+def test_all_of_a_jump_lands_in_full_precision(run: LoraRun, tmp_path: Path) -> None:
+    applied = make_applier("merged-model").apply(predict(run, run.base), out=tmp_path / "out")
+    assert applied.share == pytest.approx(1.0, abs=1e-5)
+    assert set(applied.landed) == set(run.deltas[20])
+
+
+def test_stochastic_rounding_is_the_same_each_time_and_another_with_another_seed(run: LoraRun, tmp_path: Path) -> None:
+    prediction = predict(run, half_precision(run.base, tmp_path / "half"))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_applier("merged-model", rounding="stochastic", seed=seed).apply(prediction, out=tmp_path / name)
+    a, b, c = ((tmp_path / name / SHARD).read_bytes() for name in "abc")
+    assert a == b != c
+    with pytest.raises(ConfigError, match="set rounding: stochastic"):
+        make_applier("merged-model", seed=3)
+
+
+@pytest.fixture
+def tied_run(tmp_path: Path, base: Path) -> tuple[Path, Path]:
+    """A full-parameter run of a tied model whose checkpoints store the one matrix once, and its base."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(**json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True})
+    backbone = tmp_path / "tied"
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(backbone)
+    start = load_file(backbone / SHARD)
+    assert "lm_head.weight" not in start
+    for step in (10, 20):
+        folder = Path(shutil.copytree(backbone, tmp_path / "checkpoints" / f"checkpoint-{step}"))
+        moved = {k: (v.float() + 0.001 * step * noise(k, *v.shape)).bfloat16() for k, v in start.items()}
+        save_file(moved, folder / SHARD, metadata={"format": "pt"})
+    return tmp_path / "checkpoints", backbone
+
+
+@pytest.mark.parametrize("stored", ["embeddings", "both"])
+def test_a_tied_model_is_written_with_the_names_of_the_backbone_and_one_matrix(
+    tied_run: tuple[Path, Path], tmp_path: Path, stored: str
+) -> None:
+    checkpoints, backbone = tied_run
+    tensors = load_file(backbone / SHARD)
+    if stored == "both":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, backbone / SHARD, metadata={"format": "pt"})
+    source = open_checkpoints(checkpoints, backbone=backbone)
+    prediction = make_predictor("secant").fit(History(source)).predict(10)
+    make_applier("merged-model", rounding="stochastic").apply(prediction, out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / SHARD)
+    assert written.keys() == tensors.keys()
+    one = written["model.embed_tokens.weight"]
+    assert not torch.equal(one, tensors["model.embed_tokens.weight"])
+    assert torch.equal(one, written.get("lm_head.weight", one))
+    assert torch.equal(load(tmp_path / "out").lm_head.weight, one.double())
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_lora_of_a_tied_head_is_not_merged(make_lora_run: Callable[..., LoraRun], tmp_path: Path) -> None:
+    run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj", "lm_head"])
+    for step in (10, 20):  # as with save_embedding_layers=False
+        path = run.folder(step) / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if "base_layer" not in key}, path)
+    backbone = Path(shutil.copytree(run.base, tmp_path / "tied"))
+    tensors = load_file(backbone / SHARD)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, backbone / SHARD, metadata={"format": "pt"})
+    config = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match=r"shares its weights with 'model\.embed_tokens\.weight'"):
+        make_applier("merged-model").apply(
+            Prediction(open_checkpoints(run.path, backbone), 20, 10), out=tmp_path / "out"
+        )
+
+
+def test_a_quantised_matrix_is_not_jumped(run: LoraRun, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(run.base, tmp_path / "odd"))
+    tensors = load_file(run.base / SHARD)
+    tensors[ROW] = tensors[ROW].to(torch.int8)
+    save_file(tensors, odd / SHARD, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"'{ROW}' is stored as I8"):
+        make_applier("merged-model").apply(predict(run, odd), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_not_called_an_overflow(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+) -> None:
+    path = tmp_path / "checkpoints" / "checkpoint-10" / SHARD
+    save_file(full_run[10] | {ROW: torch.full((16, 16), float("nan"))}, path, metadata={"format": "pt"})
+    source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
+    prediction = Prediction(source, 20, 10, updates={ROW: CoefficientUpdate({20: 1.0, 10: -1.0})})
+    with pytest.raises(CheckpointError, match=r"checkpoint-10.*NaN"):
+        make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("anchor", ["newest", "backbone"])
+def test_low_rank_and_coefficient_jumps_of_a_full_run_are_the_explicit_ones(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path, anchor: Any
+) -> None:
+    source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
+    other = "model.layers.1.mlp.up_proj.weight"
+    low = LowRank(noise("l", 16, 1), noise("r", 1, 16))
+    updates = {ROW: LowRankUpdate(low), other: CoefficientUpdate({20: 1.25, 10: -0.5})}
+    prediction = Prediction(source, 20, 10, anchor, updates, {other: 0.5})
+    make_applier("merged-model").apply(prediction, alpha=2.0, out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / SHARD)
+    start, ten, twenty = (full_run[step] for step in (0, 10, 20))
+    back = 1.0 if anchor == "backbone" else 0.0
+    jump = {
+        ROW: 2.0 * (low.dense() - back * (twenty[ROW] - start[ROW])),
+        other: (1.25 - back) * (twenty[other] - start[other]) - 0.5 * (ten[other] - start[other]),
+    }
+    for name, moved in jump.items():
+        torch.testing.assert_close(written[name], twenty[name] + moved, atol=1e-6, rtol=1e-5)

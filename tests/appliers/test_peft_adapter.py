@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
-from next_core.appliers import peft_adapter
 from next_core.errors import ConfigError, GuardError, PluginError
 from next_core.history import History
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Update
@@ -198,24 +197,6 @@ def test_a_prediction_that_is_not_finite_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
-def test_a_disk_error_half_way_leaves_nothing(
-    runs: dict[str, LoraRun], tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from next_core.appliers import merged_model
-
-    def full(tensors: Any, path: Path, **options: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    for module in (peft_adapter, merged_model):
-        monkeypatch.setattr(module, "save_file", full)
-    prediction, _ = predict(opened(runs["plain"]), "factors")
-    with pytest.raises(OSError, match="No space left"):
-        make_applier(applier).apply(prediction, out=tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
 def test_nothing_is_written_onto_what_exists_or_into_what_is_read(
     runs: dict[str, LoraRun], tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,3 +263,10 @@ def test_a_jump_of_the_run_is_in_the_adapter_that_is_written(
     torch.testing.assert_close(
         load_file(tmp_path / "out" / "adapter_model.safetensors")[key], stored + noise("jump", 16, 4)
     )
+
+
+def test_a_secant_in_merged_space_does_not_store_the_newest_a_twice(runs: dict[str, LoraRun], tmp_path: Path) -> None:
+    prediction, _ = predict(opened(runs["rslora"]), "merged")
+    make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (6, 16)  # of rank 3

@@ -97,6 +97,7 @@ def components(folder: Path, horizon: int = HORIZON) -> Any:
     from next_core import History, open_checkpoints
 
     history = History(open_checkpoints(folder), rank=1)
+    history.compress(*KINDS, horizon=horizon)  # type: ignore[arg-type]
     for kind in KINDS:
         history.components(kind, horizon if kind == "target" else None)  # type: ignore[arg-type]
     return history

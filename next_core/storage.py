@@ -87,21 +87,6 @@ def manifest_text(folder: Path, digests: Mapping[str, str] | None = None) -> str
 
 
 @contextlib.contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling of a file to write to; on success it takes the file's place in one go, else it is gone."""
-    scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    scratch.unlink(missing_ok=True)
-    try:
-        yield scratch
-        _fsync(scratch)
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
-
-
-@contextlib.contextmanager
 def changing_in_place(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     """Marks a folder as ``INCOMPLETE`` while the body replaces its files; after an error the mark stays.
 
@@ -197,6 +182,7 @@ def check_manifest(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write; on success it replaces ``path``, durably, else it is gone."""
     scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    scratch.unlink(missing_ok=True)  # of a killed process with this number
     try:
         yield scratch
         _fsync(scratch)
@@ -205,6 +191,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
         raise
     _fsync(path.parent)
+
+
+replaced_file = atomic_file
 
 
 def write_text(path: Path, text: str) -> None:

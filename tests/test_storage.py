@@ -14,13 +14,13 @@ from next_core.errors import CheckpointError, ConfigError, NextCoreError
 from next_core.storage import (
     INCOMPLETE,
     append_json_line,
+    atomic_file,
     changing_in_place,
     check_manifest,
     enough_space,
     free_bytes,
     manifest_text,
     new_directory,
-    replaced_file,
     write_text,
 )
 
@@ -191,12 +191,12 @@ def test_files_hashed_while_they_were_written_are_not_read_again(
 def test_a_file_is_replaced_by_what_was_written_beside_it_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_text("old")
-    with pytest.raises(ValueError, match="half"), replaced_file(path) as scratch:
+    with pytest.raises(ValueError, match="half"), atomic_file(path) as scratch:
         scratch.write_text("half")
         raise ValueError("half")
     assert names(tmp_path) == ["a.bin"]
     assert path.read_text() == "old"
-    with replaced_file(path) as scratch:
+    with atomic_file(path) as scratch:
         scratch.write_text("new")
         assert path.read_text() == "old"
     assert names(tmp_path) == ["a.bin"]

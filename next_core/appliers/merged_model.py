@@ -36,10 +36,10 @@ from next_core.sources.ties import tied_names
 from next_core.storage import (
     INCOMPLETE,
     MANIFEST,
+    atomic_file,
     changing_in_place,
     enough_space,
     manifest_text,
-    replaced_file,
     write_text,
 )
 
@@ -121,7 +121,7 @@ class MergedModelApplier(FolderApplier):
             changing_in_place(target, facts),
         ):
             for file in there.files:
-                with replaced_file(file.path) as scratch:
+                with atomic_file(file.path) as scratch:
                     digests[file.path.name] = job.write_shard(read_entries(file.path), {alpha: scratch})[alpha]
             facts = facts_of(prediction, alpha, self, job.landed[alpha])
             for name, text in record_texts(facts, backbone / CARD, LIBRARY).items():

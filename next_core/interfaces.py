@@ -53,17 +53,18 @@ class Plugin(ABC):
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of matrix products, and bytes that go to or from memory and disk."""
+    """FLOPs of thin fp64 products, bytes to or from memory and disk, FLOPs of large fp32 products."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    single_flops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.single_flops + other.single_flops)
 
     def times(self, count: float) -> Work:
         """So many times as much."""
-        return Work(self.flops * count, self.bytes * count)
+        return Work(self.flops * count, self.bytes * count, self.single_flops * count)
 
 
 @dataclass(frozen=True)

@@ -32,20 +32,23 @@ _LIBRARIES = 350 * 2**20
 
 @dataclass(frozen=True)
 class Rates:
-    """One core of this machine: fp64 products of thin factors, and copying from memory to memory."""
+    """One core of this machine: thin fp64 products, copying from memory to memory, fp32 products of layers' widths."""
 
     flops: float
     bytes: float
+    single_flops: float
 
     @classmethod
     def measure(cls) -> Rates:
         thin = torch.ones(4096, 64, dtype=torch.float64)
         large, copy = torch.ones(2**24), torch.ones(2**24)
         flops = 2 * 4096 * 64 * 64 / _fastest(lambda: thin.T @ thin)
-        return cls(flops, 2 * large.nbytes / _fastest(lambda: copy.copy_(large)))
+        layer, batch = torch.ones(1024, 256), torch.ones(128, 1024)
+        single = 2 * 1024 * 256 * 128 / _fastest(lambda: batch @ layer)
+        return cls(flops, 2 * large.nbytes / _fastest(lambda: copy.copy_(large)), single)
 
     def seconds(self, work: Work) -> float:
-        return work.flops / self.flops + work.bytes / self.bytes
+        return work.flops / self.flops + work.bytes / self.bytes + work.single_flops / self.single_flops
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def plan_checkpoints(
             "horizon": horizon,
             "deltas": len(spans) * len(parameters),
             "inner products": "gram" in predictor.requires,
-            "flops": work.flops + fit.flops,
+            "flops": work.flops + fit.flops + fit.single_flops,
         },
         write={"applier": applier, "what": what, "bytes": written, "free": free},
         memory={"bytes": _memory(parameters, spans, len(steps), rank), "largest matrix": _largest(parameters)},

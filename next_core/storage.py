@@ -193,9 +193,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
     _fsync(path.parent)
 
 
-replaced_file = atomic_file
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace one file atomically."""
     with atomic_file(path) as scratch:

@@ -160,19 +160,14 @@ def jump_norms(prediction: Prediction, alpha: float) -> dict[str, float]:
 
 
 def norms(moves: Iterable[tuple[str, Resolved]]) -> dict[str, float]:
-    """||displacement||_F of each parameter, in merged space; equal shapes in one batch."""
+    """||displacement||_F of each parameter, in merged space, one after the other."""
     found: dict[str, float] = {}
-    batches: dict[tuple[int, int, int], dict[str, LowRank]] = {}
     for name, moved in moves:
         delta = moved if isinstance(moved, Blend) else merged(moved)
         if isinstance(delta, LowRank):
-            batches.setdefault((*delta.shape, delta.rank), {})[name] = delta
+            found[name] = float(lowrank.inner(delta, delta).clamp_min(0).sqrt())
         else:
             found[name] = float(delta.norm())
-    for batch in batches.values():
-        stacked = LowRank.stack(list(batch.values()))
-        values = lowrank.inner(stacked, stacked).clamp_min(0).sqrt()
-        found.update(zip(batch, values.tolist(), strict=True))
     return found
 
 

@@ -20,7 +20,6 @@ from next_core.appliers.stream import TensorWriter, header_room
 from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, PluginConfig, Prediction
 from next_core.lowrank import LowRank, truncated_svd
-from next_core.sources.layouts import find_checkpoints
 from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource
 
 LIBRARY = "peft"
@@ -84,7 +83,7 @@ class PeftAdapterApplier(FolderApplier):
             for key, value in extra.items():
                 for writer in writers.values():
                     writer.add(key, value)
-        newest = find_checkpoints(source.config.path, source.config.folders).folders[prediction.step]
+        newest = source.folder(prediction.step)
         written = {}
         for alpha, folder in folders.items():
             (folder / CONFIG_FILE).write_text(json.dumps(_config(source, used[alpha]), indent=2, sort_keys=True))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from next_core.appliers.displacement import displacements, norms
+from next_core.appliers.displacement import jump_norms
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
 from next_core.history import History
@@ -63,8 +63,7 @@ class JumpNorm:
 
 def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
     """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
-    found = norms(displacements(prediction, alpha))
-    jump = math.sqrt(sum(norm**2 for norm in found.values()))
+    jump = math.sqrt(sum(norm**2 for norm in jump_norms(prediction, alpha).values()))
     return JumpNorm(jump, recent_motion(history, prediction.horizon))
 
 
@@ -72,5 +71,5 @@ def recent_motion(history: History, window: int) -> float:
     """||W_T - W_{T-window}||_F over the matrices that move; from where RL began when no checkpoint is that old."""
     older = [step for step in history.steps if step <= history.newest - window]
     since = older[-1] if older else None  # where RL began is ``newest`` steps ago
-    deltas = ((name, history.source.delta(name, history.newest, since)) for name in history.names)
-    return math.sqrt(sum(norm**2 for norm in norms(deltas).values()))
+    squares = history.inner_products([(history.newest, since)])
+    return math.sqrt(sum(max(float(square), 0.0) for square in squares.values()))

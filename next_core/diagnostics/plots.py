@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from next_core.diagnostics.results import Analysis, Group, Series
 from next_core.errors import ConfigError, PluginError
-from next_core.storage import replaced_file
+from next_core.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def write_plots(analysis: Analysis, folder: Path) -> dict[str, str]:
                 continue
             for kind in FORMATS:
                 metadata = {"Date": None} if kind == "svg" else {}
-                with replaced_file(folder / f"{name}.{kind}") as scratch:
+                with atomic_file(folder / f"{name}.{kind}") as scratch:
                     picture.savefig(scratch, format=kind, dpi=160, metadata=metadata)
             told[name] = str(folder / f"{name}.png")
     return told

@@ -13,7 +13,7 @@ from next_core.sources import hub
 from next_core.sources.files import SNAPSHOTS
 from next_core.sources.jumps import CHECKPOINTS, JUMPS
 from next_core.sources.names import NUMBER, skeleton, steps_in_names
-from next_core.storage import MANIFEST, check_manifest
+from next_core.storage import INCOMPLETE, MANIFEST, check_manifest
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
@@ -90,6 +90,8 @@ def holds(path: Path, files: Collection[str], listed: Sequence[Path] = ()) -> bo
 
 def check_complete(folder: Path) -> None:
     """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by OpenRLHF's order of writing."""
+    if (folder / INCOMPLETE).exists():
+        raise CheckpointError(f"{folder} was being written in place and is partly old; run that again first")
     if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         check_manifest(folder)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():

@@ -167,7 +167,7 @@ def training_work(
         if count:
             with torch.device("meta"):
                 weights = sum(w.numel() for w in network_class(length, inputs, config.hidden).parameters())
-            work += Work(6.0 * weights * count, 28.0 * weights).times(config.epochs)
+            work += Work(bytes=28.0 * weights, single_flops=6.0 * weights * count).times(config.epochs)
     return work
 
 

@@ -259,7 +259,7 @@ def test_a_plan_knows_what_training_takes(past: History) -> None:
     """Of a matrix (12, 24) and two epochs: networks of 93 864, 15 * 256 * 12 + 6 * 256 + 7 * 12 and 5 383 weights."""
     work = NextMlpPredictor(NextMlpConfig(epochs=2)).work({"w": (24, 12)}, OBSERVED, HORIZON, 1)
     weights = 93_864 + 47_700 + 5_383
-    assert (work.flops, work.bytes) == (2 * 6 * weights * 10, 2 * 28 * weights)
+    assert (work.single_flops, work.bytes) == (2 * 6 * weights * 10, 2 * 28 * weights)
 
 
 def test_either_input_can_be_switched_off(past: History) -> None:

@@ -250,3 +250,14 @@ def test_a_source_of_others_without_the_setting_says_so(tmp_path: Path, monkeypa
 def test_finite_values_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
     save_file({"a": torch.full((4,), 3e38)}, tmp_path / "x.safetensors")
     assert SafetensorsFile(tmp_path / "x.safetensors").read("a").tolist() == pytest.approx([3e38] * 4)
+
+
+def test_a_folder_that_was_being_written_in_place_is_named_or_left_out(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        model(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "checkpoint-20" / "INCOMPLETE.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint-20 was being written in place"):
+        open_checkpoints(tmp_path)
+    source = open_checkpoints(tmp_path, skip_damaged=True)
+    assert source.steps == (10, 30)
+    assert any("written in place" in note for note in source.notes)

@@ -92,7 +92,9 @@ class RunConfig(Frozen):
     training: TrainingSettings
     backend: Choice = Field(Choice(name="trl"), description="The trainer")
     predictor: Choice = Field(Choice(name="secant"), description="Where the weights are going")
-    compressor: Choice = Field(Choice(name="exact"), description="How deltas become rank-k factors")
+    compressor: Choice | None = Field(
+        None, description="How deltas become rank-k factors; none: exact for LoRA, lanczos for full parameters"
+    )
     rank: int = Field(1, ge=1, description="Rank k of the factors a predictor reads")
     executor: Executor = Field(Executor(), description="Where matrices are compressed: local, or ray")
     schedule: Schedule = Schedule()
@@ -112,7 +114,9 @@ class RunConfig(Frozen):
     def check_plugins(self) -> None:
         """Raise ``PluginError`` or ``ConfigError`` for a plug-in that is unknown or whose fields are wrong."""
         for kind in ("backend", "predictor", "compressor"):
-            choice: Choice = getattr(self, kind)
+            choice: Choice | None = getattr(self, kind)
+            if choice is None:
+                continue
             registry().make_config(kind, choice.name, choice.fields, where=kind)
         self.schedule.check_predictor(self.predictor.make("predictor"), self.steps)
         reward = self.training.reward
@@ -241,6 +245,8 @@ def json_schema() -> dict[str, Any]:
         if kind not in places:
             continue
         options: list[dict[str, Any]] = [{"type": "string", "enum": registry().names(kind)}]
+        if kind == "compressor":
+            options.append({"type": "null"})
         if kind == "reward":
             options.append({"type": "string", "pattern": "^[^:]+:[^:]+$"})
         for name in registry().names(kind):

@@ -28,7 +28,8 @@ class History:
 
     ``names`` are the matrices that moved over the last interval; ``frozen`` names the others, with the reason, and
     they are never predicted. With ``spectrum``, components carry the sum of all singular values too
-    (``Factors.nuclear``), which costs a full decomposition. Raises ``CheckpointError`` when there is no checkpoint.
+    (``Factors.nuclear``), which costs a full decomposition. The default ``compressor`` is ``exact`` for LoRA runs and
+    where the spectrum is asked for, else ``lanczos``. Raises ``CheckpointError`` when there is no checkpoint.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class History:
         self.ranks = {parameter.name: parameter.rank for parameter in source.parameters}
         self.frozen = self._find_frozen()
         self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
-        self._compressor = compressor if compressor is not None else make_compressor("exact")
+        dense = any(rank is None for rank in self.ranks.values())
+        # The exact one takes minutes for one large dense matrix; only it knows the whole spectrum.
+        self._compressor = compressor or make_compressor("lanczos" if dense and not spectrum else "exact")
         self._progress = progress
         self._executor = executor if executor is not None else Executor()
         self._cache = cache

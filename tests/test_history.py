@@ -85,7 +85,7 @@ def spans(kind: DeltaKind) -> list[tuple[int, int | None]]:
 def test_components_are_the_leading_triplets_of_the_dense_deltas(
     source: MemorySource, kind: DeltaKind, rank: int
 ) -> None:
-    history = History(source, rank)
+    history = History(source, rank, ExactCompressor())
     found = history.components(kind, 20 if kind == "target" else None)
     assert set(found) == {"a", "b", "c", "d"}
     for name, components in found.items():
@@ -192,7 +192,7 @@ def test_one_pass_serves_several_kinds_and_decomposes_no_delta_twice(source: Mem
     history.compress("global", "local", "target", horizon=20)
     # The first local delta is the first global one, and the last target the last local one.
     assert counting.deltas == 4 * (4 + 3 + 1)
-    alone = History(source)
+    alone = History(source, 1, ExactCompressor())
     for kind in ("global", "local", "target"):
         horizon = 20 if kind == "target" else None
         for name, found in history.components(kind, horizon).items():  # type: ignore[arg-type]
@@ -223,6 +223,11 @@ def test_dense_inner_products_are_summed_over_blocks_of_rows(monkeypatch: pytest
     blocked = History(full_run()).grams()
     for name in whole:
         torch.testing.assert_close(blocked[name], whole[name])
+
+
+def test_the_compressor_suits_what_is_stored() -> None:
+    assert History(full_run()).components("global")["a"].nuclear is None  # lanczos
+    assert History(full_run(), spectrum=True).components("global")["a"].nuclear is not None
 
 
 def test_the_whole_spectrum_is_known_where_it_was_asked_for() -> None:

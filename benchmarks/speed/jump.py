@@ -95,10 +95,13 @@ def _given(run: Path) -> Any:
 
 
 def _unlike(folder: Path, out: Path) -> float:
-    """The share of one matrix's elements that are not what W_0 + beta (W_T - W_0) gives in fp64, rounded to bf16."""
+    """The share of elements that are not what W_0 + beta (W_T - W_0) gives in fp64, rounded to bf16.
+
+    Of the first rows of one matrix: the check must take less memory than what it checks.
+    """
     name = "model.layers.0.mlp.up_proj.weight"
     before, newest, jumped = (
-        _read(path, [name])[name].double() for path in (_base(folder), _newest(folder), out / "model.safetensors")
+        _read(path, [name])[name][:256].double() for path in (_base(folder), _newest(folder), out / "model.safetensors")
     )
     return float((jumped != (before + BETA * (newest - before)).bfloat16()).double().mean())
 

@@ -6,7 +6,7 @@ The one place where an anchor is read, so that a cumulative prediction is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -155,14 +155,11 @@ def merged(moved: Displacement) -> LowRank | Tensor:
 
 def jump_norms(prediction: Prediction, alpha: float) -> dict[str, float]:
     """||displacement||_F of each parameter that moves, in merged space; dense ones block by block, never as a whole."""
-    found = ((name, resolved(prediction, name, alpha)) for name in sorted(prediction.updates))
-    return norms((name, moved) for name, moved in found if moved is not None)
-
-
-def norms(moves: Iterable[tuple[str, Resolved]]) -> dict[str, float]:
-    """||displacement||_F of each parameter, in merged space, one after the other."""
     found: dict[str, float] = {}
-    for name, moved in moves:
+    for name in sorted(prediction.updates):
+        moved = resolved(prediction, name, alpha)
+        if moved is None:
+            continue
         delta = moved if isinstance(moved, Blend) else merged(moved)
         if isinstance(delta, LowRank):
             found[name] = float(lowrank.inner(delta, delta).clamp_min(0).sqrt())

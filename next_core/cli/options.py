@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from next_core.history import History
-    from next_core.interfaces import CheckpointSource, Compressor, Progress
+    from next_core.interfaces import CheckpointSource, Progress
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output")]
 Set = Annotated[
@@ -93,22 +93,15 @@ class Run:
         from next_core.errors import ConfigError
         from next_core.executor import Executor
         from next_core.history import History
-        from next_core.plugins import explain
+        from next_core.plugins import explain, make_compressor
 
         try:
             executor = Executor.model_validate({"name": self.executor, "workers": self.workers})
         except ValidationError as error:
             raise ConfigError(explain(error, "executor", Executor)) from None
         cache = None if self.no_cache else DeltaCache(self.cache or default_folder())
-        compressor = self._compressor(source, spectrum)
+        compressor = None if self.compressor is None else make_compressor(self.compressor)
         return History(source, rank, compressor, progress, spectrum=spectrum, executor=executor, cache=cache)
-
-    def _compressor(self, source: CheckpointSource, spectrum: bool) -> Compressor:
-        from next_core.plugins import make_compressor
-
-        dense = any(parameter.rank is None for parameter in source.parameters)
-        made: Compressor = make_compressor(self.compressor or ("lanczos" if dense and not spectrum else "exact"))
-        return made
 
 
 def report(run: Run, source: CheckpointSource, console: Console) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def run(
         config.steps,
         journal,
         rank=config.rank,
-        compressor=config.compressor.make("compressor"),
+        compressor=None if config.compressor is None else config.compressor.make("compressor"),
         executor=config.executor,
         strict=strict,
         progress=progress,

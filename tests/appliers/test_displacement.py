@@ -15,7 +15,6 @@ from next_core.appliers.displacement import (
     displacements,
     jump_norms,
     merged,
-    norms,
     resolved,
     row_blocks,
     scaled,
@@ -123,7 +122,7 @@ def test_a_prediction_of_where_the_weights_are_moves_nothing(
 ) -> None:
     prediction = predict(source, CoefficientUpdate(weights, space), anchor)
     assert not dense(prediction, name).any()
-    assert norms(displacements(prediction, 1.0)).get(name, 0.0) == 0.0
+    assert jump_norms(prediction, 1.0).get(name, 0.0) == 0.0
 
 
 def test_what_is_not_predicted_or_not_trusted_does_not_move(source: MemorySource) -> None:
@@ -134,23 +133,18 @@ def test_what_is_not_predicted_or_not_trusted_does_not_move(source: MemorySource
     assert [name for name, _ in displacements(prediction, 1.0)] == ["full"]
 
 
-def test_norms_of_a_batch_are_those_of_the_dense_displacements(source: MemorySource) -> None:
+def test_the_norm_of_a_jump_is_that_of_the_dense_displacement(source: MemorySource) -> None:
     updates: dict[str, Update] = {
         "lora": CoefficientUpdate({30: 1.0, 20: -1.0}, "factors"),
         "full": CoefficientUpdate({30: 1.0, 20: -1.0}),
     }
-    prediction = Prediction(source, 30, 10, updates=updates)
-    moves = dict(displacements(prediction, 1.5)) | {
-        "small": LowRank(noise(6, 6, 2), noise(7, 2, 5)),
-        "same shape and rank": LowRank(noise(8, 6, 2), noise(9, 2, 5)),
-        "another shape": LowRank(noise(8, 3, 2), noise(9, 2, 4)),
-        "nothing": LowRank.zero(6, 5),
-    }
-    found = norms(moves.items())
-    for name, move in moves.items():
-        delta = merged(move)
-        expected = delta.dense() if isinstance(delta, LowRank) else delta
-        assert found[name] == pytest.approx(float(expected.norm()), rel=1e-9)
+    for others in ({}, {"lora": LowRankUpdate(LowRank(noise(6, 6, 2), noise(7, 2, 5)))}):
+        prediction = Prediction(source, 30, 10, updates=updates | others)
+        found = jump_norms(prediction, 1.5)
+        for name, move in displacements(prediction, 1.5):
+            delta = merged(move)
+            expected = delta.dense() if isinstance(delta, LowRank) else delta
+            assert found[name] == pytest.approx(float(expected.norm()), rel=1e-9)
 
 
 def test_a_combination_of_many_checkpoints_is_no_wider_than_the_matrix(source: MemorySource) -> None:

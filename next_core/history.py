@@ -69,6 +69,11 @@ class History:
         """The newest observed step."""
         return self.steps[-1]
 
+    @property
+    def cache_trouble(self) -> str | None:
+        """Why something could not be read from the cache or kept in it; None when all went well."""
+        return None if self._cache is None else self._cache.trouble
+
     def matrix(self, name: str) -> MatrixHistory:
         """The view of one matrix."""
         return MatrixHistory(self, name)

@@ -269,6 +269,13 @@ class Applied(ABC):
 class WeightApplier(Plugin):
     """Resolves the anchor, scales by alpha, writes. All is computed and validated before anything changes."""
 
+    progress: Progress | None = None
+
+    def told(self, what: str, done: int, total: int) -> None:
+        """Report to ``progress``, where there is one."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
     @abstractmethod
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> Applied:
         """Write W_T + alpha * confidence * (prediction - W_T) to ``out``: a folder, or a live model."""

@@ -146,6 +146,7 @@ class _Job:
     ) -> None:
         self.backbone = ModelFiles(backbone)
         self.landed = {alpha: Landed() for alpha in alphas}
+        self._applier, self._written = applier, 0
         self._prediction = prediction
         self._config: MergedModelConfig = applier.config
         source = prediction.source
@@ -161,6 +162,8 @@ class _Job:
             for key, entry in entries.items():
                 for alpha, block in self._blocks(key, entry):
                     writers[alpha].write(block)
+                self._written += 1
+                self._applier.told("write model", self._written, len(self.backbone.shapes))
         return {alpha: writer.sha256 or "" for alpha, writer in writers.items()}
 
     def _blocks(self, key: str, entry: Entry) -> Iterator[tuple[float, Tensor]]:

@@ -68,7 +68,7 @@ class PeftAdapterApplier(FolderApplier):
                 alpha: stack.enter_context(TensorWriter(folder / WEIGHTS_FILE, room=header_room([*names, *extra])))
                 for alpha, folder in folders.items()
             }
-            for parameter in source.parameters:
+            for done, parameter in enumerate(source.parameters, 1):
                 now = source.factors(parameter.name, prediction.step)
                 once = resolved(prediction, parameter.name, 1.0)
                 beside = source.beside(parameter.name, prediction.step)
@@ -80,6 +80,7 @@ class PeftAdapterApplier(FolderApplier):
                         if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
                             raise GuardError(f"'{parameter.name}' overflows float32 after the jump")
                         writer.add(key, value)
+                self.told("write adapter", done, len(source.parameters))
             for key, value in extra.items():
                 for writer in writers.values():
                     writer.add(key, value)

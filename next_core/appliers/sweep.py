@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeGuard
 
 from next_core.appliers.folder import SMALL_FILES, FolderApplier, WrittenFolder, outcome
 from next_core.appliers.merged_model import MergedModelApplier
@@ -22,9 +23,9 @@ def apply_sweep(
     Each displacement is computed once, at alpha 1, and scaled. Raises ``ConfigError`` for an alpha that is not a
     number above 0, for two of one name, and for an applier that writes no new folders; and what the applier raises.
     """
-    if not isinstance(applier, FolderApplier) or (isinstance(applier, MergedModelApplier) and applier.config.in_place):
+    names = folder_names(alphas)
+    if not makes_folders(applier):
         raise ConfigError(f"the applier '{applier.name}' makes no new folders here; a sweep needs one for each alpha")
-    names = _names(alphas)
     target = applier.check(prediction, out)
     digests: dict[str, str] = {}
     with (
@@ -48,7 +49,14 @@ def apply_sweep(
     }
 
 
-def _names(alphas: Sequence[float]) -> dict[float, str]:
+def makes_folders(applier: WeightApplier) -> TypeGuard[FolderApplier]:
+    """Whether an applier can write a folder for each of several alphas."""
+    in_place = isinstance(applier, MergedModelApplier) and applier.config.in_place
+    return isinstance(applier, FolderApplier) and not in_place
+
+
+def folder_names(alphas: Sequence[float]) -> dict[float, str]:
+    """The folder of each alpha in a sweep. Raises ``ConfigError`` for alphas that make none."""
     names = {float(alpha): f"alpha-{alpha:g}" for alpha in alphas}
     for alpha in names:
         if not 0 < alpha < math.inf:

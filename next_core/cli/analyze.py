@@ -65,7 +65,8 @@ def analyze_command(
     with Bars() as bars:
         history = run.history(with_origin(source), 1, bars, spectrum=full)
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
-    for note in analysis.notes[len(source.notes) :]:
+    trouble = [] if history.cache_trouble is None else [history.cache_trouble]
+    for note in [*analysis.notes[len(source.notes) :], *trouble]:
         console.print(f"  note: {note}")
     show(analysis, by, console)
     drawn = {} if plots is None else write_plots(analysis, plots)

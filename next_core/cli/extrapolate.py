@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from next_core.interfaces import Applied
 
 
+MOST_NAMED = 8
+"""Matrices that stay where they are, which people are told by name."""
+
+
 def extrapolate_command(
     run: Run,
     out: Path,
@@ -32,7 +36,7 @@ def extrapolate_command(
     as_json: bool,
 ) -> None:
     """Open, fit, predict, apply; say what moved and what did not."""
-    from next_core.appliers.sweep import apply_sweep
+    from next_core.appliers.sweep import apply_sweep, folder_names, makes_folders
     from next_core.config import parse_assignments
     from next_core.cycle.guards import jump_norm
     from next_core.errors import CheckpointError, ConfigError, GuardError
@@ -54,6 +58,10 @@ def extrapolate_command(
     if out.exists() and not (dry_run or in_place):
         raise ConfigError(f"{out} exists already; choose another folder or remove it")
     scales = None if alphas is None else parse_alphas(alphas)
+    if scales is not None:  # before the work, not after it
+        folder_names(scales)
+        if not makes_folders(target):
+            raise ConfigError(f"--alphas needs an applier that writes new folders; '{applier}' does not, as it is set")
     console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True)
     source = run.source()
     found = report(run, source, console)
@@ -71,10 +79,13 @@ def extrapolate_command(
         raise GuardError(f"{len(prediction.abstained)} matrices abstain, among them '{name}': {reason}")
     norm = jump_norm(prediction, alpha, history)
     written: dict[float, Applied] = {}
-    if scales is not None and not dry_run:
-        written = dict(apply_sweep(target, prediction, scales, out))
-    elif not dry_run:
-        written = {alpha: target.apply(prediction, alpha, out=out)}
+    if not dry_run:
+        with Bars() as bars:
+            target.progress = bars
+            if scales is not None:
+                written = dict(apply_sweep(target, prediction, scales, out))
+            else:
+                written = {alpha: target.apply(prediction, alpha, out=out)}
     landed = {f"{a:g}": getattr(applied, "share", None) for a, applied in written.items()}
     facts: dict[str, Any] = {
         **found,
@@ -96,8 +107,12 @@ def extrapolate_command(
         f"{predictor} moved {len(prediction.updates)} matrices by {horizon} steps, "
         f"{norm.ratio:.2f} times the recent motion"
     )
-    for name, reason in prediction.abstained.items():
+    for name, reason in list(prediction.abstained.items())[:MOST_NAMED]:
         console.print(f"  stays: {name}: {reason}")
+    if len(prediction.abstained) > MOST_NAMED:
+        console.print(f"  and {len(prediction.abstained) - MOST_NAMED} more stay; --json names them all")
+    if history.cache_trouble is not None:
+        console.print(f"  note: {history.cache_trouble}")
     console.print("nothing written (--dry-run)" if dry_run else f"written: {out} ({applier})")
     for scale, share in landed.items():
         if share is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +16,16 @@ from torch import Tensor
 
 from next_core.interfaces import CheckpointSource, Compressor, Span
 from next_core.lowrank import Factors
-from next_core.storage import atomic_file, sweep
+from next_core.plugins import registry
+from next_core.storage import atomic_file
 
 VERSION = 1
 """Part of every key: to be raised when the same checkpoints give other bytes."""
 LIMIT_BYTES = 10 * 2**30
+ENTRIES = "deltas"
+"""The folder in a cache's folder that is the cache's own: whatever else lies beside it is left alone."""
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_LEFT_OVER = re.compile(r"\.[0-9a-f]{64}\.safetensors\.tmp-(\d+)")
 _PARTS = ("U", "S", "V", "energy", "nuclear")
 
 
@@ -35,7 +42,7 @@ class DeltaCache:
     """
 
     def __init__(self, folder: Path, limit: int = LIMIT_BYTES) -> None:
-        self.folder, self.limit = folder, limit
+        self.folder, self.limit = folder / ENTRIES, limit
         self.trouble: str | None = None
 
     def load(self, key: str | None, names: Sequence[str]) -> dict[str, Factors] | None:
@@ -78,7 +85,8 @@ class DeltaCache:
             with safe_open(path, framework="pt") as file:
                 # Copied: a file that is dropped while it is mapped would take the process with it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            os.utime(path)
+            with contextlib.suppress(OSError):  # another user's: read, but not marked as used
+                os.utime(path)
         except FileNotFoundError:
             return {}
         except (SafetensorError, OSError) as error:
@@ -99,8 +107,13 @@ class DeltaCache:
             self.trouble = f"{self.folder} cannot be written ({error}); what was computed is not kept"
 
     def _drop_oldest(self) -> None:
-        sweep(self.folder)
-        files = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.safetensors")]
+        files = []
+        for path in self.folder.iterdir():
+            left_over = _LEFT_OVER.fullmatch(path.name)
+            if left_over is not None and not _runs(int(left_over[1])):
+                path.unlink(missing_ok=True)
+            elif _ENTRY.fullmatch(path.name):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
@@ -112,14 +125,27 @@ class DeltaCache:
         return self.folder / f"{key}.safetensors"
 
 
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is alive."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
+
+
 def spans_key(source: CheckpointSource, spans: Sequence[Span], *more: object) -> str | None:
     """A digest of what some deltas' weights are made of, and of how they are used; None for what is not on disk."""
     made_of = [source.fingerprint(step) for span in spans for step in span]
     if None in made_of:
         return None
-    return hashlib.sha256(repr((VERSION, torch.__version__, made_of, more)).encode()).hexdigest()
+    kind = type(source).__module__, type(source).__qualname__
+    return hashlib.sha256(repr((VERSION, torch.__version__, kind, made_of, more)).encode()).hexdigest()
 
 
 def how(compressor: Compressor, rank: int, spectrum: bool) -> tuple[object, ...]:
     """What decides the triplets of a delta besides its weights."""
-    return compressor.name, compressor.config.model_dump_json(), rank, spectrum
+    kind = type(compressor).__module__, type(compressor).__qualname__, registry().version("compressor", compressor.name)
+    return kind, compressor.config.model_dump_json(), rank, spectrum

@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, NextCoreError
 from next_core.interfaces import PluginConfig
 
 Result = TypeVar("Result")
@@ -28,7 +30,7 @@ class Executor(PluginConfig):
 
     name: Literal["local", "ray"] = Field("local", description="local: this machine; ray: a Ray cluster (extra `ray`)")
     workers: int = Field(1, ge=1, description="Processes at a time, one thread each")
-    address: str | None = Field(None, description="ray: the cluster's address; none: as Ray finds it, else a local one")
+    address: str | None = Field(None, description="ray: a cluster's address, or auto; none: a Ray of its own, here")
 
     @model_validator(mode="before")
     @classmethod
@@ -46,30 +48,44 @@ class Executor(PluginConfig):
         if self.name == "ray":
             yield from self._map_ray(task, names)
         elif self.workers == 1 or len(names) < 2:
-            yield from map(task, names)
+            for name in names:
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+                try:
+                    value = task(name)
+                finally:
+                    torch.set_num_threads(threads)
+                yield value
         else:
             # Not fork: a child of a process whose libraries hold threads may hang.
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.workers, context, _one_thread, (task,)) as pool:
-                yield from pool.map(_run, names)
+            try:
+                with ProcessPoolExecutor(self.workers, context, _begin, (task,)) as pool:
+                    yield from pool.map(_run, names)
+            except BrokenProcessPool as error:
+                raise NextCoreError(f"a worker died ({error}); if memory ran out, take fewer workers") from None
 
     def _map_ray(self, task: Task[Result], names: Sequence[str]) -> Iterator[Result]:
         ray = _ray()
         started = not ray.is_initialized()
         if started:
             local = {"num_cpus": self.workers, "include_dashboard": False} if self.address is None else {}
-            ray.init(self.address, log_to_driver=False, configure_logging=False, **local)
+            ray.init(self.address or "local", log_to_driver=False, configure_logging=False, **local)
         try:
             shared = ray.put(task)
             remote = ray.remote(_run_on_ray)
-            waiting = [remote.remote(shared, name) for name in names[: 2 * self.workers]]
+            waiting = [remote.remote(shared, name) for name in names[: self.workers]]
             for index in range(len(names)):
-                # A few ahead only: the results of a large model are not to pile up in the object store.
+                # No more than are at work: the results of a large model are not to pile up in the object store.
                 value: Result = ray.get(waiting.pop(0))
-                ahead = index + 2 * self.workers
+                ahead = index + self.workers
                 if ahead < len(names):
                     waiting.append(remote.remote(shared, names[ahead]))
                 yield value
+        except ray.exceptions.RayError as error:
+            if isinstance(error, NextCoreError):
+                raise
+            raise NextCoreError(f"Ray failed: {error}; if memory ran out, take fewer workers") from error
         finally:
             if started:
                 ray.shutdown()
@@ -78,9 +94,10 @@ class Executor(PluginConfig):
 _task: Task[Any]
 
 
-def _one_thread(task: Task[Any]) -> None:
+def _begin(task: Task[Any]) -> None:
     global _task
     _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
 
 

@@ -28,12 +28,14 @@ _CHECKS = (8, 12, 16, 24, 32, 48, 64)
 class LowRankGrams:
     """left^T left and right^T right, (N, p, p) each, of N matrices left @ right^T; fp64.
 
-    ``noise`` (N,) is the squared norm at or below which a matrix cannot be told from the rounding of its Gram matrices.
+    ``noise`` (N,) is the squared norm at or below which a matrix cannot be told from the rounding of its Gram matrices;
+    ``blur`` (N,) by how much more than their own size they are rounded, where they are differences of larger ones.
     """
 
     left: Tensor
     right: Tensor
     noise: Tensor
+    blur: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -88,7 +90,7 @@ def decompose(grams: LowRankGrams, k: int) -> Solved:
     upper_l, map_l, norms_l, loss_l = _cholesky_basis(grams.left)
     upper_r, map_r, norms_r, loss_r = _cholesky_basis(grams.right)
     X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
-    sound = loss_l + loss_r <= _ORTHOGONALITY_LOSS
+    sound = (loss_l + loss_r) * (1.0 if grams.blur is None else grams.blur) <= _ORTHOGONALITY_LOSS
     energy = spectrum.square().sum(-1)
     # The p x k products first: P itself is never formed.
     return Solved(map_l @ X, spectrum[:, :k], map_r @ Y, energy, spectrum, sound)

@@ -62,7 +62,8 @@ class History:
         self._executor = executor if executor is not None else Executor()
         self._cache = cache
         self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
-        self._components: dict[tuple[DeltaKind, int | None, bool], dict[str, Factors]] = {}
+        self._components: dict[tuple[DeltaKind, int | None], dict[str, Factors]] = {}
+        self._turns: dict[tuple[DeltaKind, int | None], dict[str, Tensor]] = {}  # of the components that are aligned
 
     @property
     def newest(self) -> int:
@@ -103,7 +104,9 @@ class History:
         """
         chosen = tuple(spans)
         if chosen not in self._grams:
-            key = self._key(chosen, "inner products")
+            # From whole matrices they cost no more than telling whether the files are the same.
+            dense = any(self.ranks[name] is None for name in self.names)
+            key = None if dense else self._key(chosen, "inner products")
             found = None if self._cache is None else self._cache.load_tensors(key, self.names)
             if found is None:
                 found = self._map("inner products", InnerProducts(self.source, chosen))
@@ -130,18 +133,25 @@ class History:
         """
         if (kind == "target") != (horizon is not None):
             raise ConfigError("a horizon belongs to target deltas, and only to them")
-        key = kind, horizon, align
+        key = kind, horizon
         if key not in self._components:
             self.compress(kind, horizon=horizon)
-            raw = self._components[kind, horizon, False]
-            if align:
-                references = {} if kind == "global" else self.components("global")
-                raw = {
-                    name: lowrank.align_signs(factors, _newest(references[name]) if references else None)
-                    for name, factors in raw.items()
-                }
-            self._components[key] = raw
+        if align and key not in self._turns:
+            self._align(kind, horizon)
+        if not align and key in self._turns:
+            turns = self._turns[key]
+            return {name: factors.flip(turns[name]) for name, factors in self._components[key].items()}
         return self._components[key]
+
+    def _align(self, kind: DeltaKind, horizon: int | None) -> None:
+        """Turn components to be continuous; which were turned is kept, and not a second copy of them all."""
+        references = {} if kind == "global" else self.components("global")
+        found: dict[str, Factors] = {}
+        turns: dict[str, Tensor] = {}
+        for name, raw in self._components[kind, horizon].items():
+            found[name] = lowrank.align_signs(raw, _newest(references[name]) if references else None)
+            turns[name] = torch.where((found[name].U * raw.U).sum(-2) < 0, -1.0, 1.0)
+        self._components[kind, horizon], self._turns[kind, horizon] = found, turns
 
     def _spans(self, kind: DeltaKind, horizon: int | None) -> list[Span]:
         """The (step, since) of each delta of one kind."""
@@ -157,7 +167,7 @@ class History:
 
         ``components`` does so for one kind when it is asked for; a predictor that reads more calls this first.
         """
-        wanted = {kind: (kind, horizon if kind == "target" else None, False) for kind in kinds}
+        wanted = {kind: (kind, horizon if kind == "target" else None) for kind in kinds}
         spans = {key: self._spans(kind, key[1]) for kind, key in wanted.items() if key not in self._components}
         union = list(dict.fromkeys(span for some in spans.values() for span in some))
         made = self._decompose(union) if union else {}
@@ -206,9 +216,9 @@ class History:
             rows = max(1, BLOCK_BYTES // (8 * n))  # a matrix that moved shows it in its first rows
             blocks = (slice(start, min(m, start + rows)) for start in range(0, m, rows))
             return not any(bool(self.source.delta_rows(name, block, step, before).any()) for block in blocks)
-        if before is None:
+        then = self.source.start(name) if before is None else self.source.factors(name, before)
+        if before is None and then is None:
             return not bool(now.B.any() and now.A.any())
-        then = self.source.factors(name, before)
         return then is not None and torch.equal(now.A, then.A) and torch.equal(now.B, then.B)
 
 

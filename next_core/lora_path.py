@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from next_core import lowrank
 from next_core.errors import NextCoreError
 from next_core.gram_svd import LowRankGrams, Solved, triplets_from_grams
 from next_core.interfaces import LoraFactors, Span
@@ -100,12 +101,15 @@ class LoraPath:
         """
         steps = [step for step in self._rows if any(step in span for span in spans)]
         products = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+        sizes = torch.zeros(len(steps), dtype=torch.float64)  # |B|^2 |A|^2, which is what rounding is relative to
         for i, t in enumerate(steps):
             # Every step with all later ones at once: a wide product is twice as fast as many narrow ones.
             later = torch.cat([torch.arange(self._rows[s].start, self._rows[s].stop) for s in steps[i:]])
             columns = slice(int(later[0]), int(later[-1]) + 1)
             left = self._left[:, self._rows[t]].T @ self._left[:, columns]
             right = self._right[self._rows[t]] @ self._right[columns].T
+            own = slice(self._rows[t].start - columns.start, self._rows[t].stop - columns.start)
+            sizes[i] = left[:, own].trace() * right[:, own].trace()
             sums = (left * right).sum(0).reshape(-1, self.rank).sum(1)
             found = sums[(later.reshape(-1, self.rank)[:, 0] - columns.start) // self.rank]
             products[i, i:], products[i:, i] = found, found
@@ -120,18 +124,19 @@ class LoraPath:
             if since in self._rows:
                 contrasts[row, where[since]] -= 1
         gram = contrasts @ products @ contrasts.T
-        noise = _EPS * (contrasts.abs() @ products.diagonal().sqrt()).square()
+        noise = _EPS * (contrasts.abs() @ sizes.sqrt()).square()
         short = (noise > _CANCELLATION * gram.diagonal()).nonzero().flatten().tolist()
         return self._short_gram(gram, spans, short)
 
     def _short_gram(self, gram: Tensor, spans: Sequence[Span], short: list[int]) -> Tensor:
         """Replace the rows and columns of short spans, whose inner products have cancelled."""
-        deltas = [self.delta(*span) for span in spans] if short else []
+        # By their own singular triplets: their factors may cancel again, in the products.
+        width = min(2 * self.rank, *self.shape)
+        exact = {i: truncated_svd(self.delta(*spans[i]), width).lowrank() for i in short}
         for i in short:
-            for j, other in enumerate(deltas):
-                own = deltas[i]
-                left, right = own.left.T @ other.left, own.right @ other.right.T
-                gram[i, j] = gram[j, i] = (left * right).sum()
+            for j, span in enumerate(spans):
+                other = exact[j] if j in exact else self.delta(*span)
+                gram[i, j] = gram[j, i] = lowrank.inner(exact[i], other)
         return gram
 
     def triplets(self, spans: Sequence[Span], k: int, spectrum: bool = False) -> Factors:
@@ -185,19 +190,22 @@ class LoraPath:
             left_tt, right_tt = self._block(step, step)
             size = left_tt.trace() * right_tt.trace()
             if since not in self._rows:
-                pairs.append((left_tt, right_tt, size))
+                pairs.append((left_tt, right_tt, size, torch.ones_like(size)))
                 continue
             left_ts, right_ts = self._block(step, since)
             left_ss, right_ss = self._block(since, since)
+            moved_l = left_tt - left_ts - left_ts.T + left_ss
+            moved_r = right_tt - right_ts - right_ts.T + right_ss
             pairs.append(
                 (
-                    _square(left_tt - left_ts - left_ts.T + left_ss, left_ts - left_ss, left_ss),
-                    _square(right_tt, right_tt - right_ts, right_tt - right_ts - right_ts.T + right_ss),
+                    _square(moved_l, left_ts - left_ss, left_ss),
+                    _square(right_tt, right_tt - right_ts, moved_r),
                     size + left_ss.trace() * right_ss.trace(),
+                    torch.maximum(_blur(left_tt, left_ss, moved_l), _blur(right_tt, right_ss, moved_r)),
                 )
             )
-        left, right, size = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return LowRankGrams(left, right, noise=size * (_EPS / _CANCELLATION))
+        left, right, size, blur = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return LowRankGrams(left, right, noise=size * (_EPS / _CANCELLATION), blur=blur)
 
     def _prepare(self, spans: list[Span]) -> None:
         """The blocks that some spans need, of each step with all that lie side by side in one product."""
@@ -260,6 +268,11 @@ def _runs(places: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([place])
     return runs
+
+
+def _blur(later: Tensor, earlier: Tensor, moved: Tensor) -> Tensor:
+    """How much larger the numbers were whose difference a column's squared length is; infinite where none is left."""
+    return ((later.diagonal() + earlier.diagonal()) / moved.diagonal().clamp_min(0)).amax()
 
 
 def _square(upper: Tensor, corner: Tensor, lower: Tensor) -> Tensor:

@@ -81,10 +81,6 @@ class LowRank:
                 ) from error
         return LowRank(self.left * alpha, self.right)
 
-    def transpose(self) -> LowRank:
-        """The transposed matrix, (..., n, m); the factors are views."""
-        return LowRank(self.right.mT, self.left.mT)
-
     def to(self, dtype: torch.dtype) -> LowRank:
         """Both factors in another dtype."""
         return LowRank(self.left.to(dtype), self.right.to(dtype))

@@ -49,11 +49,11 @@ class InnerProducts:
         path = lora_path(self.source, name, self.spans, self.workspace)
         if path is not None:
             return path.gram(self.spans)
-        first = self.source.delta(name, *self.spans[0])
-        if isinstance(first, LowRank):
-            rest = [self.source.delta(name, *span) for span in self.spans[1:]]
-            return lowrank.gram([first, *(delta for delta in rest if isinstance(delta, LowRank))])
-        return self._of_dense(name, first.shape[0], first.shape[1])
+        parameter = next(parameter for parameter in self.source.parameters if parameter.name == name)
+        if parameter.rank is None:
+            return self._of_dense(name, *parameter.shape)
+        deltas = [self.source.delta(name, *span) for span in self.spans]
+        return lowrank.gram([delta for delta in deltas if isinstance(delta, LowRank)])
 
     def _of_dense(self, name: str, m: int, n: int) -> Tensor:
         """Summed over blocks of rows, so that memory does not grow with the matrix times the checkpoints."""

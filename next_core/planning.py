@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from next_core.config import LoraSettings, RunConfig
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Parameter, Span, TrajectoryPredictor, Work
 from next_core.sources.hf_model import ModelFiles
+from next_core.storage import free_bytes
 
 _ITERATIONS = 20
 """Lanczos iterations that a core, or a dense delta, takes as a rule."""
@@ -90,10 +90,11 @@ def plan_checkpoints(
     reason = predictor.lacks(steps, horizon) if steps else "no checkpoint"
     if reason is not None:
         notes.append(f"{predictor.name} would predict nothing: {reason}")
-    free = None if out is None else shutil.disk_usage(_existing(out)).free
+    free = None if out is None else free_bytes(out)
     if written is not None and free is not None and written > free:
         notes.append(f"the disk of {out} has {gib(free)} free, {gib(written)} are needed")
     stored = sum(_stored(p) * source.precision(p.name).itemsize for p in parameters)
+    read = sum(_reads(p, spans, len(steps), "gram" in predictor.requires) * _stored(p) for p in parameters)
     fit = predictor.work({p.name: p.shape for p in parameters}, steps, horizon, rank)
     return Plan(
         read={
@@ -102,7 +103,7 @@ def plan_checkpoints(
             "steps": list(steps),
             "matrices": len(parameters),
             "bytes a checkpoint": stored,
-            "bytes": stored * len({step for span in spans for step in span if step} | set(steps[-2:])),
+            "bytes": read * source.precision(parameters[0].name).itemsize if parameters else 0,
             "skipped": dict(source.skipped),
         },
         compute={
@@ -153,7 +154,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
         "bytes of the trainer's": 0 if config.save_every is None else (config.steps // config.save_every) * 3 * each,
     }
     total = sum(value for key, value in written.items() if key.startswith("bytes of"))
-    free = shutil.disk_usage(_existing(out)).free
+    free = free_bytes(out)
     if total > free:
         notes.append(f"the disk of {out} has {gib(free)} free, {gib(total)} are needed")
     return Plan(
@@ -267,6 +268,14 @@ def _stored(parameter: Parameter) -> int:
     return m * n if parameter.rank is None else parameter.rank * (m + n)
 
 
+def _reads(parameter: Parameter, spans: Sequence[Span], steps: int, gram: bool) -> int:
+    """How often a whole checkpoint of a matrix is read."""
+    if parameter.rank is None:  # every delta reads its two ends
+        return 2 * (len(spans) + (steps if gram else 0)) + 2
+    read = {step for span in spans for step in span if step is not None}
+    return (len(read) if spans else 0) + (steps if gram else 0) + min(steps, 2)
+
+
 def _largest(parameters: Iterable[Parameter]) -> str:
     largest = max(parameters, key=_stored)
     return f"{largest.name} {largest.shape[0]} x {largest.shape[1]}"
@@ -274,7 +283,7 @@ def _largest(parameters: Iterable[Parameter]) -> str:
 
 def _memory(parameters: Sequence[Parameter], spans: Sequence[Span], steps: int, rank: int) -> int:
     """What stays (the components) and the largest matrix at work."""
-    kept = sum(8 * rank * sum(p.shape) * len(spans) for p in parameters)
+    kept = sum(8 * rank * sum(p.shape) * len(spans) for p in parameters)  # aligned, one copy
     return _LIBRARIES + kept + max((_at_work(p, spans, steps) for p in parameters), default=0)
 
 
@@ -298,12 +307,6 @@ def _fastest(function: Callable[[], object]) -> float:
         function()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _existing(path: Path) -> Path:
-    """The folder that a new one would be made in."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def gib(count: float) -> str:

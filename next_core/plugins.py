@@ -183,6 +183,11 @@ class Registry:
         every = [*self._entries.values(), *self._broken]
         yield from sorted(every, key=lambda entry: (order.get(entry.kind, len(order)), entry.name))  # type: ignore[call-overload]
 
+    def version(self, kind: Kind, name: str) -> str:
+        """The version of the distribution that registered a plug-in; empty for one that was not registered."""
+        entry = self._entries.get((kind, name))
+        return "" if entry is None else f"{entry.distribution} {entry.version}"
+
     def names(self, kind: Kind) -> list[str]:
         """The usable names of one kind."""
         return sorted(name for (k, name), entry in self._entries.items() if k == kind and entry.error is None)

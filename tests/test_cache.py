@@ -98,7 +98,7 @@ def test_a_damaged_file_is_computed_again_and_named(cache: DeltaCache) -> None:
     assert counting.deltas == 4 * 4
     assert cache.trouble is not None
     assert "computed again" in cache.trouble
-    fresh = DeltaCache(cache.folder)
+    fresh = DeltaCache(cache.folder.parent)
     assert History(on_disk(lora_run()), 1, counting, cache=fresh).components("global")
     assert counting.deltas == 4 * 4
     assert fresh.trouble is None
@@ -117,8 +117,8 @@ def test_the_least_recently_used_are_dropped_above_the_limit(cache: DeltaCache) 
     files = sorted(cache.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert len(files) == 4
     os.utime(files[0])
-    small = DeltaCache(cache.folder, limit=3 * files[0].stat().st_size)
-    small.save("new", small.load(files[0].stem, ["a", "b", "c", "d"]) or {})
+    small = DeltaCache(cache.folder.parent, limit=3 * files[0].stat().st_size)
+    small.save("f" * 64, small.load(files[0].stem, ["a", "b", "c", "d"]) or {})
     kept = set(cache.folder.iterdir())
     assert files[0] in kept
     assert files[1] not in kept
@@ -130,3 +130,41 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path("/somewhere/next-core")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache" / "next-core"
+
+
+def test_what_is_not_the_caches_own_is_never_touched(tmp_path: Path) -> None:
+    strangers = [tmp_path / "model-00001.safetensors", tmp_path / "deltas" / "mine.safetensors"]
+    (tmp_path / "deltas").mkdir()
+    for path in strangers:
+        path.write_bytes(b"0" * 10_000)
+    (tmp_path / ".run.old-999999999").mkdir()
+    cache = DeltaCache(tmp_path, limit=1)
+    History(on_disk(lora_run()), cache=cache).compress("global")
+    assert all(path.exists() for path in [*strangers, tmp_path / ".run.old-999999999"])
+    assert sorted(cache.folder.iterdir()) == [strangers[1]]
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_a_living_one(cache: DeltaCache) -> None:
+    cache.folder.mkdir(parents=True)
+    dead, alive = (cache.folder / f".{'a' * 64}.safetensors.tmp-{pid}" for pid in (2**22 + 1, os.getppid()))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    History(on_disk(lora_run()), cache=cache).compress("global")
+    assert alive.exists()
+    assert not dead.exists()
+
+
+def test_inner_products_of_whole_matrices_are_not_worth_telling_files_apart(cache: DeltaCache) -> None:
+    History(on_disk(full_run()), cache=cache).grams()
+    assert not cache.folder.exists()
+
+
+def test_a_hit_of_a_file_that_cannot_be_marked_as_used_is_a_hit(
+    cache: DeltaCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    History(on_disk(lora_run()), 1, Counting(), cache=cache).compress("global")
+    monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(13, "not yours")))
+    counting = Counting()
+    History(on_disk(lora_run()), 1, counting, cache=cache).compress("global")
+    assert counting.deltas == 0
+    assert cache.trouble is None

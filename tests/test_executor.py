@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, NextCoreError
 from next_core.executor import Executor
 from next_core.history import History
 from tests.test_history import full_run, lora_run
@@ -98,3 +98,22 @@ def test_an_executor_is_named_in_a_config_by_its_bare_name_or_with_fields() -> N
     for wrong in ("dask", {"name": "local", "workers": 0}, {"name": "local", "address": "auto"}, {"nodes": 2}):
         with pytest.raises(ValidationError):
             Executor.model_validate(wrong)
+
+
+def test_in_this_process_too_a_matrix_is_computed_in_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert {threads for _, _, threads in Executor().map(where, ["a", "b"])} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def dies(name: str) -> str:
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_named_with_the_remedy(pool: Executor) -> None:
+    with pytest.raises(NextCoreError, match="a worker died.*fewer workers"):
+        list(pool.map(dies, ["a", "b"]))

@@ -274,3 +274,11 @@ def test_a_rank_beyond_the_matrix_gives_as_many_components_as_there_are(source: 
     components = History(source, 9).components("global")["a"]
     assert components.S.shape == (4, 5)
     torch.testing.assert_close(components.lowrank().dense()[0], moved("a", 10), atol=1e-9, rtol=1e-7)
+
+
+def test_components_as_the_svd_left_them_can_be_had_after_the_aligned_ones(source: MemorySource) -> None:
+    first = {name: found.U.clone() for name, found in History(source).components("local", align=False).items()}
+    history = History(source)
+    history.components("local")
+    for name, found in history.components("local", align=False).items():
+        assert torch.equal(found.U, first[name])

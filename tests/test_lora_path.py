@@ -177,3 +177,26 @@ def test_factors_of_unlike_shapes_are_refused() -> None:
         LoraPath(factors)
     with pytest.raises(NextCoreError, match="at least one step"):
         LoraPath({})
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_small_singular_values_of_short_deltas_keep_their_digits(k: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    A, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((6, 80), (90, 6)))
+    u, v = torch.randn(90, 2, generator=generator), torch.randn(2, 6, generator=generator)
+    moved = 3e-3 * (u.double() * torch.tensor([1.0, 3e-4])) @ v.double()
+    path = LoraPath({10: LoraFactors(A, B, 1.0), 20: LoraFactors(A, B + moved, 1.0)})
+    found, exact_one = path.triplets([(20, 10)], k), truncated_svd(path.delta(20, 10), k)
+    torch.testing.assert_close(found.S[0, : min(k, 2)], exact_one.S[: min(k, 2)], rtol=1e-8, atol=0)
+
+
+def test_inner_products_of_deltas_in_which_the_factors_cancel_keep_their_digits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    b, a, x, y = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (50, 40, 40, 40))
+    steps = {
+        step: LoraFactors(torch.stack([a, a + 1e-7 * move]), torch.stack([b, -b], 1), 1.0)
+        for step, move in ((10, x), (20, y))
+    }
+    gram_matrix = LoraPath(steps).gram([(10, None), (20, None)])
+    expected = 1e-14 * b.dot(b) * torch.stack([torch.stack([p.dot(q) for q in (x, y)]) for p in (x, y)])
+    torch.testing.assert_close(gram_matrix, expected, rtol=1e-6, atol=0)

@@ -142,7 +142,6 @@ def test_arithmetic_is_that_of_the_dense_matrices(parts: list[LowRank], alpha: f
         (a - b, a.dense() - b.dense()),
         (-a, -a.dense()),
         (a.scale(alpha), alpha * a.dense()),
-        (a.transpose(), a.dense().mT),
         (a + LowRank.zero(*a.shape, a.batch_shape), a.dense()),
         (concatenate([a, b, a]), 2 * a.dense() + b.dense()),
         (LowRank.stack([a, b]), torch.stack([a.dense(), b.dense()])),

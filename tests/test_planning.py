@@ -74,11 +74,7 @@ def test_what_would_come_to_nothing_is_said(lora_run: LoraRun, monkeypatch: pyte
     assert any("next-mlp would predict nothing" in note for note in plan.notes)
     with pytest.raises(ConfigError, match="horizon must be at least 1"):
         planning.plan_checkpoints(source, make_predictor("secant"), 0)
-
-    class Full:
-        free = 10
-
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(planning, "free_bytes", lambda path: 10)
     plan = planning.plan_checkpoints(source, make_predictor("secant"), 10, out=tmp_path)
     assert any("10 B free" in note for note in plan.notes)
 
@@ -137,4 +133,7 @@ def test_bytes_are_written_for_people() -> None:
 def test_the_steps_of_the_fixture_are_what_is_read(lora_run: LoraRun) -> None:
     plan = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("next-mlp"), 20)
     assert plan.read["steps"] == list(STEPS)
-    assert plan.read["bytes"] == len(STEPS) * plan.read["bytes a checkpoint"]
+    # Each once for its deltas; the two newest before, to see what moves.
+    assert plan.read["bytes"] == (len(STEPS) + 2) * plan.read["bytes a checkpoint"]
+    gram = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("relex"), 20)
+    assert gram.read["bytes"] == (len(STEPS) + 2) * plan.read["bytes a checkpoint"]

@@ -52,6 +52,8 @@ def analyze_command(
 
     if by not in TABLES:
         raise ConfigError(f"--by is one of {', '.join(TABLES)} (got {by!r})")
+    if spectrum and run.compressor == "lanczos":
+        raise ConfigError("--compressor lanczos does not know the spectrum; leave it out, or leave out --spectrum")
     if plots is not None:
         from next_core.diagnostics.plots import check_plots, write_plots
 

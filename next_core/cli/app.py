@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from next_core.cli.options import (
+    Address,
     AllowPickle,
     Applier,
     Backbone,
@@ -83,6 +84,7 @@ def extrapolate(
     no_cache: NoCache = False,
     executor: ExecutorName = "local",
     workers: Workers = 1,
+    address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict and report; write nothing")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 when a matrix abstains")] = False,
     json: Json = False,
@@ -103,6 +105,7 @@ def extrapolate(
             no_cache=no_cache,
             executor=executor,
             workers=workers,
+            address=address,
         ),
         out,
         horizon=horizon,
@@ -145,6 +148,7 @@ def analyze(
     no_cache: NoCache = False,
     executor: ExecutorName = "local",
     workers: Workers = 1,
+    address: Address = None,
     json: Json = False,
 ) -> None:
     """Measure how a run's weights move, each figure beside that of a random walk."""
@@ -163,6 +167,7 @@ def analyze(
             no_cache=no_cache,
             executor=executor,
             workers=workers,
+            address=address,
         ),
         horizon=horizon,
         by=by,

@@ -44,6 +44,9 @@ Compression = Annotated[str | None, typer.Option("--compressor", help="exact or 
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where decomposed deltas are kept for the next time")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="local, or ray (extra `ray`)")]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster's address, or auto; default: a Ray of its own on this machine")
+]
 Workers = Annotated[int, typer.Option(help="Processes at a time, one thread each")]
 
 
@@ -62,6 +65,7 @@ class Run:
     no_cache: bool = False
     executor: str = "local"
     workers: int = 1
+    address: str | None = None
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.checkpoints))
@@ -96,7 +100,9 @@ class Run:
         from next_core.plugins import explain, make_compressor
 
         try:
-            executor = Executor.model_validate({"name": self.executor, "workers": self.workers})
+            executor = Executor.model_validate(
+                {"name": self.executor, "workers": self.workers, "address": self.address}
+            )
         except ValidationError as error:
             raise ConfigError(explain(error, "executor", Executor)) from None
         cache = None if self.no_cache else DeltaCache(self.cache or default_folder())

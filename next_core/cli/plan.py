@@ -37,6 +37,11 @@ def plan_command(
     if (config is None) == (not run.checkpoints):
         raise ConfigError("plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)")
     if config is not None:
+        given = {"--horizon": horizon is not None, "--predictor": predictor != "secant", "--rank": rank != 1}
+        given |= {"--set": bool(fields), "--applier": applier != "peft-adapter", "--set-applier": bool(applier_fields)}
+        for option, contradicts in given.items():
+            if contradicts:
+                raise ConfigError(f"{option} is of an extrapolation; a run's plan takes it from its config")
         plan = plan_run(load_config(config), out)
     else:
         if horizon is None:

@@ -24,7 +24,10 @@ def run_command(
 ) -> None:
     """Load, run, show."""
     from next_core.config import load_config
+    from next_core.errors import ConfigError
 
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with what --overwrite would remove; leave one out")
     sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     config = load_config(path)
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)

@@ -26,7 +26,7 @@ class LanczosConfig(PluginConfig):
         ge=1e-6,
         description="Residual |A^T A v - sigma^2 v| / sigma_1^2 of each triplet; fp32 products hold 1e-6",
     )
-    iterations: int = Field(100, ge=2, description="Passes over the matrix before the full SVD is taken instead")
+    iterations: int = Field(300, ge=2, description="Passes over the matrix before the full SVD is taken instead")
 
 
 class LanczosCompressor(Compressor):
@@ -56,7 +56,11 @@ class LanczosCompressor(Compressor):
     def _lanczos(self, blocks: Sequence[Tensor], k: int) -> Factors | None:
         """The triplets, or None where the residual stays too large."""
         norm = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().norm()
-        if not 1e-30 < float(norm) < 1e30:  # zero, or beyond what fp32 can square
+        if norm == 0 and not any(bool(block.any()) for block in blocks):
+            sizes = sum(len(block) for block in blocks), blocks[0].shape[1]
+            U, V = (torch.zeros(size, k, dtype=torch.float64) for size in sizes)
+            return Factors(U, torch.zeros(k, dtype=torch.float64), V, norm, None).batch()
+        if not 1e-30 < float(norm) < 1e30:  # beyond what fp32 can square
             return None
         found = self._eigenvectors(blocks, 1 / norm, k)
         if found is None:

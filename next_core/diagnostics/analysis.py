@@ -65,7 +65,7 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         },
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
-        missing=_missing(history, trajectory, raw, chosen),
+        missing=_missing(trajectory, raw, chosen),
         notes=tuple(history.source.notes),
         precision=read_precision(history),
     )
@@ -128,7 +128,7 @@ def _nulls(name: str, bands: Band) -> list[Null | None]:
     return [Null(*one) if all(map(math.isfinite, one)) else None for one in each]
 
 
-def _missing(history: History, trajectory: Trajectory, raw: Raw, horizon: int | None) -> Mapping[str, str]:
+def _missing(trajectory: Trajectory, raw: Raw, horizon: int | None) -> Mapping[str, str]:
     """Why a figure is not there for any matrix."""
     grid = trajectory.grid
     found: dict[str, str] = {}

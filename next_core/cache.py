@@ -17,7 +17,7 @@ from torch import Tensor
 from next_core.interfaces import CheckpointSource, Compressor, Span
 from next_core.lowrank import Factors
 from next_core.plugins import registry
-from next_core.storage import atomic_file
+from next_core.storage import atomic_file, is_alive
 
 VERSION = 1
 """Part of every key: to be raised when the same checkpoints give other bytes."""
@@ -110,7 +110,7 @@ class DeltaCache:
         files = []
         for path in self.folder.iterdir():
             left_over = _LEFT_OVER.fullmatch(path.name)
-            if left_over is not None and not _runs(int(left_over[1])):
+            if left_over is not None and not is_alive(int(left_over[1])):
                 path.unlink(missing_ok=True)
             elif _ENTRY.fullmatch(path.name):
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
@@ -123,17 +123,6 @@ class DeltaCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of this machine is alive."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True
 
 
 def spans_key(source: CheckpointSource, spans: Sequence[Span], *more: object) -> str | None:

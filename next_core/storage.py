@@ -47,6 +47,7 @@ def new_directory(target: Path, overwrite: bool = False, digests: Mapping[str, s
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists already; choose another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_siblings(target)
     scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -166,6 +167,30 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def sweep_siblings(target: Path) -> None:
+    """Remove what killed processes left half-written beside ``target`` on its way there, and nothing else.
+
+    Only a process of this machine is known to be dead: one target is not to be written from two machines at once.
+    What was put aside (``.old-PID``) stays, as it may be the only copy.
+    """
+    temporary = re.compile(rf"\.{re.escape(target.name)}\.tmp-(\d+)")
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        match = temporary.fullmatch(path.name)
+        if match is not None and not is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine is alive, as far as can be told."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's, or no number of a process
+    return True
+
+
 def check_manifest(folder: Path) -> None:
     """Raise ``CheckpointError`` when a file of ``folder`` is missing or has another size than its manifest says."""
     try:
@@ -175,7 +200,9 @@ def check_manifest(folder: Path) -> None:
             if not path.is_file() or path.stat().st_size != facts["size"]:
                 raise CheckpointError(f"{path} is missing or truncated ({facts['size']} bytes expected); restore it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete") from None
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete: remove or restore it"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -193,10 +220,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     _fsync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace one file atomically."""
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Replace one file atomically; ``errors`` as ``str.encode`` has it, for text that was read with the same."""
     with atomic_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", errors=errors)
 
 
 def json_text(value: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +229,23 @@ def test_what_the_disk_has_no_room_for_is_not_begun(tmp_path: Path, monkeypatch:
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "there") > 0
+
+
+def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, target = ended.pid, tmp_path / "target"
+    for name in (f".target.tmp-{dead}", f".other.tmp-{dead}", ".target.tmp-1", f".target.old-{dead}", ".target.tmp-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    write(target)
+    kept = [f".other.tmp-{dead}", f".target.old-{dead}", ".target.tmp-1", ".target.tmp-x", "target"]
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_text_that_is_not_utf_8_passes_through(tmp_path: Path) -> None:
+    text = b"caf\xe9".decode(errors="surrogateescape")
+    write_text(tmp_path / "x", text, errors="surrogateescape")
+    assert (tmp_path / "x").read_bytes() == b"caf\xe9"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x", text)

@@ -15,7 +15,7 @@ from typing import Any
 from next_core.appliers.carried import CARD, RECORD, model_card
 from next_core.appliers.landed import Landed, pooled, shares
 from next_core.errors import ConfigError, GuardError, PluginError
-from next_core.interfaces import Applied, Prediction, WeightApplier
+from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
 from next_core.storage import enough_space, json_text, new_directory
 
 SMALL_FILES = 64 * 2**20
@@ -62,8 +62,20 @@ class FolderApplier(WeightApplier):
     """Writes new folders: to one alpha, or to several in one pass over the matrices."""
 
     @abstractmethod
+    def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
+        """The target; raises ``ConfigError`` for what cannot be written there, whatever is predicted.
+
+        In a ``dry_run`` the target may exist already.
+        """
+
     def check(self, prediction: Prediction, out: str | Path) -> Path:
-        """The target; raises ``ConfigError`` for what cannot be written there."""
+        """The target; raises ``ConfigError`` for what cannot be written there, and ``PluginError`` when the prediction
+        moves a parameter that the run does not have."""
+        target = self.check_source(prediction.source, out)
+        unknown = set(prediction.updates) - {parameter.name for parameter in prediction.source.parameters}
+        if unknown:
+            raise PluginError(f"the prediction names '{min(unknown)}', which the run does not have")
+        return target
 
     @abstractmethod
     def needed(self, prediction: Prediction) -> int:
@@ -133,23 +145,26 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def checked_target(prediction: Prediction, out: str | Path, backbone: Path | None = None, exists: bool = False) -> Path:
-    """The target folder. Raises ``ConfigError`` when it exists (or does not, where it is to be written in place), or
-    lies on or in what is read for it.
-
-    ``PluginError`` when the prediction moves a parameter that the run does not have.
+def checked_target(
+    source: CheckpointSource,
+    out: str | Path,
+    backbone: Path | None = None,
+    *,
+    in_place: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """The target folder. Raises ``ConfigError`` when it exists (or does not, where it is to be written ``in_place``),
+    or lies on or in what is read for it. In a ``dry_run`` it may exist.
     """
     target = Path(out)
-    config = prediction.source.config
-    unknown = set(prediction.updates) - {parameter.name for parameter in prediction.source.parameters}
-    if unknown:
-        raise PluginError(f"the prediction names '{min(unknown)}', which the run does not have")
-    listed = getattr(config, "folders", ())
-    for read in (getattr(config, "path", None), *listed, getattr(config, "backbone", None), backbone):
+    config = source.config
+    # Of a list, path is only a folder above all of them: often the one that people work in.
+    checkpoints = getattr(config, "folders", ()) or (getattr(config, "path", None),)
+    for read in (*checkpoints, getattr(config, "backbone", None), backbone):
         if read is not None and target.resolve().is_relative_to(Path(read).resolve()):
             raise ConfigError(f"{target} lies in {read}, which is being read; choose a folder outside it")
-    if target.exists() and not exists:
+    if target.exists() and not (in_place or dry_run):
         raise ConfigError(f"{target} exists already; choose another folder or remove it")
-    if exists and not target.is_dir():
+    if in_place and not target.is_dir():
         raise ConfigError(f"{target} does not exist; in_place replaces the weights of a model folder that is there")
     return target

@@ -18,7 +18,14 @@ from next_core.appliers.displacement import FactorStep, Resolved, resolved, scal
 from next_core.appliers.folder import FolderApplier, Written, checked_target, facts_of, record_texts, write_texts
 from next_core.appliers.stream import TensorWriter, header_room
 from next_core.errors import ConfigError, GuardError
-from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, PluginConfig, Prediction
+from next_core.interfaces import (
+    CheckpointSource,
+    CoefficientUpdate,
+    LoraFactors,
+    LowRankUpdate,
+    PluginConfig,
+    Prediction,
+)
 from next_core.lowrank import LowRank, truncated_svd
 from next_core.sources.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource
 
@@ -40,10 +47,10 @@ class PeftAdapterApplier(FolderApplier):
     name = "peft-adapter"
     config_class = PeftAdapterApplierConfig
 
-    def check(self, prediction: Prediction, out: str | Path) -> Path:
-        if not isinstance(prediction.source, PeftAdapterSource):
+    def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
+        if not isinstance(source, PeftAdapterSource):
             raise ConfigError("the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'")
-        return checked_target(prediction, out)
+        return checked_target(source, out, dry_run=dry_run)
 
     def needed(self, prediction: Prediction) -> int:
         total = 0

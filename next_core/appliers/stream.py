@@ -23,25 +23,13 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, NextCoreError
+from next_core.sources.files import STORED
 
 _BUFFER = 4 * 2**20
 _DIRECT_FROM = 64 * 2**20
 """Files of at least this size bypass the page cache, which costs several times the CPU and evicts what is read."""
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""How the format calls the types that this module writes from tensors."""
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
+NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 @dataclass(frozen=True)

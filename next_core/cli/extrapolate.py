@@ -36,6 +36,7 @@ def extrapolate_command(
     as_json: bool,
 ) -> None:
     """Open, fit, predict, apply; say what moved and what did not."""
+    from next_core.appliers.folder import FolderApplier
     from next_core.appliers.sweep import apply_sweep, folder_names, makes_folders
     from next_core.config import parse_assignments
     from next_core.cycle.guards import jump_norm
@@ -64,6 +65,8 @@ def extrapolate_command(
             raise ConfigError(f"--alphas needs an applier that writes new folders; '{applier}' does not, as it is set")
     console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True)
     source = run.source()
+    if isinstance(target, FolderApplier):  # what cannot be written is said before the work
+        target.check_source(source, out, dry_run)
     found = report(run, source, console)
     warnings = rounding_warnings(source)
     for warning in warnings:

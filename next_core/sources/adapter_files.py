@@ -10,7 +10,7 @@ from typing import Any
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import Parameter
-from next_core.sources.files import TensorFile, read_json
+from next_core.sources.files import TensorFile, as_stamped, read_json, stamp
 from next_core.sources.layouts import ADAPTER_FILES
 from next_core.sources.pickles import open_tensors
 
@@ -26,6 +26,7 @@ class AdapterConfig:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.raw = read_json(path)
+        self.stamp = stamp(path)
         kind = self.raw.get("peft_type")
         if kind != "LORA":
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LORA adapters can be extrapolated")
@@ -110,10 +111,9 @@ class AdapterFiles:
         self.scaling[f"{module}.weight"] = self.config.scaling(module, rank)
         return Parameter(f"{module}.weight", (shapes["B"][0], shapes["A"][1]), rank)
 
-    @property
-    def files(self) -> list[TensorFile]:
-        """The file the factors are read from."""
-        return [self.file]
+    def unchanged(self) -> bool:
+        """Whether factors and config on disk are still those that were opened."""
+        return self.file.unchanged() and as_stamped(self.config.path, self.config.stamp)
 
     def settled_by(self) -> list[Path]:
         """The files that decide the weights."""

@@ -23,7 +23,13 @@ STORED = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -82,7 +88,7 @@ class TensorFile(ABC):
     def __init__(self, path: Path) -> None:
         check_file(path)
         self.path = path
-        self.stamp = _stamp(path)
+        self.stamp = stamp(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     @abstractmethod
@@ -99,10 +105,7 @@ class TensorFile(ABC):
 
     def unchanged(self) -> bool:
         """Whether the file on disk is still the one that was opened."""
-        try:
-            return _stamp(self.path) == self.stamp
-        except OSError:
-            return False
+        return as_stamped(self.path, self.stamp)
 
     def read(self, key: str, rows: slice | None = None) -> Tensor:
         """One tensor or some rows of it, at least fp32. Raises ``CheckpointError`` when they hold NaN or Inf."""
@@ -116,9 +119,21 @@ class TensorFile(ABC):
         return tensor
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells a file from another one of its name: inode, size and time."""
     facts = path.stat()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def as_stamped(path: Path, then: Stamp) -> bool:
+    """Whether the file on disk is still the one that had this stamp."""
+    try:
+        return stamp(path) == then
+    except OSError:
+        return False
 
 
 class SafetensorsFile(TensorFile):

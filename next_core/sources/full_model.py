@@ -79,9 +79,8 @@ class FullModelSource(CheckpointSource):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        # Without a backbone folder, step 0 is the backbone and not an observation.
-        first = max(self._shifts.start, 0 if self._backbone is not None else 1)
-        return tuple(step for step in self._models if step >= first)
+        # Step 0, where it was kept, is where RL began and not an observation of it.
+        return tuple(step for step in self._models if step > 0 and step >= self._shifts.start)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -106,8 +105,8 @@ class FullModelSource(CheckpointSource):
         return {} if first is None else first.shapes
 
     def _start(self) -> ModelFiles | None:
-        """Where RL began: the backbone, or step 0."""
-        return self._backbone or self._models.get(0)
+        """Where RL began: step 0 where it was kept, else the backbone."""
+        return self._models.get(0) or self._backbone
 
     def model(self, step: int | None) -> ModelFiles:
         """The files of a step, or of where RL began (None): ``raw`` reads from them what is stored, unchecked."""
@@ -125,11 +124,11 @@ class FullModelSource(CheckpointSource):
         """The precision a parameter is stored in at a step, or where RL began (None)."""
         return self.model(step).dtype(name)
 
-    def fingerprint(self, step: int | None) -> str:
+    def fingerprint(self, step: int | None) -> str | None:
         return self._run.digest(self.model(step), step or 0)
 
     def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
-        """The weight at a step, or of the backbone (None), or some rows of it, with the later jumps counted in."""
+        """The weight at a step or where RL began (None), or some rows of it, with the later jumps counted in."""
         value = self.model(step).read(name, rows)
         for shift in self._shifts.since(step or 0):
             value = shift.added(value, name, rows)
@@ -150,7 +149,8 @@ class FullModelSource(CheckpointSource):
         return value
 
     def position(self, name: str, step: int) -> Tensor:
-        return self.weight(name, step).double() - self.model(None).read(name)
+        on_disk = self._backbone or self.model(None)  # which need not be where RL began
+        return self.weight(name, step).double() - on_disk.read(name)
 
     def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
         return self._run.metrics(step, since)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.sources.files import TensorFile, read_json
+from next_core.sources.files import Stamp, TensorFile, as_stamped, read_json, stamp
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.pickles import open_tensors
 
@@ -35,8 +35,10 @@ class ModelFiles:
         names: Sequence[str] = [name for name in (SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX) if _there(folder / name)]
         if not names:
             raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; is it a model folder?")
+        self._index: tuple[Path, Stamp] | None = None
         if names[0] in (INDEX, PICKLE_INDEX):
             index = _index(folder / names[0])
+            self._index = folder / names[0], stamp(folder / names[0])
         self.files: list[TensorFile] = [
             through(open_tensors(folder / name, allow_pickle)) for name in sorted(set(index.values())) or names[:1]
         ]
@@ -69,8 +71,13 @@ class ModelFiles:
         return file.dtype(key)
 
     def settled_by(self) -> list[Path]:
-        """The files that decide the weights."""
-        return [path for file in self.files for path in file.settled_by()]
+        """The files that decide the weights: the index does, where two shards hold one name."""
+        index = [] if self._index is None else [self._index[0]]
+        return [*index, *(path for file in self.files for path in file.settled_by())]
+
+    def unchanged(self) -> bool:
+        """Whether shards and index on disk are still those that were opened."""
+        return all(file.unchanged() for file in self.files) and (self._index is None or as_stamped(*self._index))
 
     def _stored(self, name: str) -> tuple[TensorFile, str]:
         if name not in self._where:

@@ -29,19 +29,24 @@ class Shifts:
 
     def __init__(self, checkpoints: Path) -> None:
         # A trainer's own folder holds weights from after each jump, and brings its jump adapters along.
-        self.ours = checkpoints.name == CHECKPOINTS
+        self._places = jump_places(checkpoints)
+        self.ours = bool(self._places)
         self.start = 0
-        self._root = checkpoints.parent / JUMPS
         self._cache = TensorCache()
         self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # a number can be used again after a rollback
+
+    @property
+    def root(self) -> Path:
+        """Where the jumps of a run folder lie; only where the folder is ``ours``."""
+        return next((place for place in self._places if place.is_dir()), self._places[0])
 
     def refresh(self) -> None:
         """Take in jumps that were made, and forget those that were rolled back."""
         if not self.ours:
             return
-        self.start = max((undone for _, _, undone in jump_records(self._root) if undone is not None), default=0)
+        self.start = max((undone for _, _, undone in jump_records(self.root) if undone is not None), default=0)
         present = {}
-        for path, record in jump_folders(self._root):
+        for path, record in jump_folders(self.root):
             if (path / SHIFT_FILE).exists():
                 present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
         for key, (step, file) in present.items():
@@ -51,7 +56,7 @@ class Shifts:
 
     def made_after(self, step: int) -> list[Shift]:
         """The shifts of the jumps made right after a step, undone later or not."""
-        records = jump_records(self._root) if self.ours else []
+        records = jump_records(self.root) if self.ours else []
         found = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
         return [Shift(path, TensorCache()) for path in found if path.exists()]
 
@@ -72,6 +77,10 @@ class Shift:
         self._cache = cache
         self._number = next(_SHIFTS)  # an id() comes back once its object is gone, and a folder's name after a rollback
 
+    def unchanged(self) -> bool:
+        """Whether its file is still the one that was opened."""
+        return self._file.unchanged()
+
     def added(self, value: Tensor, key: str, rows: slice | None = None) -> Tensor:
         """A stored tensor, or some rows of one, with the jump in it; the same where the jump left it alone."""
         if key not in self._file.shapes:
@@ -90,6 +99,17 @@ class Shift:
             cached = (self._file.read(key),)
             self._cache.put(where, cached)
         return value + cached[0]
+
+
+def jump_places(checkpoints: Path) -> list[Path]:
+    """Where jumps would lie for this folder of checkpoints; empty unless it is that of a run folder.
+
+    It may be named by ``..`` or a link, or be a link itself: both it and what it leads to are asked.
+    """
+    # Not by name alone: the last part is kept as it is, unless it has no name of its own.
+    given = checkpoints.parent.resolve() / checkpoints.name if checkpoints.name not in ("", "..") else None
+    folders = dict.fromkeys(folder for folder in (given, checkpoints.resolve()) if folder is not None)
+    return [folder.parent / JUMPS for folder in folders if folder.name == CHECKPOINTS]
 
 
 def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from next_core.errors import CheckpointError
 from next_core.sources import hub
 from next_core.sources.files import SNAPSHOTS
-from next_core.sources.jumps import CHECKPOINTS, JUMPS
+from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
 from next_core.sources.names import NUMBER, skeleton, steps_in_names
 from next_core.storage import INCOMPLETE, MANIFEST, check_manifest
 
@@ -23,6 +23,8 @@ LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
 """How trainers name the folder of a step, and where in it the weights may lie."""
 WRITTEN_LAST = "tokenizer_config.json"
 """OpenRLHF writes the tokenizer last: without it one of its folders is incomplete."""
+RUN_FOLDER = ("journal.jsonl", "config.yaml", JUMPS)
+"""What lies beside the checkpoints of a run of this project."""
 UNFINISHED = (".", "tmp-")
 """How names begin of folders that are being written."""
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -92,10 +94,17 @@ def check_complete(folder: Path) -> None:
     """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by OpenRLHF's order of writing."""
     if (folder / INCOMPLETE).exists():
         raise CheckpointError(f"{folder} was being written in place and is partly old; run that again first")
-    if folder.name.startswith("step-") or (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or (folder.name.startswith("step-") and _ours(folder)):
         check_manifest(folder)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():
         raise CheckpointError(f"{folder} is incomplete: the tokenizer, written last, is missing; remove it")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a folder ``step-N`` is of this project, which writes a manifest last: by what lies around it."""
+    above = folder.absolute().parent
+    of_a_run = above.name == CHECKPOINTS and any(os.path.lexists(above.parent / name) for name in RUN_FOLDER)
+    return of_a_run or next(above.glob(f"step-*/{MANIFEST}"), None) is not None
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
@@ -112,7 +121,7 @@ def _listed(root: Path, folders: Sequence[Path]) -> Found:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; list the folders of the checkpoints")
         known = step_folder(folder)
-        _refuse_jumps(root, folder if folder.name == CHECKPOINTS else folder.parent)
+        _refuse_jumps(root, folder if jump_places(folder) else folder.parent)
         if known is not None:
             rows.append((*known, _naming(folder, known[1])))
         elif _snapshots(folder):
@@ -135,8 +144,8 @@ def _listed(root: Path, folders: Sequence[Path]) -> Found:
 
 def _refuse_jumps(root: Path, checkpoints: Path) -> None:
     """Jumps of a run folder are counted into its checkpoints only when these are opened as a whole."""
-    jumped = checkpoints.name == CHECKPOINTS and (checkpoints.parent / JUMPS).is_dir()
-    if jumped and checkpoints.absolute() != root.absolute():
+    jumped = any(place.is_dir() for place in jump_places(checkpoints))
+    if jumped and checkpoints.resolve() != root.resolve():
         raise CheckpointError(f"{checkpoints} has jumps beside it, which a list does not count; open that folder alone")
 
 

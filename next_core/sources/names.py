@@ -72,7 +72,9 @@ def missing_steps(steps: Sequence[int], accounted: Iterable[int] = ()) -> tuple[
         return ()
     spacing = min(set(differences), key=lambda d: (-differences.count(d), d))
     gaps = [pair for pair, d in zip(pairs, differences, strict=True) if d > spacing and d % spacing == 0]
-    missing = [step for earlier, later in gaps for step in range(earlier + spacing, later, spacing)]
-    if len(missing) >= len(steps) - 1:
+    # Counted before they are listed: between two that are timestamps there would be millions.
+    if sum((later - earlier) // spacing - 1 for earlier, later in gaps) >= len(steps) - 1:
         return ()
-    return tuple(step for step in missing if step not in set(accounted))
+    known = set(accounted)
+    missing = (step for earlier, later in gaps for step in range(earlier + spacing, later, spacing))
+    return tuple(step for step in missing if step not in known)

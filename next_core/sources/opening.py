@@ -32,7 +32,7 @@ def open_checkpoints(
     ``ConfigError`` for a setting that the layout's source does not have.
     """
     folder, folders = _where(path)
-    fields: dict[str, Any] = {"path": folder, "backbone": Path(backbone) if backbone is not None else None}
+    fields: dict[str, Any] = {"path": folder, "backbone": None if backbone is None else _absolute(Path(backbone))}
     fields |= {"folders": folders} if folders else {}
     fields |= {"skip_damaged": True} if skip_damaged else {}
     fields |= {"allow_pickle": True} if allow_pickle else {}
@@ -57,13 +57,19 @@ def _where(path: str | Path | Sequence[str | Path]) -> tuple[Path, tuple[Path, .
         listed = tuple(Path(one) for one in path)
         if not listed:
             raise CheckpointError("the list of checkpoints is empty; pass at least two folders")
+        listed = tuple(_absolute(one) for one in listed)
         return common_folder(listed), listed
     folder = Path(path)
-    if not folder.name:
-        folder = folder.absolute()  # ".": what lies beside it has to be found
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
-    return folder, ()
+    return _absolute(folder), ()
+
+
+def _absolute(path: Path) -> Path:
+    """The same place, whatever the working directory is later, or in another process; with its own name."""
+    if not path.is_dir():
+        return path  # to be named as it was given
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def _nothing(folder: Path, folders: Sequence[Path], known: dict[str, type[CheckpointSource]]) -> str:

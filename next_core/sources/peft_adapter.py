@@ -18,7 +18,7 @@ from next_core.sources.adapter_files import CONFIG_FILE, KEY, WEIGHTS_FILE, Adap
 from next_core.sources.cache import TensorCache
 from next_core.sources.deepspeed import reader
 from next_core.sources.hf_model import ModelFiles
-from next_core.sources.jumps import JUMPS, Shift, jump_folders
+from next_core.sources.jumps import Shift, jump_folders
 from next_core.sources.layouts import ADAPTER_FILES, holds
 from next_core.sources.memory import lora_delta
 from next_core.sources.mismatch import mismatch
@@ -133,7 +133,7 @@ class PeftAdapterSource(CheckpointSource):
             return torch.float32
         return max((newest.file.dtype(key) for key in self._keys(name)), key=lambda dtype: torch.finfo(dtype).eps)
 
-    def fingerprint(self, step: int | None) -> str:
+    def fingerprint(self, step: int | None) -> str | None:
         """A digest of the adapter at a step and of the jumps since; with None, of the adapter as RL began."""
         if step is None:
             return self._run.digest(self._run.checkpoints.get(0, NO_ADAPTER), 0)
@@ -229,7 +229,7 @@ class PeftAdapterSource(CheckpointSource):
 
     def _jump_adapters(self, step: int) -> list[Path]:
         if self._shifts.ours:
-            jumps = jump_folders(self.config.path.parent / JUMPS)
+            jumps = jump_folders(self._shifts.root)
             return [path / ADAPTER for path, record in jumps if record.get("adapter") and record["step"] <= step]
         folder = self._adapter(step).folder
         return sorted(folder.glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))

@@ -27,6 +27,7 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, Parameter
 from next_core.sources.full_model import FullModelSource
+from next_core.sources.ties import EMBEDDINGS, HEADS
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 2**22
@@ -35,6 +36,10 @@ ITERATIONS = 16
 """Steps of the power iteration where no singular value is given: it errs towards smaller ones, so towards drowned."""
 SAMPLE = 12
 """Matrices of a source that are looked at for its warnings."""
+SAMPLED_ROWS = 4096
+"""Rows of such a matrix that are looked at, at most."""
+PIECE = 256
+"""How many of these lie together."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +76,38 @@ def ulp(weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounding_report(
-    source: CheckpointSource, name: str, step: int, since: int | None = None, sigma: float | None = None
+    source: CheckpointSource,
+    name: str,
+    step: int,
+    since: int | None = None,
+    sigma: float | None = None,
+    most_rows: int | None = None,
 ) -> RoundingReport:
     """What rounding does to one parameter's delta between two steps (``since=None``: where RL began).
 
     ``sigma`` is the largest singular value of that delta as stored, where the caller has it; else it is computed, and
-    the delta held in fp32 meanwhile. Otherwise memory is bounded by ``BLOCK``. Raises ``CheckpointError`` for a source
-    that reads no full checkpoints, or an unknown parameter.
+    the delta held in fp32 meanwhile. Otherwise memory is bounded by ``BLOCK``. With ``most_rows`` the report is of
+    about so many rows, spread over the matrix, as if they were all of it; fewer rows show a motion less well. Raises
+    ``CheckpointError`` for a source that reads no full checkpoints, or an unknown parameter.
     """
     if not isinstance(source, FullModelSource):
         raise CheckpointError(f"'{name}': rounding shows in full checkpoints only, and this run is {source.name}")
     shape = next((p.shape for p in source.parameters if p.name == name), None)
     if shape is None:
         raise CheckpointError(f"{source.config.path} has no parameter '{name}'")
-    m, n = shape
+    blocks = list(_blocks(shape, most_rows))
+    m, n = sum(rows.stop - rows.start for rows in blocks), shape[1]
     ends = [(source.model(at), source.stored_precision(name, at)) for at in (step, since)]
     low = [(model, dtype) for model, dtype in ends if dtype in LOW]
     squares = ulps = total = 0.0
     differ = 0
     row_noise, column_squares, column_noise = 0.0, torch.zeros(n).double(), torch.zeros(n).double()
-    held = torch.empty(shape if sigma is None else (0, n))
-    for rows in _blocks(shape):
+    held, done = torch.empty((m if sigma is None else 0, n)), 0
+    for rows in blocks:
         delta = source.delta_rows(name, rows, step, since).double()
         if sigma is None:
-            held[rows] = delta.float()
+            held[done : done + len(delta)] = delta
+            done += len(delta)
         total += float(delta.abs().sum())
         differ += int(delta.count_nonzero())
         square, noise = delta.square_(), torch.zeros(delta.shape).double()
@@ -135,7 +148,9 @@ def _largest(matrix: Tensor) -> float:
 def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[str]:
     """What to know of a run whose full checkpoints are of low precision, in a few lines; empty for any other.
 
-    Looks at ``sample`` matrices, spread over the model, between the two newest checkpoints; the lines say how many.
+    Looks at ``sample`` matrices (up to ``SAMPLED_ROWS`` of each), spread over the model, between the two newest
+    checkpoints; the lines say how many. Embeddings and heads are the largest and move least like the rest: they are
+    looked at only where there is nothing else.
     """
     if not isinstance(source, FullModelSource) or len(source.steps) < 2:
         return []
@@ -143,7 +158,9 @@ def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[st
     if not low:
         return []
     since, step = source.steps[-2:]
-    reports = [rounding_report(source, p.name, step, since) for p in _spread(low, sample)]
+    inner = [p for p in low if not p.name.endswith((*HEADS, *EMBEDDINGS))]
+    looked_at = _spread(inner or low, sample)
+    reports = [rounding_report(source, p.name, step, since, most_rows=SAMPLED_ROWS) for p in looked_at]
     drowned = [report.name for report in reports if report.drowned]
     ratios = sorted(report.delta_to_ulp for report in reports)
     kinds = sorted({str(source.precision(p.name)).removeprefix("torch.") for p in low})
@@ -167,6 +184,11 @@ def _spread(parameters: Sequence[Parameter], count: int) -> list[Parameter]:
     return [parameters[round(i * (len(parameters) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def _blocks(shape: tuple[int, int]) -> Iterator[slice]:
+def _blocks(shape: tuple[int, int], most_rows: int | None = None) -> Iterator[slice]:
     rows = max(1, BLOCK // max(shape[1], 1))
-    return (slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows))
+    if most_rows is None or shape[0] <= most_rows:
+        return (slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows))
+    rows = min(rows, PIECE, most_rows)
+    pieces = most_rows // rows
+    begins = (i * (shape[0] - rows) // max(pieces - 1, 1) for i in range(pieces))
+    return (slice(begin, begin + rows) for begin in begins)

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import PluginConfig
-from next_core.sources.files import TensorFile
 from next_core.sources.jumps import Shifts
 from next_core.sources.layouts import Found, check_complete, find_checkpoints
 from next_core.sources.metrics import metrics_at, read_metrics
@@ -37,9 +36,8 @@ class Checkpoint(Protocol):
     def folder(self) -> Path:
         """Where it lies."""
 
-    @property
-    def files(self) -> Sequence[TensorFile]:
-        """The files its weights are read from."""
+    def unchanged(self) -> bool:
+        """Whether the files that decide its weights are still those that were opened."""
 
     def settled_by(self) -> Iterable[Path]:
         """The files that decide its weights."""
@@ -71,7 +69,7 @@ class RunFolder(Generic[T]):
         left_out: dict[int, str] = {}
         for step, folder in found.folders.items():
             before = self.checkpoints.get(step)
-            if before is not None and before.folder == folder and all(file.unchanged() for file in before.files):
+            if before is not None and before.folder == folder and before.unchanged():
                 opened[step] = before
                 continue
             try:
@@ -101,12 +99,25 @@ class RunFolder(Generic[T]):
         what = f"step {missing[0]} seems" if len(missing) == 1 else f"steps {', '.join(map(str, missing))} seem"
         return [*self._found.notes, *self._left_out.values(), *([f"{what} to be missing"] if missing else [])]
 
-    def digest(self, checkpoint: T | str, step: int) -> str:
-        """A digest of a checkpoint's weights (or of a word, where there are none) and of the jumps since its step."""
-        files: Sequence[Path] = [shift.path for shift in self.shifts.since(step)]
+    def digest(self, checkpoint: T | str, step: int) -> str | None:
+        """A digest of a checkpoint's weights (or of a word, where there are none) and of the jumps since its step.
+
+        None where a file has changed since it was opened: what was read of it is not what now lies there.
+        """
+        shifts = self.shifts.since(step)
+        files: Sequence[Path] = [shift.path for shift in shifts]
+
+        def as_opened() -> bool:
+            known = isinstance(checkpoint, str) or checkpoint.unchanged()
+            return known and all(shift.unchanged() for shift in shifts)
+
+        if not as_opened():
+            return None
         if isinstance(checkpoint, str):
-            return _digest([checkpoint], files)
-        return _digest([], [*sorted(checkpoint.settled_by()), *files])
+            found = _digest([checkpoint], files)
+        else:
+            found = _digest([], [*sorted(checkpoint.settled_by()), *files])
+        return found if as_opened() else None  # nor may one be replaced while it is hashed
 
     def metrics(self, step: int, since: int | None) -> Mapping[str, float]:
         """The last metrics logged at or before ``step`` and after ``since``."""

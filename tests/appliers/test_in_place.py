@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def test_the_weights_are_those_of_a_new_folder_and_the_layout_is_the_folders_own
 def test_what_was_interrupted_is_marked_and_finished_by_running_again(
     run: LoraRun, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = merged_model.read_entries, []
+    real, calls = merged_model.atomic_file, []
 
     def killed(path: Path) -> Any:
         calls.append(path)
@@ -77,7 +79,7 @@ def test_what_was_interrupted_is_marked_and_finished_by_running_again(
         return real(path)
 
     before = weights(target)
-    monkeypatch.setattr(merged_model, "read_entries", killed)
+    monkeypatch.setattr(merged_model, "atomic_file", killed)
     with pytest.raises(KeyboardInterrupt):
         in_place(run, target)
     assert json.loads((target / INCOMPLETE).read_text())["alpha"] == 1.5
@@ -143,3 +145,40 @@ def test_it_cannot_be_taken_back(run: LoraRun, target: Path) -> None:
     with pytest.raises(NextCoreError, match="written in place"):
         applied.rollback()
     assert target.exists()
+
+
+def test_a_card_that_is_not_utf_8_keeps_its_bytes(run: LoraRun, target: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(run.base, tmp_path / "base"))
+    (base / "README.md").write_bytes(b"caf\xe9\n")
+    make_applier("merged-model", in_place=True, backbone=base).apply(predict(run), out=target)
+    assert (target / "README.md").read_bytes().startswith(b"caf\xe9\n")
+    assert not (target / INCOMPLETE).exists()
+
+
+def test_a_card_that_cannot_be_read_ends_it_before_anything_changes(
+    run: LoraRun, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> dict[str, str]:
+        raise PermissionError("README.md")
+
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    monkeypatch.setattr(merged_model, "record_texts", unreadable)
+    with pytest.raises(PermissionError):
+        in_place(run, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_what_a_killed_process_left_of_a_shard_is_removed(run: LoraRun, target: Path, dead: int) -> None:
+    shard = next(target.glob("*.safetensors"))
+    left = target / f".{shard.name}.tmp-{dead}"
+    left.write_bytes(b"half")
+    in_place(run, target)
+    assert not left.exists()
+
+
+@pytest.fixture
+def dead() -> int:
+    """The number of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_second_predictor_finds_what_the_first_one_had_decomposed(
     kept = tmp_path / "kept"
     assert extrapolate("--predictor", "alpharl", "--cache", kept).code == 0
     first = load_file(tmp_path / "out" / WEIGHTS)
-    assert len(list(kept.glob("*.safetensors"))) == len(STEPS) + 1  # and the recent motion
+    assert len(list(kept.rglob("*.safetensors"))) == len(STEPS) + 1  # and the recent motion
     monkeypatch.setattr("next_core.matrix_tasks.Compress.__call__", None)
     again = extrapolate("--predictor", "alpharl", "--cache", kept, out=tmp_path / "again")
     assert again.code == 0, again.err
@@ -152,3 +153,29 @@ def test_a_plan_that_cannot_be_made_says_why(
     outcome = cli("plan", *(lora_run.path if word == "RUN" else word for word in arguments))
     assert outcome.code == code
     assert message in outcome.err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_cannot_be_written_is_said_before_anything_is_decomposed(
+    extrapolate: Callable[..., Outcome],
+    lora_run: LoraRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("next_core.cli.options.Run.history", None)
+    for step in (10, 20):
+        shutil.copytree(lora_run.base, tmp_path / "full" / f"checkpoint-{step}")
+    merged = ("--applier", "merged-model", "--no-cache")
+    with_base = (*merged, "--backbone", lora_run.base)
+    in_place = ("--set-applier", "in_place=true")
+    for arguments, folders, message in (
+        (("--applier", "peft-adapter"), {"checkpoints": tmp_path / "full"}, "needs a run of LoRA adapters"),
+        (merged, {}, "pass --backbone FOLDER"),
+        (with_base, {"out": lora_run.base / "new"}, "which is being read"),
+        (("--no-cache",), {"out": lora_run.path / "new"}, "which is being read"),
+        ((*with_base, *in_place), {"out": tmp_path / "none"}, "does not exist"),
+    ):
+        outcome = extrapolate(*arguments, *more, **folders)
+        assert outcome.code == 2, outcome.err
+        assert message in outcome.err

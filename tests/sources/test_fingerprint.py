@@ -45,6 +45,10 @@ def lora(root: Path) -> CheckpointSource:
     return open_checkpoints(root / "run")
 
 
+def opened_again(root: Path) -> CheckpointSource:
+    return open_checkpoints(root / "run", root / "base" if (root / "base").exists() else None)
+
+
 @pytest.mark.parametrize("make", [full, lora])
 def test_it_is_of_the_content_and_not_of_the_place(tmp_path: Path, make: type) -> None:
     first = prints(make(tmp_path / "a"), 10, 20, None)
@@ -62,6 +66,7 @@ def test_any_byte_of_the_weights_changes_that_step_alone(tmp_path: Path, make: t
     before = prints(source, 10, 20, None)
     for _ in range(3):
         flip(next((tmp_path / "run" / "checkpoint-20").glob("*.safetensors")), at)
+        source = opened_again(tmp_path)
         after = prints(source, 10, 20, None)
         assert (after[0] == before[0], after[1] == before[1], after[2] == before[2]) == (True, False, True)
         before = after
@@ -141,3 +146,65 @@ def test_a_file_is_hashed_once_while_it_stays_the_same(tmp_path: Path, monkeypat
     path.unlink()
     with pytest.raises(CheckpointError, match=r"x is gone since it was opened"):
         file_digest(path)
+
+
+@pytest.mark.parametrize("make", [full, lora])
+def test_of_what_was_replaced_since_it_was_opened_there_is_none_until_it_is_read_anew(
+    tmp_path: Path, make: type
+) -> None:
+    source = make(tmp_path)
+    before = prints(source, 10, 20)
+    path = next((tmp_path / "run" / "checkpoint-20").glob("*.safetensors"))
+    changed = path.with_suffix(".new")
+    changed.write_bytes(path.read_bytes())
+    flip(changed, -1)
+    changed.replace(path)  # the memory map still has the old bytes
+    assert prints(source, 10, 20) == [before[0], None]
+    source.refresh()
+    assert source.fingerprint(20) not in (None, before[1])
+
+
+def test_a_config_that_changed_since_is_no_fingerprint_either(tmp_path: Path) -> None:
+    source = lora(tmp_path)
+    path = tmp_path / "run" / "checkpoint-20" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
+    assert source.fingerprint(20) is None
+    source.refresh()
+    assert source.fingerprint(20) is not None
+
+
+def test_a_shift_that_was_replaced_since_is_no_fingerprint(own_lora_run: LoraRun) -> None:
+    folder = own_lora_run.path.parent / "jumps" / "0001"
+    folder.mkdir(parents=True)
+    (folder / "jump.json").write_text('{"step": 30, "adapter": null}')
+    save_file({"x": torch.ones(2)}, folder / "shift.safetensors")
+    source = open_checkpoints(own_lora_run.path)
+    assert None not in prints(source, 30, None)
+    flip(folder / "shift.safetensors", -1)
+    os.utime(folder / "shift.safetensors", (10, 10))
+    assert prints(source, 30, 40, None) == [None, source.fingerprint(40), None]
+    assert source.fingerprint(40) is not None
+
+
+def test_an_index_that_names_the_other_of_two_shards_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    index = folder / "model.safetensors.index.json"
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": torch.full((2, 2), value), name: torch.ones(1)}, folder / f"{name}.safetensors")
+    seen = []
+    for where in ("a", "b"):
+        index.write_text(
+            json.dumps({"weight_map": {"w": f"{where}.safetensors", "a": "a.safetensors", "b": "b.safetensors"}})
+        )
+        seen.append(open_checkpoints(tmp_path / "run").fingerprint(10))
+    assert None not in seen
+    assert seen[0] != seen[1]
+
+
+def test_step_0_is_where_rl_began_also_beside_a_backbone(tmp_path: Path) -> None:
+    source = full(tmp_path)
+    backbone = source.fingerprint(None)
+    model(tmp_path / "run" / "checkpoint-0", 5)
+    source.refresh()
+    assert source.fingerprint(None) == source.fingerprint(0) != backbone

@@ -222,3 +222,15 @@ def test_what_is_neither_adapter_nor_model_is_no_layout(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10" / "training_args.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="holds no checkpoints of a known layout"):
         open_checkpoints(tmp_path)
+
+
+def test_step_0_beside_a_backbone_is_where_rl_began_and_the_backbone_what_is_on_disk(run: Path) -> None:
+    begun = {name: value + noise("before RL", *value.shape) for name, value in weights(0).items()}
+    save(run / "checkpoints" / "checkpoint-0", begun)
+    source = opened(run)
+    assert source.steps == (10, 20, 30)
+    name = "a.weight"
+    expected = weights(30)[name] - begun[name]
+    assert torch.equal(dense(source, name, 30), expected)
+    assert torch.equal(source.delta_rows(name, slice(1, 3), 30), expected[1:3])
+    assert torch.equal(source.position(name, 30), weights(30)[name].double() - weights(0)[name])

@@ -211,3 +211,29 @@ def test_a_shift_that_is_damaged_or_of_another_shape_is_named(own_lora_run: Lora
     (folder / "shift.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"0001/shift\.safetensors is truncated"):
         opened(own_lora_run)
+
+
+@pytest.mark.parametrize("way", ["..", "a link", "a link of the same name", "itself a link", "the checkpoint's parent"])
+def test_a_run_is_read_the_same_by_whichever_name(
+    own_lora_run: LoraRun, lora_run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    (own_lora_run.folder(60) / "trainer_state.json").unlink()
+    (own_lora_run.path.parent / "metrics.jsonl").write_text('{"step": 10, "reward": 0.25}\n')
+    path = Path("..")
+    if way == "..":
+        monkeypatch.chdir(own_lora_run.folder(10))
+    elif way == "itself a link":
+        path = own_lora_run.path
+        path.symlink_to(path.rename(path.with_name("elsewhere")), target_is_directory=True)
+    elif way == "the checkpoint's parent":
+        path = own_lora_run.folder(10) / ".."
+    else:
+        path = tmp_path / "links" / ("checkpoints" if "same" in way else "mine")
+        path.parent.mkdir()
+        path.symlink_to(own_lora_run.path, target_is_directory=True)
+    source = open_checkpoints(path)
+    monkeypatch.chdir(tmp_path)
+    assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), moved("s"))
+    if "link" not in way:
+        assert source.metrics(10) == {"reward": 0.25}

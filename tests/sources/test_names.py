@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,24 @@ def test_a_list_does_not_lose_the_jumps_of_a_run_folder(tmp_path: Path) -> None:
         open_checkpoints([*ours, adapter(tmp_path / "other" / "lora_30", 30)])
     with pytest.raises(CheckpointError, match=r"run/checkpoints has jumps beside it"):
         open_checkpoints([ours[0].parent])
+
+
+def test_a_list_from_within_the_checkpoints_does_not_lose_the_jumps_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        adapter(tmp_path / "run" / "checkpoints" / f"checkpoint-{step}", step)
+    (tmp_path / "run" / "jumps").mkdir()
+    other = adapter(tmp_path / "other" / "lora_30", 30)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="has jumps beside it, which a list does not count"):
+        open_checkpoints(["checkpoint-10", other])
+
+
+def test_timestamps_for_steps_are_not_counted_through() -> None:
+    tracemalloc.start()
+    try:
+        assert missing_steps((1, 2, 3, 1_700_000)) == ()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -311,18 +311,31 @@ def test_a_step_that_is_there_twice_is_named(own_lora_run: LoraRun) -> None:
 
 
 def test_an_own_checkpoint_that_does_not_fit_its_manifest_is_named(lora_run: LoraRun, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "step-000010"
+    folder = tmp_path / "run" / "checkpoints" / "step-000010"
     with new_directory(folder) as new:
         shutil.copytree(lora_run.folder(10), new, dirs_exist_ok=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(
         CheckpointError, match=r"adapter_model\.safetensors is missing or truncated \(\d+ bytes expected"
     ):
-        open_checkpoints(tmp_path / "run")
+        open_checkpoints(folder.parent)
     (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step-000010/manifest\.json cannot be read"):
-        open_checkpoints(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"step-000010/manifest\.json cannot be read.*remove or restore it"):
+        open_checkpoints(folder.parent)
+
+
+def test_of_a_strangers_folders_no_manifest_is_demanded_and_of_ours_wherever_they_were_copied(
+    lora_run: LoraRun, tmp_path: Path
+) -> None:
+    for step in (10, 20):
+        shutil.copytree(lora_run.folder(step), tmp_path / "checkpoints" / f"step-{step}")
+    assert open_checkpoints(tmp_path / "checkpoints").steps == (10, 20)
+    with new_directory(tmp_path / "checkpoints" / "step-30") as new:
+        shutil.copytree(lora_run.folder(30), new, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"step-10/manifest\.json cannot be read"):
+        open_checkpoints(tmp_path / "checkpoints")
 
 
 def test_a_checkpoint_that_is_being_written_is_not_seen(own_lora_run: LoraRun) -> None:

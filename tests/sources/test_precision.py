@@ -12,7 +12,7 @@ from torch import Tensor
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.sources.full_model import FullModelSource
-from next_core.sources.precision import _largest, rounding_report, rounding_warnings, ulp
+from next_core.sources.precision import _blocks, _largest, rounding_report, rounding_warnings, ulp
 from tests.conftest import LoraRun, noise
 from tests.sources.models import adapter
 
@@ -181,3 +181,44 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path, lora_run: LoraRun) -
 
 def test_a_matrix_that_never_moved_has_no_singular_value() -> None:
     assert _largest(torch.zeros(3, 4)) == 0
+
+
+def test_of_a_large_matrix_a_bounded_number_of_rows_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def seen(matrix: torch.Tensor) -> float:
+        held.append(tuple(matrix.shape))
+        return _largest(matrix)
+
+    monkeypatch.setattr("next_core.sources.precision._largest", seen)
+    W, D, _ = moved((9000, 8), 0.0, 1e-6, 0)
+    source = save(tmp_path, {10: {"w": W.bfloat16()}, 20: {"w": (W + D).bfloat16()}})
+    warnings = rounding_warnings(source)
+    assert held == [(4096, 8)]
+    assert "drowned in rounding, such as 'w'" in warnings[1]
+    whole, part = rounding_report(source, "w", 20, 10), rounding_report(source, "w", 20, 10, most_rows=4096)
+    assert part.delta_mean == pytest.approx(whole.delta_mean, rel=0.2)
+    assert part.delta_to_ulp == pytest.approx(whole.delta_to_ulp, rel=0.2)
+
+
+@pytest.mark.parametrize("most", [1, 3, 256, 1000, 4096])
+def test_sampled_rows_are_spread_over_the_matrix_and_none_is_there_twice(most: int) -> None:
+    rows = [row for block in _blocks((5000, 3), most) for row in range(block.start, block.stop)]
+    assert len(rows) == len(set(rows)) <= most
+    assert len(rows) >= most * 0.7
+    assert max(rows) < 5000
+    assert len(rows) <= 256 or (min(rows), max(rows)) == (0, 4999)
+
+
+def test_embeddings_and_heads_are_looked_at_only_where_there_is_nothing_else(tmp_path: Path) -> None:
+    W, D, _ = moved((60, 60), 0.0, 1e-6, 0)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    still = {10: dict.fromkeys(names, W.bfloat16()), 20: {name: (W + D).bfloat16() for name in names}}
+    still = {step: {name: value.clone() for name, value in tensors.items()} for step, tensors in still.items()}
+    alone = rounding_warnings(save(tmp_path / "alone", still))
+    assert "median of 2 looked at" in alone[0]
+    inner = {10: {"model.layers.0.w": W.bfloat16()}, 20: {"model.layers.0.w": (W + 1).bfloat16()}}
+    both = rounding_warnings(save(tmp_path / "both", {step: still[step] | inner[step] for step in (10, 20)}))
+    assert both[0].startswith("3 of 3 matrices")
+    assert "median of 1 looked at" in both[0]
+    assert len(both) == 1

@@ -92,7 +92,7 @@ def test_log_probabilities_move_by_the_jump_and_only_by_it(
             # The source counts the jump into earlier checkpoints; the difference of two is what RL did.
             delta = source.delta(parameter, 6, since=3)
             wanted = 2.0 * (delta.dense() if isinstance(delta, LowRank) else delta)
-            torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(moved, wanted.to(moved.dtype), atol=1e-6, rtol=1e-4)
         assert moved.norm() > 0
 
 

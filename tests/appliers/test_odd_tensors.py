@@ -1,0 +1,138 @@
+"""What legal models hold besides matrices of floats is copied, or refused before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core.errors import ConfigError
+from next_core.interfaces import CoefficientUpdate, Prediction
+from tests.conftest import LoraRun, noise
+
+MODEL = "model.safetensors"
+W = "layers.0.w.weight"
+
+
+def odd(step: int) -> dict[str, Tensor]:
+    """Every kind of tensor that a transformers model may store."""
+    return {
+        "position_ids": torch.arange(6).reshape(2, 3) + step,
+        "num_batches_tracked": torch.tensor(step),
+        "logit_scale": torch.tensor(2.5 + step).bfloat16(),
+        "mask": torch.tensor([[True, False], [step > 0, True]]),
+        "eighths": (noise("e", 4, 4) + step).to(torch.float8_e4m3fn),
+        "unsigned": torch.tensor([1, 2**15 + step]).to(torch.uint16),
+        "norm.weight": torch.full((4,), 1.0 + step),
+        W: noise("w", 4, 6) + step,
+    }
+
+
+def save(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (10, 20):
+        save(tmp_path / "checkpoints" / f"checkpoint-{step}", odd(step))
+    save(tmp_path / "base", odd(0) | {"frozen_ids": torch.arange(3), "frozen_scale": torch.tensor(3.0)})
+    return tmp_path
+
+
+def jump(run: Path, *names: str) -> Prediction:
+    source = open_checkpoints(run / "checkpoints", backbone=run / "base")
+    return Prediction(source, 20, 10, updates={n: CoefficientUpdate({20: 1.0, 10: -1.0}) for n in names or (W,)})
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"in_place": True}])
+def test_integers_scalars_and_eighths_come_from_the_newest_checkpoint(run: Path, options: dict[str, Any]) -> None:
+    if "in_place" in options:
+        shutil.copytree(run / "base", run / "out")
+    make_applier("merged-model", **options).apply(jump(run), out=run / "out")
+    written, backbone = load_file(run / "out" / MODEL), load_file(run / "base" / MODEL)
+    assert written.keys() == backbone.keys()
+    for name, value in odd(20).items():
+        if name != W:
+            assert same(written[name], value), name
+    for name in ("frozen_ids", "frozen_scale"):
+        assert same(written[name], backbone[name])
+    torch.testing.assert_close(written[W], odd(20)[W] + 10)
+
+
+def test_an_adapter_is_merged_into_a_backbone_that_has_such_tensors_too(lora_run: LoraRun, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(lora_run.base, tmp_path / "base"))
+    more = {name: value for name, value in odd(0).items() if name != W}
+    save(base, load_file(base / MODEL) | more)
+    make_applier("merged-model").apply(Prediction(open_checkpoints(lora_run.path, base), 60, 10), out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / MODEL)
+    assert all(same(written[name], value) for name, value in more.items())
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 3), torch.zeros(2, 3).int(), torch.zeros(3, 2).long()])
+def test_what_the_backbone_stores_otherwise_than_the_run_is_refused_before_writing(run: Path, other: Tensor) -> None:
+    save(run / "base", odd(0) | {"position_ids": other})
+    source = open_checkpoints(run / "checkpoints")
+    with pytest.raises(ConfigError, match="'position_ids' is"):
+        make_applier("merged-model", backbone=run / "base").check_source(source, run / "out")
+
+
+def test_a_jump_of_a_matrix_in_8_bits_is_refused_before_writing(run: Path) -> None:
+    with pytest.raises(ConfigError, match="'eighths' is stored as F8_E4M3, which a jump would drown in"):
+        make_applier("merged-model").check(jump(run, W, "eighths"), run / "out")
+
+
+def test_a_pickled_backbone_is_refused_with_the_file_and_the_remedy(lora_run: LoraRun, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(lora_run.base, tmp_path / "base"))
+    torch.save(load_file(base / MODEL), base / "pytorch_model.bin")
+    (base / MODEL).unlink()
+    source = open_checkpoints(lora_run.path, base, allow_pickle=True)
+    with pytest.raises(ConfigError, match=r"base/pytorch_model\.bin is a pickle.*save_pretrained.*'peft-adapter'"):
+        make_applier("merged-model").check_source(source, tmp_path / "out")
+
+
+def test_a_step_0_that_was_kept_beside_a_backbone_is_no_step_of_the_jump(tmp_path: Path) -> None:
+    start, before, velocity = noise("w", 4, 6), noise("v0", 4, 6), noise("v", 4, 6)
+    save(tmp_path / "base", {W: start})
+    for step in (0, 10, 20):
+        save(tmp_path / "checkpoints" / f"checkpoint-{step}", {W: start + before + step / 10 * velocity})
+    source = open_checkpoints(tmp_path / "checkpoints", backbone=tmp_path / "base")
+    prediction = make_predictor("secant", window=20).fit(History(source)).predict(10)
+    make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / MODEL)[W], start + before + 3 * velocity)
+    explicit = Prediction(source, 20, 10, updates={W: CoefficientUpdate({20: 0.5, 0: -0.5})})
+    make_applier("merged-model").apply(explicit, out=tmp_path / "explicit")
+    torch.testing.assert_close(load_file(tmp_path / "explicit" / MODEL)[W], start + before + 3 * velocity)
+
+
+def test_of_a_list_only_the_listed_folders_are_being_read(run: Path) -> None:
+    listed = [run / "checkpoints" / f"checkpoint-{step}" for step in (10, 20)]
+    source = open_checkpoints(listed, backbone=run / "base")
+    applier = make_applier("merged-model")
+    assert applier.check_source(source, run / "checkpoints" / "out") == run / "checkpoints" / "out"
+    for folder in listed:
+        with pytest.raises(ConfigError, match="which is being read"):
+            applier.check_source(source, folder / "out")
+
+
+def test_a_dry_run_may_name_a_folder_that_is_there_but_none_that_is_read(run: Path) -> None:
+    source = open_checkpoints(run / "checkpoints", backbone=run / "base")
+    applier = make_applier("merged-model")
+    (run / "out").mkdir()
+    assert applier.check_source(source, run / "out", dry_run=True) == run / "out"
+    with pytest.raises(ConfigError, match="exists already"):
+        applier.check_source(source, run / "out")
+    with pytest.raises(ConfigError, match="which is being read"):
+        applier.check_source(source, run / "base", dry_run=True)

@@ -27,7 +27,7 @@ quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run b
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
 
-bench-speed: $(STAMP)  ## Measure every stage of docs/speed.md and write its table (half an hour, 15 GB of scratch)
+bench-speed: $(STAMP)  ## Measure every stage of docs/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all
 
 lint: $(STAMP)  ## ruff and mypy --strict

@@ -102,16 +102,15 @@ class LoraPath:
         steps = [step for step in self._rows if any(step in span for span in spans)]
         products = torch.zeros(len(steps), len(steps), dtype=torch.float64)
         sizes = torch.zeros(len(steps), dtype=torch.float64)  # |B|^2 |A|^2, which is what rounding is relative to
+        places = [list(self._rows).index(step) for step in steps]
         for i, t in enumerate(steps):
             # Every step with all later ones at once: a wide product is twice as fast as many narrow ones.
-            later = torch.cat([torch.arange(self._rows[s].start, self._rows[s].stop) for s in steps[i:]])
-            columns = slice(int(later[0]), int(later[-1]) + 1)
+            columns = slice(self._rows[t].start, None)
             left = self._left[:, self._rows[t]].T @ self._left[:, columns]
             right = self._right[self._rows[t]] @ self._right[columns].T
-            own = slice(self._rows[t].start - columns.start, self._rows[t].stop - columns.start)
-            sizes[i] = left[:, own].trace() * right[:, own].trace()
+            sizes[i] = left[:, : self.rank].trace() * right[:, : self.rank].trace()
             sums = (left * right).sum(0).reshape(-1, self.rank).sum(1)
-            found = sums[(later.reshape(-1, self.rank)[:, 0] - columns.start) // self.rank]
+            found = sums[[place - places[i] for place in places[i:]]]
             products[i, i:], products[i:, i] = found, found
         if not math.isfinite(float(products.sum())):
             raise self._not_finite(

@@ -18,6 +18,7 @@ from next_core.interfaces import CheckpointSource, Compressor, Progress, Span
 from next_core.lowrank import Factors
 from next_core.matrix_tasks import BLOCK_BYTES, Compress, InnerProducts
 from next_core.plugins import make_compressor
+from next_core.row_blocks import row_blocks
 
 DeltaKind = Literal["global", "local", "target"]
 Result = TypeVar("Result")
@@ -212,10 +213,8 @@ class History:
     def _still(self, name: str, step: int, before: int | None) -> bool:
         now = self.source.factors(name, step)
         if now is None:
-            m, n = self.shapes[name]
-            rows = max(1, BLOCK_BYTES // (8 * n))  # a matrix that moved shows it in its first rows
-            blocks = (slice(start, min(m, start + rows)) for start in range(0, m, rows))
-            return not any(bool(self.source.delta_rows(name, block, step, before).any()) for block in blocks)
+            blocks = row_blocks(self.shapes[name], BLOCK_BYTES // 8)  # what moved shows it in its first rows
+            return not any(bool(self.source.delta_rows(name, rows, step, before).any()) for rows in blocks)
         then = self.source.start(name) if before is None else self.source.factors(name, before)
         if before is None and then is None:
             return not bool(now.B.any() and now.A.any())

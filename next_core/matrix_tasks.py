@@ -12,6 +12,7 @@ from next_core import lowrank
 from next_core.interfaces import CheckpointSource, Compressor, LoraFactors, Span
 from next_core.lora_path import LoraPath, Workspace
 from next_core.lowrank import Factors, LowRank
+from next_core.row_blocks import row_blocks
 
 BLOCK_BYTES = 32 * 2**20
 """Rows of dense deltas that are held at a time take at most this much memory."""
@@ -51,16 +52,14 @@ class InnerProducts:
             return path.gram(self.spans)
         parameter = next(parameter for parameter in self.source.parameters if parameter.name == name)
         if parameter.rank is None:
-            return self._of_dense(name, *parameter.shape)
+            return self._of_dense(name, parameter.shape)
         deltas = [self.source.delta(name, *span) for span in self.spans]
         return lowrank.gram([delta for delta in deltas if isinstance(delta, LowRank)])
 
-    def _of_dense(self, name: str, m: int, n: int) -> Tensor:
+    def _of_dense(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Summed over blocks of rows, so that memory does not grow with the matrix times the checkpoints."""
-        block = max(1, BLOCK_BYTES // (8 * n * len(self.spans)))
         gram = torch.zeros(len(self.spans), len(self.spans), dtype=torch.float64)
-        for start in range(0, m, block):
-            rows = slice(start, min(m, start + block))
+        for rows in row_blocks(shape, BLOCK_BYTES // (8 * len(self.spans))):
             flat = torch.stack([self.source.delta_rows(name, rows, *span).flatten().double() for span in self.spans])
             gram += flat @ flat.T
         return gram

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.appliers.displacement import BLOCK, Blend, Resolved, merged, row_blocks
+from next_core.appliers.displacement import BLOCK, Blend, Resolved, merged
 from next_core.appliers.landed import Landed, Share
 from next_core.appliers.rounding import Rounder
 from next_core.errors import GuardError
 from next_core.lowrank import LowRank
+from next_core.row_blocks import row_blocks
 
 Rows = Callable[[slice], Tensor]
 _GEMM_BLOCK = 2**20

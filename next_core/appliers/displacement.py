@@ -17,17 +17,10 @@ from next_core import lowrank
 from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LoraFactors, Prediction
 from next_core.lowrank import LowRank
+from next_core.row_blocks import row_blocks
 
 BLOCK = 2**17
 """Values in a block of rows: it stays in the processor's cache while several passes go over it."""
-
-
-def row_blocks(shape: tuple[int, ...], elements: int = BLOCK) -> list[slice]:
-    """Slices of the leading dimension with about ``elements`` values each."""
-    if not shape:
-        return [slice(None)]
-    rows = max(1, elements // max(1, math.prod(shape[1:])))
-    return [slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Blend:
         """The whole (m, n) matrix in fp32, or in fp64 where that is what the source gives."""
         shape = _shape(self.source, self.name)
         whole: Tensor | None = None
-        for rows in row_blocks(shape):
+        for rows in row_blocks(shape, BLOCK):
             part = self.rows(rows)
             if whole is None:
                 whole = torch.empty(shape, dtype=part.dtype)
@@ -82,7 +75,7 @@ class Blend:
 
     def norm(self) -> float:
         """||.||_F, block by block."""
-        blocks = row_blocks(_shape(self.source, self.name))
+        blocks = row_blocks(_shape(self.source, self.name), BLOCK)
         return math.sqrt(sum(float(torch.linalg.vector_norm(self.rows(rows))) ** 2 for rows in blocks))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource, Parameter
+from next_core.row_blocks import row_blocks
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.ties import EMBEDDINGS, HEADS
 
@@ -185,10 +186,9 @@ def _spread(parameters: Sequence[Parameter], count: int) -> list[Parameter]:
 
 
 def _blocks(shape: tuple[int, int], most_rows: int | None = None) -> Iterator[slice]:
-    rows = max(1, BLOCK // max(shape[1], 1))
     if most_rows is None or shape[0] <= most_rows:
-        return (slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows))
-    rows = min(rows, PIECE, most_rows)
+        return iter(row_blocks(shape, BLOCK))
+    rows = min(max(1, BLOCK // max(shape[1], 1)), PIECE, most_rows)
     pieces = most_rows // rows
     begins = (i * (shape[0] - rows) // max(pieces - 1, 1) for i in range(pieces))
     return (slice(begin, begin + rows) for begin in begins)

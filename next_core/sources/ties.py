@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from next_core.errors import CheckpointError
+from next_core.row_blocks import row_blocks
 from next_core.sources.hf_model import ModelFiles
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-ROWS = 4096
-"""How many rows are compared at a time."""
+BLOCK = 2**22
+"""How many values are compared at a time."""
 
 
 def tied_names(models: Sequence[ModelFiles]) -> tuple[str, str] | None:
@@ -48,5 +49,5 @@ def _equal(model: ModelFiles, one: str, other: str) -> bool:
     """Whether two matrices are the same, row block by row block."""
     if model.shapes[one] != model.shapes[other]:
         return False
-    blocks = (slice(begin, begin + ROWS) for begin in range(0, model.shapes[one][0], ROWS))
+    blocks = row_blocks(model.shapes[one], BLOCK)
     return all(torch.equal(model.read(one, rows), model.read(other, rows)) for rows in blocks)

@@ -16,12 +16,12 @@ from next_core.appliers.displacement import (
     jump_norms,
     merged,
     resolved,
-    row_blocks,
     scaled,
 )
 from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Space, Update
 from next_core.lowrank import LowRank
+from next_core.row_blocks import row_blocks
 from next_core.sources.memory import MemorySource
 
 STEPS = (0, 10, 20, 30)
@@ -202,7 +202,7 @@ class RowSource(MemorySource):
 def test_read_by_rows_a_displacement_is_the_same(
     source: MemorySource, update: Update, anchor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("next_core.appliers.displacement.row_blocks", lambda shape: row_blocks(shape, 10))
+    monkeypatch.setattr("next_core.appliers.displacement.row_blocks", lambda shape, _: row_blocks(shape, 10))
     backbone = noise(9, 6, 5)
     by_rows = RowSource({step: {"full": backbone + moved(step)} for step in STEPS}, {"full": backbone})
     streamed = Prediction(by_rows, 30, 10, anchor, {"full": update}, {"full": 0.5})  # type: ignore[arg-type]
@@ -229,4 +229,4 @@ def test_blocks_of_rows_cover_a_matrix_once() -> None:
     for shape in ((7, 3), (1, 100), (5,), (4, 2, 3)):
         rows = [row for block in row_blocks(shape, 6) for row in range(block.start, block.stop)]
         assert rows == list(range(shape[0]))
-    assert row_blocks(()) == [slice(None)]
+    assert row_blocks((), 6) == [slice(None)]

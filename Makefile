@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OPENRLHF_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/next-core/openrlhf-venv
+export OPENRLHF_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test bench-speed lint setup clean help
+.PHONY: quickstart test openrlhf-env test-openrlhf bench-speed lint setup clean help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +28,14 @@ quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run b
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
+
+openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
+	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"
+
+test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real OpenRLHF on the CPU (minutes)
+	@proved=$$($(PYTHON) tests/backends/openrlhf/cpu/proved.py) && \
+	$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf && \
+	echo $$proved > tests/backends/openrlhf/proved.sha256
 
 bench-speed: $(STAMP)  ## Measure every stage of docs/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all

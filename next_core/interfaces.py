@@ -330,6 +330,13 @@ class Backend(Plugin):
         """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
         return None
 
+    def close(self) -> None:
+        """End what still runs: called once when the run is over, also after an error."""
+
+    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
+        """Facts for a dry run as plain values, such as the command line that would be started; nothing is started."""
+        return {}
+
 
 class Reward(Plugin):
     """A verifiable reward, called as TRL calls its reward functions."""

@@ -18,7 +18,7 @@ import torch
 
 from next_core.config import LoraSettings, RunConfig
 from next_core.errors import CheckpointError, ConfigError
-from next_core.interfaces import CheckpointSource, Parameter, Span, TrajectoryPredictor, Work
+from next_core.interfaces import Backend, CheckpointSource, Parameter, Span, TrajectoryPredictor, Work
 from next_core.sources.hf_model import ModelFiles
 from next_core.storage import free_bytes
 
@@ -145,6 +145,8 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
             work += sum((gram_work(p, len(steps), 4) for p in parameters), Work())
         fit += predictor.work({p.name: p.shape for p in parameters}, steps, schedule.horizon, config.rank)
     dense = config.training.lora is None
+    backend: Backend = config.backend.make("backend")
+    trainer = dict(backend.describe(config, out))
     written = {
         "checkpoints": checkpoints,
         "bytes a checkpoint": each,
@@ -173,6 +175,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
             )
             * len(parameters),
             "control": config.control,
+            **({"trainer": trainer} if trainer else {}),
         },
         write={"out": str(out), **written, "bytes": total, "free": free},
         memory={

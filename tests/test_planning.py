@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from next_core import planning
-from next_core.config import make_config
+from next_core.cli.plan import show_plan
+from next_core.config import RunConfig, make_config
 from next_core.errors import ConfigError
 from next_core.history import History
 from next_core.interfaces import Parameter, Work
-from next_core.plugins import make_applier, make_predictor
+from next_core.plugins import make_applier, make_predictor, registry
 from next_core.sources.opening import open_checkpoints
 from tests.conftest import STEPS, LoraRun
+from tests.cycle.descent import Descent
 from tests.test_history import Counting
 
 SPACES = {"factors": 0, "merged": 1}
@@ -91,6 +94,38 @@ def test_a_run_names_its_jumps_checkpoints_and_their_size(config: dict[str, Any]
     assert plan.write["bytes of jumps"] == 5 * each
     assert plan.time["RL"] is None
     assert not (tmp_path / "deep").exists()
+
+
+class Launched(Descent):
+    name = "launched"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def describe(self, run: RunConfig, out: Path) -> dict[str, Any]:
+        command = ["train", "--steps", str(run.steps), "--out", str(out), *(f"--option{n}" for n in range(20)), "[1 2]"]
+        return {"command": command, "bytes": "many"}
+
+
+def test_a_trainer_tells_what_it_would_start(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry(), "_entries", dict(registry()._entries))
+    registry().add(Launched)
+    plan = planning.plan_run(make_config(config | {"backend": "launched"}), tmp_path / "run")
+    command = plan.compute["trainer"]["command"]
+    assert command[:3] == ["train", "--steps", "100"]
+    show_plan(plan, as_json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["compute"]["trainer"] == {"command": command, "bytes": "many"}
+    options = " ".join(f"--option{n}" for n in range(20))
+    lines = err.splitlines()
+    assert f"trainer's command: train --steps 100 --out {tmp_path}/run {options} '[1 2]'" in lines
+    assert "trainer's bytes: many" in lines
+
+
+def test_a_trainer_with_nothing_to_tell_is_not_in_the_plan(config: dict[str, Any], tmp_path: Path) -> None:
+    assert "trainer" not in planning.plan_run(make_config(config), tmp_path).compute
 
 
 def test_a_full_parameter_run_is_larger(config: dict[str, Any], tmp_path: Path) -> None:

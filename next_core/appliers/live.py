@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from next_core.appliers.displacement import FactorStep, displacements
+from next_core.appliers.frozen import adapter_settings, balanced
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.lowrank import LowRank, dense
@@ -142,29 +143,15 @@ def add_frozen_adapter(model: Any, moves: Mapping[str, LowRank]) -> str:
         )
     numbers = [int(name.removeprefix(JUMP_PREFIX)) for name in jump_adapters(model)]
     name = f"{JUMP_PREFIX}{max(numbers, default=0) + 1}"
-    ranks = {key.removesuffix(".weight"): move.rank for key, move in moves.items() if move.rank > 0}
-    rank = max(ranks.values(), default=1)
-    pattern = {module: r for module, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # scaling 1: the displacement is in the factors
-        target_modules=sorted(ranks),
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
-        lora_dropout=0.0,
-        task_type=model.peft_config[trained_adapter(model)].task_type,
-        inference_mode=True,
-    )
+    settings = adapter_settings(moves)
+    config = LoraConfig(**settings, task_type=model.peft_config[trained_adapter(model)].task_type)
     with torch.random.fork_rng():  # PEFT draws a start that is overwritten; the run's random state is not ours to spend
         model.add_adapter(name, config)
-    for module in ranks:
-        move = moves[f"{module}.weight"]
+    for module in settings["target_modules"]:
         layer = model.base_model.model.get_submodule(module)
         with torch.no_grad():
-            # Both factors carry the root of the norm: neither over- nor underflows in a low precision.
-            balance = (move.right.norm(dim=1) / move.left.norm(dim=0).clamp_min(1e-300)).sqrt().clamp(1e-6, 1e6)
-            layer.lora_A[name].weight.copy_(move.right / balance[:, None])
-            layer.lora_B[name].weight.copy_(move.left * balance[None, :])
+            for table, value in zip((layer.lora_A, layer.lora_B), balanced(moves[f"{module}.weight"]), strict=True):
+                table[name].weight.copy_(value)
     activate_jumps(model)
     return name
 

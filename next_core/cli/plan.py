@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def plan_command(
 
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:
-    """One table, a section after the other."""
+    """One table, a section after the other; then what the trainer tells of itself, and the notes."""
     from next_core.storage import json_text
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
@@ -65,9 +66,13 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     for section, figures in plan.as_dict().items():
         if section == "notes":
             continue
-        for index, (name, value) in enumerate(figures.items()):
-            table.add_row(section if index == 0 else "", name, escape(_figure(section, name, value)))
+        rows = {name: _figure(section, name, value) for name, value in figures.items() if name != "trainer"}
+        for index, (name, text) in enumerate(rows.items()):
+            table.add_row(section if index == 0 else "", name, escape(text))
     console.print(table)
+    for fact, told in plan.compute.get("trainer", {}).items():  # a whole line each: a command is there to be copied
+        text = shlex.join(map(str, told)) if isinstance(told, list | tuple) else str(told)
+        console.print(f"trainer's {fact}: {text}", markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     if as_json:

@@ -72,19 +72,39 @@ def run(
 ) -> RunResult:
     """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``."""
     check_folder(out, config, resume, overwrite)
-    accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
     started = time.perf_counter()
     backend: Backend = config.backend.make("backend")
-    with contextlib.nullcontext() if resume else fresh_directory(out):
+    # Ended before its folder goes: until then it may write there.
+    with contextlib.nullcontext() if resume else fresh_directory(out), _closed_after_an_error(backend):
         with _trainer_errors(out.parent):
             start = backend.prepare(config, out, resume)
         if not resume:
             write_text(out / CONFIG, dump_yaml(config))
-    if resume and start == 0:
-        raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
-    setup = time.perf_counter() - started
-    measuring = _Stopwatch()
+    with _closed_after_an_error(backend):
+        if resume and start == 0:
+            raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
+        setup = time.perf_counter() - started
+        result = _with_jumps(backend, config, out, start if resume else None, strict, progress)
+    with _trainer_errors(out):
+        backend.close()
+    if config.control == "plain":
+        result.control = _plain(config, out / "control", progress)
+    result.seconds = {"setup": setup, **result.seconds, "total": time.perf_counter() - started}
+    write_text(out / RESULT, json_text(result.as_dict()) + "\n")
+    return result
 
+
+def _with_jumps(
+    backend: Backend,
+    config: RunConfig,
+    out: Path,
+    resumed_from: int | None,
+    strict: bool,
+    progress: Progress | None,
+) -> RunResult:
+    """The cycle on a backend that is prepared, measured at its milestones."""
+    accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
+    measuring = _Stopwatch()
     journal = Journal(out / JOURNAL)
 
     def measure(milestone: str, step: int) -> None:
@@ -106,8 +126,8 @@ def run(
         progress=progress,
         milestone=measure,
     )
-    if resume:
-        cycle.resume(start)
+    if resumed_from is not None:
+        cycle.resume(resumed_from)
     else:
         journal.append("start", 0, steps=config.steps, seed=config.seed)
         measure("start", 0)
@@ -121,10 +141,9 @@ def run(
     # A resumed run finds in the journal what it measured before.
     accuracy |= {r["milestone"]: r["value"] for r in journal.counted() if r["event"] == "accuracy"}
     ours = sum(cycle.seconds.values())
-    result = RunResult(
+    return RunResult(
         steps=config.steps,
         seconds={
-            "setup": setup,
             "rl": training - ours,
             "ours": ours,
             **{f"ours_{what}": seconds for what, seconds in cycle.seconds.items()},
@@ -133,14 +152,9 @@ def run(
         accuracy=accuracy,
         jumps=journal.jumps(),
         folder=str(out),
-        resumed_from=start if resume else None,
+        resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
     )
-    if config.control == "plain":
-        result.control = _plain(config, out / "control", progress)
-    result.seconds["total"] = time.perf_counter() - started
-    write_text(out / RESULT, json_text(result.as_dict()) + "\n")
-    return result
 
 
 def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str, Any]:
@@ -148,12 +162,28 @@ def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str,
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     backend: Backend = config.backend.make("backend")
-    with _trainer_errors(out):
+    with _closed_after_an_error(backend), _trainer_errors(out):
         backend.prepare(config.model_copy(update={"save_every": None}), out)
         began = time.perf_counter()
         backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
-    seconds = time.perf_counter() - began
-    return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": backend.evaluate("test")}}
+        seconds = time.perf_counter() - began
+        accuracy = backend.evaluate("test")
+    with _trainer_errors(out):
+        backend.close()
+    return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": accuracy}}
+
+
+@contextlib.contextmanager
+def _closed_after_an_error(backend: Backend) -> Iterator[None]:
+    """End the trainer when the body fails, and let the body's error be the one that is seen."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            backend.close()
+        except Exception as second:
+            error.add_note(f"the trainer could not be ended either: {describe(second)}")
+        raise
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 from next_core.config import RunConfig, load_config, make_config
 from next_core.cycle.run import run
 from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.interfaces import PluginConfig
+from next_core.plugins import registry
+from tests.cycle.descent import Descent
 
 pytestmark = pytest.mark.trl
 
@@ -265,3 +269,108 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+class Failures(PluginConfig):
+    fails: tuple[str, ...] = ()
+
+
+class Watched(Descent):
+    """Keeps what was asked of each trainer, as ``"1 prepare"``, and fails where its config says so."""
+
+    name = "watched"
+    config_class = Failures
+    events: ClassVar[list[str]] = []
+    folder_at_close: ClassVar[list[bool]] = []
+
+    def __init__(self, config: Failures) -> None:
+        super().__init__()
+        self.config = config
+        self.number = 1 + max((int(event.split()[0]) for event in self.events), default=0)
+
+    def _told(self, what: str) -> None:
+        self.events.append(f"{self.number} {what}")
+        if self.events[-1] in self.config.fails:
+            raise ZeroDivisionError(f"{self.events[-1]} failed")
+
+    def prepare(self, run: Any, out: Path, resume: bool = False) -> int:
+        self.out = out
+        self._told("prepare")
+        return super().prepare(run, out, resume)
+
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        self._told("train")
+        super().train(until, step_ended)
+
+    def close(self) -> None:
+        self.folder_at_close.append(self.out.is_dir())
+        self._told("close")
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """``watched("1 train")``: a run, and its plain control, of which the first trainer's training fails."""
+    monkeypatch.setattr(registry(), "_entries", dict(registry()._entries))
+    registry().add(Watched)
+    Watched.events.clear()
+    Watched.folder_at_close.clear()
+    return lambda *fails: config(backend={"name": "watched", "fails": fails}, control="plain", save_every=4)
+
+
+FIRST, CONTROL = ["1 prepare", "1 train", "1 close"], ["2 prepare", "2 train", "2 close"]
+
+
+def test_a_trainer_is_ended_once_and_before_the_plain_one_is_started(
+    watched: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    result = run(watched(), tmp_path / "run")
+    assert Watched.events == FIRST + CONTROL
+    assert [jump["accepted"] for jump in result.jumps] == [True, True]
+    assert result.control is not None
+    assert next(iter(result.seconds)) == "setup"
+
+
+@pytest.mark.parametrize(
+    ("fails", "events"),
+    [
+        ("1 prepare", ["1 prepare", "1 close"]),
+        ("1 train", FIRST),
+        ("1 close", FIRST),
+        ("2 prepare", [*FIRST, "2 prepare", "2 close"]),
+        ("2 train", FIRST + CONTROL),
+        ("2 close", FIRST + CONTROL),
+    ],
+)
+def test_a_trainer_is_ended_once_when_something_fails(
+    fails: str, events: list[str], watched: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(BackendError, match=f"ZeroDivisionError: {fails} failed"):
+        run(watched(fails), tmp_path / "run")
+    assert Watched.events == events
+    assert all(Watched.folder_at_close)  # it may write there until it is ended
+    assert (tmp_path / "run").exists() == (fails != "1 prepare")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("fails", ["1 prepare", "1 train", "2 prepare", "2 train"])
+def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=f"ZeroDivisionError: {fails} failed") as caught:
+        run(watched(fails, "1 close" if fails[0] == "1" else "2 close"), tmp_path / "run")
+    assert Watched.events[-1] == f"{fails[0]} close"
+    (note,) = caught.value.__notes__
+    assert f"{fails[0]} close failed" in note
+
+
+def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
+    watched: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    settings = watched()
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run", progress=interrupt)
+    assert Watched.events == FIRST
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        run(settings, tmp_path / "run", resume=True)
+    assert Watched.events[3:] == ["2 prepare", "2 close"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from next_backends.data import read_rows, read_splits
 from next_backends.trl.checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
 from next_core.errors import BackendError, CheckpointError, ConfigError
@@ -162,32 +163,10 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
 
 
 def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:
-    data = training.data
-    validation, test = data.validation or data.test, data.test or data.validation
-    files = {"validation": validation, "test": test}
-    return _load(data.train), {split: _load(path) for split, path in files.items() if path is not None}
+    from datasets import Dataset
 
-
-def _load(path: Path) -> Any:
-    from datasets import Dataset, load_dataset
-
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
-    if kind is None:
-        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
-    try:
-        if kind == "json":
-            import json
-
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            data = Dataset.from_list(rows)
-        else:
-            data = load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read: {describe(error)}") from None
-    missing = {"prompt", "answer"} - set(data.column_names)
-    if missing:
-        raise ConfigError(f"{path} lacks the column(s) {', '.join(sorted(missing))}; it has {data.column_names}")
-    return data
+    splits = {split: Dataset.from_list(rows) for split, rows in read_splits(training.data).items()}
+    return Dataset.from_list(read_rows(training.data.train)), splits
 
 
 def _named(reward: RewardFunction, name: str) -> Callable[..., list[float]]:

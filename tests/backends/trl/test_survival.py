@@ -141,12 +141,12 @@ def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
 def test_a_jump_that_cannot_be_written_is_not_made(
     make_trainer: Any, logits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import next_backends.trl.backend as backend
+    import next_backends.history_folder as history_folder
 
     def full(*args: Any, **fields: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(backend, "save_file", full)
+    monkeypatch.setattr(history_folder, "save_file", full)
     for predictor in (FACTORS, MERGED):
         made = callback(predictor, overwrite=True)
         jumping = make_trainer([made], steps=8)

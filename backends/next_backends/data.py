@@ -1,0 +1,54 @@
+"""Prompts with answers, as every trainer here reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from next_core.errors import ConfigError
+from next_core.plugins import describe
+
+if TYPE_CHECKING:
+    from next_core.config import DataSettings
+
+COLUMNS = ("prompt", "answer")
+Rows = list[dict[str, Any]]
+
+
+def read_splits(data: DataSettings) -> dict[str, Rows]:
+    """The rows of ``validation`` and ``test``; one that is not given is the other. Raises ``ConfigError``."""
+    files = {"validation": data.validation or data.test, "test": data.test or data.validation}
+    return {split: read_rows(path) for split, path in files.items() if path is not None}
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a file of JSON lines, or of one that ``datasets`` reads. Raises ``ConfigError`` naming it."""
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
+    if kind is None:
+        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
+    try:
+        if kind == "json":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            from datasets import load_dataset
+
+            rows = load_dataset(kind, data_files=str(path), split="train").to_list()
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: {describe(error)}") from None
+    if not rows:
+        raise ConfigError(f"{path} holds no prompts")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, row {number} is not an object with the columns {', '.join(COLUMNS)}")
+        missing = set(COLUMNS) - set(row)
+        if missing:
+            raise ConfigError(
+                f"{path}, row {number} lacks the column(s) {', '.join(sorted(missing))}; it has {sorted(row)}"
+            )
+    return rows
+
+
+def is_chat(rows: Rows) -> bool:
+    """Whether prompts are conversations (lists of messages) and not text."""
+    return not isinstance(rows[0]["prompt"], str)

@@ -1,0 +1,141 @@
+"""The history a backend keeps in its run folder: checkpoints, jumps and metrics, and what of them still holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from next_core.errors import BackendError
+from next_core.sources.files import read_json
+from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
+from next_core.sources.metrics import METRICS
+from next_core.sources.peft_adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
+from next_core.storage import append_json_line, new_directory, remove_directory, sweep, write_text
+
+
+@dataclass(frozen=True)
+class JumpAdapter:
+    """A jump that lives beside the trained adapter: its name in the model, PEFT's config as JSON, its tensors."""
+
+    name: str
+    config: str
+    tensors: Mapping[str, Tensor]
+
+
+class HistoryFolder:
+    """``checkpoints/step-000010``, ``jumps/0001`` and ``metrics.jsonl`` under one folder, as our sources read them.
+
+    Nothing is made before something is written. Raises ``CheckpointError`` for a jump whose record is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def jumps(self) -> Path:
+        """Where the jumps lie."""
+        return self.path / JUMPS
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of one checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def clear(self) -> None:
+        """Remove what an earlier run left of checkpoints, jumps and metrics, by our own names and nothing else."""
+        (self.path / METRICS).unlink(missing_ok=True)
+        for _, path in (*_numbered(self.checkpoints, "step-*"), *_numbered(self.jumps, "*")):
+            remove_directory(path)
+        self._sweep()
+
+    def forget_after(self, step: int) -> None:
+        """Remove what was observed and made on a path that a run resumed at ``step`` does not take."""
+        for later, path in _numbered(self.checkpoints, "step-*"):
+            if later > step:
+                remove_directory(path)
+        for path, record, undone in jump_records(self.jumps):
+            if record["step"] > step:
+                remove_directory(path)
+            elif undone is not None and undone > step:
+                (path / UNDONE).unlink()  # at the resumed step the jump still stood
+        self._sweep()
+
+    def next_jump(self) -> Path:
+        """The folder of the jump that is made next."""
+        number = max((int(path.name) for path, _, _ in jump_records(self.jumps)), default=0) + 1
+        return self.jumps / f"{number:04d}"
+
+    def write_jump(
+        self,
+        target: Path,
+        step: int,
+        alpha: float,
+        *,
+        shift: Mapping[str, Tensor],
+        adapter: JumpAdapter | None = None,
+        more: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write the folder of a jump made after ``step``: all of it, or none.
+
+        ``shift`` is what past checkpoints move by; ``more`` writes further files into the folder it is given. Tensors
+        are contiguous. Raises ``BackendError`` for what cannot be written, and whatever else ``more`` raises.
+        """
+        try:
+            with new_directory(target) as folder:
+                record = {"step": step, "alpha": alpha, "adapter": None if adapter is None else adapter.name}
+                (folder / JUMP_RECORD).write_text(json.dumps(record))
+                if adapter is not None:
+                    (folder / ADAPTER).mkdir()
+                    (folder / ADAPTER / CONFIG_FILE).write_text(adapter.config)
+                    save_file(dict(adapter.tensors), folder / ADAPTER / WEIGHTS_FILE, metadata={"format": "pt"})
+                if shift:
+                    save_file(dict(shift), folder / SHIFT_FILE)
+                if more is not None:
+                    more(folder)
+        except (OSError, SafetensorError) as error:
+            raise BackendError(f"the jump could not be written to {target}: {error}") from error
+
+    def withdraw(self, jump: Path, step: int) -> None:
+        """Take back a jump after ``step`` ended: at the step it was made its folder goes, later it is marked undone."""
+        if read_json(jump / JUMP_RECORD)["step"] == step:
+            remove_directory(jump)  # no checkpoint has seen it
+        else:  # the trainer's checkpoints since hold it, and a resume from one of them has to find it
+            write_text(jump / UNDONE, json.dumps({"step": step}))
+
+    def jump_at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and record of the jump that was made after ``step`` and stands."""
+        return next((found for found in jump_folders(self.jumps) if found[1]["step"] == step), None)
+
+    def standing_adapters(self, step: int) -> list[str]:
+        """The names of the jump adapters that a trainer's checkpoint of ``step`` holds, in the order they were made."""
+        return [
+            record["adapter"]
+            for _, record, undone in jump_records(self.jumps)
+            if record["adapter"] and record["step"] <= step and (undone is None or undone > step)
+        ]
+
+    def log(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Keep the numbers a trainer logs, for predictors that read a metric."""
+        numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        append_json_line(self.path / METRICS, {"step": step, **numbers})
+
+    def _sweep(self) -> None:
+        sweep(self.checkpoints)
+        sweep(self.jumps)
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """Subfolders whose names end in a number."""
+    found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern)]
+    return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())

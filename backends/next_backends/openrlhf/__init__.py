@@ -1,0 +1,7 @@
+"""OpenRLHF, run in an environment of its own and driven from outside."""
+
+from __future__ import annotations
+
+from next_backends.openrlhf.backend import OpenRlhfBackend
+
+__all__ = ["OpenRlhfBackend"]

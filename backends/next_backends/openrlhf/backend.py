@@ -1,0 +1,172 @@
+"""The real OpenRLHF as the predict-extend cycle sees it: a trainer in an environment of its own, segment by segment."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from next_backends.history_folder import JumpAdapter
+from next_backends.openrlhf.checks import check_run
+from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.environment import ask_parser, check_python
+from next_backends.openrlhf.merging import Merging
+from next_backends.openrlhf.pausing import Pausing
+from next_backends.openrlhf.setting import Setting
+from next_core.appliers.displacement import FactorStep, displacements
+from next_core.appliers.frozen import adapter_settings, adapter_tensors
+from next_core.errors import BackendError
+from next_core.interfaces import Applied, Backend, Prediction
+from next_core.lowrank import LowRank, dense
+from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.sources.peft_adapter import JUMP_PREFIX, SHIFT_KEYS, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.storage import new_directory, remove_directory
+
+if TYPE_CHECKING:
+    from next_core.config import RunConfig
+
+
+class OpenRlhfBackend(Backend):
+    """Drives OpenRLHF 0.11.2 in the environment that ``python`` names; nothing of it is imported here.
+
+    The trainer's processes, logs and own checkpoints are under ``trainer/`` in the run folder.
+    """
+
+    name = "openrlhf"
+    config_class = OpenRlhfConfig
+    in_process = False
+
+    def __init__(self, config: OpenRlhfConfig) -> None:
+        super().__init__(config)
+        self._setting: Setting
+        self._way: Pausing | Merging
+        self._source: PeftAdapterSource | FullModelSource | None = None
+        self._begun = False
+
+    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
+        """Check all that can be checked without a GPU, by OpenRLHF's own parser as well. The trainer starts later."""
+        self._plan(run, out)
+        check_python(self.config)
+        setting = self._setting
+        setting.serve_rewards()
+        known = ask_parser(self.config.python, setting.options(0), self.config.env)["args"]
+        batch = known["rollout"]["batch_size"] * known["rollout"]["n_samples_per_prompt"]
+        setting.updates = max(1, batch // known["train"]["batch_size"]) * known["train"]["max_epochs"]
+        if resume:
+            self._begun = True
+            return self._way.resume()
+        setting.history.clear()
+        return 0
+
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        self._begin()
+        self._setting.step_ended = step_ended
+        self._way.train(until)
+
+    def observe(self, step: int) -> None:
+        with new_directory(self._setting.history.checkpoint(step), overwrite=True) as folder:
+            self._way.save(step, folder)
+
+    def source(self) -> PeftAdapterSource | FullModelSource:
+        path = self._setting.history.checkpoints
+        if self._source is not None:
+            self._source.refresh()
+        elif self._setting.run.training.lora is not None:
+            self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=path))
+        else:
+            backbone = None if self._way.keeps_start else self._setting.run.training.model
+            self._source = FullModelSource(FullModelSourceConfig(path=path, backbone=backbone))
+        return self._source
+
+    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> JumpApplied:
+        step, history = prediction.step, self._setting.history
+        folder = history.next_jump()
+        shift, beside = moves(prediction, alpha, lora=self._setting.run.training.lora is not None)
+        adapter = None
+        if beside:
+            settings = adapter_settings(beside) | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+            adapter = JumpAdapter(f"{JUMP_PREFIX}{int(folder.name)}", json.dumps(settings), adapter_tensors(beside))
+        more = self._way.before_jump if keep else None
+        history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=more)
+        try:
+            norm = math.sqrt(sum(float(move.square().sum()) for move in shift.values()))
+            self._way.jump(step, folder, prediction, alpha, norm)
+        except BaseException:
+            remove_directory(folder)
+            self._way.take_back(step, step, folder)
+            raise
+        return JumpApplied(self, folder, step)
+
+    def rollback(self, applied: Applied, step: int) -> None:
+        assert isinstance(applied, JumpApplied)
+        self._setting.history.withdraw(applied.folder, step)
+        self._way.take_back(applied.step, step, applied.folder)
+
+    def standing(self, step: int) -> Applied | None:
+        found = self._setting.history.jump_at(step)
+        if found is None or not self._way.rollback_is_kept(found[0]):
+            return None
+        return JumpApplied(self, found[0], step)
+
+    def evaluate(self, split: str = "validation") -> float | None:
+        self._begin()
+        return self._way.evaluate(split)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._way.notes
+
+    def close(self) -> None:
+        try:
+            self._way.close()
+        finally:
+            self._setting.close()
+
+    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
+        self._plan(run, out)
+        return {"command line": ["openrlhf.cli.train_ppo_ray", *self._setting.options(0)]}
+
+    def _plan(self, run: RunConfig, out: Path) -> None:
+        check_run(run, self.config)
+        self._setting = Setting(run, self.config, out)
+        self._way = Merging(self._setting) if self.config.jump == "merge" else Pausing(self._setting)
+
+    def _begin(self) -> None:
+        """Keep where RL begins, once."""
+        if not self._begun:
+            self._begun = True
+            if not self._way.keeps_start:
+                return
+            self.observe(0)
+            self.source()  # what cannot be read back is said now, not at the first jump
+
+
+class JumpApplied(Applied):
+    """A jump that a trainer went on from, undone from what lies in the run folder."""
+
+    def __init__(self, backend: OpenRlhfBackend, folder: Path, step: int) -> None:
+        self._backend, self.folder, self.step = backend, folder, step
+
+    def rollback(self) -> None:
+        self._backend.rollback(self, self.step)
+
+
+def moves(prediction: Prediction, alpha: float, lora: bool) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
+    """What trains moves by (fp32, by the names of a shift file), and what is to stand beside it."""
+    shift: dict[str, Tensor] = {}
+    beside: dict[str, LowRank] = {}
+    for name, moved in displacements(prediction, alpha):
+        if isinstance(moved, FactorStep):
+            for key, at, delta in zip(SHIFT_KEYS, (moved.at.A, moved.at.B), (moved.dA, moved.dB), strict=True):
+                shift[key.format(name=name)] = ((at.double() + delta).float() - at.float()).contiguous()
+        elif not lora:
+            shift[name] = dense(moved).float().contiguous()
+        elif isinstance(moved, LowRank):
+            beside[name] = moved
+        else:
+            raise BackendError(f"a dense jump of '{name}' cannot be put beside a LoRA adapter")
+    return shift, beside

@@ -1,0 +1,34 @@
+"""What the trainer cannot do as a run config asks, said before anything starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from next_backends.openrlhf.config import OpenRlhfConfig
+from next_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from next_core.config import RunConfig
+
+
+def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
+    """Raise ``ConfigError`` for what OpenRLHF, or this way of going on from a jump, does not have."""
+    if config.jump == "merge":
+        if run.training.lora is not None:
+            raise ConfigError(
+                "backend.jump: merge is for full-parameter runs: LoRA needs a hook into OpenRLHF in any case (its "
+                "issue 1349); use swap or restart"
+            )
+        if run.training.lr_scheduler != "constant":
+            raise ConfigError(
+                f"backend.jump: merge begins the schedule '{run.training.lr_scheduler}' anew with each jump; use swap "
+                "or restart, or lr_scheduler: constant"
+            )
+        if run.guards.recovery is not None:
+            raise ConfigError(
+                "guards.recovery: with backend.jump: merge nothing measures accuracy; use swap or restart"
+            )
+        if run.save_every is not None:
+            raise ConfigError(
+                "save_every: with backend.jump: merge the trainer saves at schedule.every, and a run resumes from there"
+            )

@@ -1,0 +1,46 @@
+"""Accuracy without sampling: the exact probability of the right answer. Runs in every rank of the policy's actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+BATCH = 128
+
+
+@torch.no_grad()
+def right_answers(actor: Any, pairs: list[list[str]]) -> float:
+    """Mean probability that the policy answers exactly ``answer`` and the end token, over (prompt, answer) pairs."""
+    engine, tokenizer = actor.actor.model, actor.tokenizer
+    training = engine.module.training
+    engine.module.eval()
+    total = 0.0
+    try:
+        for start in range(0, len(pairs), BATCH):
+            total += float(_log_probabilities(engine, tokenizer, pairs[start : start + BATCH]).exp().sum())
+    finally:
+        engine.module.train(training)
+    return total / max(1, len(pairs))
+
+
+def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> torch.Tensor:
+    """log P(answer, end | prompt), (N,)."""
+    asked = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt, _ in pairs]
+    right = [
+        [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
+    ]
+    width = max(len(a) + len(r) for a, r in zip(asked, right, strict=True))
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id or 0)
+    seen, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (a, r) in enumerate(zip(asked, right, strict=True)):
+        ids[row, : len(a) + len(r)] = torch.tensor([*a, *r])
+        seen[row, : len(a) + len(r)] = 1
+        answer[row, len(a) : len(a) + len(r)] = True
+    device = next(engine.module.parameters()).device
+    ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
+    places = (seen.cumsum(-1) - 1).clamp_min(0)
+    logits = engine(ids, attention_mask=seen, position_ids=places)["logits"][:, :-1].float()
+    found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    total: torch.Tensor = (found * answer[:, 1:]).sum(1)
+    return total

@@ -1,0 +1,121 @@
+"""LoRA policies: merged weights for vLLM, and frozen adapters beside the trained one.
+
+OpenRLHF sends the parameters of a PEFT model under PEFT's names, which vLLM refuses (OpenRLHF issue 1349). Here it is
+shown the plain names, with W + scaling B A computed beside the weights that train, some at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+BESIDE = "next_core_beside"
+AT_ONCE = 2**28
+"""Bytes of merged weights that exist at a time."""
+
+
+def broadcast_to_vllm(actor: Any) -> None:
+    """``PolicyModelActor.broadcast_to_vllm``, for LoRA policies with merged weights under plain names."""
+    trainer = actor.trainer
+    policy = trainer.actor
+    if not hasattr(policy.model.module, "peft_config"):
+        trainer.broadcast_to_vllm()
+        return
+    try:
+        for part in _parts(_merged(policy.model.module)):
+            view = SimpleNamespace(named_parameters=lambda part=part: iter(part))
+            trainer.actor = SimpleNamespace(model=SimpleNamespace(module=view), is_vlm=getattr(policy, "is_vlm", False))
+            trainer.broadcast_to_vllm()
+    finally:
+        trainer.actor = policy
+
+
+def _parts(weights: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    part: list[tuple[str, Any]] = []
+    size = 0
+    for name, weight in weights:
+        part.append((name, weight))
+        size += weight.numel() * weight.element_size()
+        if size >= AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def _merged(model: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters of the model beneath, by its own names; those with an adapter merged out of place."""
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    beside: dict[str, Any] = getattr(model, BESIDE, {})
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, found, rest = name.rpartition(".base_layer.")
+        if not found:
+            yield name, parameter
+            continue
+        layer = layers[owner]
+        with _gathered([parameter, *(p for n, p in layer.named_parameters() if "lora_" in n)]):
+            weight = parameter.detach().clone()
+            if rest == "weight":
+                total = weight.float()
+                for adapter in layer.active_adapters:
+                    total += layer.get_delta_weight(adapter).float()
+                for A, B in beside.get(owner, ()):
+                    total += B.float() @ A.float()
+                weight.copy_(total)
+        weight.ds_shape = weight.shape  # what is asked of a parameter that ZeRO-3 partitions
+        weight.requires_grad_()
+        yield f"{owner}.{rest}", weight
+
+
+def act_beside(model: Any, folders: list[Path]) -> None:
+    """Let the adapters in ``folders`` (A, B with scaling 1), and no other, act on the layers beside the trained one.
+
+    They are no parameters: nothing trains, saves or partitions them.
+    """
+    for handle in getattr(model, f"{BESIDE}_handles", ()):
+        handle.remove()
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if config["r"] != config["lora_alpha"]:
+            raise ValueError(f"{folder} is scaled; a jump's adapter has scaling 1")
+        for key in tensors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            like = next(p for n, p in layers[name].named_parameters() if "lora_A" in n)
+            A, B = (tensors[key.replace("lora_A", side)].to(like.device, like.dtype) for side in ("lora_A", "lora_B"))
+            pairs.setdefault(name, []).append((A, B))
+
+    def adding(mine: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        def hook(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            for A, B in mine:
+                output = output + (args[0].to(A.dtype) @ A.T @ B.T).to(output.dtype)
+            return output
+
+        return hook
+
+    handles = [layers[name].register_forward_hook(adding(mine)) for name, mine in pairs.items()]
+    object.__setattr__(model, BESIDE, pairs)
+    object.__setattr__(model, f"{BESIDE}_handles", handles)
+
+
+def _gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    parted = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(parted) if parted else contextlib.nullcontext()

@@ -1,0 +1,190 @@
+"""What every trainer process of one run has in common: its data, its rewards, its command line, its log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from next_backends.data import is_chat, read_rows, read_splits
+from next_backends.history_folder import HistoryFolder
+from next_backends.openrlhf.command import Places, Segment, make_command
+from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.log import LogReader, Step
+from next_backends.openrlhf.options import check_options
+from next_backends.openrlhf.process import TrainerProcess
+from next_backends.openrlhf.rewards import RewardServer, special_tokens
+from next_core.errors import BackendError, ConfigError
+from next_core.rewards import make_reward
+from next_core.storage import write_text
+
+if TYPE_CHECKING:
+    from next_core.config import RunConfig
+
+INSIDE = Path(__file__).parent / "inside"
+LOG = "trainer.log"
+SETTINGS = "launch.json"
+PROMPTS = "prompts.jsonl"
+TICK = 0.05
+"""Seconds between looks at the trainer."""
+NOT_OURS = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+"""Variables of our own environment that would mislead another Python."""
+
+
+class Setting:
+    """Raises ``ConfigError`` for data or a reward that cannot be read. ``folder`` is the trainer's own."""
+
+    def __init__(self, run: RunConfig, config: OpenRlhfConfig, out: Path) -> None:
+        self.run, self.config, self.folder = run, config, out / "trainer"
+        self.history = HistoryFolder(out)
+        self.rows = read_rows(run.training.data.train)
+        self.splits = read_splits(run.training.data)
+        if len(self.rows) < run.training.prompts_per_step:
+            raise ConfigError(
+                f"{run.training.data.train} has {len(self.rows)} prompts, fewer than the "
+                f"{run.training.prompts_per_step} of one step"
+            )
+        self.rewards: RewardServer | None = None
+        self.updates = 1
+        """Optimizer steps in one RL step."""
+        self.step_ended: Callable[[int], None] = lambda step: None
+        self.log = LogReader(self.folder / LOG)
+
+    def serve_rewards(self) -> None:
+        """Make the reward of the run config reachable, unless the config names a file of OpenRLHF's kind."""
+        if self.config.reward_file is not None:
+            return
+        if self.config.ray.address is not None:
+            raise ConfigError(
+                "backend.ray.address: a cluster's nodes cannot ask for rewards here; name a Python file that they can "
+                "read in backend.reward_file"
+            )
+        self.rewards = RewardServer(make_reward(self.run.training.reward), special_tokens(self.run.training.model))
+
+    def states(self, start: int) -> Path:
+        """Where a trainer that began at ``start`` keeps its own checkpoints."""
+        return self.folder / f"ckpt-{start:06d}"
+
+    def options(
+        self, start: int, *, model: Path | None = None, steps: int | None = None, load: bool = False
+    ) -> list[str]:
+        """OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends by itself after as many."""
+        run = self.run
+        batch = run.training.prompts_per_step
+        episodes, samples = run.steps, len(self.rows) // batch * batch
+        if steps is not None:
+            # So many prompts in so many episodes that exactly these steps come out.
+            episodes = next(e for e in range(1, steps + 1) if steps % e == 0 and steps // e * batch <= samples)
+            samples = steps // episodes * batch
+        reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
+        places = Places(
+            model=model or run.training.model,
+            data=self.folder / PROMPTS,
+            reward_url=str(reward),
+            checkpoints=self.states(start),
+            output=self.folder / "final",
+        )
+        merging = self.config.jump == "merge"
+        segment = Segment(
+            episodes=episodes,
+            samples=samples,
+            seed=run.seed + start,  # other samples, and in a new trainer another order of the prompts
+            save_every=run.schedule.every if merging else run.save_every,
+            save_hf=merging or self.config.save_hf,
+            save_deepspeed=not merging or self.config.masters,
+            load=load,
+        )
+        options = make_command(run, self.config, places, segment)
+        options += ["--data.apply_chat_template"] if is_chat(self.rows) else []
+        options += ["--ckpt.max_num", str(10**6)] if merging else []  # they are removed here, once taken over
+        check_options(options)
+        return options
+
+    def write_prompts(self, start: int) -> None:
+        """The training prompts, those of step ``start`` first."""
+        first = start * self.run.training.prompts_per_step % len(self.rows)
+        rows = self.rows[first:] + self.rows[:first]
+        lines = (json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / PROMPTS, "".join(lines))
+
+    def start(self, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None) -> Watch:
+        """Start OpenRLHF with these options and hooks."""
+        scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short: the paths of Ray's sockets have a limit
+        workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+        settings = {
+            "ray": _ray(self.config, scratch),
+            "env": workers | self.config.env,
+            "hooks": list(hooks),
+            "control": control,
+        }
+        path = self.folder / SETTINGS
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds a key
+            json.dump(settings, file)
+        env = {key: value for key, value in os.environ.items() if key not in NOT_OURS}
+        env["PATH"] = f"{self.config.python.parent}{os.pathsep}{env.get('PATH', '')}"
+        command = [str(self.config.python), str(INSIDE / "launch.py"), str(path), *options]
+        return Watch(self, TrainerProcess.start(command, env | self.config.env, self.folder / LOG, scratch))
+
+    def logged(self, step: int, metrics: dict[str, float]) -> None:
+        """What a trainer said of one step. Raises ``BackendError`` when its engines sample from other weights."""
+        self.history.log(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
+        bound, found = self.config.max_vllm_kl, metrics.get("vllm_kl")
+        if bound is not None and found is not None and not abs(found) <= bound:
+            raise BackendError(
+                f"step {step}: the engines' probabilities are off from the actor's by vllm_kl {found:.2g}, bound "
+                f"{bound:g}: they sample from other weights. If that is their precision, raise backend.max_vllm_kl"
+            )
+        self.step_ended(step)
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self.rewards is not None:
+            self.rewards.close()
+            self.rewards = None
+
+
+class Watch:
+    """A trainer's process, its rewards served and its log read while one waits; ``offset`` is added to its steps."""
+
+    def __init__(self, setting: Setting, process: TrainerProcess, offset: int = 0) -> None:
+        self.process, self.offset = process, offset
+        self._setting = setting
+
+    def look(self) -> None:
+        """Serve rewards for a moment, and pass on the steps that were logged."""
+        if self._setting.rewards is not None:
+            self._setting.rewards.serve(TICK)
+        else:
+            time.sleep(TICK)
+        for record in self._setting.log.read():
+            if isinstance(record, Step):
+                self._setting.logged(self.offset + record.number, record.metrics)
+
+    def end(self) -> None:
+        """Until it has ended by itself. Raises ``BackendError`` with its last lines if it failed."""
+        while self.process.running:
+            self.look()
+        self.look()
+        self.process.check()
+
+
+def _ray(config: OpenRlhfConfig, scratch: Path) -> dict[str, Any]:
+    """The arguments of ``ray.init``: a cluster that runs, or a Ray of the trainer's own."""
+    ray = config.ray
+    if ray.address is not None:
+        return {"address": ray.address}
+    local: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": str(scratch)}
+    if ray.num_gpus is not None:
+        local["num_gpus"] = ray.num_gpus
+    if ray.num_cpus is not None:
+        local["num_cpus"] = ray.num_cpus
+    if ray.object_store_mib is not None:
+        local["object_store_memory"] = ray.object_store_mib * 2**20
+    return local

@@ -1,0 +1,1 @@
+"""TEST-ONLY: see the package."""

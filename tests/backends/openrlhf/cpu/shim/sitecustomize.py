@@ -1,0 +1,128 @@
+"""TEST-ONLY: lets the real OpenRLHF train on a CPU. With this folder on PYTHONPATH every Python of a run reads it.
+
+OpenRLHF names CUDA and NCCL outright. The few places that do are replaced as their modules are imported; no file of
+OpenRLHF or vLLM is changed, and nothing here has to do with how next-core drives the trainer.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+class CpuDevice(str):
+    """The device "cpu" to torch, and the index 0 where it is put into ``f"cuda:{...}"``."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+def no_gpu(torch_cuda: Any) -> None:
+    """One device, always current; nothing to wait for."""
+    torch_cuda.current_device = lambda: CpuDevice("cpu")
+    torch_cuda.set_device = lambda device: None
+    torch_cuda.synchronize = lambda device=None: None
+    torch_cuda.current_stream = lambda device=None: None
+
+
+def cpu_mesh(device_mesh: Any) -> None:
+    real = device_mesh.init_device_mesh
+
+    def init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return real("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    device_mesh.init_device_mesh = init_device_mesh
+
+
+class GlooBroadcaster:
+    """What OpenRLHF uses of vLLM's PyNcclCommunicator: ``broadcast`` from one rank, in place on the others."""
+
+    def __init__(self, host: str, port: int, rank: int, world_size: int, device: object) -> None:
+        from datetime import timedelta
+
+        from torch import distributed
+
+        store = distributed.TCPStore(host, port, world_size, is_master=rank == 0)  # type: ignore[attr-defined]
+        self.group: Any = distributed.ProcessGroupGloo(store, rank, world_size, timedelta(minutes=10))
+
+    def broadcast(self, tensor: Any, src: int, stream: object = None) -> None:
+        from torch.distributed import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = src, 0
+        self.group.broadcast([tensor.contiguous()], options).wait()
+
+
+def gloo_for_nccl(distributed_util: Any) -> None:
+    distributed_util.stateless_init_process_group = GlooBroadcaster
+
+
+def weights_to_the_cpu(vllm_worker_wrap: Any) -> None:
+    def update_weight(self: Any, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
+        import torch
+
+        if dtype != self.model_config.dtype:
+            raise TypeError(f"{name} is sent as {dtype}, and the engine holds {self.model_config.dtype}")
+        weight = torch.empty(shape, dtype=dtype)
+        self._model_update_group.broadcast(weight, src=0)
+        self.model_runner.model.load_weights(weights=[(name, weight)])
+
+    vllm_worker_wrap.WorkerWrap.update_weight = update_weight
+
+
+def weights_stay_writable(vllm_layers: Any) -> None:
+    """On a CPU vLLM repacks each matrix and drops the original, so that no new weights could be loaded into it."""
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        from torch.nn import functional
+
+        layer.cpu_linear = functional.linear
+
+    vllm_layers.dispatch_cpu_unquantized_gemm = keep
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "torch.cuda": no_gpu,
+    "torch.distributed.device_mesh": cpu_mesh,
+    "openrlhf.utils.distributed_util": gloo_for_nccl,
+    "openrlhf.trainer.ray.vllm_worker_wrap": weights_to_the_cpu,
+    "vllm.model_executor.layers.utils": weights_stay_writable,
+}
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of CHANGES where they are, and changes each once it is loaded."""
+
+    def __init__(self) -> None:
+        self.looking_for: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in CHANGES or fullname in self.looking_for:
+            return None
+        self.looking_for.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking_for.discard(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            CHANGES[fullname](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, Finder())

@@ -25,8 +25,7 @@ class RewardServer:
     def __init__(self, reward: RewardFunction, special: list[str]) -> None:
         self._reward, self._special = reward, special
         self._asked: queue.SimpleQueue[tuple[dict[str, Any], Future[Any]]] = queue.SimpleQueue()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._asked))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self._asked))
         self._thread = threading.Thread(target=self._server.serve_forever, name="next-core-reward", daemon=True)
         self._thread.start()
 
@@ -66,6 +65,12 @@ class RewardServer:
         for token in self._special:
             text = text.replace(token, "")
         return text
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 4096
+    """A step's roll-outs all call at once; those that find no room are made to wait for seconds."""
 
 
 def special_tokens(model: Path) -> list[str]:

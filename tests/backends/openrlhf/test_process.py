@@ -114,6 +114,7 @@ def test_stop_ends_daemons_and_those_whose_environment_is_lost(tmp_path: Path) -
     with start(tmp_path, tree(tmp_path, "stay")) as trainer:
         pids = {pid_in(tmp_path / f"{name}.pid") for name in ("daemon", "titled", "command")}
         assert pids <= set(leftovers(trainer.token))
+        assert os.getsid(trainer.pid) == trainer.pid  # a terminal's Ctrl-C is ours alone to pass on
         assert trainer.running
         trainer.check("before step 12")
         trainer.stop()

@@ -13,7 +13,7 @@ import controller
 import likelihood
 import lora
 import policy
-from ray import cloudpickle
+import ray.cloudpickle
 
 USED = {
     "openrlhf.trainer.ppo_trainer:PPOTrainer": (
@@ -34,8 +34,9 @@ def install(settings: dict[str, Any]) -> None:
     Raises ``RuntimeError`` when this OpenRLHF lacks a name that is used.
     """
     trainer, actor = (_remote_class(place, names) for place, names in USED.items())
+    pickling: Any = ray.cloudpickle
     for module in (controller, likelihood, lora, policy):
-        cloudpickle.register_pickle_by_value(module)
+        pickling.register_pickle_by_value(module)
     if "lora" in settings["hooks"]:
         actor.broadcast_to_vllm = lora.broadcast_to_vllm
     if "control" in settings["hooks"]:

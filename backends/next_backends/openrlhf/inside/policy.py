@@ -87,8 +87,8 @@ class _Files:
     """Tensors of some safetensors files by name."""
 
     def __init__(self, paths: Any) -> None:
-        self._open = [safetensors.safe_open(path, "pt") for path in paths]
-        self.keys = {key: file for file in self._open for key in file.keys()}  # noqa: SIM118 - no dict, but a file
+        opened: list[Any] = [safetensors.safe_open(path, "pt") for path in paths]
+        self.keys = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - no dict, but a file
 
     def __getitem__(self, key: str) -> Tensor:
         value: Tensor = self.keys[key].get_tensor(key)
@@ -112,7 +112,7 @@ def _shift_key(name: str) -> str:
 
 def _master(parameter: Any) -> Tensor:
     """The whole weight in fp32; collective."""
-    found = safe_get_full_fp32_param(parameter)
+    found: Tensor | None = safe_get_full_fp32_param(parameter)
     return parameter.detach().float() if found is None else found
 
 

@@ -1,0 +1,245 @@
+"""The real OpenRLHF, driven through the cycle on the embedded arithmetic task. A launch takes about a minute."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from next_backends.openrlhf.live import LiveTrainer
+from next_core.config import RunConfig, make_config
+from next_core.cycle.journal import read_journal
+from next_core.cycle.run import RunResult, run
+from next_core.errors import BackendError
+
+pytestmark = pytest.mark.openrlhf
+
+TASK = Path(__file__).parents[3] / "examples" / "arithmetic"
+STRENGTH = ["--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_threshold", "0.01", "100"]
+"""With it the trainer logs ``vllm_kl``: whether the engines sample from the weights that train."""
+
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def config(openrlhf_backend: Callable[..., dict[str, Any]]) -> Config:
+    """A run of six steps with a jump after the third; keywords replace blocks or go into them."""
+
+    def make(**changes: Any) -> RunConfig:
+        block: dict[str, Any] = {
+            "steps": 6,
+            "training": {
+                "model": str(TASK / "base"),
+                "data": {split: str(TASK / f"{split}.jsonl") for split in ("train", "validation", "test")},
+                "learning_rate": 1e-3,
+                "max_new_tokens": 4,
+            },
+            "backend": openrlhf_backend(max_length=48, extra_args=STRENGTH, **changes.pop("backend", {})),
+            "predictor": {"name": "secant", "window": 2},
+            "schedule": {"observe": 3, "every": 1, "horizon": 2, "alpha": 2},
+            "guards": {"max_drop": 1.0},
+            "save_every": 2,
+        }
+        block["training"] |= changes.pop("training", {})
+        return make_config(block | changes)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Any:
+    yield
+    left = [p for p in psutil.process_iter(["name", "cmdline"]) if _of_a_trainer(p)]
+    assert not left, [p.info for p in left]
+
+
+def _of_a_trainer(process: psutil.Process) -> bool:
+    words = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+    return any(word in words for word in ("raylet", "gcs_server", "ray::", "EngineCore", "warden.py", "inside/launch"))
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors")
+
+
+def between(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> float:
+    return sum(float((after[key] - before[key]).square().sum()) for key in before) ** 0.5
+
+
+def metrics(out: Path) -> dict[int, dict[str, float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record for record in records}
+
+
+def check_jump(result: RunResult, out: Path) -> None:
+    """The jump was made, all of it reached the trainer, which then went on; the engines follow."""
+    (jump,) = result.jumps
+    assert jump["accepted"], jump["reason"]
+    shift = load_file(out / "jumps" / "0001" / "shift.safetensors")
+    length = sum(float(move.square().sum()) for move in shift.values()) ** 0.5
+    step = between(weights(out, 3), weights(out, 2))
+    assert length > step > 0
+    landed = {
+        key: value + shift[f"{key.removeprefix('base_model.model.').replace('.lora_', '.weight.lora_')[:-7]}"]
+        for key, value in weights(out, 3).items()
+    }
+    # One step of training after the jump is far less than the jump, and without it the run would be at step 3.
+    assert between(weights(out, 4), landed) < 0.7 * between(weights(out, 4), weights(out, 3))
+    found = metrics(out)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert all(abs(record["vllm_kl"]) < 5e-3 for record in found.values()), found
+
+
+def test_swap_goes_on_in_the_same_trainer(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run(config(), out)
+    check_jump(result, out)
+    start, before, after = (result.accuracy[when] for when in ("start", "before_jump", "after_jump"))
+    assert start is not None
+    assert before is not None
+    assert after is not None
+    assert 0.15 < start < 0.3
+    assert after != before
+    assert (out / "trainer" / "final" / "adapter_model.safetensors").exists()
+    # fp32 masters, not what bf16 leaves of them
+    stored = weights(out, 6)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in stored.values())
+    # OpenRLHF's own export of the end is the same policy, rounded.
+    final = load_file(out / "trainer" / "final" / "adapter_model.safetensors")
+    for key, value in stored.items():
+        torch.testing.assert_close(final[key].float(), value, rtol=2**-7, atol=1e-6)
+
+
+def test_restart_takes_the_jump_into_a_new_trainer(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = {"algorithm": "rloo", "lr_scheduler": "linear"}
+    result = run(config(backend={"jump": "restart"}, training=changes), out)
+    check_jump(result, out)
+    rates = [metrics(out)[step]["actor_lr"] for step in range(1, 7)]
+    falls = [earlier - later for earlier, later in itertools.pairwise(rates)]
+    assert falls == pytest.approx([1e-3 / 6] * 5, rel=1e-3), rates  # the schedule goes on where it was
+
+
+def test_a_jump_beside_the_adapter_and_its_way_back_under_zero_3(config: Config, tmp_path: Path) -> None:
+    """A merged-space jump stands beside what trains; a guard that nothing satisfies takes it back two steps later."""
+    out = tmp_path / "run"
+    settings = config(
+        backend={"estimator": "reinforce", "deepspeed": {"zero_stage": 3}},
+        training={"algorithm": "reinforce++", "evaluation": "generate"},
+        predictor={"name": "secant", "window": 2, "space": "merged"},
+        schedule={"observe": 3, "every": 1, "horizon": 2, "alpha": 2, "settle": 2},
+        guards={"max_drop": 1.0, "recovery": 2, "against": "trend", "tolerance": 0.0},
+    )
+    real = LiveTrainer.ask
+    asked: list[tuple[str, Any]] = []
+
+    def ask(self: LiveTrainer, what: str, **request: Any) -> Any:
+        answer = real(self, what, **request)
+        asked.append((what, request.get("beside", answer)))
+        return -1.0 if what == "greedy" and self.step == 5 else answer  # nothing is as bad
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveTrainer, "ask", ask)
+        result = run(settings, out)
+    (jump,) = result.jumps
+    assert not jump["accepted"]
+    assert "rolled back" in jump["reason"]
+    assert jump["accuracy_after"] != jump["accuracy_before"]
+    loads = [beside for what, beside in asked if what == "load"]
+    assert [len(beside) for beside in loads] == [1, 0]
+    assert result.steps == 6
+    assert all(abs(record["vllm_kl"]) < 5e-3 for record in metrics(out).values())
+
+
+def test_full_parameters_by_merge(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = config(
+        backend={"jump": "merge"},
+        training={"lora": None, "algorithm": "reinforce++", "learning_rate": 1e-4},
+        save_every=None,
+    )
+    result = run(settings, out)
+    (jump,) = result.jumps
+    assert jump["accepted"], jump["reason"]
+    assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
+    models = [load_file(out / "checkpoints" / f"step-{step:06d}" / "model.safetensors") for step in range(1, 7)]
+    shift = load_file(out / "jumps" / "0001" / "shift.safetensors")
+    landed = {key: value + shift.get(key, 0.0) for key, value in models[2].items()}
+    assert between(models[3], landed) < 0.7 * between(models[3], models[2])
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in models[5].values())  # masters
+    assert not list((out / "trainer" / "ckpt-000003").glob("global_step[12]_hf"))  # taken over, then removed
+
+
+def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    real = LiveTrainer.train
+
+    def train(self: LiveTrainer, until: int) -> None:
+        real(self, until)
+        if until == 5:
+            family = psutil.Process(self._watch.process.pid).children(recursive=True)
+            next(p for p in family if "launch.py" in " ".join(p.cmdline())).kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveTrainer, "train", train)
+        with pytest.raises(BackendError, match=r"the trainer.*SIGKILL.*whole log") as caught:
+            run(config(), out)
+    assert str(out / "trainer" / "trainer.log") in str(caught.value)
+    before = weights(out, 4)
+    result = run(config(), out, resume=True)
+    assert result.resumed_from == 4
+    events = [record["event"] for record in read_journal(out / "journal.jsonl")]
+    assert events.count("jump") == 1
+    assert torch.equal(weights(out, 4)[next(iter(before))], before[next(iter(before))])
+    assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
+    assert between(weights(out, 5), before) > 0
+
+
+def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path) -> None:
+    """SIGKILL to our own process while the trainer trains: Ray, DeepSpeed and vLLM are gone soon after."""
+    out = tmp_path / "run"
+    script = (
+        "import json, sys; from pathlib import Path; from next_core.config import make_config; "
+        "from next_core.cycle.run import run; run(make_config(json.loads(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    settings = config().model_dump(mode="json")
+    ours = subprocess.Popen([sys.executable, "-c", script, json.dumps(settings), str(out)])
+    log = out / "trainer" / "trainer.log"
+    end = time.monotonic() + 300
+    while not (log.exists() and "Global step 1" in log.read_text(errors="replace")):
+        assert ours.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert any(_of_a_trainer(p) for p in psutil.process_iter(["name", "cmdline"]))
+    os.kill(ours.pid, signal.SIGKILL)
+    ours.wait()
+    end = time.monotonic() + 60
+    while any(_of_a_trainer(p) for p in psutil.process_iter(["name", "cmdline"])):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def test_lora_without_the_hook_still_fails_upstream(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook has had its day."""
+    from next_backends.openrlhf.setting import Setting
+
+    real = Setting.start
+    monkeypatch.setattr(
+        Setting, "start", lambda self, options, hooks, control: real(self, options, ["control"], control)
+    )
+    with pytest.raises(BackendError, match="no module or parameter named 'base_model'"):
+        run(config(), tmp_path / "run")

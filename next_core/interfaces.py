@@ -294,6 +294,9 @@ class Backend(Plugin):
         Raises ``ConfigError`` or ``BackendError`` for what the trainer cannot do.
         """
 
+    def start(self) -> None:
+        """Start a trainer that is a process of its own, once after ``prepare``: it may take minutes."""
+
     @abstractmethod
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
@@ -329,6 +332,11 @@ class Backend(Plugin):
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
         return None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of how the run was observed, such as the precision of its checkpoints."""
+        return ()
 
     def close(self) -> None:
         """End what still runs: called once when the run is over, also after an error."""

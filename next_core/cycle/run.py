@@ -37,6 +37,7 @@ class RunResult:
     control: dict[str, Any] | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -83,6 +84,7 @@ def run(
     with _closed_after_an_error(backend):
         if resume and start == 0:
             raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
+        _start(backend, out, progress)
         setup = time.perf_counter() - started
         result = _with_jumps(backend, config, out, start if resume else None, strict, progress)
     with _trainer_errors(out):
@@ -154,7 +156,17 @@ def _with_jumps(
         folder=str(out),
         resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
+        notes=list(backend.notes),
     )
+
+
+def _start(backend: Backend, out: Path, progress: Progress | None) -> None:
+    with _trainer_errors(out):
+        if not backend.in_process:
+            _tell(progress, "the trainer starts", 0, 1)
+        backend.start()
+        if not backend.in_process:
+            _tell(progress, "the trainer starts", 1, 1)
 
 
 def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str, Any]:
@@ -164,6 +176,7 @@ def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str,
     backend: Backend = config.backend.make("backend")
     with _closed_after_an_error(backend), _trainer_errors(out):
         backend.prepare(config.model_copy(update={"save_every": None}), out)
+        _start(backend, out, progress)
         began = time.perf_counter()
         backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
         seconds = time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -45,25 +46,34 @@ class OpenRlhfBackend(Backend):
         self._setting: Setting
         self._way: Pausing | Merging
         self._source: PeftAdapterSource | FullModelSource | None = None
-        self._begun = False
+        self._resumed = False
+        self._ending = contextlib.ExitStack()
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Check all that can be checked without a GPU, by OpenRLHF's own parser as well. The trainer starts later."""
         self._plan(run, out)
         check_python(self.config)
         setting = self._setting
+        self._ending.callback(setting.close)
+        self._ending.callback(self._way.close)
         setting.serve_rewards()
         known = ask_parser(self.config.python, setting.options(0), self.config.env)["args"]
         batch = known["rollout"]["batch_size"] * known["rollout"]["n_samples_per_prompt"]
         setting.updates = max(1, batch // known["train"]["batch_size"]) * known["train"]["max_epochs"]
         if resume:
-            self._begun = True
+            self._resumed = True
             return self._way.resume()
         setting.history.clear()
         return 0
 
+    def start(self) -> None:
+        """The trainer's own start takes long; where RL begins is kept, once."""
+        self._way.start()
+        if self._way.keeps_start and not self._resumed:
+            self.observe(0)
+            self.source()  # what cannot be read back is said now, not at the first jump
+
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        self._begin()
         self._setting.step_ended = step_ended
         self._way.train(until)
 
@@ -95,7 +105,7 @@ class OpenRlhfBackend(Backend):
         try:
             norm = math.sqrt(sum(float(move.square().sum()) for move in shift.values()))
             self._way.jump(step, folder, prediction, alpha, norm)
-        except BaseException:
+        except Exception:
             remove_directory(folder)
             self._way.take_back(step, step, folder)
             raise
@@ -113,7 +123,6 @@ class OpenRlhfBackend(Backend):
         return JumpApplied(self, found[0], step)
 
     def evaluate(self, split: str = "validation") -> float | None:
-        self._begin()
         return self._way.evaluate(split)
 
     @property
@@ -121,10 +130,7 @@ class OpenRlhfBackend(Backend):
         return self._way.notes
 
     def close(self) -> None:
-        try:
-            self._way.close()
-        finally:
-            self._setting.close()
+        self._ending.close()
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
         self._plan(run, out)
@@ -134,15 +140,6 @@ class OpenRlhfBackend(Backend):
         check_run(run, self.config)
         self._setting = Setting(run, self.config, out)
         self._way = Merging(self._setting) if self.config.jump == "merge" else Pausing(self._setting)
-
-    def _begin(self) -> None:
-        """Keep where RL begins, once."""
-        if not self._begun:
-            self._begun = True
-            if not self._way.keeps_start:
-                return
-            self.observe(0)
-            self.source()  # what cannot be read back is said now, not at the first jump
 
 
 class JumpApplied(Applied):

@@ -28,7 +28,3 @@ def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
             raise ConfigError(
                 "guards.recovery: with backend.jump: merge nothing measures accuracy; use swap or restart"
             )
-        if run.save_every is not None:
-            raise ConfigError(
-                "save_every: with backend.jump: merge the trainer saves at schedule.every, and a run resumes from there"
-            )

@@ -44,6 +44,11 @@ class LogReader:
         self._rest = b""
         self._in_long_line = False
 
+    def skip(self) -> None:
+        """Leave out what the file holds so far: another process wrote it."""
+        self._offset = self.path.stat().st_size if self.path.exists() else 0
+        self._rest, self._in_long_line = b"", False
+
     def read(self) -> list[Step | Evaluation]:
         """What was logged since the last call, in order; at most 4 MiB of log a call, so ask again while it lags."""
         try:

@@ -58,12 +58,15 @@ class Merging:
                 self.save(step, folder)
         return step
 
+    def start(self) -> None:
+        """Nothing yet: how far the first trainer goes is known when it is told to train."""
+
     def train(self, until: int) -> None:
         """Until the model of step ``until`` is whole; a trainer that ends there has ended."""
         if self._watch is None:
             run = self._setting.run
             ahead = [step for step in run.schedule.attempt_steps(run.steps) if step > self._at]
-            self._start, self._end = self._at, min([*ahead, run.steps])
+            self._start, self._end = self._at, max(until, min([*ahead, run.steps]))
             shutil.rmtree(self._setting.states(self._start), ignore_errors=True)  # of an attempt that broke off
             self._setting.write_prompts(self._start)
             options = self._setting.options(self._start, model=self._model, steps=self._end - self._start)

@@ -40,10 +40,26 @@ class Pausing:
 
     @property
     def trainer(self) -> LiveTrainer:
-        """The one that runs; started when it is first needed."""
+        """The one that runs."""
         if self._trainer is None:
-            self._trainer = self._first()
+            raise BackendError("no trainer runs: it was ended, or has failed")
         return self._trainer
+
+    def start(self) -> None:
+        """The first trainer of this process: of a new run, or one that takes up where another was."""
+        if self._resumed is None:
+            self._setting.write_prompts(0)
+            self._trainer = LiveTrainer(self._setting, 0)
+            return
+        begun, step = self._resumed
+        if self._restarts and self._setting.history.jump_at(step) is not None:  # its new trainer left nothing yet
+            self._start_anew(step)
+            return
+        self._setting.write_prompts(begun)
+        self._trainer = LiveTrainer(self._setting, begun, load=True)
+        if self._trainer.step != step:
+            raise BackendError(f"the trainer took up step {self._trainer.step}, not {step}")
+        self._trainer.ask("load", folder=None, shifts=[], beside=self._beside())
 
     def train(self, until: int) -> None:
         self.trainer.train(until)
@@ -88,24 +104,6 @@ class Pausing:
         if trainer is not None:
             trainer.finish() if trainer.paused and trainer.step == self._setting.run.steps else trainer.kill()
 
-    def _first(self) -> LiveTrainer:
-        if self._resumed is None:
-            self._setting.write_prompts(0)
-            return LiveTrainer(self._setting, 0)
-        start, step = self._resumed
-        jump = self._setting.history.jump_at(step)
-        if self._restarts and jump is not None:  # its new trainer left nothing yet
-            self._start_anew(step)
-            assert self._trainer is not None
-            return self._trainer
-        self._setting.write_prompts(start)
-        trainer = LiveTrainer(self._setting, start, load=True)
-        if trainer.step != step:
-            trainer.kill()
-            raise BackendError(f"the trainer took up step {trainer.step}, not {step}")
-        trainer.ask("load", folder=None, shifts=[], beside=self._beside())
-        return trainer
-
     def _start_anew(self, step: int) -> None:
         """End the trainer, and start one that begins at ``step`` with the weights of that step and its jump."""
         if self._trainer is not None:
@@ -127,7 +125,7 @@ class Pausing:
             moments=None if moments is None else str(moments),
             schedule=schedule,
         )
-        return float(moved["moved"])
+        return float(moved)
 
     def _beside(self) -> list[str]:
         """The adapters of the jumps that stand."""

@@ -54,6 +54,7 @@ class Setting:
         """Optimizer steps in one RL step."""
         self.step_ended: Callable[[int], None] = lambda step: None
         self.log = LogReader(self.folder / LOG)
+        self.log.skip()
 
     def serve_rewards(self) -> None:
         """Make the reward of the run config reachable, unless the config names a file of OpenRLHF's kind."""

@@ -84,9 +84,9 @@ class Control:
         beside: list[str],
         moments: str | None = None,
         schedule: int | None = None,
-    ) -> dict[str, float]:
+    ) -> float:
         """Trained weights = those of ``folder`` + ``shifts``; the adapters ``beside`` act on top, frozen."""
-        moved: dict[str, float] = self._on_policy(load, folder, shifts, beside, moments, schedule)
+        moved: float = self._on_policy(load, folder, shifts, beside, moments, schedule)
         self.trainer.broadcast_to_vllm()
         return moved
 

@@ -7,6 +7,7 @@ written to both.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import deepspeed
 import safetensors
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from lora import BESIDE, act_beside
+from lora import act_beside
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def save_moments(actor: Any, file: str) -> None:
 @torch.no_grad()
 def load(
     actor: Any, folder: str | None, shifts: list[str], beside: list[str], moments: str | None, schedule: int | None
-) -> dict[str, float]:
+) -> float:
     """Put weights (and moments) in the place of those that train; returns how far these moved, by Frobenius norm.
 
     ``schedule`` takes a fresh learning-rate schedule to where the run's is.
@@ -63,9 +64,9 @@ def load(
         act_beside(module, [Path(path) for path in beside])
     elif beside:
         raise ValueError("an adapter cannot stand beside a policy that trains all its weights")
-    squares = {"moved": 0.0, "beside": float(len(getattr(module, BESIDE, {})))}
     if folder is None:
-        return squares
+        return 0.0
+    squares = 0.0
     stored, moves = _Files(Path(folder).glob("*.safetensors")), [_Files([Path(path)]) for path in shifts]
     kept = _Files([Path(moments)]) if moments is not None else None
     for name, parameter in _trained(module):
@@ -75,12 +76,12 @@ def load(
             if key in move.keys:
                 value = value + move[key]
         before = _master(parameter)
-        squares["moved"] += float((value.to(before.device) - before).square().sum())
+        squares += float((value.to(before.device) - before).square().sum())
         _set(parameter, value)
         if kept is not None:
             for key in MOMENTS:
                 _set_state(parameter, kept[f"{key}/{name}"], key)
-    return {**squares, "moved": squares["moved"] ** 0.5}
+    return math.sqrt(squares)
 
 
 class _Files:

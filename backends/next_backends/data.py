@@ -10,16 +10,21 @@ from next_core.errors import ConfigError
 from next_core.plugins import describe
 
 if TYPE_CHECKING:
-    from next_core.config import DataSettings
+    from next_core.config import TrainingSettings
 
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]
 
 
-def read_splits(data: DataSettings) -> dict[str, Rows]:
+def read_splits(training: TrainingSettings) -> dict[str, Rows]:
     """The rows of ``validation`` and ``test``; one that is not given is the other. Raises ``ConfigError``."""
+    data = training.data
     files = {"validation": data.validation or data.test, "test": data.test or data.validation}
-    return {split: read_rows(path) for split, path in files.items() if path is not None}
+    found = {split: read_rows(path) for split, path in files.items() if path is not None}
+    for split, rows in found.items():
+        if training.evaluation == "likelihood" and is_chat(rows):
+            raise ConfigError(f"the {split} prompts are conversations; set training.evaluation: generate")
+    return found
 
 
 def read_rows(path: Path) -> Rows:
@@ -29,7 +34,7 @@ def read_rows(path: Path) -> Rows:
         raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
     try:
         if kind == "json":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         else:
             from datasets import load_dataset
 
@@ -50,5 +55,8 @@ def read_rows(path: Path) -> Rows:
 
 
 def is_chat(rows: Rows) -> bool:
-    """Whether prompts are conversations (lists of messages) and not text."""
-    return not isinstance(rows[0]["prompt"], str)
+    """Whether prompts are conversations (lists of messages) and not text. Raises ``ConfigError`` for some of each."""
+    chats = {not isinstance(row["prompt"], str) for row in rows}
+    if len(chats) > 1:
+        raise ConfigError("some prompts are text and some conversations; write all of them in one way")
+    return chats.pop()

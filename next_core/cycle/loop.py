@@ -79,8 +79,8 @@ class PredictExtendCycle:
         if self.backend.in_process:
             self.backend.train(self.total, step_ended)
             return
-        stops = {step for step in range(self._from + 1, self.total + 1) if self._acts(step)} | {self.total}
-        for stop in sorted(stops):
+        steps = range(self._from + 1, self.total + 1)
+        for stop in (step for step in steps if self._acts(step) or step == self.total):
             self.backend.train(stop, on_step)
             self.after_step(stop)
 

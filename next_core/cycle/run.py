@@ -87,11 +87,13 @@ def run(
         _start(backend, out, progress)
         setup = time.perf_counter() - started
         result = _with_jumps(backend, config, out, start if resume else None, strict, progress)
+    result.seconds |= {"setup": setup, "total": time.perf_counter() - started}
+    write_text(out / RESULT, json_text(result.as_dict()) + "\n")  # what follows may still fail
     with _trainer_errors(out):
         backend.close()
     if config.control == "plain":
         result.control = _plain(config, out / "control", progress)
-    result.seconds = {"setup": setup, **result.seconds, "total": time.perf_counter() - started}
+    result.seconds["total"] = time.perf_counter() - started
     write_text(out / RESULT, json_text(result.as_dict()) + "\n")
     return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from next_core.config import load_config
+from next_core.config import load_config, parse_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -16,6 +16,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_config_is_valid(path: Path) -> None:
     load_config(path)
+
+
+def test_the_openrlhf_example_is_the_quickstart_with_another_backend() -> None:
+    ours, quickstart = (load_config(EXAMPLES / name) for name in ("openrlhf.yaml", "quickstart.yaml"))
+    assert (ours.backend.name, quickstart.backend.name) == ("openrlhf", "trl")
+    raw = [parse_yaml((EXAMPLES / name).read_text(), name) for name in ("openrlhf.yaml", "quickstart.yaml")]
+    for config in raw:
+        del config["backend"]
+    assert raw[0] == raw[1]
 
 
 @pytest.mark.trl

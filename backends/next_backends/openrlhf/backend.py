@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,11 @@ from next_backends.openrlhf.pausing import Pausing
 from next_backends.openrlhf.setting import Setting
 from next_core.appliers.displacement import FactorStep, displacements
 from next_core.appliers.frozen import adapter_settings, adapter_tensors
+from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Backend, Prediction
 from next_core.lowrank import LowRank, dense
+from next_core.plugins import describe
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.peft_adapter import JUMP_PREFIX, SHIFT_KEYS, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.storage import new_directory, remove_directory
@@ -47,6 +48,7 @@ class OpenRlhfBackend(Backend):
         self._way: Pausing | Merging
         self._source: PeftAdapterSource | FullModelSource | None = None
         self._resumed = False
+        self._at = 0
         self._ending = contextlib.ExitStack()
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
@@ -60,11 +62,14 @@ class OpenRlhfBackend(Backend):
         known = ask_parser(self.config.python, setting.options(0), self.config.env)["args"]
         batch = known["rollout"]["batch_size"] * known["rollout"]["n_samples_per_prompt"]
         setting.updates = max(1, batch // known["train"]["batch_size"]) * known["train"]["max_epochs"]
-        if resume:
-            self._resumed = True
-            return self._way.resume()
-        setting.history.clear()
-        return 0
+        if not resume:
+            setting.history.clear()
+            return 0
+        self._resumed = True
+        journal = out / JOURNAL
+        jumps = valid_jumps(read_journal(journal)) if journal.exists() else []
+        self._at = self._way.resume({jump["step"] for jump in jumps if jump["accepted"]})
+        return self._at
 
     def start(self) -> None:
         """The trainer's own start takes long; where RL begins is kept, once."""
@@ -76,6 +81,7 @@ class OpenRlhfBackend(Backend):
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         self._setting.step_ended = step_ended
         self._way.train(until)
+        self._at = until
 
     def observe(self, step: int) -> None:
         with new_directory(self._setting.history.checkpoint(step), overwrite=True) as folder:
@@ -103,11 +109,14 @@ class OpenRlhfBackend(Backend):
         more = self._way.before_jump if keep else None
         history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=more)
         try:
-            norm = math.sqrt(sum(float(move.square().sum()) for move in shift.values()))
-            self._way.jump(step, folder, prediction, alpha, norm)
-        except Exception:
+            self._way.jump(step, folder, prediction, alpha)
+        except BaseException as error:
             remove_directory(folder)
-            self._way.take_back(step, step, folder)
+            try:
+                self._way.take_back(step, step, folder)
+            except Exception as again:
+                error.add_note(f"nor could the weights from before it be put back: {describe(again)}")
+                self._way.abandon()
             raise
         return JumpApplied(self, folder, step)
 
@@ -115,6 +124,11 @@ class OpenRlhfBackend(Backend):
         assert isinstance(applied, JumpApplied)
         self._setting.history.withdraw(applied.folder, step)
         self._way.take_back(applied.step, step, applied.folder)
+
+    @property
+    def step(self) -> int:
+        """The step that ended last."""
+        return self._at
 
     def standing(self, step: int) -> Applied | None:
         found = self._setting.history.jump_at(step)
@@ -134,7 +148,8 @@ class OpenRlhfBackend(Backend):
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
         self._plan(run, out)
-        return {"command line": ["openrlhf.cli.train_ppo_ray", *self._setting.options(0)]}
+        steps = self._way.stop(0) if isinstance(self._way, Merging) else None
+        return {"command line": ["openrlhf.cli.train_ppo_ray", *self._setting.options(0, steps=steps)]}
 
     def _plan(self, run: RunConfig, out: Path) -> None:
         check_run(run, self.config)
@@ -149,7 +164,7 @@ class JumpApplied(Applied):
         self._backend, self.folder, self.step = backend, folder, step
 
     def rollback(self) -> None:
-        self._backend.rollback(self, self.step)
+        self._backend.rollback(self, self._backend.step)
 
 
 def moves(prediction: Prediction, alpha: float, lora: bool) -> tuple[dict[str, Tensor], dict[str, LowRank]]:

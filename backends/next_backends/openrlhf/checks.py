@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.options import check_extra
 from next_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
 
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
     """Raise ``ConfigError`` for what OpenRLHF, or this way of going on from a jump, does not have."""
+    if config.jump != "merge" and config.ray.address is not None:
+        raise ConfigError(
+            f"backend.ray.address: with jump: {config.jump} the trainer has to run on this machine; leave the address "
+            "out, for a Ray of the trainer's own"
+        )
+    if run.training.evaluation == "likelihood" and check_extra(config).get("--ds.ring_attn_size", 1) > 1:
+        raise ConfigError("training.evaluation: likelihood is not computed on rings; set generate")
     if config.jump == "merge":
         if run.training.lora is not None:
             raise ConfigError(

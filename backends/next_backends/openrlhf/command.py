@@ -43,6 +43,10 @@ class Segment:
     save_hf: bool
     save_deepspeed: bool
     load: bool
+    keep: int = 3
+    """States that are kept."""
+    chat: bool = False
+    """Whether prompts are conversations."""
 
 
 def make_command(run: RunConfig, config: OpenRlhfConfig, places: Places, segment: Segment) -> list[str]:
@@ -103,12 +107,24 @@ def make_command(run: RunConfig, config: OpenRlhfConfig, places: Places, segment
         "--ckpt.output_dir": places.output,
         "--ckpt.save_steps": -1 if segment.save_every is None else segment.save_every,
         "--ckpt.save_hf": segment.save_hf,
+        "--ckpt.max_num": segment.keep,
+        "--data.apply_chat_template": segment.chat,
+        "--ckpt.best_metric_key": "none",  # the newest state is the one to go on from, not the best
         "--ckpt.disable_ds": not segment.save_deepspeed,
         "--ckpt.load_enable": segment.load,
         **_kl(training),
         **(_lora(training.lora) if training.lora else {}),
     }
     return [*_words(options), *config.extra_args]
+
+
+def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
+    """GPUs of actor, reference and engines together, as OpenRLHF asks Ray for them."""
+    actor, engines = config.nodes * config.gpus, config.vllm.engines * config.vllm.tensor_parallel
+    if config.colocate == "all":
+        return actor
+    reference = actor if run.training.beta > 0 and config.colocate == "none" else 0
+    return actor + reference + engines
 
 
 def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:
@@ -122,7 +138,7 @@ def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:
 
 
 def _kl(training: TrainingSettings) -> dict[str, Any]:
-    """GRPO has the divergence in its loss, the others in the reward, as in TRL."""
+    """GRPO has the divergence in its loss (arXiv 2402.03300, eq. 3), the others in the reward."""
     if training.beta == 0 or training.algorithm != "grpo":
         return {"--algo.kl.init_coef": training.beta, "--algo.kl.estimator": "k1"}
     return {"--algo.kl.init_coef": training.beta, "--algo.kl.use_loss": True, "--algo.kl.estimator": "k3"}

@@ -32,7 +32,7 @@ class VllmSettings(PluginConfig):
 class DeepSpeedSettings(PluginConfig):
     """How the actor is trained."""
 
-    zero_stage: int = Field(2, ge=0, le=3, description="What ZeRO shards: optimizer (1), gradients (2), weights (3)")
+    zero_stage: int = Field(2, ge=1, le=3, description="What ZeRO shards: optimizer (1), gradients (2), weights (3)")
     dtype: Literal["bf16"] = Field(
         "bf16", description="Precision beside the fp32 masters; OpenRLHF's vLLM engines take weights in bf16 only"
     )
@@ -55,7 +55,9 @@ class OpenRlhfConfig(PluginConfig):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    python: FilePath = Field(description="Interpreter of the environment that OpenRLHF is installed in")
+    python: FilePath = Field(
+        description="Interpreter of the environment that OpenRLHF is installed in; from the working directory"
+    )
     jump: Literal["swap", "restart", "merge"] = Field(
         "swap",
         description="How training goes on from a jump: new weights in the running trainer, a new trainer that takes "
@@ -88,7 +90,10 @@ class OpenRlhfConfig(PluginConfig):
         True, description="With `jump: merge`: save DeepSpeed's states and take the fp32 masters from them"
     )
     max_vllm_kl: float | None = Field(
-        0.03, gt=0, description="Most divergence of engines and actor after a jump, where the trainer logs vllm_kl"
+        0.03,
+        gt=0,
+        description="Most divergence of engines and actor in the first step after new weights, where the trainer logs "
+        "vllm_kl",
     )
     extra_args: list[str] = Field(
         default_factory=list, description="Further options of OpenRLHF, as on its command line; one item a word"

@@ -22,6 +22,8 @@ ANSWER = "openrlhf parser: "
 """How the line of ``PARSE`` begins; all else that it prints is its libraries'."""
 TIMEOUT = 300.0
 """Seconds; most of it goes into imports."""
+NOT_OURS = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+"""Variables of our own environment that would mislead another Python."""
 
 
 def check_python(config: OpenRlhfConfig) -> None:
@@ -33,10 +35,16 @@ def check_python(config: OpenRlhfConfig) -> None:
         raise ConfigError(f"backend.python: {config.python} is not executable; {remedy}")
 
 
+def environment(python: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a program in the environment of ``python``: this process's, and ``env`` on top."""
+    kept = {key: value for key, value in os.environ.items() if key not in NOT_OURS}
+    return kept | {"PATH": f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"} | dict(env)
+
+
 def ask_parser(python: Path, arguments: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     """What OpenRLHF's own parser and checks make of a command line, by the interpreter of its environment.
 
-    ``env`` comes on top of ours. Returns {"version", "versions", "args"}; raises ``ConfigError`` with its message.
+    Returns {"version", "versions", "args"}; raises ``ConfigError`` with its message.
     """
     answer = _ask(python, arguments, env)
     found = answer["version"]
@@ -54,7 +62,7 @@ def _ask(python: Path, arguments: Sequence[str], env: Mapping[str, str]) -> dict
     try:
         process = subprocess.Popen(
             [python, PARSE, *arguments],
-            env={**os.environ, **env},
+            env=environment(python, env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 from next_core.sources.layouts import WRITTEN_LAST
@@ -11,29 +12,37 @@ from next_core.storage import remove_directory
 STATES = re.compile(r"ckpt-(\d+)")
 TAG = re.compile(r"global_step(\d+)")
 MODEL = re.compile(r"global_step(\d+)_hf")
+LATEST = "latest"
+"""DeepSpeed's file that names the state to load."""
+
+
+def trainers(folder: Path) -> dict[int, Path]:
+    """Where each trainer keeps what it saves, by the step it began at, ascending."""
+    found = {int(match[1]): path for path in folder.glob("ckpt-*") if (match := STATES.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def newest_state(folder: Path) -> tuple[int, int] | None:
-    """Where the trainer began that left the newest complete state, and the state's step; None when there is none.
+    """Where the trainer began that left the newest whole state, and the state's step; None when there is none.
 
-    DeepSpeed writes ``latest`` last. A later trainer's state counts more: an earlier one's newer steps were left by
-    a jump's way back.
+    Of two of one step, that of the later trainer counts.
     """
-    found = []
-    for path in folder.glob("ckpt-*"):
-        match = STATES.fullmatch(path.name)
-        latest = path / "_actor" / "latest"
-        if match is None or not latest.is_file():
-            continue
-        tag = TAG.fullmatch(latest.read_text(encoding="utf-8", errors="replace").strip())
-        if tag is not None and _complete(path / "_actor" / tag[0]):
-            found.append((int(match[1]), int(tag[1])))
-    return max(found, key=lambda state: (state[1], state[0]), default=None)
+    found = [
+        (int(tag[1]), start)
+        for start, states in trainers(folder).items()
+        for path in (states / "_actor").glob("global_step*")
+        if (tag := TAG.fullmatch(path.name)) and _whole(path)
+    ]
+    if not found:
+        return None
+    step, start = max(found)
+    return start, step
 
 
-def _complete(state: Path) -> bool:
+def _whole(state: Path) -> bool:
+    """Whether both kinds of files are there, and end as they should: PyTorch's archives have their index last."""
     parts = [list(state.glob(pattern)) for pattern in ("*model_states.pt", "*optim_states.pt")]
-    return all(part and all(path.stat().st_size > 0 for path in part) for part in parts)
+    return all(part and all(zipfile.is_zipfile(path) for path in part) for part in parts)
 
 
 def finished_models(states: Path) -> dict[int, Path]:
@@ -45,9 +54,8 @@ def finished_models(states: Path) -> dict[int, Path]:
 def rotate(folder: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` models, which OpenRLHF leaves lying."""
     models = [
-        (int(states.name.removeprefix("ckpt-")), step, path)
-        for states in folder.glob("ckpt-*")
-        if STATES.fullmatch(states.name)
+        (step, start, path)
+        for start, states in trainers(folder).items()
         for step, path in finished_models(states).items()
     ]
     for _, _, path in sorted(models)[: max(0, len(models) - keep)]:

@@ -11,8 +11,11 @@ from next_core.errors import BackendError
 
 START_TIMEOUT = 3600.0
 """Seconds in which a trainer has to get ready: large models load for long."""
+END_TIMEOUT = 1800.0
+"""Seconds for its last save and the end of its processes."""
 LAST_WORDS = 20.0
 """Seconds for a trainer that hung up to end and say why."""
+MEASURES = ("likelihood", "greedy")
 
 
 class LiveTrainer:
@@ -22,6 +25,9 @@ class LiveTrainer:
         """Start it; it pauses before its first step. ``load``: it takes up its own newest checkpoint."""
         self._setting, self._channel = setting, Channel()
         self.paused = False
+        self._asked = 0
+        self._loaded = True
+        """Whether weights came to the engines since the last step."""
         control = {
             "address": self._channel.address,
             "key": self._channel.key,
@@ -52,17 +58,22 @@ class LiveTrainer:
 
     def ask(self, what: str, **request: Any) -> Any:
         """Have the paused trainer do something. Raises ``BackendError`` with its reason when it cannot."""
-        self._channel.send({"do": what, **request})
-        answer = self._answer()
+        self._asked += 1
+        self._channel.send({"do": what, "number": self._asked, **request})
+        answer = self._message()
+        while answer.get("number") != self._asked:  # of an earlier request, whose answer nobody waited for
+            answer = self._message()
+        self._loaded = self._loaded or what == "load"
         if "error" in answer:
-            raise BackendError(f"the trainer could not {what.replace('_', ' ')}: {answer['error']}")
+            doing = "measure accuracy" if what in MEASURES else what.replace("_", " ")
+            raise BackendError(f"the trainer could not {doing}: {answer['error']}")
         return answer.get("value")
 
     def finish(self) -> None:
         """Let the paused trainer save its model and end by itself."""
-        self._channel.send({"do": "stop"})
         try:
-            self._watch.end()
+            self._channel.send({"do": "stop"})
+            self._watch.end(time.monotonic() + END_TIMEOUT)
         finally:
             self.kill()
 
@@ -74,12 +85,16 @@ class LiveTrainer:
             self._channel.close()
 
     def _wait_for_pause(self, deadline: float | None = None) -> int:
-        answer = self._answer(deadline)
-        self._watch.look()
-        self.paused = True
-        return int(answer["paused"])
+        while True:
+            message = self._message(deadline)
+            if "paused" in message:
+                self.paused = True
+                return int(message["paused"])
+            if "step" in message:
+                self._setting.logged(int(message["step"]), message["metrics"], check=self._loaded)
+                self._loaded = False
 
-    def _answer(self, deadline: float | None = None) -> dict[str, Any]:
+    def _message(self, deadline: float | None = None) -> dict[str, Any]:
         process = self._watch.process
         while True:
             ended = not process.running
@@ -90,7 +105,7 @@ class LiveTrainer:
                 while process.running and time.monotonic() < end:
                     time.sleep(TICK)
                 process.check("while it was needed")
-                raise
+                raise BackendError(f"the trainer has hung up; its log: {self._setting.folder / LOG}") from None
             if message is not None:
                 return message
             if ended:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from next_backends.openrlhf.folders import newest_state, rotate
+from next_backends.openrlhf.folders import LATEST, newest_state, rotate
 from next_backends.openrlhf.live import LiveTrainer
 from next_backends.openrlhf.setting import Setting
 from next_core.errors import BackendError
 from next_core.interfaces import Prediction
 from next_core.sources.jumps import SHIFT_FILE, jump_folders
 from next_core.sources.peft_adapter import ADAPTER
+from next_core.storage import write_text
 
 MOMENTS_FILE = "moments.safetensors"
 """In a jump's folder: the optimizer's moments from before it."""
-LOST = 1e-2
-"""How much of a jump, relative, may be missing when it has reached the trainer."""
 
 
 class Pausing:
     """Trainers under control, one after the other."""
 
-    notes = ("checkpoints are DeepSpeed's fp32 masters",)
     keeps_start = True
 
     def __init__(self, setting: Setting) -> None:
@@ -30,13 +29,29 @@ class Pausing:
         self._trainer: LiveTrainer | None = None
         self._resumed: tuple[int, int] | None = None
 
-    def resume(self) -> int:
-        """The step of the newest complete state that a trainer left, where the next one goes on; 0 for none."""
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of the run."""
+        notes = ["checkpoints are DeepSpeed's fp32 masters"]
+        if self._restarts and self._setting.run.control == "plain":
+            notes.append("each restart began with fresh Adam moments; the plain run beside it had none")
+        return notes
+
+    def resume(self, made: Collection[int]) -> int:
+        """Where the next trainer goes on: at the newest whole state that a trainer left, or, where trainers restart, at
+        the newest jump, if that is no older. ``made`` are the steps of the jumps that the run knows of. 0 for nowhere.
+        """
+        history = self._setting.history
         self._resumed = newest_state(self._setting.folder)
-        if self._resumed is None:
-            return 0
-        self._setting.history.forget_after(self._resumed[1])
-        return self._resumed[1]
+        step = 0 if self._resumed is None else self._resumed[1]
+        if self._restarts:
+            jumps = (record["step"] for _, record in jump_folders(history.jumps))
+            newest = max((jump for jump in jumps if jump in made and history.checkpoint(jump).is_dir()), default=0)
+            if newest >= max(step, 1):
+                self._resumed, step = (newest, newest), newest
+        if step > 0:
+            history.forget_after(step)
+        return step
 
     @property
     def trainer(self) -> LiveTrainer:
@@ -52,17 +67,19 @@ class Pausing:
             self._trainer = LiveTrainer(self._setting, 0)
             return
         begun, step = self._resumed
-        if self._restarts and self._setting.history.jump_at(step) is not None:  # its new trainer left nothing yet
+        if begun == step:  # at a jump, which a new trainer takes up
             self._start_anew(step)
             return
         self._setting.write_prompts(begun)
+        write_text(self._setting.states(begun) / "_actor" / LATEST, f"global_step{step}")  # it may be another, or torn
         self._trainer = LiveTrainer(self._setting, begun, load=True)
         if self._trainer.step != step:
             raise BackendError(f"the trainer took up step {self._trainer.step}, not {step}")
         self._trainer.ask("load", folder=None, shifts=[], beside=self._beside())
 
     def train(self, until: int) -> None:
-        self.trainer.train(until)
+        if self.trainer.step < until:
+            self.trainer.train(until)
         rotate(self._setting.folder, self._setting.config.keep_hf)
 
     def save(self, step: int, folder: Path) -> None:
@@ -73,19 +90,20 @@ class Pausing:
         """Keep in the jump's folder what a rollback some steps later needs besides the checkpoint."""
         self.trainer.ask("save_moments", file=str(folder / MOMENTS_FILE))
 
-    def jump(self, step: int, folder: Path, prediction: Prediction, alpha: float, norm: float) -> None:
-        """Go on from the jump in ``folder``, made after ``step``; its shift moves what trains by ``norm``."""
+    def jump(self, step: int, folder: Path, prediction: Prediction, alpha: float) -> None:
+        """Go on from the jump in ``folder``, made after ``step``."""
         if self._restarts:
             self._start_anew(step)
-            return
-        moved = self._load(step, [folder / SHIFT_FILE] if norm > 0 else [])
-        if abs(moved - norm) > LOST * norm:
-            raise BackendError(f"of a jump of norm {norm:.3g}, {moved:.3g} reached the trainer")
+        else:
+            self._load(step)
 
     def take_back(self, made: int, step: int, folder: Path) -> None:
-        """Go on from where the run stood before the jump after ``made``, whose folder says no more that it stands."""
+        """Go on from where the run stood before the jump after ``made``, whose folder says no more that it stands.
+
+        A trainer that was restarted for the jump goes on with its fresh moments.
+        """
         moments = folder / MOMENTS_FILE
-        self._load(made, [], moments if made != step else None)
+        self._load(made, moments if made != step else None)
 
     def rollback_is_kept(self, folder: Path) -> bool:
         """Whether a resumed run can take back this jump."""
@@ -98,34 +116,38 @@ class Pausing:
         how = "likelihood" if self._setting.run.training.evaluation == "likelihood" else "greedy"
         return float(self.trainer.ask(how, pairs=[[row["prompt"], str(row["answer"])] for row in rows]))
 
-    def close(self) -> None:
-        """A run that is over ends by itself and saves its model; any other is ended."""
+    def abandon(self) -> None:
+        """End a trainer whose weights are not known: nothing goes on from them."""
         trainer, self._trainer = self._trainer, None
         if trainer is not None:
-            trainer.finish() if trainer.paused and trainer.step == self._setting.run.steps else trainer.kill()
+            trainer.kill()
+
+    def close(self) -> None:
+        """A run that is over ends by itself and saves its model; any other is ended."""
+        if self._trainer is not None and self._trainer.paused and self._trainer.step == self._setting.run.steps:
+            trainer, self._trainer = self._trainer, None
+            trainer.finish()
+        self.abandon()
 
     def _start_anew(self, step: int) -> None:
         """End the trainer, and start one that begins at ``step`` with the weights of that step and its jump."""
-        if self._trainer is not None:
-            self._trainer.kill()
-            self._trainer = None
-        found = self._setting.history.jump_at(step)
-        shifts = [found[0] / SHIFT_FILE] if found is not None and (found[0] / SHIFT_FILE).exists() else []
+        self.abandon()
         self._setting.write_prompts(step)
         self._trainer = LiveTrainer(self._setting, step)
-        self._load(step, shifts, schedule=step * self._setting.updates)
+        self._load(step, schedule=step * self._setting.updates)
 
-    def _load(self, step: int, shifts: list[Path], moments: Path | None = None, schedule: int | None = None) -> float:
-        """Put the weights of a checkpoint into the trainer, shifted. Returns how far they moved."""
-        moved = self.trainer.ask(
+    def _load(self, step: int, moments: Path | None = None, schedule: int | None = None) -> None:
+        """Put the weights of a checkpoint into the trainer, with the jump that stands at its step."""
+        found = self._setting.history.jump_at(step)
+        shifts = [str(found[0] / SHIFT_FILE)] if found is not None and (found[0] / SHIFT_FILE).exists() else []
+        self.trainer.ask(
             "load",
             folder=str(self._setting.history.checkpoint(step)),
-            shifts=[str(path) for path in shifts],
+            shifts=shifts,
             beside=self._beside(),
             moments=None if moments is None else str(moments),
             schedule=schedule,
         )
-        return float(moved)
 
     def _beside(self) -> list[str]:
         """The adapters of the jumps that stand."""

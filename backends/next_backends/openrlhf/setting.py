@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from next_backends.data import is_chat, read_rows, read_splits
 from next_backends.history_folder import HistoryFolder
-from next_backends.openrlhf.command import Places, Segment, make_command
+from next_backends.openrlhf.command import Places, Segment, gpus_needed, make_command
 from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.environment import environment
 from next_backends.openrlhf.log import LogReader, Step
 from next_backends.openrlhf.options import check_options
 from next_backends.openrlhf.process import TrainerProcess
@@ -32,8 +34,6 @@ SETTINGS = "launch.json"
 PROMPTS = "prompts.jsonl"
 TICK = 0.05
 """Seconds between looks at the trainer."""
-NOT_OURS = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-"""Variables of our own environment that would mislead another Python."""
 
 
 class Setting:
@@ -43,7 +43,7 @@ class Setting:
         self.run, self.config, self.folder = run, config, out / "trainer"
         self.history = HistoryFolder(out)
         self.rows = read_rows(run.training.data.train)
-        self.splits = read_splits(run.training.data)
+        self.splits = read_splits(run.training)
         if len(self.rows) < run.training.prompts_per_step:
             raise ConfigError(
                 f"{run.training.data.train} has {len(self.rows)} prompts, fewer than the "
@@ -53,8 +53,6 @@ class Setting:
         self.updates = 1
         """Optimizer steps in one RL step."""
         self.step_ended: Callable[[int], None] = lambda step: None
-        self.log = LogReader(self.folder / LOG)
-        self.log.skip()
 
     def serve_rewards(self) -> None:
         """Make the reward of the run config reachable, unless the config names a file of OpenRLHF's kind."""
@@ -72,16 +70,23 @@ class Setting:
         return self.folder / f"ckpt-{start:06d}"
 
     def options(
-        self, start: int, *, model: Path | None = None, steps: int | None = None, load: bool = False
+        self,
+        start: int,
+        *,
+        model: Path | None = None,
+        steps: int | None = None,
+        load: bool = False,
+        watched: bool = True,
     ) -> list[str]:
-        """OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends by itself after as many."""
+        """OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends by itself after as many.
+
+        What it saves is what will be read: with ``jump: merge``, each observed step of a run that is ``watched``.
+        """
         run = self.run
         batch = run.training.prompts_per_step
         episodes, samples = run.steps, len(self.rows) // batch * batch
         if steps is not None:
-            # So many prompts in so many episodes that exactly these steps come out.
-            episodes = next(e for e in range(1, steps + 1) if steps % e == 0 and steps // e * batch <= samples)
-            samples = steps // episodes * batch
+            episodes, samples = 1, steps * batch
         reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
         places = Places(
             model=model or run.training.model,
@@ -95,32 +100,45 @@ class Setting:
             episodes=episodes,
             samples=samples,
             seed=run.seed + start,  # other samples, and in a new trainer another order of the prompts
-            save_every=run.schedule.every if merging else run.save_every,
+            save_every=(run.schedule.every if watched else None) if merging else run.save_every,
             save_hf=merging or self.config.save_hf,
             save_deepspeed=not merging or self.config.masters,
             load=load,
+            keep=10**6 if merging else 3,  # those of a merging run are removed here, once they are taken over
+            chat=is_chat(self.rows),
         )
         options = make_command(run, self.config, places, segment)
-        options += ["--data.apply_chat_template"] if is_chat(self.rows) else []
-        options += ["--ckpt.max_num", str(10**6)] if merging else []  # they are removed here, once taken over
         check_options(options)
         return options
 
-    def write_prompts(self, start: int) -> None:
-        """The training prompts, those of step ``start`` first."""
-        first = start * self.run.training.prompts_per_step % len(self.rows)
-        rows = self.rows[first:] + self.rows[:first]
+    def write_prompts(self, start: int, steps: int | None = None) -> None:
+        """The training prompts, those of step ``start`` first; with ``steps``, as many as these need."""
+        batch = self.run.training.prompts_per_step
+        count = len(self.rows) if steps is None else steps * batch
+        rows = (self.rows[(start * batch + number) % len(self.rows)] for number in range(count))
         lines = (json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PROMPTS, "".join(lines))
 
-    def start(self, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None) -> Watch:
-        """Start OpenRLHF with these options and hooks."""
+    def start(
+        self, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None, offset: int = 0
+    ) -> Watch:
+        """Start OpenRLHF with these options and hooks; ``offset`` is added to the steps that it logs."""
         scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short: the paths of Ray's sockets have a limit
+        try:
+            return Watch(self, self._start(scratch, options, hooks, control), offset)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _start(
+        self, scratch: Path, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None
+    ) -> TrainerProcess:
         workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         settings = {
             "ray": _ray(self.config, scratch),
             "env": workers | self.config.env,
+            "gpus": gpus_needed(self.run, self.config),
             "hooks": list(hooks),
             "control": control,
         }
@@ -128,21 +146,22 @@ class Setting:
         path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds a key
             json.dump(settings, file)
-        env = {key: value for key, value in os.environ.items() if key not in NOT_OURS}
-        env["PATH"] = f"{self.config.python.parent}{os.pathsep}{env.get('PATH', '')}"
         command = [str(self.config.python), str(INSIDE / "launch.py"), str(path), *options]
-        return Watch(self, TrainerProcess.start(command, env | self.config.env, self.folder / LOG, scratch))
+        env = environment(self.config.python, self.config.env)
+        return TrainerProcess.start(command, env, self.folder / LOG, scratch)
 
-    def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """What a trainer said of one step. Raises ``BackendError`` when its engines sample from other weights."""
+    def logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
+        """What a trainer said of one step. Raises ``BackendError`` where its engines sample from other weights and
+        this is to be ``check``-ed.
+        """
         self.history.log(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
+        self.step_ended(step)
         bound, found = self.config.max_vllm_kl, metrics.get("vllm_kl")
-        if bound is not None and found is not None and not abs(found) <= bound:
+        if check and bound is not None and found is not None and not abs(found) <= bound:
             raise BackendError(
                 f"step {step}: the engines' probabilities are off from the actor's by vllm_kl {found:.2g}, bound "
                 f"{bound:g}: they sample from other weights. If that is their precision, raise backend.max_vllm_kl"
             )
-        self.step_ended(step)
 
     def close(self) -> None:
         """Answer no more."""
@@ -152,27 +171,33 @@ class Setting:
 
 
 class Watch:
-    """A trainer's process, its rewards served and its log read while one waits; ``offset`` is added to its steps."""
+    """A trainer's process, whose rewards are served while one waits, and whose log is read on demand."""
 
-    def __init__(self, setting: Setting, process: TrainerProcess, offset: int = 0) -> None:
-        self.process, self.offset = process, offset
-        self._setting = setting
+    def __init__(self, setting: Setting, process: TrainerProcess, offset: int) -> None:
+        self.process = process
+        self._setting, self._offset = setting, offset
+        self._log = LogReader(setting.folder / LOG)
+        self._log.skip()
 
     def look(self) -> None:
-        """Serve rewards for a moment, and pass on the steps that were logged."""
+        """Serve rewards for a moment."""
         if self._setting.rewards is not None:
             self._setting.rewards.serve(TICK)
         else:
             time.sleep(TICK)
-        for record in self._setting.log.read():
-            if isinstance(record, Step):
-                self._setting.logged(self.offset + record.number, record.metrics)
 
-    def end(self) -> None:
-        """Until it has ended by itself. Raises ``BackendError`` with its last lines if it failed."""
+    def read(self) -> None:
+        """Pass on the steps that were logged."""
+        for record in self._log.read():
+            if isinstance(record, Step):
+                self._setting.logged(self._offset + record.number, record.metrics)
+
+    def end(self, deadline: float | None = None) -> None:
+        """Until it has ended by itself. Raises ``BackendError`` with its last lines if it failed, or takes too long."""
         while self.process.running:
             self.look()
-        self.look()
+            if deadline is not None and time.monotonic() > deadline:
+                raise BackendError(f"the trainer does not end; its log: {self.process.log}")
         self.process.check()
 
 

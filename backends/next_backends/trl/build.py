@@ -55,9 +55,6 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     args = make_args(run, extra, output)
     check_arguments(run.schedule, run.guards, run.steps, args)
     train, splits = _load_data(training)
-    for split, data in splits.items():
-        if training.evaluation == "likelihood" and len(data) and not isinstance(data[0]["prompt"], str):
-            raise ConfigError(f"the {split} prompts are conversations; set training.evaluation: generate")
     set_seed(run.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(training.model, local_files_only=True)
@@ -165,7 +162,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
 def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:
     from datasets import Dataset
 
-    splits = {split: Dataset.from_list(rows) for split, rows in read_splits(training.data).items()}
+    splits = {split: Dataset.from_list(rows) for split, rows in read_splits(training).items()}
     return Dataset.from_list(read_rows(training.data.train)), splits
 
 

@@ -279,7 +279,7 @@ def test_every_option_that_is_made_is_known_to_be_ours(make: Any, places: Places
     full = {"lora": {"target_modules": ["q_proj"]}, "beta": 0.1}
     vllm = {"sleep": True, "eager": True, "prefix_caching": True}
     deepspeed = {"adam_offload": True, "gradient_checkpointing": True}
-    segment = replace(SEGMENT, samples=16, save_hf=True, save_deepspeed=False, load=True)
+    segment = replace(SEGMENT, samples=16, save_hf=True, save_deepspeed=False, load=True, chat=True)
     command = make(full, segment=segment, colocate="all", vllm=vllm, deepspeed=deepspeed)
     made = {word for word in command if word.startswith("--")}
     assert made - {"--actor.lr_warmup_ratio"} == set(options.OURS)
@@ -308,6 +308,8 @@ REFUSED = [
     (["--local_rank", "0"], "Ray gives each process its rank"),
     (["--reward.model_name_or_path", "x"], "rewards are verifiable"),
     (["--rollout.vllm_generate_batch_size", "4"], "no more and no less"),
+    (["--data.input_template", "Q: {}"], "write it into the data"),
+    (["--train.agent_func_path", "agent.py"], "in the place of training.reward"),
     (["--train.async_enable"], "weights would change while"),
     (["--train.enable_ema"], "an average"),
     (["--train.partial_rollout_enable"], "weights would change while"),
@@ -332,7 +334,6 @@ def test_every_refusal_is_tried() -> None:
         ["--ds.tensor_parallel_size", "1"],
         ["--data.max_images_per_prompt", "0"],
         ["--algo.dynamic_filtering_enable"],
-        ["--train.agent_func_path", "agent.py"],
         ["--ds.lora.dropout", "0.1"],
     ],
 )

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from next_backends.openrlhf.live import LiveTrainer
+from next_backends.openrlhf.process import TrainerProcess, leftovers
+from next_backends.openrlhf.warden import TOKEN
 from next_core.config import RunConfig, make_config
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import RunResult, run
@@ -59,15 +61,19 @@ def config(openrlhf_backend: Callable[..., dict[str, Any]]) -> Config:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Any:
-    yield
-    left = [p for p in psutil.process_iter(["name", "cmdline"]) if _of_a_trainer(p)]
-    assert not left, [p.info for p in left]
+def tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of the trainers that a test starts; nothing of them is left when it ends."""
+    found: list[str] = []
+    real = TrainerProcess._send
 
+    def send(self: TrainerProcess, message: bytes) -> None:
+        found.append(self.token)
+        real(self, message)
 
-def _of_a_trainer(process: psutil.Process) -> bool:
-    words = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-    return any(word in words for word in ("raylet", "gcs_server", "ray::", "EngineCore", "warden.py", "inside/launch"))
+    monkeypatch.setattr(TrainerProcess, "_send", send)
+    yield found
+    assert found
+    assert not any(leftovers(token) for token in found)
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -215,7 +221,7 @@ def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Confi
     assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path) -> None:
+def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path, tokens: list[str]) -> None:
     """SIGKILL to our own process while the trainer trains: Ray, DeepSpeed and vLLM are gone soon after."""
     out = tmp_path / "run"
     script = (
@@ -230,11 +236,13 @@ def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path) -> None:
         assert ours.poll() is None
         assert time.monotonic() < end
         time.sleep(0.5)
-    assert any(_of_a_trainer(p) for p in psutil.process_iter(["name", "cmdline"]))
+    (held,) = (p for p in psutil.Process(ours.pid).children() if "warden.py" in " ".join(p.cmdline()))
+    tokens.append(held.environ()[TOKEN])
+    assert len(leftovers(tokens[0])) > 8  # Ray, the actors, the engine
     os.kill(ours.pid, signal.SIGKILL)
     ours.wait()
     end = time.monotonic() + 60
-    while any(_of_a_trainer(p) for p in psutil.process_iter(["name", "cmdline"])):
+    while leftovers(tokens[0]):
         assert time.monotonic() < end
         time.sleep(0.5)
 

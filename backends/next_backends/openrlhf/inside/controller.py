@@ -6,6 +6,7 @@ Runs in the actor of ``PPOTrainer``, which connects to next-core. Requests and a
 from __future__ import annotations
 
 import json
+import math
 import socket
 from typing import Any
 
@@ -27,10 +28,11 @@ def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
         self.next_core.pause(states["global_step"])
         return states
 
-    def save_logs_and_checkpoints(self: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
+    def save_logs_and_checkpoints(self: Any, global_step: int, logs: Any = None, states: Any = None) -> None:
+        self.next_core.report(global_step, logs or {})
         if global_step >= self.next_core.until:  # before it saves: what it saves then holds what was loaded
             self.next_core.pause(global_step)
-        finish_step(self, global_step, *args, **kwargs)
+        finish_step(self, global_step, logs, states)
 
     trainer_class.init_checkpoint_states = init_checkpoint_states
     trainer_class.save_logs_and_checkpoints = save_logs_and_checkpoints
@@ -55,7 +57,7 @@ class Control:
             if not line:
                 raise ConnectionError("next-core has hung up: the run ends")
             request = json.loads(line)
-            what = request.pop("do")
+            what, number = request.pop("do"), request.pop("number", None)
             if what == "train":
                 self.until = request["until"]
                 return
@@ -67,7 +69,12 @@ class Control:
                 answer = {"value": getattr(self, what)(**request)}
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
-            self._send(answer)
+            self._send(answer | {"number": number})
+
+    def report(self, step: int, logs: dict[str, Any]) -> None:
+        """The numbers of a step that ended."""
+        numbers = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+        self._send({"step": step, "metrics": {key: value for key, value in numbers.items() if math.isfinite(value)}})
 
     def save(self, folder: str) -> None:
         """The trained weights as they are, in fp32 where the optimizer keeps masters."""

@@ -17,7 +17,6 @@ import ray.cloudpickle
 
 USED = {
     "openrlhf.trainer.ppo_trainer:PPOTrainer": (
-        "fit",
         "init_checkpoint_states",
         "save_logs_and_checkpoints",
         "broadcast_to_vllm",

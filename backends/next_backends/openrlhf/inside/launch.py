@@ -19,6 +19,10 @@ def main() -> None:
     import ray
 
     ray.init(**settings["ray"], runtime_env={"env_vars": settings["env"]})
+    resources: Any = ray.cluster_resources
+    there, needed = resources().get("GPU", 0), settings["gpus"]
+    if there < needed:
+        sys.exit(f"the run needs {needed} GPUs (actor, reference and engines) and Ray has {there:g}")
     if settings["hooks"]:
         from install import install
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-BATCH = 128
+BATCH = 64
 
 
 @torch.no_grad()
@@ -30,17 +30,17 @@ def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> t
     right = [
         [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
     ]
-    width = max(len(a) + len(r) for a, r in zip(asked, right, strict=True))
+    width, longest = max(len(a) + len(r) for a, r in zip(asked, right, strict=True)), max(map(len, right))
     ids = torch.full((len(pairs), width), tokenizer.pad_token_id or 0)
     seen, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for row, (a, r) in enumerate(zip(asked, right, strict=True)):
-        ids[row, : len(a) + len(r)] = torch.tensor([*a, *r])
-        seen[row, : len(a) + len(r)] = 1
-        answer[row, len(a) : len(a) + len(r)] = True
+        ids[row, width - len(a) - len(r) :] = torch.tensor([*a, *r])  # the answers end together
+        seen[row, width - len(a) - len(r) :] = 1
+        answer[row, width - len(r) :] = True
     device = next(engine.module.parameters()).device
     ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
     places = (seen.cumsum(-1) - 1).clamp_min(0)
-    logits = engine(ids, attention_mask=seen, position_ids=places)["logits"][:, :-1].float()
-    found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    total: torch.Tensor = (found * answer[:, 1:]).sum(1)
+    output = engine(ids, attention_mask=seen, position_ids=places, logits_to_keep=longest + 1)
+    found = output["logits"][:, -longest - 1 : -1].float().log_softmax(-1).gather(2, ids[:, -longest:, None])[..., 0]
+    total: torch.Tensor = (found * answer[:, -longest:]).sum(1)
     return total

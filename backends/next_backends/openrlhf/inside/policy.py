@@ -38,6 +38,7 @@ def save(actor: Any, folder: str) -> None:
 
 def save_moments(actor: Any, file: str) -> None:
     """Write Adam's moments of what trains."""
+    _link_moments(actor.actor_optim)
     found: dict[str, Tensor] = {}
     for name, parameter in _trained(actor.actor.model.module):
         for key in MOMENTS:
@@ -54,7 +55,8 @@ def load(
 ) -> float:
     """Put weights (and moments) in the place of those that train; returns how far these moved, by Frobenius norm.
 
-    ``schedule`` takes a fresh learning-rate schedule to where the run's is.
+    ``schedule`` takes a fresh learning-rate schedule to where the run's is. Raises ``RuntimeError`` when a master is
+    not what was put there.
     """
     module = actor.actor.model.module
     if schedule is not None:
@@ -69,6 +71,8 @@ def load(
     squares = 0.0
     stored, moves = _Files(Path(folder).glob("*.safetensors")), [_Files([Path(path)]) for path in shifts]
     kept = _Files([Path(moments)]) if moments is not None else None
+    if kept is not None:
+        _link_moments(actor.actor_optim)
     for name, parameter in _trained(module):
         value = stored[name]
         for move in moves:
@@ -76,8 +80,12 @@ def load(
             if key in move.keys:
                 value = value + move[key]
         before = _master(parameter)
-        squares += float((value.to(before.device) - before).square().sum())
+        value = value.to(before.device)
         _set(parameter, value)
+        after = _master(parameter)
+        if not torch.equal(after, value):
+            raise RuntimeError(f"DeepSpeed did not take the new weights of '{name}'")
+        squares += float((after - before).square().sum())
         if kept is not None:
             for key in MOMENTS:
                 _set_state(parameter, kept[f"{key}/{name}"], key)
@@ -112,9 +120,11 @@ def _shift_key(name: str) -> str:
 
 
 def _master(parameter: Any) -> Tensor:
-    """The whole weight in fp32; collective."""
+    """The whole weight in fp32; collective. Raises ``RuntimeError`` where DeepSpeed keeps none."""
     found: Tensor | None = safe_get_full_fp32_param(parameter)
-    return parameter.detach().float() if found is None else found
+    if found is None:
+        raise RuntimeError("DeepSpeed keeps no fp32 masters of what trains; use ZeRO")
+    return found
 
 
 def _masters(module: Any) -> Iterator[tuple[str, Tensor]]:
@@ -173,15 +183,21 @@ def _set_state(parameter: Any, value: Tensor, key: str | None) -> None:
 
         part = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
         count, rank = part.numel(), torch.distributed.get_rank(parameter.ds_process_group)
-        flat = torch.zeros(max((rank + 1) * count, value.numel()), dtype=torch.float32)
-        flat[: value.numel()] = value.flatten()
-        mine = flat[rank * count : (rank + 1) * count].to(part.device).view_as(part)
+        mine = value.flatten()[rank * count : (rank + 1) * count].to(part.device)
+        mine = torch.nn.functional.pad(mine, (0, count - mine.numel())).view_as(part)  # the last rank's is padded
         if key is None:
             safe_set_local_fp32_param(parameter, mine)
         else:
             safe_set_local_optimizer_state(parameter, mine, key)
     elif getattr(parameter, "_hp_mapping", None) is not None:
         parameter.set_full_hp_param(value.to(parameter.device), key)
+
+
+def _link_moments(optimizer: Any) -> None:
+    """Let DeepSpeed find each parameter's moments: states that were offloaded come back unlinked (0.19)."""
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _first() -> bool:

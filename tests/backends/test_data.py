@@ -1,0 +1,100 @@
+"""Prompts from files: what is wrong with one is said with its name and the row."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from next_backends.data import is_chat, read_rows, read_splits
+from next_core.config import TrainingSettings
+from next_core.errors import ConfigError
+
+LINE = '{"prompt": "1+1=", "answer": "2", "level": 3}\n'
+
+
+def training(evaluation: str = "likelihood", **data: Path) -> TrainingSettings:
+    return TrainingSettings.model_validate({"model": Path("model"), "data": data, "evaluation": evaluation})
+
+
+def file(folder: Path, text: str, name: str = "train.jsonl") -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_lines_of_json_are_rows_with_all_their_columns(tmp_path: Path, name: str) -> None:
+    rows = read_rows(file(tmp_path, LINE + "\n" + LINE.replace("1+1", "1+ä"), name))
+    assert [row["prompt"] for row in rows] == ["1+1=", "1+ä="]
+    assert rows[0]["level"] == 3
+
+
+def test_a_csv_file_is_read_by_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    with path.open("w", newline="") as target:
+        csv.writer(target).writerows([["prompt", "answer"], ["1+1=", "2"], ["a, b", "c"]])
+    assert [row["prompt"] for row in read_rows(path)] == ["1+1=", "a, b"]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train", "train.JSONL.gz"])
+def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: expected \.jsonl, \.json, \.parquet or \.csv"):
+        read_rows(file(tmp_path, LINE, name))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LINE + '{"prompt": "1', r"train\.jsonl cannot be read: JSONDecodeError"),
+        ("", "train.jsonl holds no prompts"),
+        ("\n \n", "train.jsonl holds no prompts"),
+        (LINE + '{"prompt": "1"}\n', r"train\.jsonl, row 2 lacks the column\(s\) answer; it has \['prompt'\]"),
+        ('{"question": "1"}\n', r"row 1 lacks the column\(s\) answer, prompt; it has \['question'\]"),
+        (LINE + '["1", "2"]\n', "row 2 is not an object with the columns prompt, answer"),
+        ("5\n", "row 1 is not an object"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_rows(file(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing.jsonl cannot be read: FileNotFoundError"):
+        read_rows(tmp_path / "missing.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match="binary.jsonl cannot be read: UnicodeDecodeError"):
+        read_rows(tmp_path / "binary.jsonl")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="torn.parquet cannot be read"):
+        read_rows(tmp_path / "torn.parquet")
+
+
+def test_a_split_that_is_not_given_is_the_other(tmp_path: Path) -> None:
+    train = file(tmp_path, LINE)
+    other = file(tmp_path, LINE.replace("1+1", "2+2"), "other.jsonl")
+    assert read_splits(training(train=train)) == {}
+    for split in ("validation", "test"):
+        found = read_splits(training(train=train, **{split: other}))
+        assert {name: rows[0]["prompt"] for name, rows in found.items()} == {"validation": "2+2=", "test": "2+2="}
+    both = read_splits(training(train=train, validation=train, test=other))
+    assert [both[split][0]["prompt"] for split in ("validation", "test")] == ["1+1=", "2+2="]
+
+
+def test_the_likelihood_of_an_answer_is_not_measured_on_conversations(tmp_path: Path) -> None:
+    chat = file(tmp_path, '{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}\n')
+    with pytest.raises(ConfigError, match=r"the (validation|test) prompts are conv.*training\.evaluation: generate"):
+        read_splits(training(train=chat, test=chat))
+    assert len(read_splits(training("generate", train=chat, test=chat))) == 2
+
+
+def test_conversations_are_told_from_text() -> None:
+    assert not is_chat([{"prompt": "1+1=", "answer": "2"}])
+    assert is_chat([{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}])
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path: Path) -> None:
+    """JSON lines end in newlines alone; text has other characters that Python takes for ends of lines."""
+    rows = read_rows(file(tmp_path, '{"prompt": "a\u2028b", "answer": "c"}\n'))
+    assert rows == [{"prompt": "a\u2028b", "answer": "c"}]

@@ -1,0 +1,237 @@
+"""Checkpoints that the real OpenRLHF 0.11.2 left (tests/backends/openrlhf/cpu/record.py), read and extended."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from next_core import make_applier, make_predictor, open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.history import History
+from next_core.interfaces import CheckpointSource, Prediction
+from next_core.lowrank import dense
+from next_core.sources.deepspeed import READER
+from next_core.sources.full_model import FullModelSource
+from next_core.sources.peft_adapter import PeftAdapterSource
+
+RECORDED = Path(__file__).parent / "recorded" / "openrlhf"
+BASE = RECORDED / "base"
+SETS = ("lora-zero2", "lora-zero3", "full-zero2")
+LORA = SETS[:2]
+MODULES = (
+    *(f"self_attn.{side}_proj" for side in "kqvo"),
+    *(f"mlp.{part}_proj" for part in ("down", "gate", "up")),
+)
+LAYERS = {f"model.layers.0.{module}.weight" for module in MODULES}
+NEW = 3
+
+
+def opened(name: str, path: Path | list[Path] | None = None, **settings: Any) -> CheckpointSource:
+    allowed = {"allow_pickle": True} if name == "lora-zero3" else {}
+    return open_checkpoints(path or RECORDED / name, BASE, **{**allowed, **settings})
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    """A set that a test may damage."""
+    return lambda name: Path(shutil.copytree(RECORDED / name, tmp_path / name))
+
+
+def stored(name: str, step: int) -> dict[str, Tensor]:
+    """What the files hold, read by nothing of ours."""
+    folder = RECORDED / name / f"global_step{step}_hf"
+    if (folder / "adapter_model.bin").exists():
+        found: dict[str, Tensor] = torch.load(folder / "adapter_model.bin", weights_only=True)
+        return found
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_layout_and_its_steps_are_found(name: str) -> None:
+    source = opened(name)
+    assert isinstance(source, FullModelSource if name == "full-zero2" else PeftAdapterSource)
+    assert source.steps == (1, 2, 3)
+    assert source.naming == "global_stepN_hf"
+    assert list(source.notes) == []
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_has_every_linear_layer_and_its_rank_and_scaling(name: str) -> None:
+    source = opened(name)
+    found = {parameter.name: (parameter.shape, parameter.rank) for parameter in source.parameters}
+    assert found == dict.fromkeys(LAYERS, ((32, 32), 2))
+    assert source.skipped == {}
+    for step in source.steps:
+        tensors = stored(name, step)
+        for layer in LAYERS:
+            factors = source.factors(layer, step)
+            assert factors is not None
+            key = f"base_model.model.{layer.removesuffix('.weight')}.lora_{{}}.weight"
+            assert torch.equal(factors.A, tensors[key.format("A")].float())
+            assert torch.equal(factors.B, tensors[key.format("B")].float())
+            assert factors.scaling == 2.0
+
+
+def test_a_model_has_every_matrix_and_says_what_is_none() -> None:
+    source = opened("full-zero2")
+    shapes = {parameter.name: parameter.shape for parameter in source.parameters}
+    assert shapes == {
+        **dict.fromkeys(LAYERS, (32, 32)),
+        **dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), (64, 32)),
+    }
+    assert len(source.skipped) == 6  # norms and biases
+    assert set(shapes) | set(source.skipped) == set(stored("full-zero2", NEW))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_matrix_moved_in_every_step(name: str) -> None:
+    source = opened(name)
+    for parameter in source.parameters:
+        for step, since in ((1, None), (2, 1), (3, 2)):
+            assert dense(source.delta(parameter.name, step, since)).abs().max() > 1e-5, (parameter.name, step)
+    assert History(source).frozen == {}
+
+
+def test_deltas_of_models_are_the_differences_of_what_is_stored() -> None:
+    source = opened("full-zero2")
+    first, last, base = stored("full-zero2", 1), stored("full-zero2", NEW), load_file(BASE / "model.safetensors")
+    for parameter in source.parameters:
+        name = parameter.name
+        assert torch.equal(dense(source.delta(name, NEW, 1)).float(), last[name].float() - first[name].float())
+        assert torch.equal(dense(source.delta(name, NEW)).float(), last[name].float() - base[name].float())
+
+
+@pytest.mark.parametrize(("name", "precision"), zip(SETS, (torch.bfloat16, torch.float32, torch.bfloat16), strict=True))
+def test_the_precision_is_that_of_the_files(name: str, precision: torch.dtype) -> None:
+    """OpenRLHF saves bf16; the pickles of adapters under ZeRO-3 are fp32, and no bf16 numbers in it."""
+    source = opened(name)
+    assert {source.precision(parameter.name) for parameter in source.parameters} == {precision}
+    fine = any(not torch.equal(value.float(), value.bfloat16().float()) for value in stored(name, NEW).values())
+    assert fine == (precision == torch.float32)
+
+
+def test_pickles_are_refused_unless_they_are_allowed() -> None:
+    with pytest.raises(CheckpointError, match=r"global_step1_hf/adapter_model\.bin is a pickle.*allow_pickle=True"):
+        open_checkpoints(RECORDED / "lora-zero3")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_folder_without_the_tokenizer_is_incomplete(name: str, copied: Callable[[str], Path]) -> None:
+    path = copied(name)
+    (path / "global_step2_hf" / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"global_step2_hf is incomplete: the tokenizer, written last, is miss"):
+        opened(name, path)
+    source = opened(name, path, skip_damaged=True)
+    assert source.steps == (1, 3)
+    assert any("global_step2_hf" in note and "incomplete" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_torn_file_is_named(name: str, copied: Callable[[str], Path]) -> None:
+    path = copied(name)
+    file = next(file for file in (path / "global_step2_hf").iterdir() if file.suffix in (".bin", ".safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"global_step2_hf/{file.name}"):
+        opened(name, path)
+    assert opened(name, path, skip_damaged=True).steps == (1, 3)
+
+
+def test_what_is_stored_is_deepspeeds_masters_rounded() -> None:
+    masters, weights = load_file(RECORDED / "lora-zero2" / "masters.safetensors"), stored("lora-zero2", NEW)
+    assert len(masters) == len(weights) == 2 * len(LAYERS)
+    for key, value in weights.items():
+        master = masters[key.replace(".weight", ".default.weight")]
+        assert torch.equal(master.bfloat16(), value)
+        assert not torch.equal(master, value.float())
+
+
+@pytest.fixture
+def recorded_masters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """What DeepSpeed's reader said of the recorded states, in its place."""
+    module: Any = ModuleType(READER)
+    masters = load_file(RECORDED / "lora-zero2" / "masters.safetensors")
+
+    def read(root: str, tag: str, exclude_frozen_parameters: bool) -> dict[str, Tensor]:
+        assert (Path(root) / tag).is_dir()
+        assert exclude_frozen_parameters
+        return masters
+
+    module.get_fp32_state_dict_from_zero_checkpoint = read
+    monkeypatch.setitem(sys.modules, READER, module)
+    return masters
+
+
+def check_masters(masters: dict[str, Tensor]) -> None:
+    source = opened("lora-zero2", [RECORDED / "lora-zero2" / "global_step3_hf"], masters=True, allow_pickle=True)
+    assert {source.precision(layer) for layer in LAYERS} == {torch.float32}
+    for layer in LAYERS:
+        found = source.factors(layer, NEW)
+        assert found is not None
+        key = f"base_model.model.{layer.removesuffix('.weight')}.lora_{{}}.default.weight"
+        assert torch.equal(found.A, masters[key.format("A")])
+        assert torch.equal(found.B, masters[key.format("B")])
+
+
+def test_masters_stand_in_the_place_of_what_is_stored(recorded_masters: dict[str, Tensor]) -> None:
+    check_masters(recorded_masters)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_deepspeed_reads_the_recorded_states() -> None:
+    check_masters(load_file(RECORDED / "lora-zero2" / "masters.safetensors"))
+
+
+def test_steps_without_states_have_no_masters(recorded_masters: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"global_step1_hf has no fp32 masters: .*_actor/global_step1"):
+        opened("lora-zero2", masters=True, allow_pickle=True)
+
+
+def secant(name: str, **fields: Any) -> Prediction:
+    history = History(opened(name))
+    return make_predictor("secant", window=2, **fields).fit(history).predict(2)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_is_extended_and_peft_loads_it(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    make_applier("peft-adapter").apply(secant(name, space="factors"), out=tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    first, last = stored(name, 1), stored(name, NEW)
+    assert found.keys() == last.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, 2 * last[key].float() - first[key].float(), rtol=1e-5, atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    assert len(PeftModel.from_pretrained(base, tmp_path / "out").peft_config) == 1
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_model_is_extended_and_transformers_loads_it(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prediction = secant(name, space="merged")
+    make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = load_file(BASE / "model.safetensors")
+    source = prediction.source
+    moved = 0
+    for parameter in source.parameters:
+        layer = parameter.name
+        wanted = base[layer].double() + dense(source.delta(layer, NEW)).double() * 2 - dense(source.delta(layer, 1))
+        written = model.get_parameter(layer)
+        assert written.dtype == torch.bfloat16
+        torch.testing.assert_close(written.double(), wanted.double(), rtol=2**-7, atol=1e-6)
+        moved += int(not torch.equal(written, base[layer]))
+    assert moved == len(source.parameters)

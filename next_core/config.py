@@ -102,6 +102,18 @@ class RunConfig(Frozen):
     control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
     save_every: int | None = Field(None, ge=1, description="Steps between the trainer's own checkpoints, for --resume")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_of_predictor(cls, raw: Any) -> Any:
+        """Where the config is silent, the schedule is the one that the predictor is made for."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("schedule", {}), Mapping):
+            return raw
+        chosen = raw.get("predictor", {})
+        name = chosen if isinstance(chosen, str) else chosen.get("name") if isinstance(chosen, Mapping) else None
+        if not isinstance(name, str) or name not in registry().names("predictor"):
+            return raw  # said elsewhere
+        return {**raw, "schedule": {**registry().get("predictor", name).schedule, **raw.get("schedule", {})}}
+
     @model_validator(mode="after")
     def _room_for_jumps(self) -> Self:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class History:
         self._progress = progress
         self._executor = executor if executor is not None else Executor()
         self._cache = cache
+        self.tried: Sequence[Mapping[str, Any]] = ()
+        """The jumps tried so far, as the journal of the run has them; none for a recorded run."""
         self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
         self._components: dict[tuple[DeltaKind, int | None], dict[str, Factors]] = {}
         self._turns: dict[tuple[DeltaKind, int | None], dict[str, Tensor]] = {}  # of the components that are aligned

@@ -174,6 +174,7 @@ class PredictExtendCycle:
         predictor.progress = self.progress
         facts["predictor"] = predictor.name
         history = History(self.backend.source(), self.rank, self.compressor, self.progress, executor=self.executor)
+        history.tried = self.journal.jumps()
         if history.newest != step:
             raise _Refused(f"the newest checkpoint is of step {history.newest}")
         prediction = predictor.fit(history).predict(self.schedule.horizon)

@@ -70,9 +70,7 @@ class PredictExtendCallback(StepCallback):
         strict: bool = False,
         **schedule: Any,
     ) -> None:
-        self.schedule: Schedule = _validated(Schedule, schedule)
         self.guards: Guards = guards if isinstance(guards, Guards) else _validated(Guards, guards or {})
-        self.guards.check(self.schedule)
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})")
         if callable(predictor):
@@ -81,7 +79,9 @@ class PredictExtendCallback(StepCallback):
             fields = {"name": predictor} if isinstance(predictor, str) else dict(predictor)
             name = str(fields.pop("name", "secant"))
             self._make = lambda: make_predictor(name, **fields)
-        self._make()  # a wrong name or field is an error now, not 50 steps later
+        made_for = self._make().schedule  # a wrong name or field is an error now, not 50 steps later
+        self.schedule: Schedule = _validated(Schedule, {**made_for, **schedule})
+        self.guards.check(self.schedule)
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = Path(folder) if folder is not None else None
         self.cycle: PredictExtendCycle | None = None

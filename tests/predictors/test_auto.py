@@ -1,0 +1,119 @@
+"""The multiple of ``auto``: what raises it, what lowers it, where it is read from, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from next_core.config import make_config
+from next_core.history import History
+from next_core.interfaces import CoefficientUpdate, Prediction
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import dense_run, drift, linear_lora_run, still, walk
+
+EVERY_TWO = tuple(range(2, 42, 2))
+
+
+def predict(
+    source: MemorySource, tried: list[dict[str, Any]] | None = None, horizon: int = 2, **fields: Any
+) -> Prediction:
+    history = History(source)
+    history.tried = tried or []
+    return make_predictor("auto", **fields).fit(history).predict(horizon)
+
+
+def record(multiple: float, measured: int, accepted: bool = True) -> dict[str, Any]:
+    return {"accepted": accepted, "diagnostics": {"multiple": multiple, "measured": float(measured)}}
+
+
+def test_a_straight_line_raises_the_multiple_by_its_agreement() -> None:
+    for source in (dense_run({"a": drift(1)}, steps=EVERY_TWO), linear_lora_run(steps=(0, *EVERY_TWO))):
+        prediction = predict(source)
+        assert prediction.diagnostics["agreement"] == 1.0
+        multiple = math.exp(1.0)  # gain 1.5 times .8 is more than the limit
+        assert prediction.diagnostics["multiple"] == pytest.approx(multiple)
+        update = prediction.updates["a"]
+        assert isinstance(update, CoefficientUpdate)
+        assert dict(update.weights) == pytest.approx({40: multiple - 1, 38: 1 - multiple})
+    assert update.space == "factors"
+
+
+def test_it_goes_on_from_the_journals_last_multiple_up_to_the_most() -> None:
+    source = dense_run({"a": drift(1)}, steps=EVERY_TWO)
+    assert predict(source, [record(2.0, 30)], gain=0.5).diagnostics["multiple"] == pytest.approx(2 * math.exp(0.4))
+    assert predict(source, [record(9.0, 30)]).diagnostics["multiple"] == 11.0
+    assert predict(source, [record(1.5, 20), record(2.0, 30)], gain=0.5).diagnostics["multiple"] > 2
+
+
+def test_between_two_measurements_the_multiple_stays() -> None:
+    prediction = predict(dense_run({"a": drift(1)}, steps=EVERY_TWO), [record(3.0, 32)])
+    assert prediction.diagnostics == {"multiple": 3.0, "measured": 32.0}
+
+
+def test_a_jump_that_a_guard_refused_halves_it() -> None:
+    source = dense_run({"a": drift(1)}, steps=EVERY_TWO)
+    assert predict(source, [record(3.0, 38, accepted=False)]).diagnostics["multiple"] == 1.5
+    assert predict(source, [record(1.5, 38, accepted=False)]).abstention is not None
+    assert predict(source, [record(1.0, 38, accepted=False)]).diagnostics["multiple"] == 1.0  # its own abstention
+
+
+def test_a_random_walk_is_left_alone_and_brings_a_large_multiple_down() -> None:
+    paths = {name: walk(seed, 20, 20) for seed, name in enumerate("abcde")}
+    source = dense_run(paths, steps=EVERY_TWO)
+    alone = predict(source)
+    assert alone.abstention is not None
+    assert not alone.updates
+    assert alone.diagnostics["multiple"] == 1.0
+    assert abs(alone.diagnostics["agreement"]) < 0.15
+    assert predict(source, [record(4.0, 30)]).diagnostics["multiple"] < 4.0
+
+
+def test_motion_that_turns_back_ends_the_jumps_within_a_few_measurements() -> None:
+    def there_and_back(t: int) -> Any:
+        return min(t, 40 - t) * drift(3)(1)
+
+    source = dense_run({"a": there_and_back}, steps=EVERY_TWO)
+    multiple = predict(source, [record(11.0, 30)]).diagnostics["multiple"]
+    assert multiple == pytest.approx(11 * math.exp(-1.0))
+
+
+def test_frozen_matrices_stay_and_do_not_count() -> None:
+    source = dense_run({"a": drift(1), "b": still(), "c": still()}, steps=EVERY_TWO)
+    prediction = predict(source)
+    assert set(prediction.updates) == {"a"}
+    assert prediction.diagnostics["agreement"] == 1.0
+
+
+def test_early_on_it_compares_the_longest_motions_that_there_are() -> None:
+    source = dense_run({"a": drift(1)}, steps=(2, 4, 6, 8))  # 4 + 4 of the 20 + 20
+    assert predict(source).diagnostics["agreement"] == 1.0
+
+
+def test_checkpoints_further_apart_than_its_span_are_compared_as_they_are() -> None:
+    source = dense_run({"a": drift(1)}, steps=(50, 100))
+    assert predict(source, horizon=50).diagnostics["agreement"] == 1.0
+
+
+def test_what_is_missing_is_said_before_a_run() -> None:
+    auto = make_predictor("auto")
+    assert "no checkpoint 2 steps before" in str(auto.lacks((10, 20), 2))
+    assert "no two successive motions" in str(auto.lacks((2,), 2))
+    assert auto.lacks((2, 4), 2) is None
+
+
+def test_a_config_that_names_it_has_its_schedule_but_for_what_it_says_itself(tmp_path: Any) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    raw = {
+        "steps": 100,
+        "training": {"model": "model", "data": {"train": "prompts.jsonl"}},
+        "predictor": "auto",
+    }
+    plain = make_config(raw, base=tmp_path).schedule
+    assert (plain.observe, plain.every, plain.horizon, plain.jump_every, plain.settle) == (20, 2, 2, 2, 10)
+    changed = make_config(raw | {"schedule": {"observe": 40}}, base=tmp_path).schedule
+    assert (changed.observe, changed.every) == (40, 2)
+    assert make_config(raw | {"predictor": "secant"}, base=tmp_path).schedule.every == 5

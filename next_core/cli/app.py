@@ -180,6 +180,69 @@ def analyze(
 
 
 @app.command(epilog=EXIT_CODES)
+def backtest(
+    checkpoints: Checkpoints,
+    backbone: Backbone = None,
+    predictors: Annotated[
+        str | None,
+        typer.Option(metavar="all|A,B,...", help="Which to judge; default: all but those that train networks"),
+    ] = None,
+    horizon: Annotated[
+        int | None,
+        typer.Option(help="RL steps ahead; default: at least two checkpoints, whichever gives the most cuts"),
+    ] = None,
+    cuts: Annotated[
+        int | None, typer.Option(help="Predict from so many steps only, evenly spaced back from the last")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Random walks on which everything is repeated; 0: no null")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks and of the intervals")] = 0,
+    rank: Rank = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.KEY=VALUE", help="A field of one predictor, e.g. secant.window=25"),
+    ] = None,
+    layout: Layout = None,
+    skip_damaged: SkipDamaged = False,
+    allow_pickle: AllowPickle = False,
+    masters: Masters = False,
+    compressor: Compression = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    executor: ExecutorName = "local",
+    workers: Workers = 1,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Judge predictors on a recorded run, walking forward, each beside random walks; train nothing."""
+    from next_core.cli.backtest import backtest_command
+
+    backtest_command(
+        Run(
+            checkpoints,
+            backbone,
+            layout,
+            skip_damaged=skip_damaged,
+            allow_pickle=allow_pickle,
+            masters=masters,
+            compressor=compressor,
+            cache=cache,
+            no_cache=no_cache,
+            executor=executor,
+            workers=workers,
+            address=address,
+        ),
+        predictors=predictors,
+        horizon=horizon,
+        cuts=cuts,
+        draws=draws,
+        seed=seed,
+        rank=rank,
+        fields=set_ or [],
+        as_json=json,
+    )
+
+
+@app.command(epilog=EXIT_CODES)
 def plan(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file; or name recorded --checkpoints")] = None,
     checkpoints: Annotated[

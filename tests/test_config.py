@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -347,7 +348,8 @@ def test_every_example_is_valid_and_known_to_the_schema(example: Path) -> None:
 
     def fits(value: Any, option: Mapping[str, Any]) -> bool:
         if isinstance(value, str):
-            return value in option.get("enum", ())
+            pattern = option.get("pattern")
+            return value in option.get("enum", ()) or (pattern is not None and re.fullmatch(pattern, value) is not None)
         known = option.get("properties", {})
         return known.get("name", {}).get("const") == value["name"] and set(value) <= set(known)
 

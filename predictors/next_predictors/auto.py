@@ -26,7 +26,7 @@ class AutoConfig(PluginConfig):
     target: float = Field(0.2, ge=0, lt=1, description="Agreement of successive motions at which the multiple stays")
     gain: float = Field(1.5, gt=0, description="Growth of the multiple's logarithm per unit of agreement above it")
     limit: float = Field(1.0, gt=0, description="Most that this logarithm changes at once")
-    most: float = Field(11.0, gt=1, description="Largest multiple; 11 is a jump of 10 times the motion before it")
+    most: float = Field(9.0, gt=1, description="Largest multiple; 9 is a jump of 8 times the motion before it")
 
 
 class AutoPredictor(PerMatrixPredictor):

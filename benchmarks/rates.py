@@ -1,0 +1,150 @@
+"""`auto` beside plain RL at every learning rate and task: one policy, nothing tuned.
+
+    python benchmarks/rates.py            # runs what benchmarks/results/rates.json lacks, then the table
+    python benchmarks/rates.py --table    # only writes docs/auto.md's table anew
+
+250 RL steps each, the seeds paired. Accuracy is exact (the probability of the right answer, by teacher forcing) on 1024
+held-out prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "benchmarks" / "results" / "rates.json"
+PAGE = ROOT / "docs" / "auto.md"
+BEGIN, END = "<!-- table: made by benchmarks/rates.py -->", "<!-- end of table -->"
+
+TASKS = {
+    "arithmetic": {"reward": "math-verify", "max_new_tokens": 4},
+    "sorting": {"reward": "sorting.reward:reward", "max_new_tokens": 7},
+    "editing": {"reward": "editing.reward:reward", "max_new_tokens": 5},
+}
+RATES = (1e-4, 1e-3, 3e-4, 3e-5)
+ARMS = ("auto", "stay")
+STEPS = 250
+Key = tuple[str, float, int, str]
+
+
+def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
+    """One training run. The config says no more than the task and the rate."""
+    import logging
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
+    from next_core.config import make_config
+    from next_core.cycle.run import run
+
+    folder = EXAMPLES / task
+    training = TASKS[task] | {
+        "model": str(folder / "base"),
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")},
+        "learning_rate": rate,
+    }
+    config = make_config(
+        {"steps": STEPS, "seed": seed, "training": training, "predictor": arm, "guards": {"probe": False}}
+    )
+    with tempfile.TemporaryDirectory() as out:
+        result = run(config, Path(out) / "run")
+    jumps = [jump for jump in result.jumps if jump["accepted"]]
+    return {
+        "task": task,
+        "learning_rate": rate,
+        "seed": seed,
+        "arm": arm,
+        "start": round(result.accuracy["start"] or 0.0, 4),
+        "final": round(result.accuracy["final"] or 0.0, 4),
+        "jumps": len(jumps),
+        "multiples": {jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm == "auto"},
+        "seconds": {key: round(value, 2) for key, value in result.seconds.items()},
+    }
+
+
+def missing(rows: list[dict[str, Any]], seeds: int) -> list[Key]:
+    """The first seed of everything before the second of anything."""
+    have = {(row["task"], row["learning_rate"], row["seed"], row["arm"]) for row in rows}
+    wanted = [(t, rate, seed, arm) for seed in range(seeds) for t in TASKS for rate in RATES for arm in ARMS]
+    return [key for key in wanted if key not in have]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over the seeds that both arms have, and the 95% interval of their paired difference."""
+    found = {(row["task"], row["learning_rate"], row["arm"], row["seed"]): row for row in rows}
+    lines = [
+        "| task | learning rate | plain | auto | auto - plain, 95% | jumps | largest multiple | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        for rate in sorted(RATES):
+            seeds = [
+                row["seed"] for row in rows if (row["task"], row["learning_rate"], row["arm"]) == (task, rate, "auto")
+            ]
+            pairs = [
+                (found[task, rate, "stay", seed], found[task, rate, "auto", seed])
+                for seed in sorted(seeds)
+                if (task, rate, "stay", seed) in found
+            ]
+            if not pairs:
+                continue
+            plain, auto = ([pair[arm]["final"] for pair in pairs] for arm in (0, 1))
+            difference = [ours - theirs for theirs, ours in zip(plain, auto, strict=True)]
+            jumps = statistics.mean(pair[1]["jumps"] for pair in pairs)
+            most = max(max(pair[1]["multiples"].values(), default=1.0) for pair in pairs)
+            cells = (f"{statistics.mean(plain):.3f}", f"{statistics.mean(auto):.3f}", interval(difference))
+            lines.append(f"| {task} | {rate:g} | {' | '.join(cells)} | {jumps:.0f} | {most:.1f} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and Student's 95% interval."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:+.3f}"
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--table", action="store_true", help="write the table from the committed results; run nothing")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    if not args.table:
+        with ProcessPoolExecutor(max_workers=args.workers) as pool:
+            for future in as_completed([pool.submit(run_one, *key) for key in missing(rows, args.seeds)]):
+                rows.append(future.result())
+                rows.sort(
+                    key=lambda row: (list(TASKS).index(row["task"]), row["learning_rate"], row["seed"], row["arm"])
+                )
+                hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a run"
+                RESULTS.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=1) + "\n")
+                print(len(rows), file=sys.stderr, flush=True)
+    text = table(rows)
+    print(text)
+    if PAGE.exists():
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -203,7 +203,18 @@ def test_registers_lazily_through_the_plug_in_hook() -> None:
 
     ours = Registry()
     ours.add_plugin(next_predictors)
-    names = ["alpharl", "auto", "next-mlp", "next-mlp-reduced", "random", "relex", "ridge", "rl-extra", "secant", "stay"]
+    names = [
+        "alpharl",
+        "auto",
+        "next-mlp",
+        "next-mlp-reduced",
+        "random",
+        "relex",
+        "ridge",
+        "rl-extra",
+        "secant",
+        "stay",
+    ]
     assert ours.names("predictor") == names
     assert set(names) <= set(registry().names("predictor"))
     for name in set(names) - {"next-mlp", "next-mlp-reduced"}:

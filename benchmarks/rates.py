@@ -94,14 +94,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for task in TASKS:
         for rate in sorted(RATES):
-            seeds = [
-                row["seed"] for row in rows if (row["task"], row["learning_rate"], row["arm"]) == (task, rate, "auto")
-            ]
-            pairs = [
-                (found[task, rate, "stay", seed], found[task, rate, "auto", seed])
-                for seed in sorted(seeds)
-                if (task, rate, "stay", seed) in found
-            ]
+            both = ({s for t, r, a, s in found if (t, r, a) == (task, rate, arm)} for arm in ("stay", "auto"))
+            seeds = sorted(set.intersection(*both))
+            pairs = [(found[task, rate, "stay", seed], found[task, rate, "auto", seed]) for seed in seeds]
             if not pairs:
                 continue
             plain, auto = ([pair[arm]["final"] for pair in pairs] for arm in (0, 1))
@@ -133,9 +128,7 @@ def main() -> None:
         with ProcessPoolExecutor(max_workers=args.workers) as pool:
             for future in as_completed([pool.submit(run_one, *key) for key in missing(rows, args.seeds)]):
                 rows.append(future.result())
-                rows.sort(
-                    key=lambda row: (list(TASKS).index(row["task"]), row["learning_rate"], row["seed"], row["arm"])
-                )
+                rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"], r["arm"]))
                 hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a run"
                 RESULTS.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=1) + "\n")
                 print(len(rows), file=sys.stderr, flush=True)

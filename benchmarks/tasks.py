@@ -1,0 +1,162 @@
+"""How plain RL climbs on each example task: real GRPO runs, without jumps.
+
+    python benchmarks/tasks.py            # runs what benchmarks/results/tasks.json lacks, then the table
+    python benchmarks/tasks.py --table    # only writes docs/tasks.md's table anew
+
+Several seeds at the conservative learning rate of the examples' configs, and one at two larger rates. Accuracy is
+exact (the probability of the right answer, by teacher forcing) on 1024 held-out prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "benchmarks" / "results" / "tasks.json"
+PAGE = ROOT / "docs" / "tasks.md"
+BEGIN, END = "<!-- table: made by benchmarks/tasks.py -->", "<!-- end of table -->"
+
+TASKS = {
+    "arithmetic": {"reward": "math-verify", "max_new_tokens": 4},
+    "sorting": {"reward": "sorting.reward:reward", "max_new_tokens": 7},
+    "editing": {"reward": "editing.reward:reward", "max_new_tokens": 5},
+}
+SEEDS = {1e-4: 2, 3e-4: 1, 1e-3: 1}
+"""How many at each learning rate."""
+STEPS = 400
+MARKS = list(range(0, STEPS + 1, 50))
+Row = dict[str, Any]
+
+
+def run_one(task: str, learning_rate: float, seed: int) -> Row:
+    """One plain run, measured at the ``MARKS``."""
+    from next_core.config import make_config
+
+    examples = EXAMPLES / task
+    training = TASKS[task] | {
+        "model": str(examples / "base"),
+        "data": {split: str(examples / f"{split}.jsonl") for split in ("train", "validation", "test")},
+        "learning_rate": learning_rate,
+    }
+    config = make_config({"steps": STEPS, "seed": seed, "training": training, "predictor": "stay"})
+    with tempfile.TemporaryDirectory() as folder:
+        backend = config.backend.make("backend")
+        backend.prepare(config, Path(folder))
+        backend.start()
+        curve, seconds = _watch(backend)
+        backend.close()
+    return {"task": task, "learning_rate": learning_rate, "seed": seed, "curve": curve, "seconds_a_step": seconds}
+
+
+def _watch(backend: Any) -> tuple[list[float], dict[str, float]]:
+    """Accuracy at the marks, and the seconds of a step: on the clock, and of CPU; measuring does not count."""
+    clocks: dict[str, Callable[[], float]] = {"clock": time.perf_counter, "cpu": time.process_time}
+    curve = [round(backend.evaluate("test"), 4)]
+    spent = {name: -clock() for name, clock in clocks.items()}
+
+    def step_ended(step: int) -> None:
+        if step in MARKS:
+            before = {name: clock() for name, clock in clocks.items()}
+            curve.append(round(backend.evaluate("test"), 4))
+            for name, clock in clocks.items():
+                spent[name] -= clock() - before[name]
+
+    backend.train(STEPS, step_ended)
+    return curve, {name: round((spent[name] + clock()) / STEPS, 4) for name, clock in clocks.items()}
+
+
+def base_accuracy(task: str) -> Row:
+    """Parameters, architecture and exact accuracy of a base on the test prompts."""
+    from task_kit import evaluate
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = EXAMPLES / task / "base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in (EXAMPLES / task / "test.jsonl").read_text().splitlines()]
+    accuracy = evaluate(model, tokenizer, [row["prompt"] for row in rows], [row["answer"] for row in rows])
+    return {
+        "architecture": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sampled": round(accuracy.sampled, 4),
+        "greedy": round(accuracy.greedy, 4),
+    }
+
+
+def missing(done: list[Row]) -> Iterator[tuple[str, float, int]]:
+    """What is to be run yet, the first seed of everything before the second of anything."""
+    have = {(row["task"], row["learning_rate"], row["seed"]) for row in done}
+    for seed in range(max(SEEDS.values())):
+        for task in TASKS:
+            yield from ((task, rate, seed) for rate in SEEDS if seed < SEEDS[rate] and (task, rate, seed) not in have)
+
+
+def run_missing() -> None:
+    """Every run that the results lack, one after another; the results are written after each."""
+    import logging
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one run at a time on one thread"
+    bases = {task: base_accuracy(task) for task in TASKS}
+    logging.disable(logging.WARNING)
+    for task, rate, seed in list(missing(stored["rows"])):
+        row = run_one(task, rate, seed)
+        rows = sorted(
+            [*stored["rows"], row], key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"])
+        )
+        stored = {"hardware": hardware, "bases": bases, "rows": rows}
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+        print(task, rate, seed, row["curve"], row["seconds_a_step"], file=sys.stderr, flush=True)
+
+
+def tables(stored: Row) -> str:
+    """The bases, the curves at the conservative rate (mean over seeds), and the larger rates."""
+    lines = ["| task | model | parameters | sampled | greedy | s a step (CPU) |", "|---|---|---|---|---|---|"]
+    for task in TASKS:
+        base = stored["bases"][task]
+        seconds = statistics.mean(row["seconds_a_step"]["cpu"] for row in stored["rows"] if row["task"] == task)
+        cells = (base["architecture"], f"{base['parameters']:,}", f"{base['sampled']:.3f}", f"{base['greedy']:.3f}")
+        lines.append(f"| {task} | {' | '.join(cells)} | {seconds:.2f} |")
+    lines += ["", f"| task | learning rate | seeds | {' | '.join(map(str, MARKS))} | sd at {STEPS} |"]
+    lines.append("|---" * (len(MARKS) + 4) + "|")
+    for task in TASKS:
+        for rate in SEEDS:
+            curves = [row["curve"] for row in stored["rows"] if (row["task"], row["learning_rate"]) == (task, rate)]
+            if not curves:
+                continue
+            means = " | ".join(f"{statistics.mean(points):.3f}" for points in zip(*curves, strict=True))
+            spread = f"{statistics.stdev(curve[-1] for curve in curves):.3f}" if len(curves) > 1 else "-"
+            lines.append(f"| {task} | {rate:.0e} | {len(curves)} | {means} | {spread} |".replace("e-0", "e-"))
+    return "\n".join([*lines, "", f"Standard deviation over seeds. {stored['hardware']}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the table from the committed results; run nothing")
+    if not parser.parse_args().table:
+        run_missing()
+    text = tables(json.loads(RESULTS.read_text()))
+    print(text)
+    if PAGE.exists():
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
+from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -28,11 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "rates.json"
 PAGE = ROOT / "docs" / "auto.md"
 BEGIN, END = "<!-- table: made by benchmarks/rates.py -->", "<!-- end of table -->"
 
-TASKS = {
-    "arithmetic": {"reward": "math-verify", "max_new_tokens": 4},
-    "sorting": {"reward": "sorting.reward:reward", "max_new_tokens": 7},
-    "editing": {"reward": "editing.reward:reward", "max_new_tokens": 5},
-}
 RATES = (1e-4, 1e-3, 3e-4, 3e-5)
 ARMS = ("auto", "stay")
 STEPS = 250

@@ -327,7 +327,7 @@ def test_a_trainer_is_ended_once_and_before_the_plain_one_is_started(
     assert Watched.events == FIRST + CONTROL
     assert [jump["accepted"] for jump in result.jumps] == [True, True]
     assert result.control is not None
-    assert next(iter(result.seconds)) == "setup"
+    assert {"setup", "rl", "ours", "measuring", "total"} <= set(result.seconds)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,8 @@ def test_a_trainer_is_ended_once_when_something_fails(
     assert Watched.events == events
     assert all(Watched.folder_at_close)  # it may write there until it is ended
     assert (tmp_path / "run").exists() == (fails != "1 prepare")
-    assert not (tmp_path / "run" / "result.json").exists()
+    # A run that is over keeps its result, whatever fails after it.
+    assert (tmp_path / "run" / "result.json").exists() == (fails not in ("1 prepare", "1 train"))
 
 
 @pytest.mark.parametrize("fails", ["1 prepare", "1 train", "2 prepare", "2 train"])

@@ -133,7 +133,7 @@ def test_our_end_is_the_trainers_end(tmp_path: Path, number: signal.Signals) -> 
             pid_in(tmp_path / f"{name}.pid")
         bystander = psutil.Process(pid_in(tmp_path / "bystander.pid"))
         ours.send_signal(number)
-        assert ours.wait(60) == -number
+        assert ours.wait(10) == -number
     token = (tmp_path / "token").read_text()
     try:
         wait_until(lambda: not leftovers(token))

@@ -101,6 +101,9 @@ class RunConfig(Frozen):
     guards: Guards = Guards()
     control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
     save_every: int | None = Field(None, ge=1, description="Steps between the trainer's own checkpoints, for --resume")
+    measure_every: int | None = Field(
+        None, ge=1, description="Steps between accuracies on the validation and test prompts, for curves"
+    )
 
     @model_validator(mode="before")
     @classmethod

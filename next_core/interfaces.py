@@ -288,6 +288,8 @@ class Backend(Plugin):
 
     in_process: ClassVar[bool] = True
     """True: one call of ``train`` reports every step. False: ``train`` is called once per segment."""
+    exact_resume: ClassVar[bool] = False
+    """Whether a resumed run ends, on a CPU, bit for bit where the run that was not interrupted does."""
 
     @abstractmethod
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
@@ -334,6 +336,11 @@ class Backend(Plugin):
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
         return None
+
+    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        """The same by the way of answering, ``sampled`` or ``greedy``; empty where there is nothing to measure with."""
+        found = self.evaluate(split)
+        return {} if found is None else {"sampled": found}
 
     @property
     def notes(self) -> Sequence[str]:

@@ -36,7 +36,8 @@ class PredictExtendCycle:
 
     A callback tells it that a step ended (``after_step``); ``run`` does the same for trainers that are launched.
     ``strict`` turns a refused jump into a ``GuardError``; otherwise the worst case is a plain run. ``milestone`` is
-    called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made.
+    called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made, and with
+    ``"curve"`` every ``measure_every`` steps, after what the cycle did there.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PredictExtendCycle:
         strict: bool = False,
         progress: Progress | None = None,
         milestone: Milestone | None = None,
+        measure_every: int | None = None,
     ) -> None:
         schedule.check(total)
         guards.check(schedule)
@@ -62,6 +64,7 @@ class PredictExtendCycle:
         self.total, self.journal, self.rank = total, journal, rank
         self.compressor, self.executor = compressor, executor
         self.strict, self.progress, self.milestone = strict, progress, milestone
+        self.measure_every = measure_every
         self.seconds = {"observe": 0.0, "predict": 0.0, "extend": 0.0, "probe": 0.0}
         self._pending: _Pending | None = None
         self._probes: dict[int, float] = {}
@@ -120,7 +123,11 @@ class PredictExtendCycle:
             or self.schedule.attempts(step, self.total)
             or (recovery is not None and self.schedule.attempts(step - recovery, self.total))
             or self._trend_probe(step)
+            or self._measures(step)
         )
+
+    def _measures(self, step: int) -> bool:
+        return self.measure_every is not None and step % self.measure_every == 0
 
     def after_step(self, step: int) -> None:
         """The whole cycle, once after each RL step."""
@@ -135,6 +142,8 @@ class PredictExtendCycle:
             self._probe(step)
         if self.schedule.attempts(step, self.total) and self._made < self.schedule.limit and self._pending is None:
             self._jump(step)
+        if self.milestone is not None and self._measures(step):
+            self.milestone("curve", step)
 
     def _jump(self, step: int) -> None:
         """Predict, guard, extend, look at the result; put everything back when it is refused."""

@@ -23,6 +23,8 @@ from next_core.storage import fresh_directory, json_text, write_text
 CONFIG = "config.yaml"
 RESULT = "result.json"
 ERROR_LOG = "error.log"
+CURVE = "curve"
+"""Event of a journal record with accuracies along the run, and the milestone that asks for them."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class RunResult:
     resumed_from: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """With ``measure_every``: step, seconds of training so far (measuring left out), accuracies by split and kind."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -110,8 +114,15 @@ def _with_jumps(
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
     measuring = _Stopwatch()
     journal = Journal(out / JOURNAL)
+    earlier = [r for r in journal.counted() if r["event"] == CURVE and r["step"] <= (resumed_from or 0)]
+    clock = _TrainingClock(measuring, earlier[-1]["seconds"] if earlier else 0.0)
 
     def measure(milestone: str, step: int) -> None:
+        if milestone == CURVE:
+            seconds = clock.seconds
+            with measuring, _trainer_errors(out):
+                journal.append(CURVE, step, seconds=seconds, **_accuracies(backend))
+            return
         with measuring, _trainer_errors(out):
             accuracy[milestone] = backend.evaluate("test")
         journal.append("accuracy", step, milestone=milestone, value=accuracy[milestone])
@@ -129,17 +140,21 @@ def _with_jumps(
         strict=strict,
         progress=progress,
         milestone=measure,
+        measure_every=config.measure_every,
     )
     if resumed_from is not None:
         cycle.resume(resumed_from)
     else:
         journal.append("start", 0, steps=config.steps, seed=config.seed)
         measure("start", 0)
-    began = time.perf_counter()
-    measured = measuring.seconds
+        if config.measure_every is not None:
+            measure(CURVE, 0)
+    clock.start()
     with _trainer_errors(out):
         cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
-    training = time.perf_counter() - began - (measuring.seconds - measured)
+    training = clock.stop()
+    if config.measure_every is not None and config.steps % config.measure_every:
+        measure(CURVE, config.steps)
     measure("final", config.steps)
     journal.append("end", config.steps)
     # A resumed run finds in the journal what it measured before.
@@ -159,7 +174,16 @@ def _with_jumps(
         resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
         notes=list(backend.notes),
+        curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
     )
+
+
+def _accuracies(backend: Backend) -> dict[str, dict[str, float]]:
+    return {split: dict(backend.accuracies(split)) for split in ("validation", "test")}
+
+
+def _point(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("step", "seconds", "validation", "test")}
 
 
 def _start(backend: Backend, out: Path, progress: Progress | None) -> None:
@@ -179,13 +203,34 @@ def _plain(config: RunConfig, out: Path, progress: Progress | None) -> dict[str,
     with _closed_after_an_error(backend), _trainer_errors(out):
         backend.prepare(config.model_copy(update={"save_every": None}), out)
         _start(backend, out, progress)
-        began = time.perf_counter()
-        backend.train(config.steps, lambda step: _tell(progress, "plain RL", step, config.steps))
-        seconds = time.perf_counter() - began
+        curve: list[dict[str, Any]] = []
+        measuring = _Stopwatch()
+        clock = _TrainingClock(measuring)
+
+        def step_ended(step: int) -> None:
+            _tell(progress, "plain RL", step, config.steps)
+            if config.measure_every is not None and (step % config.measure_every == 0 or step == config.steps):
+                seconds = clock.seconds
+                with measuring:
+                    curve.append({"step": step, "seconds": seconds, **_accuracies(backend)})
+
+        if config.measure_every is not None:
+            step_ended(0)
+        clock.start()
+        for stop in _stops(backend, config):
+            backend.train(stop, step_ended)
+        seconds = clock.stop()
         accuracy = backend.evaluate("test")
     with _trainer_errors(out):
         backend.close()
-    return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": accuracy}}
+    return {"steps": config.steps, "seconds": seconds, "accuracy": {"final": accuracy}, "curve": curve}
+
+
+def _stops(backend: Backend, config: RunConfig) -> list[int]:
+    """Where a trainer that is launched has to stand still to be measured."""
+    if backend.in_process or config.measure_every is None:
+        return [config.steps]
+    return [*range(config.measure_every, config.steps, config.measure_every), config.steps]
 
 
 @contextlib.contextmanager
@@ -217,6 +262,28 @@ def _trainer_errors(out: Path) -> Iterator[None]:
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, done, total)
+
+
+class _TrainingClock:
+    """Seconds of training, those before a resume included; what ``measuring`` takes does not count."""
+
+    def __init__(self, measuring: _Stopwatch, before: float = 0.0) -> None:
+        self._measuring, self._before = measuring, before
+        self._start: float | None = None
+        self._measured = 0.0
+
+    def start(self) -> None:
+        self._start, self._measured = time.perf_counter(), self._measuring.seconds
+
+    def stop(self) -> float:
+        """Seconds since ``start``."""
+        return self.seconds - self._before
+
+    @property
+    def seconds(self) -> float:
+        if self._start is None:
+            return self._before
+        return self._before + time.perf_counter() - self._start - (self._measuring.seconds - self._measured)
 
 
 class _Stopwatch:

@@ -82,6 +82,42 @@ def test_stay_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
     assert result.control["accuracy"]["final"] == result.accuracy["final"]
 
 
+def test_a_curve_has_both_splits_both_ways_and_the_seconds_and_changes_nothing(tmp_path: Path) -> None:
+    unmeasured = run(config(), tmp_path / "unmeasured")
+    result = run(config(measure_every=6, control="plain"), tmp_path / "run")
+    assert [point["step"] for point in result.curve] == [0, 6, 12, 16]
+    assert result.curve[-1]["test"]["sampled"] == result.accuracy["final"] == unmeasured.accuracy["final"]
+    for point in result.curve:
+        assert set(point["validation"]) == set(point["test"]) == {"sampled", "greedy"}
+        assert all(0 < value < 1 for value in point["test"].values())
+    seconds = [point["seconds"] for point in result.curve]
+    assert seconds[0] == 0
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == pytest.approx(result.seconds["rl"] + result.seconds["ours"], abs=0.1)
+    assert result.control is not None
+    plain = result.control["curve"]
+    assert [point["step"] for point in plain] == [0, 6, 12, 16]
+    assert plain[1]["test"] == result.curve[1]["test"], "no jump yet"
+    assert plain[-1]["test"]["sampled"] == result.control["accuracy"]["final"]
+
+
+def test_a_resumed_run_has_the_curve_of_the_whole_run(tmp_path: Path) -> None:
+    def killed(what: str, done: int, total: int) -> None:
+        if what == "RL with jumps" and done == 13:
+            raise KeyboardInterrupt
+
+    settings = config(save_every=5, measure_every=4)
+    whole = run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed", progress=killed)
+    resumed = run(settings, tmp_path / "killed", resume=True)
+    assert [(p["step"], p["test"], p["validation"]) for p in resumed.curve] == [
+        (p["step"], p["test"], p["validation"]) for p in whole.curve
+    ]
+    seconds = [point["seconds"] for point in resumed.curve]
+    assert seconds == sorted(seconds)
+
+
 def test_two_runs_of_one_seed_agree_bit_for_bit_and_another_seed_does_not(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(config(seed=seed), tmp_path / name)

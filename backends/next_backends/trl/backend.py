@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,7 @@ class TrlBackend(Backend):
 
     name = "trl"
     config_class = TrlConfig
+    exact_resume = True
 
     def __init__(self, config: TrlConfig | None = None) -> None:
         super().__init__(config)
@@ -44,7 +45,7 @@ class TrlBackend(Backend):
         self._optimizer: Any = None
         self._history = HistoryFolder(Path())
         self._source: PeftAdapterSource | FullModelSource | None = None
-        self._evaluate: Callable[[Any, str], float | None] | None = None
+        self._evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
         self._resume_from: Path | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
@@ -59,7 +60,7 @@ class TrlBackend(Backend):
         return step
 
     def attach(
-        self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], float | None] | None = None
+        self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
     ) -> None:
         """Use a live model, and ``folder`` for checkpoints, jumps and metrics."""
         self._model, self._history = model, HistoryFolder(folder)
@@ -181,8 +182,11 @@ class TrlBackend(Backend):
             return None
         return StoredApplied(self._model, self._optimizer, made[0], made[1]["adapter"])
 
-    def evaluate(self, split: str = "validation") -> float | None:
-        return None if self._evaluate is None else self._evaluate(self._model, split)
+    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
+        return next(iter(self.accuracies(split).values()), None)
+
+    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        return {} if self._evaluate is None else self._evaluate(self._model, split)
 
     def log(self, step: int, logs: dict[str, Any]) -> None:
         """Keep what the trainer logs, for predictors that read a metric."""

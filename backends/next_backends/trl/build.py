@@ -13,7 +13,7 @@ import torch
 
 from next_backends.data import read_rows, read_splits
 from next_backends.trl.checks import check_arguments
-from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracy
+from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.plugins import describe
 from next_core.rewards import RewardFunction, make_reward
@@ -38,11 +38,11 @@ OURS = frozenset(
     }
 )
 """Fields of TRL's config that the run config sets in its own words."""
-Evaluate = Callable[[Any, str], float | None]
+Evaluate = Callable[[Any, str], dict[str, float]]
 
 
 def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[Any, Evaluate]:
-    """The trainer, and a function that measures accuracy on a split. Raises ``ConfigError`` or ``BackendError``."""
+    """The trainer, and a function that measures accuracies on a split. Raises ``ConfigError`` or ``BackendError``."""
     try:
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
@@ -83,13 +83,13 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 
-    def evaluate(model: Any, split: str) -> float | None:
+    def evaluate(model: Any, split: str) -> dict[str, float]:
         data = splits.get(split)
         if data is None:
-            return None
+            return {}
         if training.evaluation == "likelihood":
-            return likelihood_accuracy(model, tokenizer, data["prompt"], data["answer"])
-        return greedy_accuracy(model, tokenizer, data, reward, training.max_new_tokens)
+            return likelihood_accuracies(model, tokenizer, data["prompt"], data["answer"])
+        return {"greedy": greedy_accuracy(model, tokenizer, data, reward, training.max_new_tokens)}
 
     return trainer, evaluate
 

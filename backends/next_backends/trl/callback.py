@@ -106,7 +106,9 @@ class PredictExtendCallback(StepCallback):
         folder.mkdir(parents=True, exist_ok=True)
         backend = TrlBackend()
         probe = self._evaluate
-        backend.attach(kwargs["model"], folder, None if probe is None else lambda model, split: probe(model))
+        backend.attach(
+            kwargs["model"], folder, None if probe is None else lambda model, split: {"accuracy": probe(model)}
+        )
         backend.begin(state.global_step, kwargs["optimizer"])
         self._backend = backend
         self.cycle = PredictExtendCycle(

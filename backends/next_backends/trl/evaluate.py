@@ -25,18 +25,27 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def likelihood_accuracy(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> float:
-    """Mean probability of sampling exactly the answer and the end token, by teacher forcing: no sampling noise."""
-    total = 0.0
+def likelihood_accuracies(
+    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
+) -> dict[str, float]:
+    """Exact accuracies by teacher forcing, without sampling noise.
+
+    ``sampled``: the mean probability of sampling exactly the answer and the end token; ``greedy``: the share of prompts
+    that greedy decoding answers so.
+    """
+    sampled, greedy = 0.0, 0
     with _evaluating(model):
         for start in range(0, len(prompts), BATCH):
             pairs = list(zip(prompts[start : start + BATCH], answers[start : start + BATCH], strict=True))
-            total += float(_answer_logps(model, tokenizer, pairs).exp().sum())
-    return total / max(1, len(prompts))
+            logps, likeliest = _answers(model, tokenizer, pairs)
+            sampled += float(logps.exp().sum())
+            greedy += int(likeliest.sum())
+    count = max(1, len(prompts))
+    return {"sampled": sampled / count, "greedy": greedy / count}
 
 
-def _answer_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
-    """log P(answer, end | prompt) of each pair, (N,)."""
+def _answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each pair log P(answer, end | prompt), (N,), and whether every token of it is the likeliest one, (N,)."""
     asked = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     right = [
         [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
@@ -53,8 +62,8 @@ def _answer_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) 
     ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
     logits = model(input_ids=ids, attention_mask=seen).logits[:, :-1].float()
     logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    total: torch.Tensor = (logps * answer[:, 1:]).sum(1)
-    return total
+    right_ids = logits.argmax(-1) == ids[:, 1:]
+    return (logps * answer[:, 1:]).sum(1), (right_ids | ~answer[:, 1:]).all(1)
 
 
 def greedy_accuracy(model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int) -> float:

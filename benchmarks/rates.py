@@ -48,6 +48,9 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
     sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
     from next_core.config import make_config
     from next_core.cycle.run import run
+    from next_core.diagnostics import learning_rate_factor
+    from next_core.history import History
+    from next_core.sources.opening import open_checkpoints
 
     folder = EXAMPLES / task
     training = TASKS[task] | {
@@ -60,6 +63,7 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as out:
         result = run(config, Path(out) / "run")
+        advised = learning_rate_factor(History(open_checkpoints(Path(out) / "run" / "checkpoints")), result.jumps)
     jumps = [jump for jump in result.jumps if jump["accepted"]]
     return {
         "task": task,
@@ -70,8 +74,15 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
         "final": round(result.accuracy["final"] or 0.0, 4),
         "jumps": len(jumps),
         "multiples": {jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm == "auto"},
+        "agreement": _rounded(advised.agreement),
+        "factor": _rounded(advised.factor),
+        "multiple": _rounded(advised.multiple),
         "seconds": {key: round(value, 2) for key, value in result.seconds.items()},
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def missing(rows: list[dict[str, Any]], seeds: int) -> list[Key]:
@@ -82,13 +93,19 @@ def missing(rows: list[dict[str, Any]], seeds: int) -> list[Key]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over the seeds that both arms have, and the 95% interval of their paired difference."""
+    """Means over the seeds that both arms have, and the 95% interval of their paired difference.
+
+    Beside them what the plain run's checkpoints advise (the median over its seeds; rows of before that was recorded
+    have none), and what would have been right: the best of ``RATES`` for a plain run over this one.
+    """
     found = {(row["task"], row["learning_rate"], row["arm"], row["seed"]): row for row in rows}
     lines = [
-        "| task | learning rate | plain | auto | auto - plain, 95% | jumps | largest multiple | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | learning rate | plain | auto | auto - plain, 95% | jumps | largest multiple | advised factor "
+        "| best rate / this | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
+        best = best_rate(rows, task)
         for rate in sorted(RATES):
             both = ({s for t, r, a, s in found if (t, r, a) == (task, rate, arm)} for arm in ("stay", "auto"))
             seeds = sorted(set.intersection(*both))
@@ -99,9 +116,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             difference = [ours - theirs for theirs, ours in zip(plain, auto, strict=True)]
             jumps = statistics.mean(pair[1]["jumps"] for pair in pairs)
             most = max(max(pair[1]["multiples"].values(), default=1.0) for pair in pairs)
+            advised = [pair[0]["factor"] for pair in pairs if pair[0].get("factor") is not None]
+            advice = f"{statistics.median(advised):.2g}" if advised else ""
             cells = (f"{statistics.mean(plain):.3f}", f"{statistics.mean(auto):.3f}", interval(difference))
-            lines.append(f"| {task} | {rate:g} | {' | '.join(cells)} | {jumps:.0f} | {most:.1f} | {len(pairs)} |")
+            more = (f"{jumps:.0f}", f"{most:.1f}", advice, f"{best / rate:.2g}", str(len(pairs)))
+            lines.append(f"| {task} | {rate:g} | {' | '.join((*cells, *more))} |")
     return "\n".join(lines)
+
+
+def best_rate(rows: list[dict[str, Any]], task: str) -> float:
+    """The constant rate whose plain runs end best, the mean over their seeds."""
+    plain: dict[float, list[float]] = {}
+    for row in rows:
+        if (row["task"], row["arm"]) == (task, "stay"):
+            plain.setdefault(row["learning_rate"], []).append(row["final"])
+    return max(plain, key=lambda rate: statistics.mean(plain[rate]), default=0.0)
 
 
 def interval(values: list[float]) -> str:

@@ -107,15 +107,17 @@ class RunConfig(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _schedule_of_predictor(cls, raw: Any) -> Any:
-        """Where the config is silent, the schedule is the one that the predictor is made for."""
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("schedule", {}), Mapping):
+    def _made_for(cls, raw: Any) -> Any:
+        """Where the config is silent, schedule and guards are those that the predictor is made for."""
+        if not isinstance(raw, Mapping):
             return raw
         chosen = raw.get("predictor", {})
         name = chosen if isinstance(chosen, str) else chosen.get("name") if isinstance(chosen, Mapping) else None
         if not isinstance(name, str) or name not in registry().names("predictor"):
             return raw  # said elsewhere
-        return {**raw, "schedule": {**registry().get("predictor", name).schedule, **raw.get("schedule", {})}}
+        blocks = registry().get("predictor", name).made_for
+        given = {key: raw.get(key, {}) for key in blocks}
+        return {**raw, **{key: {**blocks[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 
     @model_validator(mode="after")
     def _room_for_jumps(self) -> Self:
@@ -198,9 +200,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """Read and validate a config file. Raises ``ConfigError`` naming each wrong key, ``PluginError`` for a name."""
-    file = Path(path)
+def load_yaml(file: Path, keys: str) -> dict[str, Any]:
+    """A YAML file that is a mapping; ``keys`` says where its keys are told. Raises ``ConfigError``."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -209,8 +210,14 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{file} is not UTF-8 text") from None
     raw = parse_yaml(text, str(file))
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must be a mapping of keys, see `next-core schema`")
-    return make_config(raw, where=str(file), base=file.parent)
+        raise ConfigError(f"{file} must be a mapping of keys, {keys}")
+    return raw
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and validate a config file. Raises ``ConfigError`` naming each wrong key, ``PluginError`` for a name."""
+    file = Path(path)
+    return make_config(load_yaml(file, "see `next-core schema`"), where=str(file), base=file.parent)
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None = None) -> RunConfig:

@@ -236,8 +236,8 @@ class TrajectoryPredictor(Plugin):
     """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
     shares: ClassVar[bool] = False
     """Whether matrices learn from one another (one network for all) or each stands alone."""
-    schedule: ClassVar[Mapping[str, float]] = {}
-    """The schedule it is made for: what a run's config leaves out is taken from here."""
+    made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {}
+    """The schedule and the guards it is made for: what a run's config leaves out of them is taken from here."""
     progress: Progress | None = None
 
     def lacks(self, steps: Sequence[int], horizon: int) -> str | None:

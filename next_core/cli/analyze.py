@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -55,9 +55,10 @@ def analyze_command(
     if spectrum and run.compressor == "lanczos":
         raise ConfigError("--compressor lanczos does not know the spectrum; leave it out, or leave out --spectrum")
     if plots is not None:
-        from next_core.diagnostics.plots import check_plots, write_plots
+        from next_core.diagnostics.plots import write_plots
+        from next_core.drawing import check_drawing
 
-        check_plots(plots)  # before the work, not after it
+        check_drawing(plots)  # before the work, not after it
     stream = sys.stderr if as_json else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
     console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
@@ -66,6 +67,7 @@ def analyze_command(
     full = all(parameter.rank is not None for parameter in source.parameters) if spectrum is None else spectrum
     with Bars() as bars:
         history = run.history(with_origin(source), 1, bars, spectrum=full)
+        history.tried = _tried(run.checkpoints)
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
     trouble = [] if history.cache_trouble is None else [history.cache_trouble]
     for note in [*analysis.notes[len(source.notes) :], *trouble]:
@@ -76,6 +78,15 @@ def analyze_command(
         console.print(f"plot {name}: {told}")
     if as_json:
         print(json_text({**facts, **analysis.as_dict(), "plots": drawn}))
+
+
+def _tried(checkpoints: list[Path]) -> list[dict[str, Any]]:
+    """The jumps that the journal of a run folder has; none for checkpoints that belong to no run of ours."""
+    from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
+    from next_core.sources.jumps import jump_places
+
+    journals = [place.parent / JOURNAL for place in jump_places(checkpoints[0])] if len(checkpoints) == 1 else []
+    return next((valid_jumps(read_journal(journal)) for journal in journals if journal.exists()), [])
 
 
 def show(analysis: Analysis, by: str, console: Console) -> None:

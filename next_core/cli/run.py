@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +22,7 @@ def run_command(
     """Load, run, show."""
     from next_core.config import load_config
     from next_core.errors import ConfigError
+    from next_core.quiet import quiet_libraries
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with what --overwrite would remove; leave one out")
@@ -37,7 +35,7 @@ def run_command(
 
         show_plan(plan_run(config, out), as_json=as_json)
         return
-    _quiet_libraries()
+    quiet_libraries()
     from next_core.cycle.run import run
 
     with Bars() as bars:
@@ -77,6 +75,10 @@ def show(result: RunResult, console: Console) -> None:
                 f"{verdict}: {jump['reason']}",
             )
         console.print(jumps)
+    if result.average is not None:
+        made = f"taken: {result.average['reason']}" if result.average["accepted"] else result.average["reason"]
+        was = _figure(result.accuracy.get("before_average"))
+        console.print(f"Mean at the end: {made} (before it {was} on the test prompts).")
     seconds = result.seconds
     parts = [
         f"RL {seconds['rl']:.1f}",
@@ -93,20 +95,3 @@ def show(result: RunResult, console: Console) -> None:
 
 def _figure(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _quiet_libraries() -> None:
-    """The trainers' libraries print bars and deprecations of their own between our lines."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    except ImportError:
-        pass  # a backend that does not use transformers

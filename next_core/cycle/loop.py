@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from next_core.cycle.average import mean_of_last, windows
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
@@ -36,8 +37,9 @@ class PredictExtendCycle:
 
     A callback tells it that a step ended (``after_step``); ``run`` does the same for trainers that are launched.
     ``strict`` turns a refused jump into a ``GuardError``; otherwise the worst case is a plain run. ``milestone`` is
-    called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made, and with
-    ``"curve"`` every ``measure_every`` steps, after what the cycle did there.
+    called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made, with
+    ``"before_average"`` at the end of a run that averages, and every ``measure_every`` steps with ``"curve"``, after
+    what the cycle did there.
     """
 
     def __init__(
@@ -135,13 +137,16 @@ class PredictExtendCycle:
             self._take_up()
         if self._pending is not None and step >= self._pending.step + (self.guards.recovery or 0):
             self._verify(self._pending, step)
-        if self.schedule.observes(step):
+        averages = step == self.total and self.schedule.average is not None
+        if self.schedule.observes(step) or averages:
             with self._timed("observe"):
                 self.backend.observe(step)
         if self._trend_probe(step):
             self._probe(step)
         if self.schedule.attempts(step, self.total) and self._made < self.schedule.limit and self._pending is None:
             self._jump(step)
+        if step == self.total and self.schedule.average is not None:
+            self._average(step, self.schedule.average)
         if self.milestone is not None and self._measures(step):
             self.milestone("curve", step)
 
@@ -201,6 +206,33 @@ class PredictExtendCycle:
             )
         return prediction
 
+    def _average(self, step: int, average: int) -> None:
+        """At the end: the mean of the last checkpoints over the window that validates best, if it is better."""
+        if self.milestone is not None:
+            self.milestone("before_average", step)
+        before, tried = self._probe(step, again=True, asked=True), dict[int, float | None]()
+        facts: dict[str, Any] = {"accuracy_before": before, "tried": tried}
+        best, reason = None, "there is nothing to measure accuracy with"
+        for window in windows(average, self.schedule.every) if before is not None else []:
+            try:
+                applied = self._go_to_mean(window)
+            except Exception as error:  # and nothing was changed
+                reason = _reason("mean", error)
+                break
+            tried[window] = self._probe(step, again=True, asked=True)
+            self.backend.rollback(applied, step)
+            reason = "no mean of the last checkpoints is better"
+        better = {window: accuracy for window, accuracy in tried.items() if accuracy is not None and before is not None}
+        if better and max(better.values()) > facts["accuracy_before"]:
+            best = max(better, key=lambda window: better[window])
+            self._go_to_mean(best)
+            reason = f"the mean of the last {best} steps"
+        self.journal.append("average", step, accepted=best is not None, reason=reason, **facts)
+
+    def _go_to_mean(self, window: int) -> Applied:
+        with self._timed("extend"):
+            return self.backend.extend(mean_of_last(self.backend.source(), window), 1.0)
+
     def _verify(self, pending: _Pending, step: int) -> None:
         """After the recovery window: keep the jump, or go back to the weights from before it."""
         self._pending = None
@@ -236,8 +268,8 @@ class PredictExtendCycle:
         then = self._probes.get(step - (self.guards.recovery or 0))
         return 0.0 if then is None else (before - then) / (self.guards.recovery or 1)
 
-    def _probe(self, step: int, again: bool = False) -> float | None:
-        if not self.guards.probe:
+    def _probe(self, step: int, again: bool = False, asked: bool = False) -> float | None:
+        if not self.guards.probe and not asked:
             return None
         if not again and step in self._probes:
             return self._probes[step]

@@ -29,7 +29,11 @@ CURVE = "curve"
 
 @dataclass
 class RunResult:
-    """What a run did. Accuracies are of the test prompts; ``before_jump`` and ``after_jump`` of the first jump made."""
+    """What a run did. Accuracies are of the test prompts; ``before_jump`` and ``after_jump`` of the first jump made.
+
+    ``average``: what came of the mean at the end, with ``before_average`` beside the accuracies; None where none was
+    asked for.
+    """
 
     steps: int
     seconds: dict[str, float]
@@ -40,6 +44,7 @@ class RunResult:
     resumed_from: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    average: dict[str, Any] | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     """With ``measure_every``: step, seconds of training so far (measuring left out), accuracies by split and kind."""
 
@@ -174,6 +179,7 @@ def _with_jumps(
         resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
         notes=list(backend.notes),
+        average=next((record for record in journal.counted() if record["event"] == "average"), None),
         curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
     )
 

@@ -24,6 +24,12 @@ class Schedule(BaseModel):
     jump_every: int | None = Field(None, ge=1, description="Steps between jumps; without it there is one jump")
     jumps: int | None = Field(None, ge=1, description="At most this many jumps; without it as many as fit")
     settle: int = Field(0, ge=0, description="Last steps of the run, without a jump")
+    average: int | None = Field(
+        None,
+        ge=1,
+        description="At the end, go to the mean of the checkpoints of the last so many steps, or of a half or a quarter of "
+        "them, if validation accuracy rises by it",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -33,6 +39,8 @@ class Schedule(BaseModel):
                 raise ValueError(
                     f"{name} ({value}) must be a multiple of every ({self.every}): a jump starts at a checkpoint"
                 )
+        if self.average is not None and self.average < 2 * self.every:
+            raise ValueError(f"average ({self.average}) must be at least two checkpoints, 2 x every ({2 * self.every})")
         if self.jump_every is None and (self.jumps or 1) > 1:
             raise ValueError(f"jumps: {self.jumps} needs jump_every, the steps between them")
         return self

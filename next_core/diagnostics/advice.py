@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from next_core.diagnostics.results import Analysis, Figure, Group, number
+from next_core.diagnostics.results import Analysis, Figure, Group, LearningRate, Null, number
 
 RANK_ONE = 0.9
 """From this share of the energy on, one singular triplet tells nearly all of a delta."""
+WORTH_TELLING = 2.0
+"""What looks too small by less than this cannot be told from what is right."""
 SLOW, FAST = 0.67, 1.5
 
 
@@ -16,6 +18,7 @@ def advice(analysis: Analysis) -> tuple[str, ...]:
     told = (
         _few(analysis),
         _direction(analysis.overall),
+        learning_rate_advice(analysis.learning_rate),
         _forward(analysis),
         _in_sample(analysis.overall),
         _rank(analysis.overall),
@@ -23,6 +26,20 @@ def advice(analysis: Analysis) -> tuple[str, ...]:
         _precision(analysis),
     )
     return tuple(sentence for sentence in told if sentence is not None)
+
+
+def learning_rate_advice(rate: LearningRate) -> str | None:
+    """How many times too small the learning rate looks, and why; None where it does not, or cannot be told."""
+    if rate.factor is None or rate.factor < WORTH_TELLING or rate.low is None or rate.high is None:
+        return None
+    assert rate.agreement is not None
+    agree = f"successive motions of {rate.span} steps agree by {number(rate.agreement)}{_walk(rate.null)}"
+    if rate.multiple is not None:
+        agree = f"auto multiplied its steps by {rate.multiple:.1f} (median), and with that {agree}"
+    elif rate.jumps:
+        agree = f"with its {rate.jumps} jump{'s' if rate.jumps > 1 else ''} in play, which come on top, {agree}"
+    times = f"{rate.factor:.2g} times too small ({rate.low:.2g} to {rate.high:.2g})"
+    return f"The learning rate looks about {times}: {agree}."
 
 
 def _few(analysis: Analysis) -> str | None:
@@ -97,7 +114,10 @@ def _precision(analysis: Analysis) -> str | None:
 
 
 def _null(figure: Figure, what: str = "") -> str:
-    if figure.null is None:
+    return _walk(figure.null, what)
+
+
+def _walk(null: Null | None, what: str = "") -> str:
+    if null is None:
         return ""
-    null = figure.null
     return f" (random walk{what} {number(null.mean)}, 95% {number(null.low)} to {number(null.high)})"

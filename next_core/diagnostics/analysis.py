@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics.advice import advice
-from next_core.diagnostics.figures import FEWEST_DRAWS, OUT_OF_SAMPLE, Raw, measure, median, quantile
+from next_core.diagnostics.figures import (
+    FEWEST_DRAWS,
+    OUT_OF_SAMPLE,
+    Agreements,
+    Raw,
+    measure,
+    measure_agreements,
+    median,
+    quantile,
+)
+from next_core.diagnostics.learning_rate import judge
 from next_core.diagnostics.nulls import Band, band
 from next_core.diagnostics.results import FIGURES, Analysis, Figure, Group, Null, Series
 from next_core.diagnostics.rounding import read_precision
@@ -37,7 +47,8 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         raise ConfigError(f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})")
     trajectory = read_trajectory(history)
     chosen = trajectory.grid.default_horizon() if horizon is None else horizon
-    raw = measure(history, trajectory, chosen, draws, seed)
+    agreements = measure_agreements(history, draws, seed)
+    raw = measure(history, trajectory, agreements, chosen, draws, seed)
     names = trajectory.names
     places = {name: index for index, name in enumerate(names)}
     layers: dict[int, list[int]] = {}
@@ -65,7 +76,8 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         },
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
-        missing=_missing(trajectory, raw, chosen),
+        missing=_missing(trajectory, raw, agreements, chosen),
+        learning_rate=judge(agreements, history.tried),
         notes=tuple(history.source.notes),
         precision=read_precision(history),
     )
@@ -128,7 +140,7 @@ def _nulls(name: str, bands: Band) -> list[Null | None]:
     return [Null(*one) if all(map(math.isfinite, one)) else None for one in each]
 
 
-def _missing(trajectory: Trajectory, raw: Raw, horizon: int | None) -> Mapping[str, str]:
+def _missing(trajectory: Trajectory, raw: Raw, agreements: Agreements | str, horizon: int | None) -> Mapping[str, str]:
     """Why a figure is not there for any matrix."""
     grid = trajectory.grid
     found: dict[str, str] = {}
@@ -137,6 +149,8 @@ def _missing(trajectory: Trajectory, raw: Raw, horizon: int | None) -> Mapping[s
             continue
         if not trajectory.names:
             found[name] = "no matrix moved over the last interval: did training change the weights?"
+        elif name == "agreement" and isinstance(agreements, str):
+            found[name] = agreements
         elif name in OUT_OF_SAMPLE:
             found[name] = _no_target(trajectory, horizon)
         elif name.startswith("energy_ratio"):

@@ -13,7 +13,7 @@ from next_core.diagnostics import linearity, motion
 from next_core.diagnostics.energy import energy_over_time
 from next_core.diagnostics.energy_nulls import energy_nulls
 from next_core.diagnostics.nulls import dimensions, isotropic_walks
-from next_core.diagnostics.trajectory import Grid, Trajectory, measured_steps
+from next_core.diagnostics.trajectory import Grid, Trajectory, measured_steps, read_motions
 from next_core.history import History
 
 CHUNK_BYTES = 32 * 2**20
@@ -43,12 +43,48 @@ class Raw:
     series_draws: dict[str, Tensor] = field(default_factory=dict)
 
 
-def measure(history: History, trajectory: Trajectory, horizon: int | None, draws: int, seed: int) -> Raw:
+@dataclass(frozen=True)
+class Agreements:
+    """lambda of successive motions of ``span`` RL steps at some moments, (M + 1, L), and of walks, (D, M + 1, L)."""
+
+    span: int
+    moments: tuple[int, ...]
+    values: Tensor
+    draws: Tensor
+
+
+def measure_agreements(history: History, draws: int, seed: int) -> Agreements | str:
+    """The agreement of successive motions and its null, or why it cannot be told. See ``Raw`` for the shapes."""
+    motions = read_motions(history)
+    if isinstance(motions, str):
+        return motions
+    lengths, rng = motions.lengths, np.random.default_rng(seed)
+    chunk = max(1, CHUNK_BYTES // (8 * lengths.numel() * lengths.shape[1]))
+    drawn = [
+        motions.agreements(_and_whole(isotropic_walks(lengths, motions.dimensions, min(chunk, draws - start), rng)))
+        for start in range(0, draws, chunk)
+    ]
+    values = motions.agreements(_and_whole(motions.grams))
+    return Agreements(motions.span, motions.moments, values, torch.cat(drawn))
+
+
+def measure(
+    history: History,
+    trajectory: Trajectory,
+    agreements: Agreements | str,
+    horizon: int | None,
+    draws: int,
+    seed: int,
+) -> Raw:
     """Everything: from Gram matrices where that is enough, from singular triplets for the rest."""
     raw = Raw()
     if trajectory.names:
         _gram_part(raw, history, trajectory, horizon, draws, seed)
         _energy_part(raw, history, seed)
+    if isinstance(agreements, Agreements):
+        raw.scalars["agreement"], raw.scalar_draws["agreement"] = median(agreements.values), median(agreements.draws)
+        raw.series["agreement"] = ("step", agreements.moments, agreements.values[:-1])
+        raw.series_draws["agreement"] = median(agreements.draws[:, :-1], 1)
     return raw
 
 

@@ -30,6 +30,7 @@ FIGURES: Mapping[str, Described] = {
     "pinned_skill": Described("skill, pinned", "out of sample; its slope from the newest point on"),
     "line_r2_out": Described("R2 out of sample", "fitted line against the mean of the targets"),
     "cosine_local": Described("cos local", "successive local deltas, median over time"),
+    "agreement": Described("agreement, lambda", "of two successive motions, median over time"),
     "cosine_u_global": Described("|cos u| global", "leading left vectors of successive global deltas"),
     "cosine_v_global": Described("|cos v| global", "leading right vectors of successive global deltas"),
     "cosine_u_local": Described("|cos u| local", "leading left vectors of successive local deltas"),
@@ -143,6 +144,44 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class LearningRate:
+    """How many times too small a run's learning rate looks: about ``factor``, between ``low`` and ``high``.
+
+    It follows from ``agreement``: lambda of successive motions of ``span`` RL steps, the median over matrices, and of
+    that the median over ``moments`` in time (``quartiles`` over time). 1: it does not look too small. Where ``auto``
+    was at work, its median ``multiple`` is in the factor. ``jumps``: how many were made, by whichever predictor.
+    ``reason`` says why nothing can be told.
+    """
+
+    agreement: float | None = None
+    quartiles: tuple[float, float] | None = None
+    null: Null | None = None
+    factor: float | None = None
+    low: float | None = None
+    high: float | None = None
+    span: int | None = None
+    moments: int = 0
+    multiple: float | None = None
+    jumps: int = 0
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "factor": self.factor,
+            "low": self.low,
+            "high": self.high,
+            "agreement": self.agreement,
+            "quartiles": None if self.quartiles is None else list(self.quartiles),
+            "null": None if self.null is None else vars(self.null),
+            "span": self.span,
+            "moments": self.moments,
+            "multiple": self.multiple,
+            "jumps": self.jumps,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The geometry of a run. ``whole`` takes all matrices as one vector; ``missing`` says why a figure is not there."""
 
@@ -160,6 +199,7 @@ class Analysis:
     frozen: Mapping[str, str]
     skipped: Mapping[str, str]
     missing: Mapping[str, str]
+    learning_rate: LearningRate = LearningRate()
     notes: Sequence[str] = ()
     precision: Precision | None = None
     advice: Sequence[str] = ()
@@ -184,6 +224,7 @@ class Analysis:
             "frozen": dict(self.frozen),
             "skipped": dict(self.skipped),
             "missing": dict(self.missing),
+            "learning_rate": self.learning_rate.as_dict(),
             "notes": list(self.notes),
             "precision": None if self.precision is None else self.precision.as_dict(),
             "advice": list(self.advice),

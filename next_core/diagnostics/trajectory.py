@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from next_core.agreement import agreement, comparable_span, motion_grams
 from next_core.errors import CheckpointError
 from next_core.history import History
 from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, Span
@@ -17,6 +18,8 @@ from next_core.lowrank import LowRank
 
 MOST_HORIZONS = 32
 """Lags and horizons looked at; of more distinct ones (uneven spacing, many checkpoints) an even choice is taken."""
+MOST_MOMENTS = 32
+"""Moments at which successive motions are compared; of more, an even choice is taken."""
 FEWEST_POINTS = 3
 """A line is fitted to at least this many points, the start among them, before it has to predict."""
 
@@ -92,6 +95,80 @@ class Trajectory:
     def lengths(self) -> Tensor:
         """The norm of each step, (M, N)."""
         return self.grams.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Motions:
+    """What the agreement of successive motions needs: inner products of the motions between neighbouring ``points``.
+
+    At each of ``moments`` two successive motions of ``span`` RL steps end. ``grams`` (M, N, N), fp64, are those of
+    the adapter's own factors, of which there are ``dimensions`` (M,) many entries, and of the matrices without LoRA.
+    """
+
+    span: int
+    moments: tuple[int, ...]
+    points: tuple[int, ...]
+    grams: Tensor
+    dimensions: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """The norm of each motion, (M, N)."""
+        return self.grams.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+
+    def agreements(self, grams: Tensor) -> Tensor:
+        """lambda at each moment, of motions whose Gram matrices are (..., N, N): (..., moments)."""
+        at = {point: index for index, point in enumerate(self.points)}
+        each = []
+        for moment in self.moments:
+            first, middle, last = (at[moment - back * self.span] for back in (2, 1, 0))
+            each.append(agreement(grams, slice(first, middle), slice(middle, last)))
+        return torch.stack(each, -1)
+
+
+def read_motions(history: History) -> Motions | str:
+    """The motions whose agreement can be told, or why there are none. Moments lie half a span apart or more."""
+    if not history.names:
+        return "no matrix moved over the last interval: did training change the weights?"
+    steps = measured_steps(history)
+    known = {*steps, origin(history)} if _start_is_known(history) else {*steps}
+    span = comparable_span(known, steps)
+    if span is None:
+        return f"no two successive motions of one length between {len(known)} points: {_listed(sorted(known))}"
+    moments: list[int] = []
+    for step in reversed(steps):
+        if known >= {step - span, step - 2 * span} and (not moments or 2 * (moments[-1] - step) >= span):
+            moments.append(step)
+    chosen = _some(moments[::-1], MOST_MOMENTS)
+    points = tuple(sorted({moment - back * span for moment in chosen for back in (0, 1, 2)}))
+    grams = motion_grams(history, points)
+    return Motions(
+        span,
+        chosen,
+        points,
+        torch.stack([grams[name] for name in history.names]),
+        torch.tensor([_entries(history, name) for name in history.names], dtype=torch.float64),
+    )
+
+
+def _start_is_known(history: History) -> bool:
+    """Whether where RL began can be compared with: of LoRA, only where the adapter's own step 0 was kept."""
+    try:
+        for name in history.names:
+            if history.ranks[name] is not None:
+                return history.source.factors(name, origin(history)) is not None
+    except CheckpointError:
+        return False
+    return True
+
+
+def _entries(history: History, name: str) -> int:
+    (m, n), rank = history.shapes[name], history.ranks[name]
+    return m * n if rank is None else rank * (m + n)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
 
 
 def apply_forms(grams: Tensor, forms: Sequence[Tensor]) -> Tensor:
@@ -191,8 +268,8 @@ def with_origin(source: CheckpointSource) -> CheckpointSource:
     return source
 
 
-def _some(values: list[int]) -> tuple[int, ...]:
-    if len(values) <= MOST_HORIZONS:
+def _some(values: list[int], most: int = MOST_HORIZONS) -> tuple[int, ...]:
+    if len(values) <= most:
         return tuple(values)
-    chosen = torch.linspace(0, len(values) - 1, MOST_HORIZONS).round().int().tolist()
+    chosen = torch.linspace(0, len(values) - 1, most).round().int().tolist()
     return tuple(values[index] for index in chosen)

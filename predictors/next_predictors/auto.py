@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from next_core.errors import CheckpointError
+from next_core.agreement import SPAN, agreement, comparable_span, motion_grams
 from next_core.history import MatrixHistory
-from next_core.interfaces import CoefficientUpdate, LoraFactors, PluginConfig
+from next_core.interfaces import CoefficientUpdate, PluginConfig
 from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
 
 HARDLY = 1.02
@@ -21,7 +21,7 @@ HARDLY = 1.02
 class AutoConfig(PluginConfig):
     """How the multiple of the observed motion is steered."""
 
-    span: int = Field(20, ge=1, description="RL steps that each of the two successive motions spans that are compared")
+    span: int = Field(SPAN, ge=1, description="RL steps of each of the two successive motions that are compared")
     every: int = Field(10, ge=1, description="RL steps between two comparisons")
     target: float = Field(0.2, ge=0, lt=1, description="Agreement of successive motions at which the multiple stays")
     gain: float = Field(1.5, gt=0, description="Growth of the multiple's logarithm per unit of agreement above it")
@@ -44,13 +44,17 @@ class AutoPredictor(PerMatrixPredictor):
 
     name = "auto"
     config_class = AutoConfig
-    schedule: ClassVar[Mapping[str, float]] = {
-        "observe": 20,
-        "every": 2,
-        "horizon": 2,
-        "alpha": 1.0,
-        "jump_every": 2,
-        "settle": 10,
+    made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+        "schedule": {
+            "observe": 20,
+            "every": 2,
+            "horizon": 2,
+            "alpha": 1.0,
+            "jump_every": 2,
+            "settle": 10,
+            "average": 80,
+        },
+        "guards": {"probe": False},  # a hundred jumps would be two hundred probes, and agreement falls before accuracy
     }
 
     def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
@@ -66,13 +70,13 @@ class AutoPredictor(PerMatrixPredictor):
         newest = self.history.newest
         multiple, measured = self._last()
         if newest - measured >= self.config.every:
-            agreement = self._agreement()
-            if isinstance(agreement, Abstain):
-                return agreement
-            change = self.config.gain * (agreement - self.config.target)
+            agreed = self._agreement()
+            if isinstance(agreed, Abstain):
+                return agreed
+            change = self.config.gain * (agreed - self.config.target)
             change = min(max(change, -self.config.limit), self.config.limit)
             multiple, measured = min(max(multiple * math.exp(change), 1.0), self.config.most), newest
-            self.diagnostics["agreement"] = agreement
+            self.diagnostics["agreement"] = agreed
         self.diagnostics |= {"multiple": multiple, "measured": measured}
         if multiple < HARDLY:
             return Abstain("successive motions agree too little to go further than training does")
@@ -93,10 +97,7 @@ class AutoPredictor(PerMatrixPredictor):
         return 1.0, -self.config.every
 
     def _span(self, steps: Sequence[int]) -> int | None:
-        """The longest span up to ``span`` that two successive motions have, or the shortest beyond it."""
-        newest, known = steps[-1], {0, *steps}
-        there = sorted(newest - step for step in known if step < newest and 2 * step - newest in known)
-        return next((span for span in reversed(there) if span <= self.config.span), there[0] if there else None)
+        return comparable_span({0, *steps}, steps[-1:], self.config.span)
 
     def _agreement(self) -> float | Abstain:
         """The median of lambda over the matrices, to three digits: jumps made later round checkpoints anew."""
@@ -104,28 +105,9 @@ class AutoPredictor(PerMatrixPredictor):
         span = self._span(history.steps)
         assert span is not None  # lacks() has seen to it
         newest, middle, first = history.newest, history.newest - span, history.newest - 2 * span
-        found = [value for name in history.names if (value := self._lambda(name, first, middle, newest)) is not None]
+        grams = motion_grams(history, (first, middle, newest)).values()
+        each = [float(agreement(gram, slice(0, 1), slice(1, 2))) for gram in grams]
+        found = [value for value in each if not math.isnan(value)]
         if not found:
             return Abstain(f"no matrix moved from step {first} to {middle}")
         return round(statistics.median(found), 3)
-
-    def _lambda(self, name: str, first: int, middle: int, newest: int) -> float | None:
-        """<P, D> / <P, P> of one matrix: in the factors themselves, which a jump moves alike, where they are there."""
-        factors = self._factors(name, (first, middle, newest))
-        if factors is None:
-            spans = ((middle, first if first in self.history.steps else None), (newest, middle))
-            square, product = self.history.inner_products(spans)[name][0].tolist()
-        else:
-            square = product = 0.0
-            for then, between, now in zip(*((at.A.double(), at.B.double()) for at in factors), strict=True):
-                square += float((between - then).square().sum())
-                product += float(((between - then) * (now - between)).sum())
-        return product / square if square > 0.0 else None
-
-    def _factors(self, name: str, steps: Sequence[int]) -> list[LoraFactors] | None:
-        source = self.history.source
-        try:
-            found = [source.factors(name, step) for step in steps]
-        except CheckpointError:  # step 0 was not kept
-            return None
-        return None if None in found else [factors for factors in found if factors is not None]

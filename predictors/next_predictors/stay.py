@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from next_core.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate, PluginConfig
 from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
+
+
+class StayConfig(PluginConfig):
+    """Settings of the control."""
+
+    jump: bool = Field(
+        False, description="Make jumps of length zero: what a jump costs by itself, such as a restart of the trainer"
+    )
 
 
 class StayPredictor(PerMatrixPredictor):
     """Predicts no motion, on purpose; the score of every other predictor is reported against it."""
 
     name = "stay"
+    config_class = StayConfig
 
     def prepare(self, horizon: int) -> Abstain | None:
-        return Abstain("stay: the control makes no jump")
+        return None if self.config.jump else Abstain("stay: the control makes no jump")
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
-        return Abstain("stay: the control makes no jump")
+        return CoefficientUpdate({matrix.steps[-1]: 0.0})

@@ -142,3 +142,17 @@ def test_the_console_script_has_the_command(cli: Callable[..., Outcome], lora_ru
 def test_an_unknown_table_is_refused(analyzed: Callable[..., tuple[str, str]]) -> None:
     with pytest.raises(ConfigError, match="--by is one of layer, kind, matrix"):
         analyzed(walks(2), by="colour")
+
+
+def test_the_jumps_of_a_run_folder_are_in_its_advice(
+    analyzed: Callable[..., tuple[str, str]], own_lora_run: LoraRun
+) -> None:
+    alone = json.loads(analyzed(own_lora_run.path, as_json=True)[0])["learning_rate"]
+    assert (alone["multiple"], alone["jumps"]) == (None, 0)
+    jump = {"event": "jump", "step": 20, "accepted": True, "diagnostics": {"multiple": 3.0, "measured": 20.0}}
+    (own_lora_run.path.parent / "journal.jsonl").write_text(json.dumps(jump) + "\n")
+    out, err = analyzed(own_lora_run.path, as_json=True)
+    found = json.loads(out)["learning_rate"]
+    assert (found["multiple"], found["jumps"]) == (3.0, 1)
+    assert found["factor"] == pytest.approx(3 * alone["factor"])
+    assert "auto multiplied its steps by 3.0" in err

@@ -39,7 +39,7 @@ def small(**changes: Any) -> dict[str, Any]:
     raw["training"]["data"] = raw["training"]["data"] | {"test": "arithmetic/validation.jsonl"}
     for key, value in changes.items():
         merge = key in ("training", "schedule", "guards")
-        raw[key] = raw[key] | value if merge else value
+        raw[key] = raw.get(key, {}) | value if merge else value
     return raw
 
 

@@ -70,7 +70,6 @@ class PredictExtendCallback(StepCallback):
         strict: bool = False,
         **schedule: Any,
     ) -> None:
-        self.guards: Guards = guards if isinstance(guards, Guards) else _validated(Guards, guards or {})
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})")
         if callable(predictor):
@@ -79,8 +78,12 @@ class PredictExtendCallback(StepCallback):
             fields = {"name": predictor} if isinstance(predictor, str) else dict(predictor)
             name = str(fields.pop("name", "secant"))
             self._make = lambda: make_predictor(name, **fields)
-        made_for = self._make().schedule  # a wrong name or field is an error now, not 50 steps later
-        self.schedule: Schedule = _validated(Schedule, {**made_for, **schedule})
+        made_for = self._make().made_for  # a wrong name or field is an error now, not 50 steps later
+        self.schedule: Schedule = _validated(Schedule, {**made_for.get("schedule", {}), **schedule})
+        given = {} if guards is None else guards
+        self.guards: Guards = (
+            given if isinstance(given, Guards) else _validated(Guards, {**made_for.get("guards", {}), **given})
+        )
         self.guards.check(self.schedule)
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = Path(folder) if folder is not None else None

@@ -243,6 +243,36 @@ def backtest(
 
 
 @app.command(epilog=EXIT_CODES)
+def compare(
+    config: Annotated[Path, typer.Argument(help="The comparison's YAML file; see docs/compare.md")],
+    out: Annotated[Path, typer.Option(help="The comparison's folder; the same command goes on in it")] = Path(
+        "runs/compare"
+    ),
+    workers: Annotated[int, typer.Option(help="Races at a time, each in a process of its own")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the races in --out, and begin anew")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep every race's checkpoints, not its figures alone")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config and list the races; train nothing")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Race predictors against plain RL and its controls at equal budget, on a real trainer, the seeds paired."""
+    from next_core.cli.compare import compare_command
+
+    compare_command(
+        config,
+        out,
+        workers=workers,
+        overwrite=overwrite,
+        keep_checkpoints=keep_checkpoints,
+        dry_run=dry_run,
+        as_json=json,
+    )
+
+
+@app.command(epilog=EXIT_CODES)
 def plan(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file; or name recorded --checkpoints")] = None,
     checkpoints: Annotated[
@@ -282,6 +312,36 @@ def plan(
         applier=applier,
         fields=set_ or [],
         applier_fields=set_applier or [],
+        as_json=json,
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, of a comparison, or of the TRL callback")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report/index.html in the folder")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write every picture into this folder, PNG and SVG")] = None,
+    geometry: Annotated[
+        bool, typer.Option("--geometry/--no-geometry", help="Measure the checkpoints of a run, or leave it out")
+    ] = True,
+    predictor: Annotated[str, typer.Option(help="Whose skill is shown by layer")] = "secant",
+    backbone: Backbone = None,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    json: Json = False,
+) -> None:
+    """Write one HTML page about a run or a comparison (extra `report`)."""
+    from next_core.cli.report import report_command
+
+    report_command(
+        folder,
+        out=out,
+        figures=figures,
+        geometry=geometry,
+        predictor=predictor,
+        backbone=backbone,
+        cache=cache,
+        no_cache=no_cache,
         as_json=json,
     )
 

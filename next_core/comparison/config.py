@@ -1,0 +1,216 @@
+"""The config of a comparison: one run, and the arms that differ from it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from next_core.config import Frozen, RunConfig, load_yaml, make_config
+from next_core.errors import ConfigError
+from next_core.plugins import explain, registry
+
+Role = Literal["plain", "control", "arm"]
+Values = Mapping[str, Any]
+"""Fields of a run config by their dotted keys: ``{"schedule.alpha": 2.0}``."""
+
+PLAIN, LONGER, TUNED, NO_JUMP, RANDOM = "plain", "longer", "tuned", "no jump", "random direction"
+OURS = ("steps", "seed", "control", "measure_every")
+"""Keys of a run that the comparison sets."""
+PLUGINS = ("predictor", "backend", "compressor", "reward")
+
+
+class CompareConfig(Frozen):
+    """What ``next-core compare`` runs. Paths are relative to the file that names them."""
+
+    base: Path | None = Field(None, description="A run's config file, which `run` changes")
+    run: dict[str, Any] = Field(default_factory=dict, description="Keys of the run config that all arms have")
+    steps: int = Field(ge=1, description="RL steps of every arm")
+    longer: int | None = Field(None, ge=1, description="RL steps of the longer plain run; without it there is none")
+    seeds: list[int] = Field(description="A number of seeds, or a list of them; every arm runs with each")
+    metric: Literal["sampled", "greedy"] = Field("sampled", description="The accuracy that decides")
+    measure_every: int = Field(25, ge=1, description="Steps between the points of a curve")
+    tuned: dict[str, list[Any]] = Field(
+        default_factory=dict,
+        description="Values that the tuned plain run chooses among, e.g. training.learning_rate: [3e-4, 1e-3]",
+    )
+    controls: list[Literal["no jump", "random direction"]] = Field(
+        ["no jump", "random direction"], description="Jumps of length zero, and of random direction, as `run` schedules"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="By name what differs from `run`; `choose` maps keys to the values that validation chooses among",
+    )
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _so_many(cls, value: Any) -> Any:
+        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError("seeds: at least one, each once, none below 0")
+        if self.longer is not None and self.longer <= self.steps:
+            raise ValueError(f"longer ({self.longer}) must be more than steps ({self.steps})")
+        taken = {PLAIN, LONGER, TUNED, *self.controls} & set(self.arms)
+        if taken:
+            raise ValueError(f"arms: {', '.join(sorted(taken))} is the name of a control; choose another")
+        for name in self.arms:
+            if not name.strip() or name.startswith(".") or "/" in name or "\\" in name or len(name) > 80:
+                raise ValueError(f"arms: {name!r} cannot name a folder; use letters, digits, spaces, - and _")
+        for block, where in [(self.run, "run"), *((arm, f"arms.{name}") for name, arm in self.arms.items())]:
+            for key in OURS:
+                if key in block:
+                    raise ValueError(f"{where}.{key}: this is set for all arms; see the keys of a comparison")
+        return self
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run config of an arm, before its seed; ``values`` is what tells it from the arm's other variants."""
+
+    values: Values
+    config: RunConfig
+
+    def seeded(self, seed: int) -> RunConfig:
+        """The run of one seed."""
+        return self.config.model_copy(update={"seed": seed})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One competitor: its variants, among which the validation prompts choose."""
+
+    name: str
+    role: Role
+    variants: tuple[Variant, ...] = field(repr=False)
+
+
+def load_comparison(path: str | Path) -> tuple[CompareConfig, list[Arm]]:
+    """Read a comparison's file and everything it names. Raises ``ConfigError`` and ``PluginError`` as a run does."""
+    file = Path(path)
+    raw = load_yaml(file, "see docs/compare.md")
+    try:
+        config = CompareConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(file), CompareConfig)) from None
+    shared: dict[str, Any] = {}
+    for folder in _folders(config, file):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))  # a reward that a config names may lie beside it
+    if config.base is not None:
+        base = (file.parent / config.base).resolve()
+        shared = _absolute(load_yaml(base, "see `next-core schema`"), base.parent)
+    shared = {key: value for key, value in shared.items() if key not in OURS}
+    shared = _merged(shared, _absolute(config.run, file.parent.resolve()))
+    return config, list(_arms(config, shared, file))
+
+
+def _folders(config: CompareConfig, file: Path) -> list[Path]:
+    folders = [file.resolve().parent]
+    return folders if config.base is None else [*folders, (file.parent / config.base).resolve().parent]
+
+
+def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Iterator[Arm]:
+    steps = {"steps": config.steps, "measure_every": config.measure_every}
+    common = {**shared, **steps}
+    stay = {"predictor": "stay"}
+
+    def arm(name: str, role: Role, raw: Mapping[str, Any], choose: Mapping[str, list[Any]]) -> Arm:
+        variants = []
+        for values in _products(choose, f"{file}: {name}"):
+            filled = dict(raw)
+            for key, value in values.items():
+                filled = _with(filled, key, value)
+            variants.append(Variant(values, make_config(filled, where=f"{file}: {name}")))
+        data = variants[0].config.training.data
+        if len(variants) > 1 and (data.validation is None or data.validation == data.test):
+            raise ConfigError(
+                f"{file}: {name}: values are chosen on training.data.validation, which must be there and differ from "
+                "the test prompts"
+            )
+        return Arm(name, role, tuple(variants))
+
+    yield arm(PLAIN, "plain", {**common, **stay}, {})
+    if config.longer is not None:
+        yield arm(LONGER, "plain", {**common, **stay, "steps": config.longer}, {})
+    if config.tuned:
+        yield arm(TUNED, "control", {**common, **stay}, config.tuned)
+    if NO_JUMP in config.controls:
+        yield arm(NO_JUMP, "control", {**common, "predictor": {"name": "stay", "jump": True}}, {})
+    if RANDOM in config.controls:
+        yield arm(RANDOM, "control", {**common, "predictor": "random"}, {})
+    for name, changes in config.arms.items():
+        own = _absolute({key: value for key, value in changes.items() if key != "choose"}, file.parent.resolve())
+        choose = changes.get("choose", {})
+        if not isinstance(choose, dict) or not all(isinstance(v, list) and v for v in choose.values()):
+            raise ConfigError(f"{file}: arms.{name}.choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
+        yield arm(name, "arm", _of_arm(common, own), choose)
+
+
+def _of_arm(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's keys over the common ones; a predictor that is made for a schedule does not take the common one."""
+    if "predictor" in own:
+        chosen = own["predictor"]
+        name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+        common = {key: value for key, value in common.items() if key != "predictor"}
+        known = isinstance(name, str) and name in registry().names("predictor")
+        made_for = registry().get("predictor", str(name)).made_for if known else {}
+        common = {key: value for key, value in common.items() if key not in made_for}
+    return _merged(common, own)
+
+
+def _products(choose: Mapping[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
+    for key, values in choose.items():
+        if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
+            raise ConfigError(f"{where}: {key} needs a list of different values to choose among")
+    for chosen in itertools.product(*choose.values()):
+        yield dict(zip(choose, chosen, strict=True))
+
+
+def _with(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    if head in OURS:
+        raise ConfigError(f"{key} is set for all arms; it cannot be chosen")
+    if not rest:
+        return {**raw, head: value}
+    block = raw.get(head, {})
+    block = {"name": block} if isinstance(block, str) else block
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{key}: '{head}' is no block of keys")
+    return {**raw, head: _with_inner(block, rest, value)}
+
+
+def _with_inner(block: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    inner = block.get(head, {})
+    return {**block, head: _with_inner(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, block by block; a plug-in's block is replaced as a whole."""
+    found = dict(below)
+    for key, value in above.items():
+        old = found.get(key)
+        blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in PLUGINS
+        found[key] = _merged(old or {}, value) if blocks else value
+    return found
+
+
+def _absolute(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths made absolute, so that blocks of several files can be merged. What has no such shape is refused later."""
+    if not isinstance(raw.get("training"), Mapping):
+        return dict(raw)
+    training: dict[str, Any] = dict(raw["training"])
+    if isinstance(training.get("model"), str):
+        training["model"] = str((folder / training["model"]).resolve())
+    data = training.get("data")
+    if isinstance(data, Mapping):
+        training["data"] = {k: str((folder / v).resolve()) if isinstance(v, str) else v for k, v in data.items()}
+    return {**raw, "training": training}

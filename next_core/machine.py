@@ -1,0 +1,38 @@
+"""What a figure was measured on: the versions of the packages that matter, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("next-core", "torch", "transformers", "trl", "peft", "safetensors", "numpy", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """By package, those that are installed; and Python's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """Processor, cores, and the accelerators that torch sees."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = f", {count} x {torch.cuda.get_device_name(0)}" if count else ""
+    return f"{os.cpu_count()} CPU cores ({_processor()}){gpus}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - not a file of ours
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

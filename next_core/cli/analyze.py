@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from next_core.cli.console import make_console
 from next_core.cli.options import Run, report
 from next_core.cli.progress import Bars
 
@@ -26,8 +25,6 @@ COLUMNS = {
     "speed_ratio": "speed",
 }
 """What the table of layers, kinds or matrices shows, and how it is headed; the other figures are in the JSON."""
-WIDE = 130
-"""Columns of the tables where there is no terminal to ask."""
 WORDS_FROM = 126
 """A narrower table has no words beside the figures."""
 MARKS = {"above": "↑", "below": "↓", None: ""}
@@ -59,9 +56,7 @@ def analyze_command(
         from next_core.drawing import check_drawing
 
         check_drawing(plots)  # before the work, not after it
-    stream = sys.stderr if as_json else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
-    console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
+    console = make_console(as_json=as_json)
     source = run.source()
     facts = report(run, source, console)
     full = all(parameter.rank is not None for parameter in source.parameters) if spectrum is None else spectrum

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from next_core.cli.console import make_console
 from next_core.cli.options import Run, report
 from next_core.cli.progress import Bars
 
 if TYPE_CHECKING:
     from next_core.diagnostics.backtest_results import Backtest, Judged
 
-WIDE = 130
-"""Columns of the table where there is no terminal to ask."""
 MOST_FAILURES = 8
 COLUMNS = ("skill", "95%", "", "null", "null's 95%", "error", "cosine", "norm", "lambda*", "damped", "acted", "s")
 
@@ -38,9 +35,7 @@ def backtest_command(
     from next_core.storage import json_text
 
     chosen = parse_predictors(predictors, fields or [])
-    stream = sys.stderr if as_json else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
-    console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
+    console = make_console(as_json=as_json)
     source = run.source()
     facts = report(run, source, console)
     with Bars() as bars:

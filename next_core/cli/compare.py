@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from next_core.cli.console import make_console
 from next_core.cli.progress import Bars
 from next_core.storage import json_text
 
@@ -39,7 +40,7 @@ def compare_command(
         raise ConfigError(f"--workers must be at least 1 (got {workers})")
     config, arms = load_comparison(path)
     check_folder(out, config, overwrite)
-    console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
+    console = make_console(as_json=as_json)
     plan = make_plan(config, arms)
     _show_plan(plan, config, arms, out, console)
     if dry_run:
@@ -124,4 +125,4 @@ def _interval(figure: dict[str, Any] | None, form: str) -> str:
     if figure is None:
         return NOTHING
     mean = format(figure["mean"], form)
-    return mean if figure["low"] is None else f"{mean} ({figure['low']:{form}} to {figure['high']:{form}})"
+    return mean if figure["low"] is None else f"{mean} ±{figure['mean'] - figure['low']:.3f}"

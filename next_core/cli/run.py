@@ -88,6 +88,8 @@ def show(result: RunResult, console: Console) -> None:
     if result.control is not None:
         parts.append(f"the plain run {result.control['seconds']:.1f}")
     console.print(f"Seconds: {', '.join(parts)}, in all {seconds['total']:.1f}.")
+    if result.advice is not None:
+        console.print(f"Advice: {result.advice}")
     for note in result.notes:
         console.print(f"Note: {note}.")
     console.print(f"Folder: {result.folder}")

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -18,7 +19,7 @@ from next_core.comparison.races import Plan, Race, Trunk, make_plan
 from next_core.comparison.results import Comparison, collect
 from next_core.config import RunConfig, dump_yaml
 from next_core.cycle.journal import JOURNAL, read_journal
-from next_core.cycle.run import CONFIG, CURVE, ERROR_LOG, RESULT, run
+from next_core.cycle.run import CONFIG, CURVE, ERROR_LOG, RESULT, RUNNING, run
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Progress
 from next_core.plugins import describe
@@ -75,6 +76,8 @@ def compare(
                 f"{len(failed)} of {len(plan.races)} races failed; the same command goes on with what is missing.\n"
                 + "\n".join(f"{title}: {reason}" for title, reason in failed.items())
             )
+    for race in plan.races:
+        _prune(out / race.folder, keep_checkpoints)
     if not keep_checkpoints and (out / "trunks").exists():
         remove_directory(out / "trunks")
     found = collect(config, arms, {race.folder: _result(out / race.folder) for race in plan.races}, plan)
@@ -115,7 +118,7 @@ def _execute(
 
     trunks = [trunk for trunk in plan.trunks if any(race.folder in lacking for race in _all(trunk))]
     alone = [race for race in plan.alone if race.folder in lacking]
-    with _pool(workers) as pool:
+    with _pool(workers) as (pool, told_by_races):
         waiting: dict[Future[None], Trunk | Race] = {}
         for trunk in trunks:
             wanted = {race.begins for race in trunk.races if race.folder in lacking}
@@ -124,7 +127,9 @@ def _execute(
         for race in alone:
             waiting[pool.submit(run_race, race, out, None, keep)] = race
         while waiting:
-            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            while progress is not None and not told_by_races.empty():
+                progress(*told_by_races.get())
             for future in ended:
                 what, error = waiting.pop(future), future.exception()
                 if isinstance(error, KeyboardInterrupt):
@@ -147,12 +152,13 @@ def _all(trunk: Trunk) -> Iterable[Race]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes: a forked trainer would inherit threads, and the state of every random generator."""
+def _pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Fresh processes, and the queue of what they tell: a forked one would inherit threads and random states."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (workers, list(sys.path))) as pool:
+    told = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, _begin_worker, (workers, list(sys.path), told)) as pool:
         try:
-            yield pool
+            yield pool, told
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
@@ -160,7 +166,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _begin_worker(workers: int, path: list[str]) -> None:
+_told: Any = None
+"""In a worker: where its races tell of their steps."""
+
+
+def _begin_worker(workers: int, path: list[str], told: Any) -> None:
+    global _told
+    _told = told
     import torch
 
     from next_core.quiet import quiet_libraries
@@ -171,12 +183,25 @@ def _begin_worker(workers: int, path: list[str]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+def _tell(title: str) -> Progress:
+    """Every race as one bar, which moves at most once a second."""
+    last = 0.0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if _told is not None and (done in (0, total) or time.monotonic() - last > 1) and what == RUNNING:
+            last = time.monotonic()
+            _told.put((title, done, total))
+
+    return progress
+
+
 def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool) -> None:
     """Run a trunk as far as it is needed, leaving a copy of the run at each step where a race branches off.
 
     A trunk that was interrupted goes on from its newest copy.
     """
-    place = out / trunk.folder
+    place, progress = out / trunk.folder, _tell(f"what several share, seed {trunk.config.seed}")
     last = trunk.stops[-1] if whole else max(wanted)
     for stop in (stop for stop in trunk.stops if stop <= last):
         if _branch(place, stop).exists():
@@ -187,9 +212,9 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
         remove_directory(running) if running.exists() else None
         if before:
             _copy(_branch(place, before[-1]), running, config, before[-1])
-            run(config, running, resume=True)
+            run(config, running, resume=True, progress=progress)
         else:
-            run(config, running)
+            run(config, running, progress=progress)
         running.rename(_branch(place, stop))
     if whole and trunk.plain is not None:
         target = out / trunk.plain.folder
@@ -202,26 +227,26 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
 
 def run_race(race: Race, out: Path, trunk: str | None, keep: bool) -> None:
     """One race, from its trunk's copy if it has one. What an interrupted call left is taken up where that can be."""
-    folder = out / race.folder
+    folder, progress = out / race.folder, _tell(race.title)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if _resumed(race.config, folder):
+    if _resumed(race.config, folder, progress):
         _prune(folder, keep)
         return
     if trunk is None:
-        run(race.config, folder, overwrite=folder.exists())
+        run(race.config, folder, overwrite=folder.exists(), progress=progress)
     else:
         remove_directory(folder) if folder.exists() else None
         _copy(_branch(out / trunk, race.begins), folder, race.config, race.begins)
-        run(race.config, folder, resume=True)
+        run(race.config, folder, resume=True, progress=progress)
     _prune(folder, keep)
 
 
-def _resumed(config: RunConfig, folder: Path) -> bool:
+def _resumed(config: RunConfig, folder: Path, progress: Progress) -> bool:
     """Go on with a race that was interrupted, where it has a complete checkpoint of the trainer."""
     if config.save_every is None or not (folder / CONFIG).exists():
         return False
     try:
-        run(config, folder, resume=True)
+        run(config, folder, resume=True, progress=progress)
     except (CheckpointError, ConfigError):
         return False
     return True
@@ -245,6 +270,7 @@ def _copy(source: Path, target: Path, config: RunConfig, step: int) -> None:
 
 
 def _holds(record: dict[str, Any], step: int) -> bool:
+    """Whether a record of a trunk is the race's too: what was measured so far, and when."""
     if record["event"] == "accuracy":
         return bool(record["milestone"] == "start")
     return record["event"] in ("start", CURVE) and record["step"] <= step

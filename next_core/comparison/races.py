@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from next_core.comparison.config import LONGER, PLAIN, Arm, CompareConfig, Values
 from next_core.config import Choice, RunConfig
@@ -15,7 +15,10 @@ from next_core.plugins import registry
 
 @dataclass(frozen=True)
 class Race:
-    """One run. ``folder`` is relative to the comparison's; ``begins`` is the step up to which a trunk serves it."""
+    """One run. ``folder`` is relative to the comparison's.
+
+    ``begins`` is the step up to which a trunk serves it: the one before its first checkpoint that may see a jump.
+    """
 
     arm: str
     variant: int
@@ -120,9 +123,12 @@ def _races(arms: Sequence[Arm], seed: int) -> list[Race]:
 
 
 def _shares_with(config: RunConfig) -> str | None:
-    """Equal for runs that are the same until one of them jumps; None for one that shares with nobody."""
-    backend = registry().get("backend", config.backend.name)
-    if not backend.exact_resume or config.training.lr_scheduler != "constant":
+    """Equal for runs that are the same until one of them jumps; None for one that shares with nobody.
+
+    A trainer with arguments of its own may reuse roll-outs over several steps, and then resumes at some of them only.
+    """
+    exact = registry().get("backend", config.backend.name).exact_resume and not config.backend.fields
+    if not exact or config.training.lr_scheduler != "constant" or config.schedule.observe < 2:
         return None
     same = {"training", "backend", "measure_every"}
     return json.dumps([config.model_dump(mode="json", include=same), config.schedule.every], sort_keys=True)
@@ -130,8 +136,7 @@ def _shares_with(config: RunConfig) -> str | None:
 
 def _trunk(seed: int, number: int, plain: Race | None, others: tuple[Race, ...]) -> Trunk:
     races = tuple(
-        Race(race.arm, race.variant, race.values, _resumable(race.config), race.folder, race.config.schedule.observe)
-        for race in others
+        replace(race, config=_resumable(race.config), begins=race.config.schedule.observe - 1) for race in others
     )
     stops = {race.begins for race in races} | ({plain.config.steps} if plain is not None else set())
     model = others[0].config

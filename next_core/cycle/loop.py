@@ -13,6 +13,7 @@ from next_core.cycle.average import mean_of_last, windows
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
+from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import CheckpointError, GuardError, NextCoreError
 from next_core.executor import Executor
 from next_core.history import History
@@ -73,6 +74,7 @@ class PredictExtendCycle:
         self._from, self._resuming = 0, False
         self._made = 0
         self._first_done = False
+        self.advice: str | None = None
 
     def run(self, on_step: Callable[[int], None] = lambda step: None) -> None:
         """Train to the end, jumping on the way; ``on_step`` is told of every step that is known to have ended."""
@@ -145,8 +147,10 @@ class PredictExtendCycle:
             self._probe(step)
         if self.schedule.attempts(step, self.total) and self._made < self.schedule.limit and self._pending is None:
             self._jump(step)
-        if step == self.total and self.schedule.average is not None:
-            self._average(step, self.schedule.average)
+        if step == self.total:
+            self._advise(step)
+            if self.schedule.average is not None:
+                self._average(step, self.schedule.average)
         if self.milestone is not None and self._measures(step):
             self.milestone("curve", step)
 
@@ -205,6 +209,19 @@ class PredictExtendCycle:
                 f"max_norm_ratio is {bound:g}"
             )
         return prediction
+
+    def _advise(self, step: int) -> None:
+        """At the end, what the run's own motion says of its learning rate; whole matrices would take long to read."""
+        try:
+            source = self.backend.source()
+            if any(parameter.rank is None for parameter in source.parameters):
+                return
+            self.advice = run_advice(History(source), self.journal.jumps())
+        except Exception as error:  # the run itself is none the worse
+            self.journal.append("advice", step, problem=describe(error))
+            return
+        if self.advice is not None:
+            self.journal.append("advice", step, text=self.advice)
 
     def _average(self, step: int, average: int) -> None:
         """At the end: the mean of the last checkpoints over the window that validates best, if it is better."""

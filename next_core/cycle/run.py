@@ -23,6 +23,8 @@ from next_core.storage import fresh_directory, json_text, write_text
 CONFIG = "config.yaml"
 RESULT = "result.json"
 ERROR_LOG = "error.log"
+RUNNING = "RL with jumps"
+"""What a run's progress is called."""
 CURVE = "curve"
 """Event of a journal record with accuracies along the run, and the milestone that asks for them."""
 
@@ -45,6 +47,7 @@ class RunResult:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     average: dict[str, Any] | None = None
+    advice: str | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     """With ``measure_every``: step, seconds of training so far (measuring left out), accuracies by split and kind."""
 
@@ -156,7 +159,7 @@ def _with_jumps(
             measure(CURVE, 0)
     clock.start()
     with _trainer_errors(out):
-        cycle.run(on_step=lambda step: _tell(progress, "RL with jumps", step, config.steps))
+        cycle.run(on_step=lambda step: _tell(progress, RUNNING, step, config.steps))
     training = clock.stop()
     if config.measure_every is not None and config.steps % config.measure_every:
         measure(CURVE, config.steps)
@@ -180,6 +183,7 @@ def _with_jumps(
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
         notes=list(backend.notes),
         average=next((record for record in journal.counted() if record["event"] == "average"), None),
+        advice=cycle.advice,
         curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
     )
 

@@ -27,8 +27,8 @@ class Schedule(BaseModel):
     average: int | None = Field(
         None,
         ge=1,
-        description="At the end, go to the mean of the checkpoints of the last so many steps, or of a half or a quarter of "
-        "them, if validation accuracy rises by it",
+        description="At the end, go to the mean of the checkpoints of the last so many steps, or of a half or a "
+        "quarter of them, if validation accuracy rises by it",
     )
 
     @model_validator(mode="after")

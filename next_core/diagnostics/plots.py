@@ -3,70 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_core.diagnostics.results import Analysis, Group, Series
-from next_core.errors import ConfigError, PluginError
-from next_core.storage import atomic_file
+from next_core.diagnostics.results import Analysis, Series
+from next_core.drawing import BLUE, GREY, RED, WIDTH, Drawing, check_drawing, draw, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Picture
 
-# Okabe and Ito's colours, which the colour-blind tell apart; nulls are grey.
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "next-core",
-    "svg.fonttype": "none",
-}
-FORMATS = ("png", "svg")
 LOWEST_SKILL = -2.0
 KIND_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WALK = "random walk, mean and 95%"
+NO_LAYERS = "no names such as model.layers.12.self_attn.q_proj.weight, which tell layers"
+MOST_NUMBERED = 14
+"""Of more layers a map shows colours alone."""
 
 
-def check_plots(folder: Path) -> None:
-    """Raise what ``write_plots`` would: ``PluginError`` without matplotlib, ``ConfigError`` if ``folder`` is a file."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise PluginError(f"plots need matplotlib ({error}); pip install next-core[report]") from error
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder for the plots")
+def draw_analysis(analysis: Analysis) -> dict[str, Drawing | str]:
+    """Each picture, or why it was not drawn. Raises ``PluginError`` without matplotlib."""
+    check_drawing()
+    return {name: draw(name, size, paint, analysis) for name, (size, paint) in PICTURES.items()}
 
 
 def write_plots(analysis: Analysis, folder: Path) -> dict[str, str]:
     """Write each picture as PNG and SVG into ``folder`` (made if need be), each file whole or not at all.
 
-    Returns per picture its PNG's path, or why it was not drawn. Raises as ``check_plots``.
+    Returns per picture its PNG's path, or why it was not drawn. Raises as ``check_drawing``.
     """
-    check_plots(folder)
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Picture
-
+    check_drawing(folder)
+    drawn = draw_analysis(analysis)
     folder.mkdir(parents=True, exist_ok=True)
-    told: dict[str, str] = {}
-    with mpl.rc_context(STYLE):
-        for name, (size, draw) in PICTURES.items():
-            picture = Picture(figsize=size, layout="constrained")
-            reason = draw(picture, analysis)
-            if reason is not None:
-                told[name] = f"not drawn: {reason}"
-                continue
-            for kind in FORMATS:
-                metadata = {"Date": None} if kind == "svg" else {}
-                with atomic_file(folder / f"{name}.{kind}") as scratch:
-                    picture.savefig(scratch, format=kind, dpi=160, metadata=metadata)
-            told[name] = str(folder / f"{name}.png")
-    return told
+    return {
+        name: f"not drawn: {one}" if isinstance(one, str) else str(one.write(folder)) for name, one in drawn.items()
+    }
 
 
 def _energy(picture: Picture, analysis: Analysis) -> str | None:
@@ -74,24 +47,25 @@ def _energy(picture: Picture, analysis: Analysis) -> str | None:
     panels = [
         (figure, words)
         for figure, words in (
-            ("squared_energy_ratio", r"$\sigma_1^2\,/\,\sum\sigma^2$, share of the energy"),
-            ("energy_ratio", r"$\sigma_1\,/\,\sum\sigma$, not squared (NExt)"),
+            ("squared_energy_ratio", "σ₁² / Σσ², share of the energy"),
+            ("energy_ratio", "σ₁ / Σσ, not squared (NExt)"),
         )
         if _known(series.get(f"{figure}_global"))
     ]
     if not panels:
         return "no energy ratios"
-    axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    picture.set_size_inches(WIDTH, 0.6 + 2.6 * len(panels))
+    axes = picture.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (figure, words) in zip(axes, panels, strict=True):
-        for kind, colour, label in (
+        for kind, colour, meaning in (
             ("global", BLUE, "global: since the start"),
             ("local", RED, "local: each interval"),
         ):
             _null(axis, series[f"{figure}_{kind}"], colour)
-            _line(axis, series[f"{figure}_{kind}"], colour, label)
-        axis.set(title=words, xlabel="RL step", ylim=(0, 1), xlim=(0, None))
-    axes[0].set_ylabel("first singular triplet's share")
-    axes[0].legend(*_with_null(axes[0]), loc="upper left", fontsize=8.5)
+            _line(axis, series[f"{figure}_{kind}"], colour, meaning)
+        axis.set(title=words, ylim=(0, 1), xlim=(0, None))
+    axes[-1].set_xlabel("RL step")
+    _legend_below(picture, axes[0])
     _say(picture, analysis)
     return None
 
@@ -102,9 +76,9 @@ def _skill(picture: Picture, analysis: Analysis) -> str | None:
         return analysis.missing.get("line_skill", "no out-of-sample figures")
     axis = picture.subplots()
     drawn = (("pinned_skill", BLUE, "slope put at the newest point"), ("line_skill", RED, "fitted line"))
-    for name, colour, label in drawn:
+    for name, colour, words in drawn:
         _null(axis, series[name], colour)
-        _line(axis, series[name], colour, label)
+        _line(axis, series[name], colour, words)
     values = [x for name, *_ in drawn for x in (*series[name].value, *series[name].low) if x is not None]
     values += [one.low for name, *_ in drawn for one in series[name].null or () if one is not None]
     axis.axhline(0, color="black", linewidth=0.8)
@@ -114,7 +88,7 @@ def _skill(picture: Picture, analysis: Analysis) -> str | None:
     axis.text(1.005, 0, "staying put", transform=place, va="center", fontsize=8.5)
     cut = f"; cut at {LOWEST_SKILL:g}" if lowest == LOWEST_SKILL else ""
     axis.set_title(f"Out of sample: fit up to t, predict t + horizon{cut}")
-    axis.legend(*_with_null(axis), loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5)
+    _legend_below(picture, axis)
     _say(picture, analysis)
     return None
 
@@ -147,42 +121,60 @@ def _displacement(picture: Picture, analysis: Analysis) -> str | None:
 
 
 def _map(picture: Picture, analysis: Analysis) -> str | None:
+    panels = []
+    for figure, words in (
+        ("squared_energy_ratio_global", "σ₁² / Σσ² of the newest global delta"),
+        ("cosine_local", "cosine of successive local deltas"),
+    ):
+        if figure in analysis.missing:
+            continue
+        null = analysis.overall.figures[figure].null
+        values = {name: group.value(figure) for name, group in analysis.matrices.items()}
+        walk = "" if null is None else f" (random walk: {round(null.mean, 2) + 0.0:.2f})"
+        panels.append(Panel(words + walk, values))
+    return draw_layers(picture, analysis, panels) if panels else "neither energy ratios nor cosines"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One map of ``draw_layers``: a value for each matrix by name, None where there is none.
+
+    ``between`` are the ends of the colours; None takes them from the values.
+    """
+
+    title: str
+    values: Mapping[str, float | None]
+    between: tuple[float, float] | None = None
+
+
+def draw_layers(picture: Picture, analysis: Analysis, panels: Sequence[Panel]) -> str | None:
+    """Maps of layers (columns) by kinds of matrices (rows), one below the other; or why there are none."""
     layers, kinds = list(analysis.layers), _kinds_in_layers(analysis)
     if not layers or not kinds:
-        return "no names such as model.layers.12.self_attn.q_proj.weight, which tell layers"
-    panels = [
-        (figure, words)
-        for figure, words in (
-            ("squared_energy_ratio_global", r"$\sigma_1^2/\sum\sigma^2$ of the newest global delta"),
-            ("cosine_local", "cosine of successive local deltas"),
-        )
-        if figure not in analysis.missing
-    ]
-    if not panels:
-        return "neither energy ratios nor cosines"
-    picture.set_size_inches(max(5.5, 2.2 + 0.34 * len(layers)), len(panels) * (1.0 + 0.3 * len(kinds)) + 0.4)
+        return NO_LAYERS
+    picture.set_size_inches(max(WIDTH, 2.2 + 0.34 * len(layers)), len(panels) * (1.0 + 0.3 * len(kinds)) + 0.4)
     axes = picture.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, (figure, words) in zip(axes, panels, strict=True):
-        cells = _cells(analysis, layers, kinds, figure)
+    for axis, panel in zip(axes, panels, strict=True):
+        cells = _cells(analysis, layers, kinds, panel.values)
         known = [x for row in cells for x in row if x is not None]
-        low, high = math.floor(10 * min(known)) / 10, math.ceil(10 * max(known)) / 10
+        low, high = panel.between or (math.floor(10 * min(known)) / 10, math.ceil(10 * max(known)) / 10)
         numbers = [[math.nan if x is None else x for x in row] for row in cells]
         shown = axis.imshow(numbers, aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 0.2))
-        if len(layers) <= 14:
+        if len(layers) <= MOST_NUMBERED:
             for row, values in enumerate(cells):
                 for column, value in enumerate(values):
                     if value is not None:
                         ink = "white" if value < (high + low) / 2 else "black"
-                        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
-        axis.set_yticks(range(len(kinds)), kinds)
+                        text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+                        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
         for edge in range(1, len(kinds)):
             axis.axhline(edge - 0.5, color="white", linewidth=1.5)
         for edge in range(1, len(layers)):
             axis.axvline(edge - 0.5, color="white", linewidth=1.5)
         ticks = range(0, len(layers), 1 if len(layers) <= 30 else 5)
         axis.set_xticks(ticks, [str(layers[index]) for index in ticks])
-        null = analysis.overall.figures[figure].null
-        axis.set_title(words if null is None else f"{words} (random walk: {null.mean:.2f})")
+        axis.set_title(panel.title)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         picture.colorbar(shown, ax=axis, fraction=0.03, pad=0.01).outline.set_visible(False)
@@ -191,18 +183,18 @@ def _map(picture: Picture, analysis: Analysis) -> str | None:
 
 
 PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Analysis], str | None]]] = {
-    "energy-ratios": ((8.2, 3.9), _energy),
-    "skill": ((7.6, 3.9), _skill),
-    "displacement": ((6.4, 4.2), _displacement),
-    "layers": ((7.0, 6.0), _map),
+    "energy-ratios": ((WIDTH, 5.8), _energy),
+    "skill": ((WIDTH, 4.2), _skill),
+    "displacement": ((WIDTH, 4.2), _displacement),
+    "layers": ((WIDTH, 6.0), _map),
 }
 
 
-def _line(axis: Axes, series: Series, colour: str, label: str) -> None:
+def _line(axis: Axes, series: Series, colour: str, words: str) -> None:
     """The median over matrices, and their quartiles as a band."""
     x, y, low, high = _columns(series.x, series.value, series.low, series.high)
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    axis.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=label)
+    axis.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=words)
 
 
 def _null(axis: Axes, series: Series, colour: str) -> None:
@@ -213,6 +205,10 @@ def _null(axis: Axes, series: Series, colour: str) -> None:
         x, mean, low, high = (list(column) for column in zip(*known, strict=True))
         axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.plot(x, mean, color=colour, linewidth=1.2, linestyle=(0, (4, 2)), alpha=0.9)
+
+
+def _legend_below(picture: Picture, axis: Axes) -> None:
+    picture.legend(*_with_null(axis), loc="outside lower left", ncols=2, fontsize=8.5)
 
 
 def _with_null(axis: Axes) -> tuple[list[Any], list[str]]:
@@ -258,14 +254,17 @@ def _kinds_in_layers(analysis: Analysis) -> list[str]:
     return sorted(known, key=lambda kind: (order.get(kind, len(order)), kind))
 
 
-def _cells(analysis: Analysis, layers: list[int], kinds: list[str], figure: str) -> list[list[float | None]]:
+def _cells(
+    analysis: Analysis, layers: list[int], kinds: list[str], each: Mapping[str, float | None]
+) -> list[list[float | None]]:
     """One value for each kind (row) and layer; the mean where several matrices share a place."""
-    places: dict[tuple[int | None, str | None], list[Group]] = {}
-    for group in analysis.matrices.values():
-        places.setdefault((group.layer, group.kind), []).append(group)
+    places: dict[tuple[int | None, str | None], list[float]] = {}
+    for name, group in analysis.matrices.items():
+        value = each.get(name)
+        if value is not None:
+            places.setdefault((group.layer, group.kind), []).append(value)
 
-    def mean(groups: Sequence[Group]) -> float | None:
-        known = [value for group in groups if (value := group.value(figure)) is not None]
-        return sum(known) / len(known) if known else None
+    def mean(values: Sequence[float] | None) -> float | None:
+        return sum(values) / len(values) if values else None
 
-    return [[mean(places.get((layer, kind), [])) for layer in layers] for kind in kinds]
+    return [[mean(places.get((layer, kind))) for layer in layers] for kind in kinds]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from next_core.diagnostics import Analysis, analyze
-from next_core.diagnostics.plots import PICTURES, check_plots, write_plots
+from next_core.diagnostics.plots import PICTURES, write_plots
+from next_core.drawing import check_drawing
 from next_core.errors import ConfigError, PluginError
 from tests.diagnostics.runs import history, lora_walks, straight
 from tests.predictors.trajectories import dense_run, drift
@@ -55,7 +56,7 @@ def test_a_single_straight_matrix_is_drawn_without_a_warning(tmp_path: Path) -> 
 def test_without_matplotlib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PluginError, match=r"pip install next-core\[report\]"):
-        check_plots(tmp_path)
+        check_drawing(tmp_path)
 
 
 def test_a_file_in_the_folders_place_is_refused(analysis: Analysis, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,8 @@ class PredictExtendCallback(StepCallback):
     def _after_step(self, step: int) -> None:
         assert self.cycle is not None
         self.cycle.after_step(step)
+        if step == self.cycle.total and self.cycle.advice is not None:
+            logging.getLogger(__name__).warning(self.cycle.advice)
 
 
 def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:

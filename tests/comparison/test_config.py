@@ -1,0 +1,118 @@
+"""Comparison configs: arms over a common run, values to choose among, and every wrong input named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from next_core.comparison.config import Arm, load_comparison
+from next_core.comparison.races import make_plan
+from next_core.errors import ConfigError, PluginError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    raw: dict[str, Any] = {
+        "base": str(EXAMPLES / "quickstart.yaml"),
+        "run": {"schedule": {"alpha": 1}},
+        "steps": 100,
+        "longer": 160,
+        "seeds": 2,
+        "tuned": {"training.learning_rate": [3e-4, 1e-3]},
+        "arms": {"secant": {"choose": {"schedule.alpha": [1, 2, 4]}}, "auto": {"predictor": "auto"}},
+    }
+    file = folder / "compare.yaml"
+    file.write_text(yaml.safe_dump(raw | changes, sort_keys=False))
+    return file
+
+
+def arms_of(folder: Path, **changes: Any) -> dict[str, Arm]:
+    return {arm.name: arm for arm in load_comparison(written(folder, **changes))[1]}
+
+
+def test_controls_come_first_and_arms_differ_in_what_they_say(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    assert list(arms) == ["plain", "longer", "tuned", "no jump", "random direction", "secant", "auto"]
+    assert {arm.role for arm in arms.values()} == {"plain", "control", "arm"}
+    plain = arms["plain"].variants[0].config
+    assert (plain.steps, plain.predictor.name, plain.control, plain.measure_every) == (100, "stay", "none", 25)
+    assert arms["longer"].variants[0].config.steps == 160
+    assert [v.config.training.learning_rate for v in arms["tuned"].variants] == [3e-4, 1e-3]
+    assert [v.config.schedule.alpha for v in arms["secant"].variants] == [1, 2, 4]
+    assert {v.config.predictor.name for v in arms["secant"].variants} == {"secant"}
+    assert arms["secant"].variants[0].config.schedule.observe == 50, "of the base"
+    assert arms["no jump"].variants[0].config.predictor.fields == {"jump": True}
+    assert arms["random direction"].variants[0].config.predictor.name == "random"
+
+
+def test_a_predictor_with_a_schedule_of_its_own_does_not_take_the_common_one(tmp_path: Path) -> None:
+    auto = arms_of(tmp_path)["auto"].variants[0].config
+    assert (auto.schedule.every, auto.schedule.average, auto.guards.probe) == (2, 80, False)
+
+
+def test_a_plug_in_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path, arms={"other": {"predictor": {"name": "secant", "window": 20}}})
+    assert arms["other"].variants[0].config.predictor.fields == {"window": 20}, "the base's gate is not there"
+
+
+def test_paths_count_from_the_file_that_names_them(tmp_path: Path) -> None:
+    training = arms_of(tmp_path)["plain"].variants[0].config.training
+    assert training.model == EXAMPLES / "arithmetic" / "base"
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    own = arms_of(tmp_path, run={"training": {"data": {"train": "train.jsonl"}}})["plain"].variants[0].config
+    assert own.training.data.train == tmp_path / "train.jsonl"
+    assert own.training.data.test == EXAMPLES / "arithmetic" / "test.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "seeds: at least one"),
+        ({"seeds": [1, 1]}, "seeds: at least one, each once"),
+        ({"seeds": 0}, "seeds: at least one"),
+        ({"longer": 100}, r"longer \(100\) must be more than steps \(100\)"),
+        ({"arms": {"plain": {}}}, "plain is the name of a control"),
+        ({"arms": {"a/b": {}}}, "cannot name a folder"),
+        ({"arms": {"a": {"steps": 3}}}, "arms.a.steps: this is set for all arms"),
+        ({"arms": {"a": {"choose": {"steps": [1, 2]}}}}, "steps is set for all arms"),
+        ({"arms": {"a": {"choose": {"schedule.alpha": 2}}}}, "choose maps keys to lists"),
+        ({"tuned": {"training.learning_rate": [1e-3, 1e-3]}}, "a list of different values"),
+        ({"arms": {"a": {"choose": {"schedule.alhpa": [1, 2]}}}}, "did you mean 'alpha'"),
+        ({"stesp": 3}, "did you mean 'steps'"),
+        ({"base": "gone.yaml"}, "gone.yaml cannot be read"),
+        ({"run": {"training": {"data": {"validation": str(EXAMPLES / "arithmetic" / "test.jsonl")}}}}, "must be there"),
+        ({"arms": {"a": {"schedule": {"observe": 500}}}}, "no jump would ever happen"),
+    ],
+)
+def test_a_wrong_config_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_comparison(written(tmp_path, **changes))
+
+
+def test_an_unknown_predictor_is_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="unknown predictor 'sekant'"):
+        load_comparison(written(tmp_path, arms={"a": {"predictor": "sekant"}}))
+
+
+def test_races_share_what_they_have_in_common(tmp_path: Path) -> None:
+    config, arms = load_comparison(written(tmp_path))
+    plan = make_plan(config, arms)
+    # 2 seeds: longer, 2 rates, no jump, random, 3 alphas and auto; plain is a part of longer.
+    assert len(plan.races) == 2 * 9
+    assert [trunk.stops for trunk in plan.trunks] == [(49, 160)] * 2
+    assert all({race.arm for race in t.races} == {"no jump", "random direction", "secant"} for t in plan.trunks)
+    assert plan.shared == 2 * 5 * 49
+    assert plan.steps == 2 * (160 + 2 * 100 + 5 * 51 + 100)
+    assert len({race.folder for race in plan.races}) == len(plan.races)
+
+
+def test_a_learning_rate_that_knows_the_end_lets_nobody_share(tmp_path: Path) -> None:
+    changed = {"run": {"training": {"lr_scheduler": "linear"}}}
+    plan = make_plan(*load_comparison(written(tmp_path, **changed)))
+    assert plan.trunks == ()
+    assert plan.shared == 0
+    assert "plain" in {race.arm for race in plan.races}

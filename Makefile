@@ -37,7 +37,7 @@ test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real 
 	$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf && \
 	echo $$proved > tests/backends/openrlhf/proved.sha256
 
-bench-speed: $(STAMP)  ## Measure every stage of docs/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
+bench-speed: $(STAMP)  ## Measure every stage of docs/benchmarks/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all
 
 lint: $(STAMP)  ## ruff and mypy --strict

@@ -1,7 +1,7 @@
 """What each predictor does for the arithmetic task: real GRPO runs, several seeds, beside their controls.
 
     python benchmarks/embedded.py            # runs what benchmarks/results/embedded.json lacks, then the table
-    python benchmarks/embedded.py --table    # only writes docs/embedded-task.md's table anew
+    python benchmarks/embedded.py --table    # only writes docs/benchmarks/embedded-task.md's table anew
 
 One jump at step 150 (the paper's schedule, scaled to 250 steps), many small jumps, plain runs of 250 and 400 steps, and
 plain runs at other learning rates. A jump costs no RL step, so that all arms but `plain 400` spend 250 steps of
@@ -22,10 +22,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "embedded.json"
-PAGE = ROOT / "docs" / "embedded-task.md"
-BEGIN, END = "<!-- table: made by benchmarks/embedded.py -->", "<!-- end of table -->"
+import tables
+
+RESULTS = tables.RESULTS / "embedded.json"
 
 ONE = {"observe": 150, "every": 10, "horizon": 50, "settle": 100}
 MANY = {"observe": 50, "every": 5, "horizon": 10, "jump_every": 10, "settle": 10}
@@ -82,7 +81,7 @@ def run_one(arm: str, seed: int) -> dict[str, Any]:
     from next_core.cycle.run import run
 
     spec = ARMS[arm]
-    examples = ROOT / "examples" / "arithmetic"
+    examples = tables.ROOT / "examples" / "arithmetic"
     training = {
         "model": str(examples / "base"),
         "data": {split: str(examples / f"{split}.jsonl") for split in ("train", "validation", "test")},
@@ -166,12 +165,7 @@ def main() -> None:
                 hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a run"
                 RESULTS.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=1) + "\n")
                 print(row["arm"], row["seed"], row["accuracy"]["final"], file=sys.stderr, flush=True)
-    text = table(rows)
-    print(text)
-    if PAGE.exists():
-        page = PAGE.read_text()
-        head, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    tables.put("embedded-task.md", "embedded.py", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """`auto` beside plain RL at every learning rate and task: one policy, nothing tuned.
 
-    python benchmarks/rates.py            # runs what benchmarks/results/rates.json lacks, then the table
-    python benchmarks/rates.py --table    # only writes docs/auto.md's table anew
+    python benchmarks/rates.py            # runs what benchmarks/results/rates.json lacks, then the tables
+    python benchmarks/rates.py --table    # only writes the tables of docs/benchmarks/auto.md anew
 
 250 RL steps each, the seeds paired. Accuracy is exact (the probability of the right answer, by teacher forcing) on 1024
-held-out prompts.
+held-out prompts. A plain run takes the mean of its last checkpoints at the end as `auto` does, and is reported before
+and after it, so that what jumps give and what the mean gives can be told apart.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,23 +20,31 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from tables import RESULTS, ROOT, interval, mean, put, table
+from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-RESULTS = ROOT / "benchmarks" / "results" / "rates.json"
-PAGE = ROOT / "docs" / "auto.md"
-BEGIN, END = "<!-- table: made by benchmarks/rates.py -->", "<!-- end of table -->"
+FILE = RESULTS / "rates.json"
 
-RATES = (1e-4, 1e-3, 3e-4, 3e-5)
-ARMS = ("auto", "stay")
 STEPS = 250
+RATES = (1e-3, 1e-4, 3e-4, 3e-5)
+NO_PROBE = {"probe": False}
+WATCHED = {"observe": 20, "every": 2, "horizon": 2, "average": 80}
+"""The checkpoints and the mean of `auto`."""
+ARMS: dict[str, dict[str, Any]] = {
+    "auto": {"predictor": "auto"},
+    "plain": {"predictor": "stay", "schedule": WATCHED, "guards": NO_PROBE},
+    "linear": {"predictor": "stay", "guards": NO_PROBE},
+}
+ARM_RATES = {"auto": RATES, "plain": (*RATES, 2e-3), "linear": (1e-3, 2e-3)}
 Key = tuple[str, float, int, str]
+Row = dict[str, Any]
+By = dict[tuple[str, float, str], dict[int, Row]]
 
 
-def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
-    """One training run. The config says no more than the task and the rate."""
+def run_one(task: str, rate: float, seed: int, arm: str) -> Row:
+    """One training run. The config of `auto` says no more than the task and the rate."""
     import logging
     import warnings
 
@@ -57,10 +65,9 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
         "model": str(folder / "base"),
         "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")},
         "learning_rate": rate,
+        "lr_scheduler": "linear" if arm == "linear" else "constant",
     }
-    config = make_config(
-        {"steps": STEPS, "seed": seed, "training": training, "predictor": arm, "guards": {"probe": False}}
-    )
+    config = make_config({"steps": STEPS, "seed": seed, "training": training, **ARMS[arm]})
     with tempfile.TemporaryDirectory() as out:
         result = run(config, Path(out) / "run")
         advised = learning_rate_factor(History(open_checkpoints(Path(out) / "run" / "checkpoints")), result.jumps)
@@ -71,7 +78,9 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
         "seed": seed,
         "arm": arm,
         "start": round(result.accuracy["start"] or 0.0, 4),
-        "final": round(result.accuracy["final"] or 0.0, 4),
+        "before_average": _rounded(result.accuracy.get("before_average"), 4),
+        "final": _rounded(result.accuracy["final"], 4),
+        "average": None if result.average is None else result.average["reason"],
         "jumps": len(jumps),
         "multiples": {jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm == "auto"},
         "agreement": _rounded(advised.agreement),
@@ -81,87 +90,148 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
 
 
-def missing(rows: list[dict[str, Any]], seeds: int) -> list[Key]:
+def missing(rows: list[Row], seeds: int) -> list[Key]:
     """The first seed of everything before the second of anything."""
     have = {(row["task"], row["learning_rate"], row["seed"], row["arm"]) for row in rows}
-    wanted = [(t, rate, seed, arm) for seed in range(seeds) for t in TASKS for rate in RATES for arm in ARMS]
+    wanted = [(t, rate, s, arm) for s in range(seeds) for t in TASKS for arm in ARMS for rate in ARM_RATES[arm]]
     return [key for key in wanted if key not in have]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over the seeds that both arms have, and the 95% interval of their paired difference.
-
-    Beside them what the plain run's checkpoints advise (the median over its seeds; rows of before that was recorded
-    have none), and what would have been right: the best of ``RATES`` for a plain run over this one.
-    """
-    found = {(row["task"], row["learning_rate"], row["arm"], row["seed"]): row for row in rows}
-    lines = [
-        "| task | learning rate | plain | auto | auto - plain, 95% | jumps | largest multiple | advised factor "
-        "| best rate / this | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for task in TASKS:
-        best = best_rate(rows, task)
-        for rate in sorted(RATES):
-            both = ({s for t, r, a, s in found if (t, r, a) == (task, rate, arm)} for arm in ("stay", "auto"))
-            seeds = sorted(set.intersection(*both))
-            pairs = [(found[task, rate, "stay", seed], found[task, rate, "auto", seed]) for seed in seeds]
-            if not pairs:
-                continue
-            plain, auto = ([pair[arm]["final"] for pair in pairs] for arm in (0, 1))
-            difference = [ours - theirs for theirs, ours in zip(plain, auto, strict=True)]
-            jumps = statistics.mean(pair[1]["jumps"] for pair in pairs)
-            most = max(max(pair[1]["multiples"].values(), default=1.0) for pair in pairs)
-            advised = [pair[0]["factor"] for pair in pairs if pair[0].get("factor") is not None]
-            advice = f"{statistics.median(advised):.2g}" if advised else ""
-            cells = (f"{statistics.mean(plain):.3f}", f"{statistics.mean(auto):.3f}", interval(difference))
-            more = (f"{jumps:.0f}", f"{most:.1f}", advice, f"{best / rate:.2g}", str(len(pairs)))
-            lines.append(f"| {task} | {rate:g} | {' | '.join((*cells, *more))} |")
-    return "\n".join(lines)
-
-
-def best_rate(rows: list[dict[str, Any]], task: str) -> float:
-    """The constant rate whose plain runs end best, the mean over their seeds."""
-    plain: dict[float, list[float]] = {}
+def by_arm(rows: list[Row]) -> By:
+    """Rows by task, rate and arm, and in each by seed."""
+    found: By = {}
     for row in rows:
-        if (row["task"], row["arm"]) == (task, "stay"):
-            plain.setdefault(row["learning_rate"], []).append(row["final"])
-    return max(plain, key=lambda rate: statistics.mean(plain[rate]), default=0.0)
+        found.setdefault((row["task"], row["learning_rate"], row["arm"]), {})[row["seed"]] = row
+    return found
 
 
-def interval(values: list[float]) -> str:
-    """Mean and Student's 95% interval."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:+.3f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+def plain_finals(found: By, task: str) -> dict[float, dict[int, float]]:
+    """Of the constant rates, by seed: where plain runs end without the mean."""
+    rates = (rate for rate in ARM_RATES["plain"] if (task, rate, "plain") in found)
+    return {rate: {seed: row["before_average"] for seed, row in found[task, rate, "plain"].items()} for rate in rates}
+
+
+def best_rate(found: By, task: str) -> float:
+    """The constant rate whose plain runs end best, the mean over their seeds."""
+    plain = plain_finals(found, task)
+    return max(plain, key=lambda rate: statistics.mean(plain[rate].values()), default=0.0)
+
+
+def every_rate(found: By) -> str:
+    """Each task and rate: means over the seeds that both arms have, and their paired differences."""
+    rows = []
+    for task in TASKS:
+        best = best_rate(found, task)
+        for rate in sorted(RATES):
+            plain, auto = (found.get((task, rate, arm), {}) for arm in ("plain", "auto"))
+            seeds = sorted(plain.keys() & auto.keys())
+            if not seeds:
+                continue
+            ours = [auto[seed]["final"] for seed in seeds]
+            bare, averaged = ([plain[seed][key] for seed in seeds] for key in ("before_average", "final"))
+            advised = [row["factor"] for row in plain.values() if row["factor"] is not None]
+            rows.append(
+                [
+                    task,
+                    f"{rate:g}",
+                    mean(bare),
+                    mean(averaged),
+                    mean(ours),
+                    interval([a - b for a, b in zip(ours, bare, strict=True)]),
+                    interval([a - b for a, b in zip(ours, averaged, strict=True)]),
+                    f"{statistics.mean(auto[seed]['jumps'] for seed in seeds):.0f}",
+                    f"{statistics.median(advised):.2g}" if advised else "",
+                    f"{best / rate:.2g}",
+                    str(len(seeds)),
+                ]
+            )
+    headings = "task|learning rate|plain|plain, mean at the end|auto|auto - plain, 95%|auto - plain with mean, 95%"
+    return table([*headings.split("|"), "jumps", "advised factor", "best rate / this", "seeds"], rows)
+
+
+def conservative(found: By) -> str:
+    """Aim (a): 250 steps of `auto` at 1e-4 beside 400 plain ones, of the same seeds."""
+    curves = json.loads(TASK_RESULTS.read_text())["rows"]
+    rows = []
+    for task in TASKS:
+        longer = {r["seed"]: r["curve"][-1] for r in curves if (r["task"], r["learning_rate"]) == (task, 1e-4)}
+        auto = found.get((task, 1e-4, "auto"), {})
+        seeds = sorted(longer.keys() & auto.keys())
+        if seeds:
+            ours = [auto[seed]["final"] for seed in seeds]
+            theirs = [longer[seed] for seed in seeds]
+            difference = interval([a - b for a, b in zip(ours, theirs, strict=True)])
+            rows.append([task, mean(theirs), mean(ours), difference, str(len(seeds))])
+    return table(["task", "plain, 400 steps", "auto, 250 steps", "auto - plain, 95%", "seeds"], rows)
+
+
+def tuned(found: By) -> str:
+    """Aims (b) and (c): `auto` at each rate beside the best plain constant rate, and the best schedule."""
+    rows = []
+    for task in TASKS:
+        plain = plain_finals(found, task)
+        best = best_rate(found, task)
+        rivals = {f"constant {best:g}": plain.get(best, {})}
+        for rate in ARM_RATES["linear"]:
+            rivals[f"linear decay from {rate:g}"] = {
+                seed: row["final"] for seed, row in found.get((task, rate, "linear"), {}).items()
+            }
+        for rate in ARM_RATES["plain"]:
+            if rate >= 1e-3:
+                rivals[f"constant {rate:g}, mean at the end"] = {
+                    seed: row["final"] for seed, row in found.get((task, rate, "plain"), {}).items()
+                }
+        for name, finals in rivals.items():
+            if not finals:
+                continue
+            cells = [task, name, mean(list(finals.values()))]
+            for rate in (1e-4, 3e-4, 1e-3):
+                auto = found.get((task, rate, "auto"), {})
+                seeds = sorted(finals.keys() & auto.keys())
+                cells.append(interval([auto[s]["final"] - finals[s] for s in seeds]) if seeds else "")
+            rows.append([*cells, str(len(finals))])
+    headings = ["task", "plain run", "its accuracy", *(f"auto at {rate:g} - this, 95%" for rate in (1e-4, 3e-4, 1e-3))]
+    return table([*headings, "seeds"], rows)
+
+
+def tables(rows: list[Row]) -> str:
+    """All three, each with its question."""
+    found = by_arm(rows)
+    parts = {
+        "Every rate, beside the plain run of the same rate": every_rate(found),
+        "A conservative rate: 250 steps beside 400": conservative(found),
+        "Tuned runs: the best constant rate, a schedule, the mean at the end": tuned(found),
+    }
+    return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true", help="write the table from the committed results; run nothing")
+    parser.add_argument("--table", action="store_true", help="write the tables from the committed results; run nothing")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows: list[Row] = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
     if not args.table:
         with ProcessPoolExecutor(max_workers=args.workers) as pool:
             for future in as_completed([pool.submit(run_one, *key) for key in missing(rows, args.seeds)]):
                 rows.append(future.result())
-                rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"], r["arm"]))
-                hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a run"
-                RESULTS.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=1) + "\n")
+                write(rows)
                 print(len(rows), file=sys.stderr, flush=True)
-    text = table(rows)
-    print(text)
-    if PAGE.exists():
-        head, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    put("auto.md", "rates.py", tables(rows))
+
+
+def write(rows: list[Row]) -> None:
+    """The results' file, in a fixed order, a line for each row."""
+    from next_core.machine import hardware
+
+    rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"], r["arm"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    FILE.write_text(f'{{"hardware": {json.dumps(hardware() + ", one thread a run")},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from next_core.errors import ConfigError
 from next_core.executor import Executor
 from next_core.plugins import KINDS, Kind, explain, registry
 
+DEFAULT_PREDICTOR = "auto"
+"""What a run extrapolates with where nothing is said; docs/benchmarks/auto.md has the figures."""
+
 
 class Frozen(BaseModel):
     """Immutable; an unknown key is an error, and so is a number that is not finite."""
@@ -91,7 +94,7 @@ class RunConfig(Frozen):
     seed: int = Field(0, ge=0)
     training: TrainingSettings
     backend: Choice = Field(Choice(name="trl"), description="The trainer")
-    predictor: Choice = Field(Choice(name="secant"), description="Where the weights are going")
+    predictor: Choice = Field(Choice(name=DEFAULT_PREDICTOR), description="Where the weights are going")
     compressor: Choice | None = Field(
         None, description="How deltas become rank-k factors; none: exact for LoRA, lanczos for full parameters"
     )
@@ -111,7 +114,7 @@ class RunConfig(Frozen):
         """Where the config is silent, schedule and guards are those that the predictor is made for."""
         if not isinstance(raw, Mapping):
             return raw
-        chosen = raw.get("predictor", {})
+        chosen = raw.get("predictor", DEFAULT_PREDICTOR)
         name = chosen if isinstance(chosen, str) else chosen.get("name") if isinstance(chosen, Mapping) else None
         if not isinstance(name, str) or name not in registry().names("predictor"):
             return raw  # said elsewhere
@@ -225,7 +228,11 @@ def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None
     try:
         config = RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        raise ConfigError(explain(error, where, RunConfig)) from None
+        said = explain(error, where, RunConfig)
+        contradicts = any(item["type"] == "value_error" for item in error.errors())
+        if contradicts and "predictor" not in raw and ("schedule" in raw or "guards" in raw):
+            said += f"\n{where}: without a predictor it is '{DEFAULT_PREDICTOR}'; what it is made for fills the gaps"
+        raise ConfigError(said) from None
     config = _absolute(config, base or Path())
     for path in _paths(config):
         if not path.exists():

@@ -26,6 +26,7 @@ from next_core.config import (
 from next_core.cycle.guards import Guards
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError, PluginError
+from next_core.plugins import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -64,8 +65,11 @@ def load(folder: Path) -> Callable[..., RunConfig]:
 
 def test_what_is_not_given_has_its_default(load: Callable[..., RunConfig]) -> None:
     config = load()
-    assert (config.predictor.name, config.backend.name, config.training.reward.name) == ("secant", "trl", "math-verify")
-    assert config.schedule == Schedule()
+    assert (config.predictor.name, config.backend.name, config.training.reward.name) == ("auto", "trl", "math-verify")
+    made_for = registry().get("predictor", "auto").made_for
+    assert config.schedule == Schedule(**made_for["schedule"])
+    assert config.guards == Guards(**made_for["guards"])
+    assert load(predictor="secant").schedule == Schedule()
     assert config.training.lora is not None
     assert config.training.lora.rank == 8
 
@@ -170,14 +174,20 @@ def test_a_schedule_that_contradicts_itself_or_the_run_is_refused_with_the_reaso
     load: Callable[..., RunConfig], schedule: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(schedule=schedule)
+        load(schedule=schedule, predictor="secant")
     assert reason in str(caught.value)
+
+
+def test_gaps_that_the_default_fills_are_told_where_they_contradict(load: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"jump_every \(2\) must be a multiple of every \(10\)") as caught:
+        load(schedule={"observe": 60, "every": 10})
+    assert "without a predictor it is 'auto'" in str(caught.value)
 
 
 def test_a_recovery_that_the_end_of_the_run_would_cut_off_is_refused(load: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r"settle \(5\) must be at least guards.recovery \(10\)"):
-        load(guards={"recovery": 10}, schedule={"settle": 5})
-    assert load(guards={"recovery": 10}, schedule={"settle": 10}).guards.recovery == 10
+        load(guards={"recovery": 10}, schedule={"settle": 5}, predictor="secant")
+    assert load(guards={"recovery": 10}, schedule={"settle": 10}, predictor="secant").guards.recovery == 10
 
 
 def test_a_recovery_without_a_probe_is_refused(load: Callable[..., RunConfig]) -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, made from the committed results."""
+"""The tables of docs/benchmarks/speed.md, made from the committed results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.speed.stage import ORDER
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
+PAGE = ROOT / "docs" / "benchmarks" / "speed.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.speed table -->", "<!-- end of tables -->"
 Facts = dict[str, Any]
 

@@ -36,7 +36,7 @@ class Guards(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Guards:
         if self.recovery is not None and not self.probe:
-            raise ValueError("recovery needs probe: true; there is nothing to judge the recovery by")
+            raise ValueError("recovery needs probe: true; there is nothing else to judge the recovery by")
         return self
 
     def check(self, schedule: Schedule) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -138,6 +138,11 @@ class OpenRlhfBackend(Backend):
 
     def evaluate(self, split: str = "validation") -> float | None:
         return self._way.evaluate(split)
+
+    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        found = self.evaluate(split)
+        sampled = self._setting.run.training.evaluation == "likelihood"
+        return {} if found is None else {"sampled" if sampled else "greedy": found}
 
     @property
     def notes(self) -> Sequence[str]:

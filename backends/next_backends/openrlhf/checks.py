@@ -11,6 +11,9 @@ from next_core.errors import ConfigError
 if TYPE_CHECKING:
     from next_core.config import RunConfig
 
+MOST_RESTARTS = 20
+"""Beyond this many, starting the trainer anew would take longer than jumping saves."""
+
 
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
     """Raise ``ConfigError`` for what OpenRLHF, or this way of going on from a jump, does not have."""
@@ -21,6 +24,12 @@ def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
         )
     if run.training.evaluation == "likelihood" and check_extra(config).get("--ds.ring_attn_size", 1) > 1:
         raise ConfigError("training.evaluation: likelihood is not computed on rings; set generate")
+    restarts = 0 if config.jump == "swap" else min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
+    if restarts > MOST_RESTARTS:
+        raise ConfigError(
+            f"backend.jump: {config.jump} starts the trainer anew at each of the {restarts} jumps of this schedule, a "
+            "minute each; use swap, or a predictor and a schedule with fewer jumps"
+        )
     if config.jump == "merge":
         if run.training.lora is not None:
             raise ConfigError(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_backends.openrlhf.environment import ask_parser, check_python
-from next_backends.openrlhf.options import KNOWN, check_extra, check_options
+from next_backends.openrlhf.options import check_extra
 from next_core.errors import ConfigError
 from next_core.sources.files import read_json
 
@@ -206,15 +205,3 @@ def _words(options: Mapping[str, Any]) -> list[str]:
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [option, *map(str, values)]
     return words
-
-
-__all__ = [
-    "ESTIMATORS",
-    "KNOWN",
-    "Places",
-    "Segment",
-    "ask_parser",
-    "check_options",
-    "check_python",
-    "make_command",
-]

@@ -1,4 +1,4 @@
-"""Reads the trainer's log as it grows: the metrics of its steps and evaluations, and its last lines."""
+"""Reads the trainer's log as it grows: the metrics of its steps, and its last lines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ READ_AT_MOST = 4 << 20
 LONGEST_LINE = 1 << 18
 _TAIL_BYTES = 1 << 18
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-# The two messages of openrlhf/trainer/ppo_trainer.py and, for the first, ppo_trainer_async.py.
-_RECORD = re.compile(
-    r"(?:Global step (?P<step>\d{1,12}): "
-    r"|Evaluation completed in [^{}]{1,40}, global_step (?P<evaluated>\d{1,12}), eval_metrics: )(?=\{)"
-)
+# The message of openrlhf/trainer/ppo_trainer.py.
+_RECORD = re.compile(r"Global step (\d{1,12}): (?=\{)")
 
 
 @dataclass(frozen=True)
@@ -24,14 +21,6 @@ class Step:
     """What the trainer said of one step."""
 
     number: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the trainer said of one evaluation, after ``step`` steps."""
-
-    step: int
     metrics: dict[str, float]
 
 
@@ -49,7 +38,7 @@ class LogReader:
         self._offset = self.path.stat().st_size if self.path.exists() else 0
         self._rest, self._in_long_line = b"", False
 
-    def read(self) -> list[Step | Evaluation]:
+    def read(self) -> list[Step]:
         """What was logged since the last call, in order; at most 4 MiB of log a call, so ask again while it lags."""
         try:
             with self.path.open("rb") as file:
@@ -87,15 +76,14 @@ def _plain(line: bytes) -> str:
     return _ANSI.sub("", line.decode(errors="replace"))
 
 
-def _records(line: str) -> list[Step | Evaluation]:
+def _records(line: str) -> list[Step]:
     marks = list(_RECORD.finditer(line))
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
-    found: list[Step | Evaluation] = []
+    found: list[Step] = []
     for mark, end in zip(marks, ends, strict=False):
         metrics = _metrics(line[mark.end() : line.rfind("}", mark.end(), end) + 1])
         if metrics is not None:
-            step = mark["step"]
-            found.append(Step(int(step), metrics) if step else Evaluation(int(mark["evaluated"]), metrics))
+            found.append(Step(int(mark[1]), metrics))
     return found
 
 

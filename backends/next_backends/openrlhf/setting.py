@@ -17,7 +17,7 @@ from next_backends.history_folder import HistoryFolder
 from next_backends.openrlhf.command import Places, Segment, gpus_needed, make_command
 from next_backends.openrlhf.config import OpenRlhfConfig
 from next_backends.openrlhf.environment import environment
-from next_backends.openrlhf.log import LogReader, Step
+from next_backends.openrlhf.log import LogReader
 from next_backends.openrlhf.options import check_options
 from next_backends.openrlhf.process import TrainerProcess
 from next_backends.openrlhf.rewards import RewardServer, special_tokens
@@ -189,8 +189,7 @@ class Watch:
     def read(self) -> None:
         """Pass on the steps that were logged."""
         for record in self._log.read():
-            if isinstance(record, Step):
-                self._setting.logged(self._offset + record.number, record.metrics)
+            self._setting.logged(self._offset + record.number, record.metrics)
 
     def end(self, deadline: float | None = None) -> None:
         """Until it has ended by itself. Raises ``BackendError`` with its last lines if it failed, or takes too long."""

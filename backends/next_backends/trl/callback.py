@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from next_backends.trl.checks import check_arguments
+from next_core.config import DEFAULT_PREDICTOR
 from next_core.cycle.guards import Guards
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
@@ -61,7 +62,7 @@ class PredictExtendCallback(StepCallback):
 
     def __init__(
         self,
-        predictor: str | Mapping[str, Any] | Callable[[], TrajectoryPredictor] = "secant",
+        predictor: str | Mapping[str, Any] | Callable[[], TrajectoryPredictor] = DEFAULT_PREDICTOR,
         *,
         guards: Guards | Mapping[str, Any] | None = None,
         rank: int = 1,
@@ -77,7 +78,7 @@ class PredictExtendCallback(StepCallback):
             self._make = predictor
         else:
             fields = {"name": predictor} if isinstance(predictor, str) else dict(predictor)
-            name = str(fields.pop("name", "secant"))
+            name = str(fields.pop("name", DEFAULT_PREDICTOR))
             self._make = lambda: make_predictor(name, **fields)
         made_for = self._make().made_for  # a wrong name or field is an error now, not 50 steps later
         self.schedule: Schedule = _validated(Schedule, {**made_for.get("schedule", {}), **schedule})

@@ -18,7 +18,7 @@ FULL = {"lora": None}
 def check(jump: str, training: dict[str, Any], **run: Any) -> None:
     fields = {"model": Path("model"), "data": {"train": Path("train.jsonl")}, **training}
     config = OpenRlhfConfig(python=Path("python"), jump=jump)
-    check_run(RunConfig.model_validate({"steps": 100, "training": fields, **run}), config)
+    check_run(RunConfig.model_validate({"steps": 100, "training": fields, "predictor": "secant"} | run), config)
 
 
 def test_merge_trains_all_parameters_at_one_rate() -> None:
@@ -45,6 +45,13 @@ def test_what_merge_cannot_do_is_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         check("merge", training, **run)
+
+
+@pytest.mark.parametrize("jump", ["restart", "merge"])
+def test_a_hundred_restarts_are_refused_with_a_way_out(jump: str) -> None:
+    with pytest.raises(ConfigError, match="at each of the 36 jumps of this schedule.*use swap"):
+        check(jump, FULL, predictor="auto")
+    check("swap", FULL, predictor="auto")
 
 
 def test_a_merging_run_can_be_resumed(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import pytest
 from pydantic import ValidationError
 
 from next_backends.openrlhf import environment, options
-from next_backends.openrlhf.command import Places, Segment, ask_parser, check_options, check_python, make_command
+from next_backends.openrlhf.command import Places, Segment, make_command
 from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.environment import ask_parser, check_python
+from next_backends.openrlhf.options import check_options
 from next_core.config import RunConfig
 from next_core.errors import ConfigError
 

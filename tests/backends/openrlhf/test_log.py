@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from next_backends.openrlhf import log
-from next_backends.openrlhf.log import Evaluation, LogReader, Step, tail
+from next_backends.openrlhf.log import LogReader, Step, tail
 
 # As Ray forwards what OpenRLHF's logger prints in the controller.
 PREFIX = "\x1b[36m(PPOTrainer pid=13763)\x1b[0m INFO 11-21 12:29:18 ppo_trainer.py:551] "
@@ -18,7 +18,6 @@ EVALUATION = (
     "(PPOTrainer pid=1) INFO 11-21 12:29:19 ppo_trainer.py:598] ✨ Evaluation completed in 1 day, 0:00:01, "
     "global_step 3, eval_metrics: {'eval_gsm8k_pass4': 0.5, 'eval_gsm8k_pass1': 0.25}\n"
 )
-EVALUATION_3 = Evaluation(3, {"eval_gsm8k_pass4": 0.5, "eval_gsm8k_pass1": 0.25})
 
 
 @pytest.fixture
@@ -31,24 +30,19 @@ def append(path: Path, text: str | bytes) -> None:
         file.write(text.encode() if isinstance(text, str) else text)
 
 
-def read_line(path: Path, line: str) -> list[Step | Evaluation]:
+def read_line(path: Path, line: str) -> list[Step]:
     append(path, line + "\n")
     return LogReader(path).read()
 
 
-def test_steps_and_evaluations_come_in_order_and_once(path: Path) -> None:
+def test_steps_come_in_order_and_once_and_evaluations_not_at_all(path: Path) -> None:
     reader = LogReader(path)
     assert reader.read() == []
     append(path, "noise\n" + STEP + "\x1b[33m(raylet)\x1b[0m more noise\n" + EVALUATION)
-    assert reader.read() == [STEP_3, EVALUATION_3]
+    assert reader.read() == [STEP_3]
     assert reader.read() == []
     append(path, STEP.replace("step 3", "step 4"))
-    assert [record.number for record in reader.read() if isinstance(record, Step)] == [4]
-
-
-def test_the_asynchronous_trainers_line_is_read(path: Path) -> None:
-    line = "(TrainingActor pid=7) INFO 11-21 12:29:18 ppo_trainer_async.py:244] Global step 12: {'kl': 0.5}"
-    assert read_line(path, line) == [Step(12, {"kl": 0.5})]
+    assert [record.number for record in reader.read()] == [4]
 
 
 def test_a_line_torn_anywhere_is_read_once_it_is_whole(path: Path) -> None:
@@ -83,7 +77,6 @@ def test_wrapped_numbers_are_unwrapped_and_other_values_left_out(path: Path) -> 
         "Global step 3: {'a': " + "9" * 400 + "}",
         "Global step 3: {'a': " + "-" * 5000 + "1}",
         "Global step 3: " + "{" * 5000 + "}" * 5000,
-        "Evaluation completed in 0:00:01, global_step 3, eval_metrics: {'a'",
     ],
     ids=lambda line: line[:60],
 )
@@ -105,18 +98,17 @@ def test_nothing_in_the_log_is_evaluated(path: Path, tmp_path: Path) -> None:
 
 
 def test_two_writers_in_one_line_are_both_read(path: Path) -> None:
-    assert read_line(path, STEP.rstrip("\n") + EVALUATION.rstrip("\n") + "\x1b[32m [repeated 2x]\x1b[0m") == [
-        STEP_3,
-        EVALUATION_3,
-    ]
+    other = STEP.replace("step 3", "step 4").rstrip("\n")
+    found = read_line(path, STEP.rstrip("\n") + other + "\x1b[32m [repeated 2x]\x1b[0m")
+    assert found == [STEP_3, Step(4, STEP_3.metrics)]
 
 
 def test_a_file_begun_anew_is_read_from_its_beginning(path: Path) -> None:
     append(path, "x" * 1000 + "\n" + STEP + "torn")
     reader = LogReader(path)
     assert reader.read() == [STEP_3]
-    path.write_text(EVALUATION)
-    assert reader.read() == [EVALUATION_3]
+    path.write_text(STEP)
+    assert reader.read() == [STEP_3]
 
 
 def test_a_call_reads_no_more_than_its_share(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

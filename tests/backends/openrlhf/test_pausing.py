@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from next_backends.openrlhf.backend import OpenRlhfBackend
 from next_backends.openrlhf.pausing import Pausing
 from next_core.errors import BackendError
 from tests.backends.openrlhf.pretending import Pretence
@@ -325,6 +327,16 @@ def test_accuracy_is_measured_where_there_are_prompts(pretence: Pretence) -> Non
     assert pretence.asked("likelihood")[0]["pairs"][0] == ["0+1=", "1"]
     bare = {"data": {"train": pretence.setting().run.training.data.train}}
     assert started(pretence, training=bare).evaluate("validation") is None
+
+
+@pytest.mark.parametrize(("evaluation", "kind"), [("likelihood", "sampled"), ("generate", "greedy")])
+def test_accuracies_are_named_by_the_way_of_answering(evaluation: str, kind: str, pretence: Pretence) -> None:
+    setting = pretence.setting(training={"evaluation": evaluation})
+    backend = OpenRlhfBackend(setting.config)
+    backend._setting, found = setting, iter([0.5, None])
+    backend._way = SimpleNamespace(evaluate=lambda split: next(found))  # type: ignore[assignment]
+    assert backend.accuracies("test") == {kind: 0.5}
+    assert backend.accuracies("test") == {}
 
 
 def test_generated_answers_are_rewarded_while_the_trainer_waits(pretence: Pretence) -> None:

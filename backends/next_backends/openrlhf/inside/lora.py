@@ -30,6 +30,7 @@ def broadcast_to_vllm(actor: Any) -> None:
     if not hasattr(policy.model.module, "peft_config"):
         trainer.broadcast_to_vllm()
         return
+    torch.distributed.barrier()  # over gloo, gathers that DeepSpeed began and does not wait for may be under way
     try:
         for part in _parts(_merged(policy.model.module)):
             view = SimpleNamespace(named_parameters=lambda part=part: iter(part))
@@ -66,7 +67,10 @@ def _merged(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, parameter
             continue
         layer = layers[owner]
-        with _gathered([parameter, *(p for n, p in layer.named_parameters() if "lora_" in n)]):
+        needed = {name: parameter}
+        if rest == "weight":
+            needed |= {f"{owner}.{key}": value for key, value in layer.named_parameters() if "lora_" in key}
+        with _gathered(needed):
             weight = parameter.detach().clone()
             if rest == "weight":
                 total = weight.float()
@@ -116,6 +120,35 @@ def act_beside(model: Any, folders: list[Path]) -> None:
     object.__setattr__(model, f"{BESIDE}_handles", handles)
 
 
-def _gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    parted = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    return deepspeed.zero.GatheredParameters(parted) if parted else contextlib.nullcontext()
+@contextlib.contextmanager
+def _gathered(parameters: dict[str, Any]) -> Iterator[None]:
+    """Whole weights, each checked. They are gathered one by one: of several at once DeepSpeed (0.19) waits for the last
+    alone, and over gloo that can be there before the others.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, parameter in parameters.items():
+            if hasattr(parameter, "ds_id"):
+                stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
+                _check(name, parameter)
+        yield
+
+
+def _check(name: str, parameter: Any) -> None:
+    """Raise ``RuntimeError``, on every rank, where what a rank gathered is not made of the parts that ranks hold."""
+    group = parameter.ds_process_group
+    ranks, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    whole, size = parameter.data.flatten(), parameter.ds_tensor.ds_numel
+    parts = [whole[rank * size : (rank + 1) * size] for rank in range(ranks)]
+    held = parameter.ds_tensor.flatten()[: parts[mine].numel()].to(whole.device)  # without the last part's padding
+    sums = torch.stack([_sum(part) for part in (held, *parts)])
+    everywhere = [torch.empty_like(sums) for _ in range(ranks)]
+    torch.distributed.all_gather(everywhere, sums, group=group)
+    right = torch.stack([theirs[0] for theirs in everywhere])
+    wrong = [rank for rank, theirs in enumerate(everywhere) if not torch.equal(theirs[1:], right)]
+    if wrong:
+        where = ", ".join(map(str, wrong))
+        raise RuntimeError(f"DeepSpeed gathered '{name}' wrongly on rank {where}; it is not sent to the engines")
+
+
+def _sum(part: torch.Tensor) -> torch.Tensor:
+    return part.contiguous().view(torch.uint8).sum(dtype=torch.int64)

@@ -55,8 +55,8 @@ def load(
 ) -> float:
     """Put weights (and moments) in the place of those that train; returns how far these moved, by Frobenius norm.
 
-    ``schedule`` takes a fresh learning-rate schedule to where the run's is. Raises ``RuntimeError`` when a master is
-    not what was put there.
+    ``schedule`` takes a fresh learning-rate schedule to where the run's is. Raises ``RuntimeError`` when a master, or
+    the half-precision weight on some rank, is not what was put there.
     """
     module = actor.actor.model.module
     if schedule is not None:
@@ -69,6 +69,7 @@ def load(
     if folder is None:
         return 0.0
     squares = 0.0
+    refused: list[str] = []
     stored, moves = _Files(Path(folder).glob("*.safetensors")), [_Files([Path(path)]) for path in shifts]
     kept = _Files([Path(moments)]) if moments is not None else None
     if kept is not None:
@@ -82,13 +83,13 @@ def load(
         before = _master(parameter)
         value = value.to(before.device)
         _set(parameter, value)
-        after = _master(parameter)
-        if not torch.equal(after, value):
-            raise RuntimeError(f"DeepSpeed did not take the new weights of '{name}'")
-        squares += float((after - before).square().sum())
+        if not _took(parameter, value):
+            refused.append(name)
+        squares += float((value - before).square().sum())
         if kept is not None:
             for key in MOMENTS:
                 _set_state(parameter, kept[f"{key}/{name}"], key)
+    _agree(refused)
     return math.sqrt(squares)
 
 
@@ -162,13 +163,26 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], stem: str) -> No
 
 def _set(parameter: Any, value: Tensor) -> None:
     """Half-precision weight and master."""
-    if hasattr(parameter, "ds_id"):
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if _first():
-                parameter.data.copy_(value)
-    else:
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
     _set_state(parameter, value, None)
+
+
+def _took(parameter: Any, value: Tensor) -> bool:
+    """Whether the master, and what a forward pass gets on this rank, are what was put there; collective."""
+    master = _master(parameter)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        half = parameter.data
+        return torch.equal(master, value) and torch.equal(half, value.to(half.dtype))
+
+
+def _agree(refused: list[str]) -> None:
+    """Raise ``RuntimeError`` on all ranks where one has something refused: alone it would leave the others waiting."""
+    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, refused)
+    found = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(everywhere) if names]
+    if found:
+        raise RuntimeError(f"DeepSpeed did not take the new weights of {', '.join(found)}")
 
 
 def _set_state(parameter: Any, value: Tensor, key: str | None) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from next_core.cycle.guards import Guards
 from next_core.cycle.schedule import Schedule
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, PluginError
 from next_core.executor import Executor
 from next_core.plugins import KINDS, Kind, explain, registry
 
@@ -119,6 +119,8 @@ class RunConfig(Frozen):
         if not isinstance(name, str) or name not in registry().names("predictor"):
             return raw  # said elsewhere
         blocks = registry().get("predictor", name).made_for
+        if not isinstance(blocks, Mapping) or not all(isinstance(fields, Mapping) for fields in blocks.values()):
+            raise PluginError(f"predictor '{name}': made_for must map 'schedule' and 'guards' to their fields")
         given = {key: raw.get(key, {}) for key in blocks}
         return {**raw, **{key: {**blocks[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 

@@ -39,9 +39,9 @@ def compare_command(
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1 (got {workers})")
     config, arms = load_comparison(path)
-    check_folder(out, config, overwrite)
-    console = make_console(as_json=as_json)
     plan = make_plan(config, arms)
+    check_folder(out, plan, overwrite)
+    console = make_console(as_json=as_json)
     _show_plan(plan, config, arms, out, console)
     if dry_run:
         if as_json:
@@ -61,7 +61,7 @@ def compare_command(
 def _show_plan(plan: Plan, config: CompareConfig, arms: list[Arm], out: Path, console: Console) -> None:
     facts = _plan_facts(plan, out)
     console.print(
-        f"{len(arms)} arms, {len(config.seeds)} seeds: {facts['races']} races, {facts['steps']} RL steps; common "
+        f"{len(arms)} arms, {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}: {facts['races']} races, {facts['steps']} RL steps; common "
         f"prefixes save {facts['shared']} more. {facts['done']} races are done."
     )
     for arm in arms:
@@ -71,11 +71,11 @@ def _show_plan(plan: Plan, config: CompareConfig, arms: list[Arm], out: Path, co
 
 
 def _plan_facts(plan: Plan, out: Path) -> dict[str, Any]:
-    from next_core.cycle.run import RESULT
+    from next_core.comparison.execution import is_done
 
     return {
         "races": len(plan.races),
-        "done": sum((out / race.folder / RESULT).exists() for race in plan.races),
+        "done": sum(is_done(race, out) for race in plan.races),
         "steps": plan.steps,
         "shared": plan.shared,
         "folders": {race.title: str(out / race.folder) for race in plan.races},
@@ -111,6 +111,8 @@ def show(found: dict[str, Any], console: Console) -> None:
             str(arm["spent_steps"]),
         )
     console.print(table)
+    for title, reason in found["failed"].items():
+        console.print(f"failed, and left out: {title}: {reason}")
     for name, arm in found["arms"].items():
         if arm["chosen"]:
             values = ", ".join(f"{key} {value}" for key, value in arm["chosen"].items())

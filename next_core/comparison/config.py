@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
-from next_core.config import Frozen, RunConfig, load_yaml, make_config
+from next_core.config import DEFAULT_PREDICTOR, Frozen, RunConfig, load_yaml, make_config
 from next_core.errors import ConfigError
 from next_core.plugins import explain, registry
 
@@ -22,6 +23,7 @@ Values = Mapping[str, Any]
 PLAIN, LONGER, TUNED, NO_JUMP, RANDOM = "plain", "longer", "tuned", "no jump", "random direction"
 OURS = ("steps", "seed", "control", "measure_every")
 """Keys of a run that the comparison sets."""
+NAME = re.compile(r"[A-Za-z0-9]([\w ,=+.()-]{0,60}[\w)])?", re.ASCII)
 PLUGINS = ("predictor", "backend", "compressor", "reward")
 
 
@@ -32,7 +34,7 @@ class CompareConfig(Frozen):
     run: dict[str, Any] = Field(default_factory=dict, description="Keys of the run config that all arms have")
     steps: int = Field(ge=1, description="RL steps of every arm")
     longer: int | None = Field(None, ge=1, description="RL steps of the longer plain run; without it there is none")
-    seeds: list[int] = Field(description="A number of seeds, or a list of them; every arm runs with each")
+    seeds: list[StrictInt] = Field(description="A number of seeds, or a list of them; every arm runs with each")
     metric: Literal["sampled", "greedy"] = Field("sampled", description="The accuracy that decides")
     measure_every: int = Field(25, ge=1, description="Steps between the points of a curve")
     tuned: dict[str, list[Any]] = Field(
@@ -58,12 +60,13 @@ class CompareConfig(Frozen):
             raise ValueError("seeds: at least one, each once, none below 0")
         if self.longer is not None and self.longer <= self.steps:
             raise ValueError(f"longer ({self.longer}) must be more than steps ({self.steps})")
-        taken = {PLAIN, LONGER, TUNED, *self.controls} & set(self.arms)
-        if taken:
-            raise ValueError(f"arms: {', '.join(sorted(taken))} is the name of a control; choose another")
+        taken = {PLAIN, LONGER, TUNED, NO_JUMP, RANDOM}
         for name in self.arms:
-            if not name.strip() or name.startswith(".") or "/" in name or "\\" in name or len(name) > 80:
-                raise ValueError(f"arms: {name!r} cannot name a folder; use letters, digits, spaces, - and _")
+            if not NAME.fullmatch(name):
+                raise ValueError(f"arms: {name!r} cannot name a folder; use letters, digits, spaces and ,-+=._()")
+            if name.casefold() in taken:
+                raise ValueError(f"arms: {name} is the name of a control, or of another arm; choose another")
+            taken.add(name.casefold())
         for block, where in [(self.run, "run"), *((arm, f"arms.{name}") for name, arm in self.arms.items())]:
             for key in OURS:
                 if key in block:
@@ -118,40 +121,61 @@ def _folders(config: CompareConfig, file: Path) -> list[Path]:
 
 
 def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Iterator[Arm]:
-    steps = {"steps": config.steps, "measure_every": config.measure_every}
-    common = {**shared, **steps}
+    common = {**shared, "steps": config.steps, "measure_every": config.measure_every}
+    alike = _controls(common)
     stay = {"predictor": "stay"}
 
     def arm(name: str, role: Role, raw: Mapping[str, Any], choose: Mapping[str, list[Any]]) -> Arm:
-        variants = []
-        for values in _products(choose, f"{file}: {name}"):
+        where, variants = f"{file}: {name}", []
+        for values in _products(choose, where):
             filled = dict(raw)
             for key, value in values.items():
                 filled = _with(filled, key, value)
-            variants.append(Variant(values, make_config(filled, where=f"{file}: {name}")))
+            filled = _absolute(filled, file.parent.resolve())
+            variants.append(Variant(values, _judgeable(make_config(filled, where=where), config.metric, where)))
         data = variants[0].config.training.data
-        if len(variants) > 1 and (data.validation is None or data.validation == data.test):
+        if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
             raise ConfigError(
-                f"{file}: {name}: values are chosen on training.data.validation, which must be there and differ from "
-                "the test prompts"
+                f"{where}: values are chosen on training.data.validation, and what is chosen is reported on "
+                "training.data.test; both must be there, and differ"
             )
         return Arm(name, role, tuple(variants))
 
-    yield arm(PLAIN, "plain", {**common, **stay}, {})
+    yield arm(PLAIN, "plain", {**alike, **stay}, {})
     if config.longer is not None:
-        yield arm(LONGER, "plain", {**common, **stay, "steps": config.longer}, {})
+        yield arm(LONGER, "plain", {**alike, **stay, "steps": config.longer}, {})
     if config.tuned:
-        yield arm(TUNED, "control", {**common, **stay}, config.tuned)
+        yield arm(TUNED, "control", {**alike, **stay}, config.tuned)
     if NO_JUMP in config.controls:
-        yield arm(NO_JUMP, "control", {**common, "predictor": {"name": "stay", "jump": True}}, {})
+        yield arm(NO_JUMP, "control", {**alike, "predictor": {"name": "stay", "jump": True}}, {})
     if RANDOM in config.controls:
-        yield arm(RANDOM, "control", {**common, "predictor": "random"}, {})
+        yield arm(RANDOM, "control", {**alike, "predictor": "random"}, {})
     for name, changes in config.arms.items():
         own = _absolute({key: value for key, value in changes.items() if key != "choose"}, file.parent.resolve())
         choose = changes.get("choose", {})
         if not isinstance(choose, dict) or not all(isinstance(v, list) and v for v in choose.values()):
             raise ConfigError(f"{file}: arms.{name}.choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
         yield arm(name, "arm", _of_arm(common, own), choose)
+
+
+def _judgeable(config: RunConfig, metric: str, where: str) -> RunConfig:
+    """Raise ``ConfigError`` where the accuracy that decides is never measured."""
+    if config.training.data.test is None and config.training.data.validation is None:
+        raise ConfigError(f"{where}: training.data has no test and no validation prompts to judge by")
+    if config.training.evaluation == "generate" and metric != "greedy":
+        raise ConfigError(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
+    return config
+
+
+def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The common keys for what has another predictor: the schedule is still the one that the run's is made for."""
+    chosen = common.get("predictor", DEFAULT_PREDICTOR)
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    known = isinstance(name, str) and name in registry().names("predictor")
+    made_for = dict(registry().get("predictor", str(name)).made_for.get("schedule", {})) if known else {}
+    own = common.get("schedule", {})
+    made_for.pop("average", None)  # of that predictor alone, unless the run's own keys say so
+    return {**common, "schedule": {**made_for, **own} if isinstance(own, Mapping) else own}
 
 
 def _of_arm(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,6 +202,8 @@ def _with(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     head, _, rest = key.partition(".")
     if head in OURS:
         raise ConfigError(f"{key} is set for all arms; it cannot be chosen")
+    if head in PLUGINS and not rest:
+        raise ConfigError(f"choose: {key}: make arms of them, each with the schedule it is made for")
     if not rest:
         return {**raw, head: value}
     block = raw.get(head, {})

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from next_core.comparison.config import Arm, CompareConfig
 from next_core.comparison.races import Plan, Race, Trunk, make_plan
 from next_core.comparison.results import Comparison, collect
-from next_core.config import RunConfig, dump_yaml
+from next_core.config import RunConfig, dump_yaml, parse_yaml
 from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.cycle.run import CONFIG, CURVE, ERROR_LOG, RESULT, RUNNING, run
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
@@ -26,25 +29,36 @@ from next_core.plugins import describe
 from next_core.storage import json_text, remove_directory, write_text
 
 COMPARISON = "comparison.json"
-"""The resolved config, by which a later call knows its own folder."""
+"""The resolved config of the last call; its presence tells a comparison's folder."""
 COMPARE = "compare.json"
 LEFT = frozenset({CONFIG, RESULT, JOURNAL, ERROR_LOG, "metrics.jsonl"})
 """What is kept of a race that is over: checkpoints are not, unless asked for."""
 WHAT = "races"
 
 
-def check_folder(out: Path, config: CompareConfig, overwrite: bool) -> None:
-    """Whether ``out`` can be used. Raises ``ConfigError``; changes nothing."""
+def check_folder(out: Path, plan: Plan, overwrite: bool) -> None:
+    """Whether ``out`` can be used. Raises ``ConfigError``; changes nothing.
+
+    Arms, seeds and values can be added to a comparison, or taken away; a race that is there must be of the same config.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out names the comparison's folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(not path.name.startswith(".") for path in out.iterdir()):
         return
     if not (out / COMPARISON).exists():
         raise ConfigError(f"{out} is not empty, and no comparison; choose another --out")
-    if not overwrite and (out / COMPARISON).read_text(encoding="utf-8") != _described(config):
-        raise ConfigError(
-            f"{out} holds a comparison of another config; choose another --out, or pass --overwrite to lose its races"
-        )
+    for race in () if overwrite else plan.races:
+        made = _config_of(out / race.folder)
+        if made is not None and made != _identity(race.config):
+            raise ConfigError(
+                f"{out / race.folder} was run with another config; choose another --out, or pass --overwrite to lose "
+                "the races that are there"
+            )
+
+
+def is_done(race: Race, out: Path) -> bool:
+    """Whether a race is over."""
+    return (out / race.folder / RESULT).exists()
 
 
 def compare(
@@ -59,34 +73,70 @@ def compare(
 ) -> Comparison:
     """Run every race that ``out`` lacks, and judge them; ``compare.json`` is written there.
 
-    Raises ``ConfigError`` for a folder of something else, and ``BackendError`` naming the races that failed, once all
-    others are over.
+    A value that failed with some seed is left out of the choice where others are there. Raises ``ConfigError`` for a
+    folder of something else, and ``BackendError`` naming the races that failed, once all others are over.
     """
-    check_folder(out, config, overwrite)
-    if overwrite and out.exists():
-        remove_directory(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / COMPARISON, _described(config))
     plan = make_plan(config, arms)
-    missing = [race for race in plan.races if not (out / race.folder / RESULT).exists()]
-    if missing:
-        failed = _execute(plan, missing, out, workers, keep_checkpoints, progress)
-        if failed:
-            raise BackendError(
-                f"{len(failed)} of {len(plan.races)} races failed; the same command goes on with what is missing.\n"
-                + "\n".join(f"{title}: {reason}" for title, reason in failed.items())
-            )
-    for race in plan.races:
-        _prune(out / race.folder, keep_checkpoints)
-    if not keep_checkpoints and (out / "trunks").exists():
-        remove_directory(out / "trunks")
-    found = collect(config, arms, {race.folder: _result(out / race.folder) for race in plan.races}, plan)
-    write_text(out / COMPARE, json_text(found.as_dict()) + "\n")
+    check_folder(out, plan, overwrite)
+    with _alone(out):
+        if overwrite and out.exists():
+            remove_directory(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / COMPARISON, json_text(config.model_dump(mode="json")) + "\n")
+        for leftover in out.rglob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a killed process
+        missing = [race for race in plan.races if not is_done(race, out)]
+        failed = _execute(plan, missing, out, workers, keep_checkpoints, progress) if missing else {}
+        _check_failures(failed, arms, plan, out)
+        for race in plan.races:
+            if is_done(race, out):
+                _prune(out / race.folder, keep_checkpoints)
+        if not keep_checkpoints and not failed and (out / "trunks").exists():
+            remove_directory(out / "trunks")
+        results = {race.folder: _result(out / race.folder) for race in plan.races if is_done(race, out)}
+        found = collect(config, arms, results, plan, failed)
+        write_text(out / COMPARE, json_text(found.as_dict()) + "\n")
     return found
 
 
-def _described(config: CompareConfig) -> str:
-    return json_text(config.model_dump(mode="json")) + "\n"
+def _check_failures(failed: dict[str, str], arms: Sequence[Arm], plan: Plan, out: Path) -> None:
+    """Raise ``BackendError`` unless every arm has a variant that is complete."""
+    lacking = {(race.arm, race.variant) for race in plan.races if not is_done(race, out)}
+    run = {(race.arm, race.variant) for race in plan.races}
+    whole = {arm for arm, variant in run - lacking}
+    if {arm for arm, _ in run} - whole:
+        raise BackendError(
+            f"{len(failed)} of {len(plan.races)} races failed; the same command goes on with what is missing.\n"
+            + "\n".join(f"{title}: {reason}" for title, reason in failed.items())
+        )
+
+
+def _identity(config: RunConfig) -> Any:
+    """What decides the result of a run: whoever shares a prefix gets ``save_every`` for it."""
+    return json.loads(config.model_copy(update={"save_every": None}).model_dump_json())
+
+
+def _config_of(folder: Path) -> Any:
+    """The same of a run that was made, or begun; None where there is none to read."""
+    try:
+        made = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return None
+    return made | {"save_every": None} if isinstance(made, dict) else None
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No second process in one folder. Raises ``ConfigError``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.parent / f".{out.name}.lock"  # not within: --overwrite removes all of that
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is comparing in {out}; wait for it, or choose another --out") from None
+        yield
+        lock.unlink(missing_ok=True)
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -111,7 +161,9 @@ def _execute(
     def told(title: str, error: BaseException | None) -> None:
         nonlocal done
         done += 1
-        if error is not None:
+        if isinstance(error, BrokenProcessPool):
+            failed[title] = "a worker was killed, often for want of memory; try fewer --workers"
+        elif error is not None:
             failed[title] = str(error) if isinstance(error, NextCoreError) else describe(error)
         if progress is not None:
             progress(WHAT, done, total)
@@ -128,8 +180,7 @@ def _execute(
             waiting[pool.submit(run_race, race, out, None, keep)] = race
         while waiting:
             ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            while progress is not None and not told_by_races.empty():
-                progress(*told_by_races.get())
+            _pass_on(told_by_races, progress)
             for future in ended:
                 what, error = waiting.pop(future), future.exception()
                 if isinstance(error, KeyboardInterrupt):
@@ -140,11 +191,22 @@ def _execute(
                 if what.plain is not None and what.plain.folder in lacking:
                     told(what.plain.title, error)
                 for race in (race for race in what.races if race.folder in lacking):
-                    if error is not None:
+                    if not _branch(out / what.folder, race.begins).exists():
                         told(race.title, error)
                         continue
-                    waiting[pool.submit(run_race, race, out, what.folder, keep)] = race
+                    try:
+                        waiting[pool.submit(run_race, race, out, what.folder, keep)] = race
+                    except BrokenProcessPool as broken:
+                        told(race.title, broken)
     return failed
+
+
+def _pass_on(messages: Any, progress: Progress | None) -> None:
+    """What races told of themselves; unread, it would fill their pipe and stop them."""
+    while not messages.empty():
+        message = messages.get()
+        if progress is not None:
+            progress(*message)
 
 
 def _all(trunk: Trunk) -> Iterable[Race]:
@@ -160,8 +222,9 @@ def _pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
         try:
             yield pool, told
         except BaseException:
+            processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in processes:
                 process.terminate()
             raise
 
@@ -173,6 +236,7 @@ _told: Any = None
 def _begin_worker(workers: int, path: list[str], told: Any) -> None:
     global _told
     _told = told
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from next_core.quiet import quiet_libraries
@@ -181,6 +245,14 @@ def _begin_worker(workers: int, path: list[str], told: Any) -> None:
     quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived its comparison would train beside the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _tell(title: str) -> Progress:
@@ -209,7 +281,8 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
         before = [earlier for earlier in trunk.stops if earlier < stop]
         config = trunk.segment(stop)
         running = place / "running"
-        remove_directory(running) if running.exists() else None
+        if running.exists():
+            remove_directory(running)
         if before:
             _copy(_branch(place, before[-1]), running, config, before[-1])
             run(config, running, resume=True, progress=progress)
@@ -217,12 +290,19 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
             run(config, running, progress=progress)
         running.rename(_branch(place, stop))
     if whole and trunk.plain is not None:
-        target = out / trunk.plain.folder
-        remove_directory(target) if target.exists() else None
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(_branch(place, trunk.stops[-1]), target.parent / f".{target.name}")
-        (target.parent / f".{target.name}").rename(target)
-        _prune(target, keep)
+        _keep_plain(trunk.plain, _branch(place, trunk.stops[-1]), out / trunk.plain.folder)
+        _prune(out / trunk.plain.folder, keep)
+
+
+def _keep_plain(race: Race, made: Path, folder: Path) -> None:
+    """The trunk itself as the race that it is."""
+    scratch = _scratch(folder)
+    shutil.copytree(made, scratch)
+    write_text(scratch / CONFIG, dump_yaml(race.config))
+    write_text(scratch / RESULT, json_text(_result(scratch) | {"folder": str(folder), "resumed_from": None}) + "\n")
+    if folder.exists():
+        remove_directory(folder)
+    scratch.rename(folder)
 
 
 def run_race(race: Race, out: Path, trunk: str | None, keep: bool) -> None:
@@ -232,10 +312,11 @@ def run_race(race: Race, out: Path, trunk: str | None, keep: bool) -> None:
     if _resumed(race.config, folder, progress):
         _prune(folder, keep)
         return
+    if folder.exists():
+        remove_directory(folder)
     if trunk is None:
-        run(race.config, folder, overwrite=folder.exists(), progress=progress)
+        run(race.config, folder, progress=progress)
     else:
-        remove_directory(folder) if folder.exists() else None
         _copy(_branch(out / trunk, race.begins), folder, race.config, race.begins)
         run(race.config, folder, resume=True, progress=progress)
     _prune(folder, keep)
@@ -258,15 +339,21 @@ def _branch(place: Path, stop: int) -> Path:
 
 def _copy(source: Path, target: Path, config: RunConfig, step: int) -> None:
     """A run's folder as a run of another config, which has not gone beyond ``step`` and has not tried to jump."""
-    scratch = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(target)
     shutil.copytree(source, scratch)
     (scratch / RESULT).unlink(missing_ok=True)
     records = [record for record in read_journal(scratch / JOURNAL) if _holds(record, step)]
     write_text(scratch / JOURNAL, "".join(json_text(record) + "\n" for record in records))
     write_text(scratch / CONFIG, dump_yaml(config))
     scratch.rename(target)
+
+
+def _scratch(target: Path) -> Path:
+    """A sibling that does not exist yet, to become ``target`` by one rename."""
+    scratch = target.parent / f".{target.name}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return scratch
 
 
 def _holds(record: dict[str, Any], step: int) -> bool:

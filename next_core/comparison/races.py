@@ -94,7 +94,8 @@ def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> Plan:
             key = _shares_with(race.config)
             groups.setdefault(key if key is not None else f"alone {race.folder}", []).append(race)
         for number, group in enumerate(groups.values(), start=1):
-            plain = next((race for race in group if race.arm == (PLAIN if config.longer is None else LONGER)), None)
+            name = PLAIN if config.longer is None else LONGER
+            plain = next((race for race in group if race.arm == name and _knows_no_end(race.config)), None)
             others = tuple(race for race in group if race is not plain)
             if len(group) < 2:
                 alone += group
@@ -104,9 +105,15 @@ def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> Plan:
 
 
 def cut_from_longer(arms: Sequence[Arm]) -> bool:
-    """Whether the plain run is the beginning of the longer one: only where the learning rate does not know the end."""
-    longer = next((arm for arm in arms if arm.name == LONGER), None)
-    return longer is not None and longer.variants[0].config.training.lr_scheduler == "constant"
+    """Whether the plain run is the beginning of the longer one, measured there: nothing in it knows the end."""
+    longer = next((arm.variants[0].config for arm in arms if arm.name == LONGER), None)
+    plain = next(arm.variants[0].config for arm in arms if arm.name == PLAIN)
+    measured = plain.steps % (plain.measure_every or 1) == 0
+    return longer is not None and measured and _knows_no_end(longer)
+
+
+def _knows_no_end(config: RunConfig) -> bool:
+    return config.training.lr_scheduler == "constant" and config.schedule.average is None
 
 
 def _races(arms: Sequence[Arm], seed: int) -> list[Race]:
@@ -128,7 +135,10 @@ def _shares_with(config: RunConfig) -> str | None:
     A trainer with arguments of its own may reuse roll-outs over several steps, and then resumes at some of them only.
     """
     exact = registry().get("backend", config.backend.name).exact_resume and not config.backend.fields
-    if not exact or config.training.lr_scheduler != "constant" or config.schedule.observe < 2:
+    reads_logs = "metrics" in registry().get("predictor", config.predictor.name).requires  # a trunk logs where it ends
+    probes_before = config.guards.against == "trend"
+    too_short = config.schedule.observe <= config.schedule.every
+    if not exact or reads_logs or probes_before or too_short or config.training.lr_scheduler != "constant":
         return None
     same = {"training", "backend", "measure_every"}
     return json.dumps([config.model_dump(mode="json", include=same), config.schedule.every], sort_keys=True)

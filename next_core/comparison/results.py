@@ -14,6 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from next_core.comparison.config import LONGER, PLAIN, Arm, CompareConfig
 from next_core.comparison.races import Plan, cut_from_longer
+from next_core.errors import ConfigError
 from next_core.machine import hardware, versions
 
 KINDS = ("sampled", "greedy")
@@ -58,11 +59,19 @@ class Comparison:
         return {**self.facts, "arms": {name: dict(arm) for name, arm in self.arms.items()}}
 
 
-def collect(config: CompareConfig, arms: Sequence[Arm], results: Mapping[str, Result], plan: Plan) -> Comparison:
-    """Judge the arms by the results of all races, given by their folders."""
+def collect(
+    config: CompareConfig, arms: Sequence[Arm], results: Mapping[str, Result], plan: Plan, failed: Mapping[str, str]
+) -> Comparison:
+    """Judge the arms by the results of the races, given by their folders; a variant that lacks one is left out.
+
+    Raises ``ConfigError`` where the accuracy that decides was not measured.
+    """
     found: dict[tuple[str, int], dict[int, Result]] = {}
     for race in plan.races:
-        found.setdefault((race.arm, race.variant), {})[race.config.seed] = results[race.folder]
+        if race.folder in results:
+            _check_measured(results[race.folder], config.metric, race.title)
+            found.setdefault((race.arm, race.variant), {})[race.config.seed] = results[race.folder]
+    found = {key: seeds for key, seeds in found.items() if len(seeds) == len(config.seeds)}
     if cut_from_longer(arms):
         longer = found[LONGER, 0]
         found[PLAIN, 0] = {seed: _cut(result, config.steps) for seed, result in longer.items()}
@@ -70,7 +79,7 @@ def collect(config: CompareConfig, arms: Sequence[Arm], results: Mapping[str, Re
     longest = found.get((LONGER, 0), plain)
     judged = {}
     for arm in arms:
-        variants = {index: found[arm.name, index] for index in range(len(arm.variants))}
+        variants = {i: found[arm.name, i] for i in range(len(arm.variants)) if (arm.name, i) in found}
         judged[arm.name] = _judge(arm, variants, plain, longest, config)
     training = arms[0].variants[0].config.training
     any_plain = next(iter(plain.values()))
@@ -86,6 +95,7 @@ def collect(config: CompareConfig, arms: Sequence[Arm], results: Mapping[str, Re
         "base": {split: any_plain["curve"][0][split] for split in SPLITS},
         "steps_run": plan.steps,
         "steps_shared": plan.shared,
+        "failed": dict(failed),
     }
     return Comparison(facts, judged)
 
@@ -100,8 +110,8 @@ def _judge(
     chosen, seeds = arm.variants[best], variants[best]
     steps = chosen.config.steps
     test = _final(seeds, "test", metric)
-    equals = {seed: equals_step(test[seed], _curve(longest[seed], metric)) for seed in seeds}
-    end = {seed: float(longest[seed]["curve"][-1]["step"]) for seed in seeds}
+    placed = {seed: equals_step(test[seed], _curve(longest[seed], metric)) for seed in seeds}
+    equals = {seed: step for seed, (step, _) in placed.items()}
     seconds = {seed: float(result["curve"][-1]["seconds"]) for seed, result in seeds.items()}
     saved = {seed: _seconds_until(longest[seed], equals[seed]) - seconds[seed] for seed in seeds}
     is_plain = arm.name == PLAIN
@@ -117,6 +127,7 @@ def _judge(
                 "chosen": index == best,
             }
             for index, variant in enumerate(arm.variants)
+            if index in variants
         ],
         "steps": steps,
         "spent_steps": sum(variant.config.steps for variant in arm.variants),
@@ -127,7 +138,7 @@ def _judge(
         "difference": None if is_plain else _difference(test, plain, metric),
         "difference_longer": None if longest is plain or is_plain else _difference(test, longest, metric),
         "equals_step": Interval.of(equals).as_dict(),
-        "beyond": sum(equals[seed] >= end[seed] and steps < end[seed] for seed in seeds),
+        "beyond": sum(beyond for _, beyond in placed.values()),
         "steps_saved": Interval.of({seed: step - steps for seed, step in equals.items()}).as_dict(),
         "icer": _icer(steps, {seed: test[seed] - _start(seeds[seed], metric) for seed in seeds}),
         "seconds": Interval.of(seconds).as_dict(),
@@ -144,12 +155,27 @@ def _cut(result: Result, steps: int) -> dict[str, Any]:
     return {**result, "curve": curve, "seconds": {**result["seconds"], "ours": 0.0}}
 
 
+def _check_measured(result: Result, metric: str, title: str) -> None:
+    there = set.intersection(*(set(point[split]) for point in result["curve"] for split in SPLITS))
+    if metric not in there:
+        known = ", ".join(sorted(there)) or "nothing"
+        raise ConfigError(
+            f"{title}: accuracy '{metric}' was not measured, but {known}; change metric, and run the same command "
+            "again: no race is run anew"
+        )
+
+
+def _value(accuracy: float | None) -> float:
+    """A policy whose accuracy is not a number answers nothing right."""
+    return 0.0 if accuracy is None else float(accuracy)
+
+
 def _final(seeds: Seeds, split: str, kind: str) -> dict[int, float]:
-    return {seed: float(result["curve"][-1][split][kind]) for seed, result in seeds.items()}
+    return {seed: _value(result["curve"][-1][split][kind]) for seed, result in seeds.items()}
 
 
 def _start(result: Result, kind: str) -> float:
-    return float(result["curve"][0]["test"][kind])
+    return _value(result["curve"][0]["test"][kind])
 
 
 def _kinds(seeds: Seeds, split: str) -> list[str]:
@@ -163,20 +189,24 @@ def _difference(test: Mapping[int, float], against: Seeds, metric: str) -> dict[
 
 
 def _curve(result: Result, kind: str) -> tuple[list[int], list[float]]:
-    return [p["step"] for p in result["curve"]], [float(p["test"][kind]) for p in result["curve"]]
+    return [p["step"] for p in result["curve"]], [_value(p["test"][kind]) for p in result["curve"]]
 
 
-def equals_step(accuracy: float, curve: tuple[Sequence[int], Sequence[float]]) -> float:
-    """The RL step at which a plain run, its curve made monotone, first is as accurate; its last step at most."""
+def equals_step(accuracy: float, curve: tuple[Sequence[int], Sequence[float]]) -> tuple[float, bool]:
+    """The first RL step at which a plain run, its curve made monotone, is as accurate.
+
+    Where it never is: its last step, and True.
+    """
     steps, values = curve
     rising = IsotonicRegression().fit_transform(np.asarray(steps, float), np.asarray(values, float))
-    if accuracy >= rising[-1]:
-        return float(steps[-1])
+    if accuracy > rising[-1]:
+        return float(steps[-1]), True
     if accuracy <= rising[0]:
-        return float(steps[0])
+        return float(steps[0]), False
     after = int(np.searchsorted(rising, accuracy, side="left"))
     below, above = rising[after - 1], rising[after]
-    return float(steps[after - 1] + (steps[after] - steps[after - 1]) * (accuracy - below) / (above - below))
+    step = steps[after - 1] + (steps[after] - steps[after - 1]) * (accuracy - below) / (above - below)
+    return float(step), False
 
 
 def _seconds_until(result: Result, step: float) -> float:
@@ -205,6 +235,8 @@ def _curves(seeds: Seeds) -> dict[str, Any]:
     for split in SPLITS:
         found[split] = {}
         for kind in _kinds(seeds, split):
-            over = [Interval.of({s: points[step][split][kind] for s, points in by_step.items()}) for step in steps]
+            over = [
+                Interval.of({s: _value(points[step][split][kind]) for s, points in by_step.items()}) for step in steps
+            ]
             found[split][kind] = {end: [getattr(one, end) for one in over] for end in ("mean", "low", "high")}
     return found

@@ -74,7 +74,6 @@ class PredictExtendCycle:
         self._from, self._resuming = 0, False
         self._made = 0
         self._first_done = False
-        self.advice: str | None = None
 
     def run(self, on_step: Callable[[int], None] = lambda step: None) -> None:
         """Train to the end, jumping on the way; ``on_step`` is told of every step that is known to have ended."""
@@ -147,10 +146,8 @@ class PredictExtendCycle:
             self._probe(step)
         if self.schedule.attempts(step, self.total) and self._made < self.schedule.limit and self._pending is None:
             self._jump(step)
-        if step == self.total:
-            self._advise(step)
-            if self.schedule.average is not None:
-                self._average(step, self.schedule.average)
+        if averages and self.schedule.average is not None:
+            self._average(step, self.schedule.average)
         if self.milestone is not None and self._measures(step):
             self.milestone("curve", step)
 
@@ -210,25 +207,26 @@ class PredictExtendCycle:
             )
         return prediction
 
-    def _advise(self, step: int) -> None:
-        """At the end, what the run's own motion says of its learning rate; whole matrices would take long to read."""
+    def advise(self, step: int) -> str | None:
+        """What the run's own motion says of its learning rate, journalled; whole matrices would take long to read."""
         try:
             source = self.backend.source()
             if any(parameter.rank is None for parameter in source.parameters):
-                return
-            self.advice = run_advice(History(source), self.journal.jumps())
+                return None
+            advice = run_advice(History(source), self.journal.jumps())
         except Exception as error:  # the run itself is none the worse
             self.journal.append("advice", step, problem=describe(error))
-            return
-        if self.advice is not None:
-            self.journal.append("advice", step, text=self.advice)
+            return None
+        if advice is not None:
+            self.journal.append("advice", step, text=advice)
+        return advice
 
     def _average(self, step: int, average: int) -> None:
         """At the end: the mean of the last checkpoints over the window that validates best, if it is better."""
         if self.milestone is not None:
             self.milestone("before_average", step)
         before, tried = self._probe(step, again=True, asked=True), dict[int, float | None]()
-        facts: dict[str, Any] = {"accuracy_before": before, "tried": tried}
+        facts: dict[str, Any] = {"accuracy_before": before}
         best, reason = None, "there is nothing to measure accuracy with"
         for window in windows(average, self.schedule.every) if before is not None else []:
             try:
@@ -242,8 +240,12 @@ class PredictExtendCycle:
         better = {window: accuracy for window, accuracy in tried.items() if accuracy is not None and before is not None}
         if better and max(better.values()) > facts["accuracy_before"]:
             best = max(better, key=lambda window: better[window])
-            self._go_to_mean(best)
             reason = f"the mean of the last {best} steps"
+            try:
+                self._go_to_mean(best)
+            except Exception as error:  # and nothing was changed
+                best, reason = None, _reason("mean", error)
+        facts["tried"] = {str(window): accuracy for window, accuracy in tried.items()}
         self.journal.append("average", step, accepted=best is not None, reason=reason, **facts)
 
     def _go_to_mean(self, window: int) -> Applied:

@@ -164,6 +164,7 @@ def _with_jumps(
     if config.measure_every is not None and config.steps % config.measure_every:
         measure(CURVE, config.steps)
     measure("final", config.steps)
+    advice = cycle.advise(config.steps)
     journal.append("end", config.steps)
     # A resumed run finds in the journal what it measured before.
     accuracy |= {r["milestone"]: r["value"] for r in journal.counted() if r["event"] == "accuracy"}
@@ -183,7 +184,7 @@ def _with_jumps(
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
         notes=list(backend.notes),
         average=next((record for record in journal.counted() if record["event"] == "average"), None),
-        advice=cycle.advice,
+        advice=advice,
         curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
     )
 

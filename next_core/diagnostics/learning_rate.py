@@ -84,6 +84,6 @@ def _multiple(jumps: Sequence[Mapping[str, Any]]) -> float | None:
     each = [
         float(jump["diagnostics"]["multiple"]) if jump["accepted"] else 1.0
         for jump in jumps
-        if "multiple" in (jump.get("diagnostics") or {})
+        if (jump.get("diagnostics") or {}).get("multiple") is not None
     ]
     return statistics.median(each) if each else None

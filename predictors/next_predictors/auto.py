@@ -90,7 +90,7 @@ class AutoPredictor(PerMatrixPredictor):
         """The multiple so far, and the step at which it was measured; long ago where there is none."""
         for record in reversed(self.history.tried):
             facts: Mapping[str, Any] = record.get("diagnostics") or {}
-            if "multiple" in facts:
+            if facts.get("multiple") is not None:
                 multiple = float(facts["multiple"])
                 refused = not record["accepted"] and multiple >= HARDLY
                 return max(multiple / 2, 1.0) if refused else multiple, int(facts["measured"])

@@ -13,6 +13,7 @@ from next_core.comparison.races import make_plan
 from next_core.errors import ConfigError, PluginError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TEST = EXAMPLES / "arithmetic" / "test.jsonl"
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -75,7 +76,12 @@ def test_paths_count_from_the_file_that_names_them(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, "seeds: at least one, each once"),
         ({"seeds": 0}, "seeds: at least one"),
         ({"longer": 100}, r"longer \(100\) must be more than steps \(100\)"),
-        ({"arms": {"plain": {}}}, "plain is the name of a control"),
+        ({"seeds": [True, 2]}, "valid integer"),
+        ({"arms": {"Plain": {}}}, "Plain is the name of a control"),
+        ({"arms": {"a": {}, "A": {}}}, "or of another arm"),
+        ({"arms": {"b.": {}}}, "cannot name a folder"),
+        ({"arms": {"a": {"choose": {"predictor": ["secant", "auto"]}}}}, "make arms of them"),
+        ({"run": {"training": {"evaluation": "generate"}}}, "set metric: greedy"),
         ({"arms": {"a/b": {}}}, "cannot name a folder"),
         ({"arms": {"a": {"steps": 3}}}, "arms.a.steps: this is set for all arms"),
         ({"arms": {"a": {"choose": {"steps": [1, 2]}}}}, "steps is set for all arms"),
@@ -84,7 +90,11 @@ def test_paths_count_from_the_file_that_names_them(tmp_path: Path) -> None:
         ({"arms": {"a": {"choose": {"schedule.alhpa": [1, 2]}}}}, "did you mean 'alpha'"),
         ({"stesp": 3}, "did you mean 'steps'"),
         ({"base": "gone.yaml"}, "gone.yaml cannot be read"),
-        ({"run": {"training": {"data": {"validation": str(EXAMPLES / "arithmetic" / "test.jsonl")}}}}, "must be there"),
+        (
+            {"run": {"training": {"data": {"validation": str(EXAMPLES / "arithmetic" / "test.jsonl")}}}},
+            "both must be there",
+        ),
+        ({"run": {"training": {"data": {"test": None}}}}, "both must be there"),
         ({"arms": {"a": {"schedule": {"observe": 500}}}}, "no jump would ever happen"),
     ],
 )
@@ -108,6 +118,43 @@ def test_races_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert plan.shared == 2 * 5 * 49
     assert plan.steps == 2 * (160 + 2 * 100 + 5 * 51 + 100)
     assert len({race.folder for race in plan.races}) == len(plan.races)
+
+
+def test_controls_of_a_run_that_brings_its_schedule_have_it_too_but_not_its_mean(tmp_path: Path) -> None:
+    base = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
+    del base["schedule"]
+    base["training"]["model"] = str(EXAMPLES / "arithmetic" / "base")
+    base["training"]["data"] = {k: str(EXAMPLES / v) for k, v in base["training"]["data"].items()}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"predictor": "auto"}))
+    arms = arms_of(tmp_path, base="base.yaml", run={}, arms={"auto": {}})
+    for name in ("plain", "random direction"):
+        schedule = arms[name].variants[0].config.schedule
+        assert (schedule.every, schedule.jump_every, schedule.average) == (2, 2, None)
+    assert arms["auto"].variants[0].config.schedule.average == 80
+
+
+def test_what_would_not_be_the_same_run_alone_shares_nothing(tmp_path: Path) -> None:
+    def shared(**changes: Any) -> int:
+        return make_plan(*load_comparison(written(tmp_path, tuned={}, controls=[], **changes))).shared
+
+    one = {"name": "secant", "window": 10}
+    assert shared(arms={"a": {"predictor": one}}) == 2 * 49
+    assert shared(arms={"a": {"predictor": {"name": "alpharl", "metric": "reward"}}}) == 0
+    trend = {"guards": {"recovery": 10, "against": "trend"}, "schedule": {"settle": 10}}
+    assert shared(arms={"a": {"predictor": one} | trend}) == 0
+    assert shared(arms={"a": {"backend": {"name": "trl", "args": {"num_iterations": 2}}}}) == 0
+    early = {"predictor": one, "schedule": {"observe": 5, "every": 5, "horizon": 5, "jump_every": 5}}
+    assert shared(arms={"a": early | {"predictor": {"name": "secant", "window": 5}}}) == 0
+
+
+def test_plain_is_cut_from_the_longer_run_only_where_it_was_measured(tmp_path: Path) -> None:
+    def plain(**changes: Any) -> int:
+        plan = make_plan(*load_comparison(written(tmp_path, tuned={}, controls=[], arms={}, **changes)))
+        return sum(race.arm == "plain" for race in plan.races)
+
+    assert plain() == 0
+    assert plain(measure_every=30) == 2
+    assert plain(run={"schedule": {"average": 20}}) == 2
 
 
 def test_a_learning_rate_that_knows_the_end_lets_nobody_share(tmp_path: Path) -> None:

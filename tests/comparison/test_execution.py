@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,39 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (out / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="no comparison; choose another --out"):
         compare(config, arms, out)
-    (out / "comparison.json").write_text("{}")
-    with pytest.raises(ConfigError, match="comparison of another config"):
-        compare(config, arms, out)
+
+
+def test_seeds_and_arms_can_be_added_but_a_race_of_another_config_is_not_mixed_in(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = {"longer": None, "controls": [], "steps": 6}
+    compare(*load_comparison(written(tmp_path, arms={}, **small)), out)
+    made = out / "races" / "plain" / "seed-3" / "result.json"
+    before = made.stat().st_mtime_ns
+    found = compare(*load_comparison(written(tmp_path, arms={"secant": {}}, **small)), out).as_dict()
+    assert set(found["arms"]) == {"plain", "secant"}
+    assert made.stat().st_mtime_ns == before
+    other = {"training": {"learning_rate": 2e-3}, "schedule": {"observe": 4, "every": 2, "horizon": 2}}
+    with pytest.raises(ConfigError, match="seed-3 was run with another config"):
+        compare(*load_comparison(written(tmp_path, arms={}, run=other, **small)), out)
+
+
+def test_one_folder_is_compared_in_by_one_process(tmp_path: Path) -> None:
+    config, arms = load_comparison(written(tmp_path))
+    with (tmp_path / ".out.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is comparing"):
+            compare(config, arms, tmp_path / "out")
+
+
+def test_leftovers_of_a_killed_call_are_no_obstacle(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config, arms = load_comparison(written(tmp_path, arms={}, longer=None, controls=[], steps=6))
+    compare(config, arms, out)
+    plain = out / "races" / "plain" / "seed-3"
+    (plain / "result.json").unlink()
+    (plain / "config.yaml").unlink()  # killed while its trainer was built
+    (plain / "trainer").mkdir()
+    (plain.parent / ".seed-3.tmp").mkdir()
+    found = compare(config, arms, out).as_dict()
+    assert found["arms"]["plain"]["test"]["sampled"]["mean"] > 0
+    assert sorted(path.name for path in plain.parent.iterdir()) == ["seed-3"]

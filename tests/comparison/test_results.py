@@ -10,7 +10,8 @@ import pytest
 
 from next_core.comparison.config import load_comparison
 from next_core.comparison.races import make_plan
-from next_core.comparison.results import Interval, collect, equals_step
+from next_core.comparison.results import SPLITS, Interval, collect, equals_step
+from next_core.errors import ConfigError
 from tests.comparison.test_config import written
 
 
@@ -45,7 +46,7 @@ def judged(folder: Path) -> dict[str, Any]:
         else:
             rate = rates[race.arm]
         found[race.folder] = result(race.config.steps, rate, seed)
-    return collect(config, arms, found, plan).as_dict()
+    return collect(config, arms, found, plan, {}).as_dict()
 
 
 def test_a_comparison_of_straight_curves(tmp_path: Path) -> None:
@@ -89,8 +90,36 @@ def test_an_interval_is_students(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("accuracy", "step"),
-    [(0.1, 0.0), (0.2, 0.0), (0.25, 5.0), (0.3, 10.0), (0.35, 25.0), (0.4, 30.0), (0.9, 30.0)],
+    [(0.1, 0.0), (0.2, 0.0), (0.25, 5.0), (0.3, 10.0), (0.35, 25.0), (0.4, 30.0)],
 )
 def test_the_step_that_is_as_good_is_the_first_on_a_curve_made_monotone(accuracy: float, step: float) -> None:
     curve = ([0, 10, 20, 30], [0.2, 0.31, 0.29, 0.4])  # the dip becomes two times .3
-    assert equals_step(accuracy, curve) == pytest.approx(step)
+    assert equals_step(accuracy, curve) == (pytest.approx(step), False)
+
+
+def test_what_no_plain_step_reaches_is_beyond_and_a_plateau_is_reached_where_it_begins() -> None:
+    assert equals_step(0.9, ([0, 10, 30], [0.2, 0.3, 0.4])) == (30.0, True)
+    assert equals_step(1.0, ([0, 10, 30], [0.2, 1.0, 1.0])) == (10.0, False)
+
+
+def test_an_accuracy_that_was_not_measured_is_named(tmp_path: Path) -> None:
+    config, arms = load_comparison(written(tmp_path, metric="greedy"))
+    plan = make_plan(config, arms)
+    found = {race.folder: result(race.config.steps, 0.001, race.config.seed) for race in plan.races}
+    for one in found.values():
+        one["curve"] = [p | {split: {"sampled": p[split]["sampled"]} for split in SPLITS} for p in one["curve"]]
+    with pytest.raises(ConfigError, match="'greedy' was not measured, but sampled; change metric"):
+        collect(config, arms, found, plan, {})
+
+
+def test_a_variant_that_failed_is_left_out_and_an_accuracy_that_is_no_number_counts_as_none(tmp_path: Path) -> None:
+    config, arms = load_comparison(written(tmp_path))
+    plan = make_plan(config, arms)
+    found = {race.folder: result(race.config.steps, 0.001, race.config.seed) for race in plan.races}
+    failed = next(race for race in plan.races if race.arm == "tuned" and race.variant == 1)
+    del found[failed.folder]
+    last = next(race for race in plan.races if race.arm == "auto")
+    found[last.folder]["curve"][-1]["test"]["sampled"] = None
+    arms_found = collect(config, arms, found, plan, {failed.title: "diverged"}).as_dict()["arms"]
+    assert [v["values"] for v in arms_found["tuned"]["variants"]] == [{"training.learning_rate": 3e-4}]
+    assert arms_found["auto"]["test"]["sampled"]["values"]["0"] == 0.0

@@ -411,3 +411,20 @@ def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         run(settings, tmp_path / "run", resume=True)
     assert Watched.events[3:] == ["2 prepare", "2 close"]
+
+
+@pytest.mark.parametrize("average", [None, 8], ids=["plain", "averaged"])
+def test_a_run_resumed_at_its_last_step_trains_no_further(tmp_path: Path, average: int | None) -> None:
+    """transformers resets its sign to stop when training begins, and looks at it after a step only."""
+    settings = config(save_every=8, measure_every=4, schedule={"average": average}, training={"learning_rate": 1e-2})
+    finished = run(settings, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed just before
+    resumed = run(settings, tmp_path / "run", resume=True)
+    assert resumed.resumed_from == 16
+    assert resumed.accuracy == finished.accuracy
+    assert [(p["step"], p["test"]) for p in resumed.curve] == [(p["step"], p["test"]) for p in finished.curve]
+    assert resumed.average == finished.average
+    assert resumed.jumps == finished.jumps
+    state = json.loads((tmp_path / "run" / "trainer" / "checkpoint-16" / "trainer_state.json").read_text())
+    assert state["global_step"] == 16
+    assert not (tmp_path / "run" / "trainer" / "checkpoint-17").exists()

@@ -31,6 +31,9 @@ def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
             "minute each; use swap, or a predictor and a schedule with fewer jumps"
         )
     if config.jump == "merge":
+        for key, asked in (("measure_every", run.measure_every), ("schedule.average", run.schedule.average)):
+            if asked is not None:
+                raise ConfigError(f"{key}: with backend.jump: merge nothing measures accuracy; use swap or restart")
         if run.training.lora is not None:
             raise ConfigError(
                 "backend.jump: merge is for full-parameter runs: LoRA needs a hook into OpenRLHF in any case (its "

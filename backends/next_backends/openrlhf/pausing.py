@@ -92,7 +92,7 @@ class Pausing:
 
     def jump(self, step: int, folder: Path, prediction: Prediction, alpha: float) -> None:
         """Go on from the jump in ``folder``, made after ``step``."""
-        if self._restarts:
+        if self._restarts and step < self._setting.run.steps:  # after the last step nothing is trained
             self._start_anew(step)
         else:
             self._load(step)
@@ -137,9 +137,9 @@ class Pausing:
         self._load(step, schedule=step * self._setting.updates)
 
     def _load(self, step: int, moments: Path | None = None, schedule: int | None = None) -> None:
-        """Put the weights of a checkpoint into the trainer, with the jump that stands at its step."""
-        found = self._setting.history.jump_at(step)
-        shifts = [str(found[0] / SHIFT_FILE)] if found is not None and (found[0] / SHIFT_FILE).exists() else []
+        """Put the weights of a checkpoint into the trainer, with the jumps that stand at its step."""
+        made = (path / SHIFT_FILE for path, jump in jump_folders(self._setting.history.jumps) if jump["step"] == step)
+        shifts = [str(file) for file in made if file.exists()]
         self.trainer.ask(
             "load",
             folder=str(self._setting.history.checkpoint(step)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.applied import BEFORE_FILE, StoredApplied, TrlApplied
-from next_backends.trl.callback import StepCallback
+from next_backends.trl.callback import RunIsOver, StepCallback
 from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
 from next_core.appliers.live import LiveApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
 from next_core.errors import BackendError, CheckpointError, ConfigError
@@ -114,7 +115,8 @@ class TrlBackend(Backend):
         callback = StepCallback(self, step_ended)
         self.trainer.add_callback(callback)
         try:
-            self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
+            with contextlib.suppress(RunIsOver):
+                self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
         finally:
             self.trainer.remove_callback(callback)
         if self.trainer.state.global_step < until:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from next_backends.trl.backend import TrlBackend
 
 
+class RunIsOver(Exception):  # noqa: N818 - nothing is wrong
+    """A run was resumed at its last step: the trainer, its weights loaded, would take a step more before it looks."""
+
+
 class StepCallback(TrainerCallback):  # type: ignore[misc]
     """Passes on what the trainer reports: to the backend, and the end of each step to ``step_ended``."""
 
@@ -33,6 +37,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._backend is not None:
             self._backend.begin(state.global_step, kwargs["optimizer"])
+            if state.global_step >= state.max_steps:
+                raise RunIsOver
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_ended(state.global_step)
@@ -134,8 +140,8 @@ class PredictExtendCallback(StepCallback):
     def _after_step(self, step: int) -> None:
         assert self.cycle is not None
         self.cycle.after_step(step)
-        if step == self.cycle.total and self.cycle.advice is not None:
-            logging.getLogger(__name__).warning(self.cycle.advice)
+        if step == self.cycle.total and (advice := self.cycle.advise(step)) is not None:
+            logging.getLogger(__name__).warning(advice)
 
 
 def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:

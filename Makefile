@@ -8,7 +8,7 @@ export OPENRLHF_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test openrlhf-env test-openrlhf bench-speed lint setup clean help
+.PHONY: quickstart test openrlhf-env test-openrlhf bench-speed tables lint setup clean help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real 
 
 bench-speed: $(STAMP)  ## Measure every stage of docs/benchmarks/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all
+
+tables: $(STAMP)  ## Write the tables of docs/benchmarks anew from the committed results; runs nothing
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -38,12 +38,23 @@ ARMS: dict[str, dict[str, Any]] = {
     "linear": {"predictor": "stay", "guards": NO_PROBE},
 }
 ARM_RATES = {"auto": RATES, "plain": (*RATES, 2e-3), "linear": (1e-3, 2e-3)}
-Key = tuple[str, float, int, str]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "4 prompts a step": {"prompts_per_step": 4},
+    "LoRA rank 2": {"lora": {"rank": 2, "alpha": 4}},
+    "LoRA rank 32": {"lora": {"rank": 32, "alpha": 64}},
+    "full parameters": {"lora": None},
+    "RLOO": {"algorithm": "rloo"},
+    "REINFORCE++": {"algorithm": "reinforce++"},
+}
+"""What the arithmetic task is run with besides, at two rates."""
+SETTING_RATES = (1e-4, 1e-3)
+SETTING_SEEDS = 2
+Key = tuple[str, float, int, str, str]
 Row = dict[str, Any]
 By = dict[tuple[str, float, str], dict[int, Row]]
 
 
-def run_one(task: str, rate: float, seed: int, arm: str) -> Row:
+def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> Row:
     """One training run. The config of `auto` says no more than the task and the rate."""
     import logging
     import warnings
@@ -56,7 +67,7 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> Row:
     sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
     from next_core.config import make_config
     from next_core.cycle.run import run
-    from next_core.diagnostics import learning_rate_factor
+    from next_core.diagnostics import learning_rate_factor, with_origin
     from next_core.history import History
     from next_core.sources.opening import open_checkpoints
 
@@ -66,17 +77,20 @@ def run_one(task: str, rate: float, seed: int, arm: str) -> Row:
         "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")},
         "learning_rate": rate,
         "lr_scheduler": "linear" if arm == "linear" else "constant",
+        **SETTINGS.get(setting, {}),
     }
     config = make_config({"steps": STEPS, "seed": seed, "training": training, **ARMS[arm]})
     with tempfile.TemporaryDirectory() as out:
         result = run(config, Path(out) / "run")
-        advised = learning_rate_factor(History(open_checkpoints(Path(out) / "run" / "checkpoints")), result.jumps)
+        source = with_origin(open_checkpoints(Path(out) / "run" / "checkpoints"))
+        advised = learning_rate_factor(History(source), result.jumps)
     jumps = [jump for jump in result.jumps if jump["accepted"]]
     return {
         "task": task,
         "learning_rate": rate,
         "seed": seed,
         "arm": arm,
+        "setting": setting,
         "start": round(result.accuracy["start"] or 0.0, 4),
         "before_average": _rounded(result.accuracy.get("before_average"), 4),
         "final": _rounded(result.accuracy["final"], 4),
@@ -96,15 +110,22 @@ def _rounded(value: float | None, digits: int = 3) -> float | None:
 
 def missing(rows: list[Row], seeds: int) -> list[Key]:
     """The first seed of everything before the second of anything."""
-    have = {(row["task"], row["learning_rate"], row["seed"], row["arm"]) for row in rows}
-    wanted = [(t, rate, s, arm) for s in range(seeds) for t in TASKS for arm in ARMS for rate in ARM_RATES[arm]]
+    have = {(row["task"], row["learning_rate"], row["seed"], row["arm"], row["setting"]) for row in rows}
+    wanted = [(t, rate, s, arm, "") for s in range(seeds) for t in TASKS for arm in ARMS for rate in ARM_RATES[arm]]
+    wanted += [
+        ("arithmetic", rate, seed, arm, setting)
+        for seed in range(min(seeds, SETTING_SEEDS))
+        for setting in SETTINGS
+        for rate in SETTING_RATES
+        for arm in ("auto", "plain")
+    ]
     return [key for key in wanted if key not in have]
 
 
-def by_arm(rows: list[Row]) -> By:
-    """Rows by task, rate and arm, and in each by seed."""
+def by_arm(rows: list[Row], setting: str = "") -> By:
+    """Rows of one setting by task, rate and arm, and in each by seed."""
     found: By = {}
-    for row in rows:
+    for row in (row for row in rows if row["setting"] == setting):
         found.setdefault((row["task"], row["learning_rate"], row["arm"]), {})[row["seed"]] = row
     return found
 
@@ -198,13 +219,34 @@ def tuned(found: By) -> str:
     return table([*headings, "seeds"], rows)
 
 
+def other_settings(rows: list[Row]) -> str:
+    """The arithmetic task with other gradients, adapters and algorithms."""
+    cells = []
+    for setting in SETTINGS:
+        found = by_arm(rows, setting)
+        for rate in SETTING_RATES:
+            plain, auto = (found.get(("arithmetic", rate, arm), {}) for arm in ("plain", "auto"))
+            seeds = sorted(plain.keys() & auto.keys())
+            if not seeds:
+                continue
+            bare, averaged = ([plain[seed][key] for seed in seeds] for key in ("before_average", "final"))
+            ours = [auto[seed]["final"] for seed in seeds]
+            advised = [row["factor"] for row in plain.values() if row["factor"] is not None]
+            advice = f"{statistics.median(advised):.2g}" if advised else ""
+            jumps = f"{statistics.mean(auto[seed]['jumps'] for seed in seeds):.0f}"
+            cells.append([setting, f"{rate:g}", *map(mean, (bare, averaged, ours)), jumps, advice, str(len(seeds))])
+    headings = ["setting", "learning rate", "plain", "plain, mean at the end", "auto", "jumps", "advised factor"]
+    return table([*headings, "seeds"], cells)
+
+
 def tables(rows: list[Row]) -> str:
-    """All three, each with its question."""
+    """All of them, each with its question."""
     found = by_arm(rows)
     parts = {
         "Every rate, beside the plain run of the same rate": every_rate(found),
         "A conservative rate: 250 steps beside 400": conservative(found),
         "Tuned runs: the best constant rate, a schedule, the mean at the end": tuned(found),
+        "Other settings, on arithmetic": other_settings(rows),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())
 
@@ -229,7 +271,7 @@ def write(rows: list[Row]) -> None:
     """The results' file, in a fixed order, a line for each row."""
     from next_core.machine import hardware
 
-    rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"], r["arm"]))
+    rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["setting"], r["learning_rate"], r["seed"], r["arm"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     FILE.write_text(f'{{"hardware": {json.dumps(hardware() + ", one thread a run")},\n"rows": [\n{lines}\n]}}\n')
 

@@ -59,9 +59,9 @@ def compare_command(
 
 
 def _show_plan(plan: Plan, config: CompareConfig, arms: list[Arm], out: Path, console: Console) -> None:
-    facts = _plan_facts(plan, out)
+    facts, seeds = _plan_facts(plan, out), len(config.seeds)
     console.print(
-        f"{len(arms)} arms, {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}: {facts['races']} races, {facts['steps']} RL steps; common "
+        f"{len(arms)} arms, {seeds} seed{'s' * (seeds > 1)}: {facts['races']} races, {facts['steps']} RL steps; common "
         f"prefixes save {facts['shared']} more. {facts['done']} races are done."
     )
     for arm in arms:

@@ -16,7 +16,14 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def row(rate: float, arm: str, bare: float | None, final: float, seed: int = 0, **more: Any) -> dict[str, Any]:
-    facts = {"task": "arithmetic", "learning_rate": rate, "seed": seed, "arm": arm, "before_average": bare}
+    facts = {
+        "task": "arithmetic",
+        "learning_rate": rate,
+        "seed": seed,
+        "arm": arm,
+        "before_average": bare,
+        "setting": "",
+    }
     return facts | {"final": final, "jumps": 3, "factor": None} | more
 
 
@@ -52,9 +59,11 @@ def test_rivals_are_the_best_constant_rate_schedules_and_means(rates: Any) -> No
 
 def test_what_is_missing_begins_with_the_first_seed_of_everything(rates: Any) -> None:
     wanted = rates.missing(rows(), seeds=2)
-    assert [seed for _, _, seed, _ in wanted] == sorted(seed for _, _, seed, _ in wanted)
-    assert ("arithmetic", 1e-4, 1, "auto") not in wanted
-    assert ("sorting", 1e-4, 1, "auto") in wanted
+    tasks = [seed for _, _, seed, _, setting in wanted if not setting]
+    assert tasks == sorted(tasks)
+    assert ("arithmetic", 1e-4, 1, "auto", "") not in wanted
+    assert ("sorting", 1e-4, 1, "auto", "") in wanted
+    assert ("arithmetic", 1e-3, 1, "auto", "LoRA rank 2") in wanted
 
 
 def test_the_committed_results_make_the_tables(rates: Any) -> None:

@@ -16,6 +16,8 @@ from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
 
 HARDLY = 1.02
 """A multiple below this is none."""
+MULTIPLE_OF = "multiple of "
+"""Begins the diagnostics of each matrix."""
 
 
 class AutoConfig(PluginConfig):
@@ -27,6 +29,7 @@ class AutoConfig(PluginConfig):
     gain: float = Field(1.5, gt=0, description="Growth of the multiple's logarithm per unit of agreement above it")
     limit: float = Field(1.0, gt=0, description="Most that this logarithm changes at once")
     most: float = Field(9.0, gt=1, description="Largest multiple; 9 is a jump of 8 times the motion before it")
+    per_matrix: bool = Field(False, description="A multiple for each matrix, by its own agreement, not by the median")
 
 
 class AutoPredictor(PerMatrixPredictor):
@@ -37,7 +40,7 @@ class AutoPredictor(PerMatrixPredictor):
     its steps are too short for the path, and falls as steps grow; at the best constant learning rate of the embedded
     tasks it is between 0 and 0.2. Every ``every`` steps ln m grows by gain (median - target), and m never is below 1: a
     run whose motion does not agree with itself, as at a large learning rate or on a random walk, is left alone.
-    Where the last jump was refused by a guard, m is halved.
+    Where the last jump was refused by a guard, m is halved. With ``per_matrix`` each matrix has an m of its own.
 
     m is read from the journal's last record; a history without one, as of a recorded run, begins at m = 1.
     """
@@ -68,46 +71,61 @@ class AutoPredictor(PerMatrixPredictor):
 
     def prepare(self, horizon: int) -> Abstain | None:
         newest = self.history.newest
-        multiple, measured = self._last()
+        multiples, measured = self._last()
         if newest - measured >= self.config.every:
-            agreed = self._agreement()
+            agreed = self._agreements()
             if isinstance(agreed, Abstain):
                 return agreed
-            change = self.config.gain * (agreed - self.config.target)
-            change = min(max(change, -self.config.limit), self.config.limit)
-            multiple, measured = min(max(multiple * math.exp(change), 1.0), self.config.most), newest
-            self.diagnostics["agreement"] = agreed
+            multiples = {name: self._steered(multiples.get(name, 1.0), value) for name, value in agreed.items()}
+            measured = newest
+            self.diagnostics["agreement"] = round(statistics.median(agreed.values()), 3)
+        multiple = statistics.median(multiples.values())
         self.diagnostics |= {"multiple": multiple, "measured": measured}
-        if multiple < HARDLY:
+        if self.config.per_matrix:
+            self.diagnostics |= {f"{MULTIPLE_OF}{name}": value for name, value in multiples.items()}
+        if max(multiples.values()) < HARDLY:
             return Abstain("successive motions agree too little to go further than training does")
-        self._update = CoefficientUpdate({newest: multiple - 1.0, newest - horizon: 1.0 - multiple}, "factors")
+        self._multiples = multiples
         return None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
-        return self._update
+        multiple = self._multiples.get(matrix.name, 1.0)
+        if multiple < HARDLY:
+            return Abstain("its successive motions agree too little to go further than training does")
+        newest = self.history.newest
+        return CoefficientUpdate({newest: multiple - 1.0, newest - horizon: 1.0 - multiple}, "factors")
 
-    def _last(self) -> tuple[float, int]:
-        """The multiple so far, and the step at which it was measured; long ago where there is none."""
+    def _steered(self, multiple: float, agreed: float) -> float:
+        change = self.config.gain * (agreed - self.config.target)
+        change = min(max(change, -self.config.limit), self.config.limit)
+        return float(min(max(multiple * math.exp(change), 1.0), self.config.most))
+
+    def _last(self) -> tuple[dict[str, float], int]:
+        """The multiple so far of each matrix, and the step at which it was measured; long ago where there is none."""
         for record in reversed(self.history.tried):
             facts: Mapping[str, Any] = record.get("diagnostics") or {}
             if facts.get("multiple") is not None:
-                multiple = float(facts["multiple"])
-                refused = not record["accepted"] and multiple >= HARDLY
-                return max(multiple / 2, 1.0) if refused else multiple, int(facts["measured"])
-        return 1.0, -self.config.every
+                common = float(facts["multiple"])
+                each = {name: float(facts.get(f"{MULTIPLE_OF}{name}", common)) for name in self.history.names}
+                if not record["accepted"] and max(each.values(), default=1.0) >= HARDLY:
+                    each = {name: max(value / 2, 1.0) for name, value in each.items()}
+                return each, int(facts["measured"])
+        return dict.fromkeys(self.history.names, 1.0), -self.config.every
 
     def _span(self, steps: Sequence[int]) -> int | None:
         return comparable_span({0, *steps}, steps[-1:], self.config.span)
 
-    def _agreement(self) -> float | Abstain:
-        """The median of lambda over the matrices, to three digits: jumps made later round checkpoints anew."""
+    def _agreements(self) -> dict[str, float] | Abstain:
+        """lambda of each matrix, or the median for all, to three digits: jumps made later round checkpoints anew."""
         history = self.history
         span = self._span(history.steps)
         assert span is not None  # lacks() has seen to it
         newest, middle, first = history.newest, history.newest - span, history.newest - 2 * span
-        grams = motion_grams(history, (first, middle, newest)).values()
-        each = [float(agreement(gram, slice(0, 1), slice(1, 2))) for gram in grams]
-        found = [value for value in each if not math.isnan(value)]
+        grams = motion_grams(history, (first, middle, newest))
+        each = {name: float(agreement(gram, slice(0, 1), slice(1, 2))) for name, gram in grams.items()}
+        found = {name: value for name, value in each.items() if not math.isnan(value)}
         if not found:
             return Abstain(f"no matrix moved from step {first} to {middle}")
-        return round(statistics.median(found), 3)
+        if self.config.per_matrix:
+            return {name: round(value, 3) for name, value in found.items()}
+        return dict.fromkeys(each, round(statistics.median(found.values()), 3))

@@ -80,6 +80,21 @@ def test_motion_that_turns_back_ends_the_jumps_within_a_few_measurements() -> No
     assert multiple == pytest.approx(9 * math.exp(-1.0))
 
 
+def test_each_matrix_may_have_a_multiple_of_its_own_which_the_journal_keeps() -> None:
+    paths = {"straight": drift(1), "walk": walk(7, 20, 20)}
+    source = dense_run(paths, steps=EVERY_TWO)
+    first = predict(source, per_matrix=True)
+    assert set(first.updates) == {"straight"}
+    assert first.diagnostics["multiple of straight"] == pytest.approx(math.exp(1.0))
+    assert first.diagnostics["multiple of walk"] < 1.02
+    kept = {"accepted": True, "diagnostics": dict(first.diagnostics) | {"measured": 38.0}}
+    again = predict(source, [kept], per_matrix=True)
+    assert again.diagnostics["multiple of straight"] == pytest.approx(math.exp(1.0))
+    assert set(again.updates) == {"straight"}
+    refused = predict(source, [kept | {"accepted": False}], per_matrix=True)
+    assert refused.diagnostics["multiple of straight"] == pytest.approx(math.exp(1.0) / 2)
+
+
 def test_frozen_matrices_stay_and_do_not_count() -> None:
     source = dense_run({"a": drift(1), "b": still(), "c": still()}, steps=EVERY_TWO)
     prediction = predict(source)

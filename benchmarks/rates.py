@@ -36,8 +36,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "auto": {"predictor": "auto"},
     "plain": {"predictor": "stay", "schedule": WATCHED, "guards": NO_PROBE},
     "linear": {"predictor": "stay", "guards": NO_PROBE},
+    "per matrix": {"predictor": {"name": "auto", "per_matrix": True}},
 }
-ARM_RATES = {"auto": RATES, "plain": (*RATES, 2e-3), "linear": (1e-3, 2e-3)}
+ARM_RATES = {"auto": RATES, "plain": (*RATES, 2e-3), "linear": (1e-3, 2e-3), "per matrix": (1e-3, 1e-4)}
+ARM_SEEDS = {"linear": 3, "per matrix": 2}
+"""Where fewer than the others'."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "4 prompts a step": {"prompts_per_step": 4},
     "LoRA rank 2": {"lora": {"rank": 2, "alpha": 4}},
@@ -96,7 +99,9 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
         "final": _rounded(result.accuracy["final"], 4),
         "average": None if result.average is None else result.average["reason"],
         "jumps": len(jumps),
-        "multiples": {jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm == "auto"},
+        "multiples": {
+            jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm in ("auto", "per matrix")
+        },
         "agreement": _rounded(advised.agreement),
         "factor": _rounded(advised.factor),
         "multiple": _rounded(advised.multiple),
@@ -112,6 +117,7 @@ def missing(rows: list[Row], seeds: int) -> list[Key]:
     """The first seed of everything before the second of anything."""
     have = {(row["task"], row["learning_rate"], row["seed"], row["arm"], row["setting"]) for row in rows}
     wanted = [(t, rate, s, arm, "") for s in range(seeds) for t in TASKS for arm in ARMS for rate in ARM_RATES[arm]]
+    wanted = [key for key in wanted if key[2] < ARM_SEEDS.get(key[3], seeds)]
     wanted += [
         ("arithmetic", rate, seed, arm, setting)
         for seed in range(min(seeds, SETTING_SEEDS))
@@ -219,6 +225,22 @@ def tuned(found: By) -> str:
     return table([*headings, "seeds"], rows)
 
 
+def per_matrix(found: By) -> str:
+    """One multiple for all matrices beside one for each."""
+    rows = []
+    for task in TASKS:
+        for rate in sorted(ARM_RATES["per matrix"]):
+            auto, each = (found.get((task, rate, arm), {}) for arm in ("auto", "per matrix"))
+            seeds = sorted(auto.keys() & each.keys())
+            if seeds:
+                finals = [[runs[seed]["final"] for seed in seeds] for runs in (auto, each)]
+                differences = [after - before for before, after in zip(*finals, strict=True)]
+                jumps = [f"{statistics.mean(runs[seed]['jumps'] for seed in seeds):.0f}" for runs in (auto, each)]
+                rows.append([task, f"{rate:g}", *map(mean, finals), interval(differences), *jumps, str(len(seeds))])
+    headings = ["task", "learning rate", "auto", "per_matrix", "difference, 95%", "jumps", "its jumps", "seeds"]
+    return table(headings, rows)
+
+
 def other_settings(rows: list[Row]) -> str:
     """The arithmetic task with other gradients, adapters and algorithms."""
     cells = []
@@ -246,6 +268,7 @@ def tables(rows: list[Row]) -> str:
         "Every rate, beside the plain run of the same rate": every_rate(found),
         "A conservative rate: 250 steps beside 400": conservative(found),
         "Tuned runs: the best constant rate, a schedule, the mean at the end": tuned(found),
+        "A multiple for each matrix (`per_matrix: true`)": per_matrix(found),
         "Other settings, on arithmetic": other_settings(rows),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())

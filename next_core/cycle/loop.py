@@ -209,10 +209,10 @@ class PredictExtendCycle:
 
     def advise(self, step: int) -> str | None:
         """What the run's own motion says of its learning rate, journalled; whole matrices would take long to read."""
+        source = self.backend.source()  # a checkpoint that could not be written is said here at the latest
+        if any(parameter.rank is None for parameter in source.parameters):
+            return None
         try:
-            source = self.backend.source()
-            if any(parameter.rank is None for parameter in source.parameters):
-                return None
             advice = run_advice(History(source), self.journal.jumps())
         except Exception as error:  # the run itself is none the worse
             self.journal.append("advice", step, problem=describe(error))

@@ -308,7 +308,8 @@ def config(tmp_path: Path) -> Path:
     (tmp_path / "train.jsonl").write_text("")
     file = tmp_path / "run.yaml"
     file.write_text(
-        "steps: 100\ntraining: {model: base, data: {train: train.jsonl}}\nschedule: {observe: 50, every: 5}\n"
+        "steps: 100\ntraining: {model: base, data: {train: train.jsonl}}\npredictor: secant\n"
+        "schedule: {observe: 50, every: 5}\n"
     )
     return file
 

@@ -61,6 +61,7 @@ training:
   generations: 4
   max_new_tokens: 4
   learning_rate: 1e-3
+predictor: secant
 schedule: {{observe: 4, every: 2, horizon: 2}}
 """
     (tmp_path / "run.yaml").write_text(config)

@@ -57,7 +57,8 @@ class Pretence:
             "max_new_tokens": 4,
             **run.pop("training", {}),
         }
-        block = {"steps": 6, "save_every": 2, "schedule": {"observe": 3, "every": 1, "horizon": 1}} | run
+        schedule = {"observe": 3, "every": 1, "horizon": 1}
+        block = {"steps": 6, "save_every": 2, "predictor": "secant", "schedule": schedule} | run
         setting = Setting(RunConfig.model_validate({**block, "training": training}), config, self.out)
         self._settings.append(setting)
         return setting

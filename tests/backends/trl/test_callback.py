@@ -399,7 +399,7 @@ def test_the_journal_and_the_metrics_are_on_disk(make_trainer: Any, tmp_path: Pa
     callback = PredictExtendCallback(FACTORS, folder=tmp_path / "watch", **SMALL)
     make_trainer([callback], steps=8).train()
     lines = [json.loads(line) for line in (tmp_path / "watch" / "journal.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["start", "jump"]
+    assert [line["event"] for line in lines] == ["start", "jump", "advice"]
     source = open_checkpoints(tmp_path / "watch" / "checkpoints")
     assert source.steps == (3, 6)
     assert "reward" in source.metrics(6)

@@ -74,6 +74,7 @@ def train(
             {
                 "steps": STEPS,
                 "save_every": 1,
+                "predictor": "stay",
                 "schedule": {"observe": STEPS, "every": 1, "horizon": 1},
                 "training": {
                     "model": str(base),

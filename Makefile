@@ -26,8 +26,8 @@ setup: $(STAMP)  ## Make the environment (.venv)
 quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run beside it
 	$(BIN)/next-core run examples/quickstart.yaml --out runs/quickstart --overwrite
 
-test: $(STAMP)  ## Run the tests, a process for each core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest
 
 openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
 	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"

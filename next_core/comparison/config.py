@@ -167,12 +167,16 @@ def _judgeable(config: RunConfig, metric: str, where: str) -> RunConfig:
     return config
 
 
-def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
-    """The common keys for what has another predictor: the schedule is still the one that the run's is made for."""
-    chosen = common.get("predictor", DEFAULT_PREDICTOR)
+def _made_for(chosen: Any) -> Mapping[str, Mapping[str, Any]]:
+    """What the predictor of a config's block is made for; nothing for a name that is refused later."""
     name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
     known = isinstance(name, str) and name in registry().names("predictor")
-    made_for = dict(registry().get("predictor", str(name)).made_for.get("schedule", {})) if known else {}
+    return registry().get("predictor", str(name)).made_for if known else {}
+
+
+def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The common keys for what has another predictor: the schedule is still the one that the run's is made for."""
+    made_for = dict(_made_for(common.get("predictor", DEFAULT_PREDICTOR)).get("schedule", {}))
     own = common.get("schedule", {})
     made_for.pop("average", None)  # of that predictor alone, unless the run's own keys say so
     return {**common, "schedule": {**made_for, **own} if isinstance(own, Mapping) else own}
@@ -181,12 +185,8 @@ def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
 def _of_arm(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """An arm's keys over the common ones; a predictor that is made for a schedule does not take the common one."""
     if "predictor" in own:
-        chosen = own["predictor"]
-        name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-        common = {key: value for key, value in common.items() if key != "predictor"}
-        known = isinstance(name, str) and name in registry().names("predictor")
-        made_for = registry().get("predictor", str(name)).made_for if known else {}
-        common = {key: value for key, value in common.items() if key not in made_for}
+        replaced = {"predictor", *_made_for(own["predictor"])}
+        common = {key: value for key, value in common.items() if key not in replaced}
     return _merged(common, own)
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -87,7 +87,7 @@ def compare(
             shutil.rmtree(leftover, ignore_errors=True)  # of a killed process
         missing = [race for race in plan.races if not is_done(race, out)]
         failed = _execute(plan, missing, out, workers, keep_checkpoints, progress) if missing else {}
-        _check_failures(failed, arms, plan, out)
+        _check_failures(failed, plan, out)
         for race in plan.races:
             if is_done(race, out):
                 _prune(out / race.folder, keep_checkpoints)
@@ -99,7 +99,7 @@ def compare(
     return found
 
 
-def _check_failures(failed: dict[str, str], arms: Sequence[Arm], plan: Plan, out: Path) -> None:
+def _check_failures(failed: dict[str, str], plan: Plan, out: Path) -> None:
     """Raise ``BackendError`` unless every arm has a variant that is complete."""
     lacking = {(race.arm, race.variant) for race in plan.races if not is_done(race, out)}
     run = {(race.arm, race.variant) for race in plan.races}
@@ -168,7 +168,7 @@ def _execute(
         if progress is not None:
             progress(WHAT, done, total)
 
-    trunks = [trunk for trunk in plan.trunks if any(race.folder in lacking for race in _all(trunk))]
+    trunks = [trunk for trunk in plan.trunks if any(race.folder in lacking for race in trunk.serves)]
     alone = [race for race in plan.alone if race.folder in lacking]
     with _pool(workers) as (pool, told_by_races):
         waiting: dict[Future[None], Trunk | Race] = {}
@@ -207,10 +207,6 @@ def _pass_on(messages: Any, progress: Progress | None) -> None:
         message = messages.get()
         if progress is not None:
             progress(*message)
-
-
-def _all(trunk: Trunk) -> Iterable[Race]:
-    return trunk.races if trunk.plain is None else (trunk.plain, *trunk.races)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,11 @@ class Trunk:
         """RL steps that it takes."""
         return self.stops[-1]
 
+    @property
+    def serves(self) -> tuple[Race, ...]:
+        """Itself, if it is a race, and those that branch off."""
+        return self.races if self.plain is None else (self.plain, *self.races)
+
     def segment(self, stop: int) -> RunConfig:
         """The run that ends at one of the stops."""
         return self.config.model_copy(update={"steps": stop, "save_every": stop})
@@ -67,10 +72,7 @@ class Plan:
     @property
     def races(self) -> tuple[Race, ...]:
         """All of them, those that are a trunk themselves included."""
-        found = [*self.alone]
-        for trunk in self.trunks:
-            found += ([trunk.plain] if trunk.plain is not None else []) + list(trunk.races)
-        return tuple(found)
+        return (*self.alone, *(race for trunk in self.trunks for race in trunk.serves))
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,8 @@ from next_core.cycle.guards import Guards
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError, PluginError
 from next_core.executor import Executor
-from next_core.plugins import KINDS, Kind, explain, registry
+from next_core.plugins import KINDS, Kind, describe, explain, registry
+from next_core.reading import read_text
 
 DEFAULT_PREDICTOR = "auto"
 """What a run extrapolates with where nothing is said; docs/benchmarks/auto.md has the figures."""
@@ -103,7 +104,11 @@ class RunConfig(Frozen):
     schedule: Schedule = Schedule()
     guards: Guards = Guards()
     control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
-    save_every: int | None = Field(None, ge=1, description="Steps between the trainer's own checkpoints, for --resume")
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between the trainer's own checkpoints, which a run that was ended early goes on from",
+    )
     measure_every: int | None = Field(
         None, ge=1, description="Steps between accuracies on the validation and test prompts, for curves"
     )
@@ -148,10 +153,31 @@ class RunConfig(Frozen):
 
 MAX_NODES = 10_000
 """Values of one YAML document; aliases can make a few lines stand for billions."""
+MAX_YAML = 2**20
+"""Bytes of a YAML file."""
+MAX_DEPTH = 100
+MAX_DIGITS = 100
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key that is there twice is an error, and 1e-4 (YAML 1.1's text) is a number."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # the scanner looks at every level for every token
+            raise yaml.scanner.ScannerError(None, None, f"more than {MAX_DEPTH} brackets deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node) if len(node.value) <= MAX_DIGITS else 2**64
+        if abs(value) >= 2**64:
+            raise yaml.constructor.ConstructorError(None, None, "the number does not fit in 64 bits", node.start_mark)
+        return value
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._composed = getattr(self, "_composed", 0) + 1
+        if self._composed > MAX_NODES:  # before all of a huge document is read
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_NODES} values")
+        return super().compose_node(parent, index)
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -193,8 +219,11 @@ def _bound(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+0123456789.")
 )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -208,11 +237,13 @@ def parse_yaml(text: str, where: str) -> Any:
 def load_yaml(file: Path, keys: str) -> dict[str, Any]:
     """A YAML file that is a mapping; ``keys`` says where its keys are told. Raises ``ConfigError``."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MAX_YAML)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
     raw = parse_yaml(text, str(file))
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must be a mapping of keys, {keys}")
@@ -235,20 +266,32 @@ def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None
         if contradicts and "predictor" not in raw and ("schedule" in raw or "guards" in raw):
             said += f"\n{where}: without a predictor it is '{DEFAULT_PREDICTOR}'; what it is made for fills the gaps"
         raise ConfigError(said) from None
-    config = _absolute(config, base or Path())
+    config = _absolute(config, base or Path(), where)
     for path in _paths(config):
         if not path.exists():
             raise ConfigError(f"{where}: {path} does not exist")
-    config.check_plugins()
+    try:
+        config.check_plugins()
+    except (ConfigError, PluginError) as error:
+        raise type(error)("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
     return config
 
 
-def _absolute(config: RunConfig, base: Path) -> RunConfig:
+def absolute_path(base: Path, path: str | Path, where: str) -> Path:
+    """A path of a config, from the folder it counts from. Raises ``ConfigError`` for one that can be none."""
+    try:
+        found = (base / path).resolve()
+        found.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a loop of links
+        raise ConfigError(f"{where}: {str(path)[:100]!r} is no path ({describe(error)[:100]})") from None
+    return found
+
+
+def _absolute(config: RunConfig, base: Path, where: str) -> RunConfig:
     data = config.training.data
-    moved = {k: (base / v).resolve() if v is not None else None for k, v in dict(data).items()}
-    training = config.training.model_copy(
-        update={"model": (base / config.training.model).resolve(), "data": data.model_copy(update=moved)}
-    )
+    moved = {k: absolute_path(base, v, where) if v is not None else None for k, v in dict(data).items()}
+    model = absolute_path(base, config.training.model, where)
+    training = config.training.model_copy(update={"model": model, "data": data.model_copy(update=moved)})
     return config.model_copy(update={"training": training})
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class NextCoreError(Exception):
     """Base of every error this project raises on purpose."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
+    """Of the command line."""
 
 
 class ConfigError(NextCoreError):
@@ -39,3 +38,17 @@ class BackendError(NextCoreError):
     """A trainer failed, or cannot do what was asked of it."""
 
     exit_code = 6
+
+
+class StorageError(NextCoreError, OSError):
+    """The disk is full, or may not be written; what was complete before stays."""
+
+    exit_code = 7
+
+
+class Interrupted(NextCoreError):  # noqa: N818 - nothing is wrong
+    """A run was asked to end (Ctrl-C, SIGTERM), and ended with its state kept; the exit code is the shell's."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

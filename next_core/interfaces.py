@@ -305,6 +305,13 @@ class Backend(Plugin):
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
 
+    def stop(self) -> None:
+        """Let ``train`` return early: at the next step that a resumed run goes on from as if it had not ended there.
+
+        Asked for at the end of a step, by an in-process trainer's user; one that cannot is ended at once.
+        """
+        raise KeyboardInterrupt
+
     @abstractmethod
     def observe(self, step: int) -> None:
         """Make the weights of the step that just ended available as a checkpoint of ``source()``."""

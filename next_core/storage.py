@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -14,12 +13,49 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError, ConfigError, NextCoreError
+from next_core.errors import ConfigError, StorageError
+from next_core.manifest import INCOMPLETE, MANIFEST, manifest_text
 
-MANIFEST = "manifest.json"
-INCOMPLETE = "INCOMPLETE.json"
-"""Lies in a folder while its files are replaced one by one: what is there is partly old and partly new."""
-TEMPORARY = re.compile(r"\.(tmp|old)-\d+$")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_NUMBERED = r"\.(tmp|old)-(\d+)"
+
+
+def failpoint(what: str, path: Path) -> None:
+    """Called before and after every write, rename and removal: a test puts something here that ends the process."""
+
+
+@contextlib.contextmanager
+def doing(what: str, path: Path) -> Iterator[None]:
+    """One step of ours on the disk. Raises ``StorageError`` with the remedy in place of ``OSError``."""
+    failpoint(f"before {what}", path)
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(f"{what}: {path}", error) from error
+    failpoint(f"after {what}", path)
+
+
+def storage_error(doing: str, error: OSError) -> StorageError:
+    """What the disk refused, as an error that names the remedy."""
+    if error.errno in FULL:
+        reason = "the disk is full; free some space, and run the same command again"
+    elif error.errno in FORBIDDEN:
+        reason = f"it may not be written ({error.strerror}); choose another folder, or give yourself the right to"
+    else:
+        reason = str(error.strerror or error)
+    made = StorageError(f"{doing}: {reason}")
+    made.errno = error.errno
+    return made
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is of a full disk; some libraries keep no more of it than the words."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fsync(path: Path) -> None:
@@ -30,61 +66,76 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
-def new_directory(target: Path, overwrite: bool = False, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
+def new_directory(
+    target: Path, overwrite: bool = False, digests: Mapping[str, str] | None = None, manifest: bool = True
+) -> Iterator[Path]:
     """A temporary sibling of ``target`` to write into; on success it becomes ``target``, else it is gone.
 
-    A manifest (sha256 and size of every file) is written last. ``digests`` may name the sha256 of files by their path
-    in the folder, filled in while they are written: those are not read again. Raises ``ConfigError`` if ``target``
-    exists and ``overwrite`` is false, and whatever the body raises.
+    A manifest is written last, unless the folder is one that grows. ``digests`` may name the sha256 of files by their
+    path in the folder, filled in while they are written: those are not read again. Raises ``ConfigError`` if ``target``
+    exists and ``overwrite`` is false, ``StorageError`` for what the disk refuses, and whatever the body raises.
     """
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists already; choose another folder or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep_siblings(target)
-    scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch = _sibling(target, "tmp")
+    with doing("making a folder", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep_siblings(target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
     try:
         yield scratch
-        (scratch / MANIFEST).write_text(manifest_text(scratch, digests))
-        for path in [*(path for path in sorted(scratch.rglob("*")) if path.is_file()), scratch]:
-            _fsync(path)
-        if target.exists():
-            old = target.parent / f".{target.name}.old-{os.getpid()}"
-            target.rename(old)
-            try:
+        if manifest:
+            seal(scratch, digests)
+        with doing("renaming a folder", target):
+            if not target.exists():
                 scratch.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            scratch.rename(target)
-        _fsync(target.parent)
+            elif not _exchange(scratch, target):
+                _replace(scratch, target)
+            _fsync(target.parent)
+        shutil.rmtree(scratch, ignore_errors=True)  # what was exchanged
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def manifest_text(folder: Path, digests: Mapping[str, str] | None = None) -> str:
-    """The manifest of a folder as it is; ``digests`` as for ``new_directory``."""
-    # A copied folder may bring its old manifest, which is replaced by this one.
-    files = (
-        path for path in folder.rglob("*") if path.is_file() and path not in (folder / MANIFEST, folder / INCOMPLETE)
-    )
-    manifest = {}
-    for path in sorted(files):
-        name = str(path.relative_to(folder))
-        digest = (digests or {}).get(name) or sha256(path)
-        manifest[name] = {"sha256": digest, "size": path.stat().st_size}
-    return json.dumps({"files": manifest}, indent=1)
+def _sibling(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}"
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, rename_exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    """The same in two steps: a process killed between them leaves the old one aside, and ``recover`` puts it back."""
+    old = _sibling(target, "old")
+    target.rename(old)
+    failpoint("between two renames", target)
+    try:
+        scratch.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Make all files of a folder durable, and then its manifest, which says that it is complete.
+
+    ``digests`` as for ``new_directory``. A folder that somebody else has written is sealed so as well.
+    """
+    with doing("writing", folder / MANIFEST):
+        for path in (path for path in sorted(folder.rglob("*")) if path.exists()):
+            _fsync(path)
+    write_text(folder / MANIFEST, manifest_text(folder, digests))
 
 
 @contextlib.contextmanager
@@ -94,10 +145,12 @@ def changing_in_place(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     ``facts`` are written into the mark. The old manifest goes first, for it no longer holds.
     """
     write_text(folder / INCOMPLETE, json.dumps(dict(facts), indent=1))
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with doing("removing", folder / MANIFEST):
+        (folder / MANIFEST).unlink(missing_ok=True)
     yield
-    (folder / INCOMPLETE).unlink()
-    _fsync(folder)
+    with doing("removing", folder / INCOMPLETE):
+        (folder / INCOMPLETE).unlink()
+        _fsync(folder)
 
 
 def free_bytes(folder: Path) -> int:
@@ -110,21 +163,21 @@ def free_bytes(folder: Path) -> int:
 def enough_space(target: Path, needed: int) -> Iterator[None]:
     """Refuse to begin what the disk has no room for, and name the file when it fills up all the same.
 
-    Raises ``NextCoreError`` with the bytes needed and the bytes free, before the body or in place of its ``OSError``.
+    Raises ``StorageError`` with the bytes needed and the bytes free, before the body or in place of its ``OSError``.
     """
     free = free_bytes(target)
     if free < needed:
-        raise NextCoreError(
+        raise StorageError(
             f"{target} needs {_megabytes(needed)} but the disk has {_megabytes(free)} free; nothing was written: free "
             "some space, or choose a folder on another disk"
         )
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         where = Path(error.filename).name if isinstance(error.filename, str) else "a file"
-        raise NextCoreError(
+        raise StorageError(
             f"the disk was full while {where} of {target} was written; {_megabytes(needed)} were needed and "
             f"{_megabytes(free)} free at the start: free some space, or choose a folder on another disk"
         ) from error
@@ -135,12 +188,19 @@ def _megabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def fresh_directory(target: Path) -> Iterator[None]:
-    """An empty ``target``; what was there is put back when the body fails, and removed when it succeeds."""
-    aside = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        target.rename(aside)
-    target.mkdir(parents=True)
+def fresh_directory(target: Path, commit: str) -> Iterator[None]:
+    """An empty ``target``; what was there is put back when the body fails, and removed when it succeeds.
+
+    ``commit`` is a file that the body writes: once it is there, a killed process leaves the new folder and not the old
+    one (``recover``).
+    """
+    aside = _sibling(target, "old")
+    recover(target, commit)
+    with doing("making a folder", target):
+        if target.exists():
+            target.rename(aside)
+            failpoint("between two renames", target)
+        target.mkdir(parents=True)
     try:
         yield
     except BaseException:
@@ -151,33 +211,66 @@ def fresh_directory(target: Path) -> Iterator[None]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def recover(target: Path, commit: str) -> None:
+    """After a process was killed in ``fresh_directory``: the new folder if it was committed, else the old one."""
+    for kind, path in _left_behind(target):
+        if kind == "old" and not (target / commit).exists():
+            with doing("putting back", target):
+                shutil.rmtree(target, ignore_errors=True)
+                path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Give a folder another name on the same disk, durably."""
+    with doing("renaming a folder", target):
+        source.rename(target)
+        _fsync(target.parent)
+
+
 def remove_directory(folder: Path) -> None:
     """Remove a folder so that a crash leaves all of it, or nothing by its name."""
     if folder.exists():
-        doomed = folder.parent / f".{folder.name}.old-{os.getpid()}"
+        doomed = _sibling(folder, "tmp")
         shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        with doing("removing", folder):
+            folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written or half-removed in ``folder``."""
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        if TEMPORARY.search(path.name):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove what killed processes left half-written or half-removed in ``folder``; put back what they put aside."""
+    targets = {match[1] for path in _hidden(folder) if (match := re.fullmatch(rf"\.(.+){_NUMBERED}", path.name))}
+    for name in targets:
+        sweep_siblings(folder / name)
 
 
 def sweep_siblings(target: Path) -> None:
-    """Remove what killed processes left half-written beside ``target`` on its way there, and nothing else.
+    """The same beside one ``target``, and nothing else.
 
     Only a process of this machine is known to be dead: one target is not to be written from two machines at once.
-    What was put aside (``.old-PID``) stays, as it may be the only copy.
     """
-    temporary = re.compile(rf"\.{re.escape(target.name)}\.tmp-(\d+)")
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = temporary.fullmatch(path.name)
-        if match is not None and not is_alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for kind, path in _left_behind(target):
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _left_behind(target: Path) -> Iterator[tuple[str, Path]]:
+    """What dead processes, and this one, left beside a target: ``tmp`` is a half, ``old`` what was put aside."""
+    numbered = re.compile(rf"\.{re.escape(target.name)}{_NUMBERED}")
+    for path in _hidden(target.parent):
+        match = numbered.fullmatch(path.name)
+        if match is not None and (int(match[2]) == os.getpid() or not is_alive(int(match[2]))):
+            yield match[1], path
+
+
+def _hidden(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*")) if folder.is_dir() else []
 
 
 def is_alive(process: int) -> bool:
@@ -191,61 +284,24 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def check_manifest(folder: Path) -> None:
-    """Raise ``CheckpointError`` when a file of ``folder`` is missing or has another size than its manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, facts in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts["size"]:
-                raise CheckpointError(f"{path} is missing or truncated ({facts['size']} bytes expected); restore it")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read ({error}); the checkpoint is incomplete: remove or restore it"
-        ) from None
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write; on success it replaces ``path``, durably, else it is gone."""
-    scratch = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    scratch = _sibling(path, "tmp")
     scratch.unlink(missing_ok=True)  # of a killed process with this number
     try:
         yield scratch
-        _fsync(scratch)
-        scratch.replace(path)
+        with doing("writing", path):
+            _fsync(scratch)
+            failpoint("before renaming", path)
+            scratch.replace(path)
+            _fsync(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Replace one file atomically; ``errors`` as ``str.encode`` has it, for text that was read with the same."""
-    with atomic_file(path) as scratch:
+    with atomic_file(path) as scratch, doing("writing", path):
         scratch.write_text(text, encoding="utf-8", errors=errors)
-
-
-def json_text(value: Any) -> str:
-    """One line of strict JSON: NaN and Inf, which JSON does not have, become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as a line and make it durable. A torn last line, of a killed process, is cut off."""
-    with path.open("ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((json_text(record) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())

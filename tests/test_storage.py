@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from next_core import storage
-from next_core.errors import CheckpointError, ConfigError, NextCoreError
+from next_core import manifest, storage
+from next_core.errors import CheckpointError, ConfigError, NextCoreError, StorageError
+from next_core.manifest import INCOMPLETE, check_manifest, manifest_text
 from next_core.storage import (
-    INCOMPLETE,
-    append_json_line,
     atomic_file,
     changing_in_place,
-    check_manifest,
     enough_space,
     free_bytes,
-    manifest_text,
+    is_full,
     new_directory,
+    recover,
+    sweep,
     write_text,
 )
 
@@ -48,9 +49,9 @@ def test_a_directory_appears_whole_with_a_manifest_of_its_files(tmp_path: Path) 
     target = tmp_path / "deep" / "target"
     write(target, "text")
     assert names(target.parent) == ["target"]
-    manifest = json.loads((target / "manifest.json").read_text())["files"]
-    assert set(manifest) == {"a.txt", "sub/b.txt"}
-    assert manifest["a.txt"] == {"sha256": hashlib.sha256(b"text").hexdigest(), "size": 4}
+    files = json.loads((target / "manifest.json").read_text())["files"]
+    assert set(files) == {"a.txt", "sub/b.txt"}
+    assert files["a.txt"] == {"sha256": hashlib.sha256(b"text").hexdigest(), "size": 4}
     check_manifest(target)
 
 
@@ -83,6 +84,7 @@ def test_an_error_of_the_last_rename_puts_back_what_was_to_be_replaced(
     target = tmp_path / "target"
     write(target, "old")
     rename = Path.rename
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)  # a file system that cannot
 
     def failing(self: Path, to: Path) -> Path:
         if ".tmp-" in self.name:
@@ -160,26 +162,12 @@ def test_a_file_is_replaced_in_one_go_or_not_at_all(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["result.json"]
 
 
-def test_json_lines_are_appended_one_object_each_and_strictly_json(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    append_json_line(path, {"a": 1, "text": "two\nlines"})
-    append_json_line(path, {"ratio": float("inf"), "more": [float("nan"), 2.0], "deep": {"x": -float("inf")}})
-
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-
-    assert [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()] == [
-        {"a": 1, "text": "two\nlines"},
-        {"ratio": None, "more": [None, 2.0], "deep": {"x": None}},
-    ]
-
-
 def test_files_hashed_while_they_were_written_are_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = storage.sha256
-    monkeypatch.setattr(storage, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    real = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: (read.append(path.name), real(path))[1])
     digests: dict[str, str] = {}
     with new_directory(tmp_path / "target", digests=digests) as folder:
         (folder / "a.txt").write_text("a")
@@ -239,8 +227,80 @@ def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tm
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("half")
     write(target)
-    kept = [f".other.tmp-{dead}", f".target.old-{dead}", ".target.tmp-1", ".target.tmp-x", "target"]
+    kept = [f".other.tmp-{dead}", ".target.tmp-1", ".target.tmp-x", "target"]
     assert names(tmp_path) == sorted(kept)
+
+
+def test_what_a_killed_process_put_aside_is_put_back_where_nothing_took_its_place(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("step-1", "step-2"):
+        (tmp_path / f".{name}.old-{ended.pid}").mkdir()
+        (tmp_path / f".{name}.old-{ended.pid}" / "weights").write_text("the only copy")
+    (tmp_path / "step-2").mkdir()
+    sweep(tmp_path)
+    assert names(tmp_path) == ["step-1", "step-2"]
+    assert (tmp_path / "step-1" / "weights").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("can", [True, False], ids=["exchanged", "in two renames"])
+def test_a_reader_of_a_folder_that_is_replaced_finds_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    target = tmp_path / "target"
+    write(target, "old")
+    seen: list[str | None] = []
+
+    def look(what: str, path: Path) -> None:
+        seen.append((target / "a.txt").read_text() if (target / "a.txt").exists() else None)
+
+    monkeypatch.setattr(storage, "failpoint", look)
+    if not can:
+        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    write(target, "new", overwrite=True)
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
+    assert (None in seen) is not can
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_folder_made_anew_is_the_old_one_until_it_is_committed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    target, aside = tmp_path / "run", tmp_path / f".run.old-{ended.pid}"
+    for committed in (False, True):
+        for folder, text in ((aside, "old"), (target, "new")):
+            folder.mkdir(exist_ok=True)
+            (folder / "text").write_text(text)
+        if committed:
+            (target / "config.yaml").write_text("")
+        recover(target, "config.yaml")
+        assert names(tmp_path) == ["run"]
+        assert (target / "text").read_text() == ("new" if committed else "old")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(28, "disk is full; free some space"), (30, "may not be written"), (5, "Input/output error")]
+)
+def test_what_the_disk_refuses_names_the_path_and_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.os, "fsync", refuse)
+    with pytest.raises(StorageError, match=rf"target.*: .*{remedy}") as caught:
+        write(tmp_path / "target")
+    assert caught.value.errno == number
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_known_by_its_words_where_a_library_keeps_no_more(tmp_path: Path) -> None:
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(28, "No space left on device")
+    assert is_full(wrapped)
+    assert is_full(ValueError("I/O error: No space left on device (os error 28)"))
+    assert not is_full(ValueError("full of beans"))
 
 
 def test_text_that_is_not_utf_8_passes_through(tmp_path: Path) -> None:

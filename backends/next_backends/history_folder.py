@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError
+from next_core.errors import BackendError, CheckpointError
+from next_core.json_lines import append_json_line
+from next_core.manifest import check_manifest
 from next_core.sources.files import read_json
 from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
 from next_core.sources.metrics import METRICS
 from next_core.sources.peft_adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
-from next_core.storage import append_json_line, new_directory, remove_directory, sweep, write_text
+from next_core.storage import new_directory, remove_directory, sweep, write_text
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,37 @@ class HistoryFolder:
             remove_directory(path)
         self._sweep()
 
+    def first_damaged(self) -> tuple[int, str] | None:
+        """The first step of which a checkpoint, or a jump, is not what was written, and what is wrong; all is read."""
+        damaged = []
+        for step, path in _numbered(self.checkpoints, "step-*"):
+            try:
+                check_manifest(path, contents=True)
+            except CheckpointError as error:
+                damaged.append((step, str(error)))
+        last = 0
+        for _, path in _numbered(self.jumps, "*"):
+            last = _jump_step(path) or last  # of one that cannot be read: not before the one before it
+            try:
+                check_manifest(path, contents=True)
+            except CheckpointError as error:
+                damaged.append((last, str(error)))
+        return min(damaged, default=None)
+
     def forget_after(self, step: int) -> None:
-        """Remove what was observed and made on a path that a run resumed at ``step`` does not take."""
+        """Remove what was observed and made on a path that a run resumed at ``step`` does not take.
+
+        A jump whose record cannot be read is of that path: whoever resumes has looked at ``first_damaged``, or at all
+        records.
+        """
         for later, path in _numbered(self.checkpoints, "step-*"):
             if later > step:
                 remove_directory(path)
-        for path, record, undone in jump_records(self.jumps):
-            if record["step"] > step:
+        for _, path in _numbered(self.jumps, "*"):
+            made = _jump_step(path)
+            if made is None or made > step:
                 remove_directory(path)
-            elif undone is not None and undone > step:
+            elif (path / UNDONE).exists() and read_json(path / UNDONE)["step"] > step:
                 (path / UNDONE).unlink()  # at the resumed step the jump still stood
         self._sweep()
 
@@ -139,3 +163,12 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """Subfolders whose names end in a number."""
     found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern)]
     return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())
+
+
+def _jump_step(jump: Path) -> int | None:
+    """The step a jump was made after; None where its record cannot be read."""
+    try:
+        step = read_json(jump / JUMP_RECORD).get("step")
+    except CheckpointError:
+        return None
+    return step if isinstance(step, int) else None

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from next_core.manifest import INCOMPLETE, MANIFEST
 from next_core.sources.hf_model import INDEX
-from next_core.storage import INCOMPLETE, MANIFEST
 
 RECORD = "extrapolation.json"
 CARD = "README.md"

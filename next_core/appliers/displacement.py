@@ -100,6 +100,8 @@ def resolved(prediction: Prediction, name: str, alpha: float) -> Resolved | None
         if prediction.anchor == "backbone":  # from W_0 to W_T: subtract what the newest checkpoint already has
             weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
         weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
+        if not all(math.isfinite(weight) for weight in weights.values()):  # a sum of them may hide it
+            raise _not_finite(prediction, name)
         if all(step == 0 for step in weights):
             return None  # exactly where W_T is
         if _reads_rows(prediction.source, name):
@@ -254,5 +256,9 @@ def _validated(prediction: Prediction, name: str, moved: _R) -> _R:
     else:
         tensors = (moved,)
     if not all(bool(torch.isfinite(tensor.sum())) for tensor in tensors):
-        raise GuardError(f"the jump of '{name}' at step {prediction.step} is not finite; nothing was changed")
+        raise _not_finite(prediction, name)
     return moved
+
+
+def _not_finite(prediction: Prediction, name: str) -> GuardError:
+    return GuardError(f"the jump of '{name}' at step {prediction.step} is not finite; nothing was changed")

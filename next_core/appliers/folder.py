@@ -16,7 +16,8 @@ from next_core.appliers.carried import CARD, RECORD, model_card
 from next_core.appliers.landed import Landed, pooled, shares
 from next_core.errors import ConfigError, GuardError, PluginError
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
-from next_core.storage import enough_space, json_text, new_directory
+from next_core.json_lines import json_text
+from next_core.storage import enough_space, new_directory
 
 SMALL_FILES = 64 * 2**20
 """Room asked for beside the weights: tokenizer, card, records."""

@@ -29,21 +29,13 @@ from next_core.appliers.rounding import Rounder, Rounding
 from next_core.appliers.stream import Entry, TensorWriter, read_entries
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, PluginConfig, Prediction
+from next_core.manifest import INCOMPLETE
 from next_core.sources.files import STORED
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.peft_adapter import PeftAdapterSource
 from next_core.sources.ties import tied_names
-from next_core.storage import (
-    INCOMPLETE,
-    MANIFEST,
-    atomic_file,
-    changing_in_place,
-    enough_space,
-    manifest_text,
-    sweep_siblings,
-    write_text,
-)
+from next_core.storage import atomic_file, changing_in_place, enough_space, seal, sweep_siblings, write_text
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 LIBRARY = "transformers"
@@ -145,7 +137,7 @@ class MergedModelApplier(FolderApplier):
             facts = facts_of(prediction, alpha, self, job.landed[alpha])
             for name, text in record_texts(facts, backbone / CARD, LIBRARY).items():
                 write_text(target / name, text, errors="surrogateescape")
-            write_text(target / MANIFEST, manifest_text(target, digests))
+            seal(target, digests)
         return ReplacedFolder(target, job.landed[alpha], facts)
 
     def _backbone(self, source: CheckpointSource) -> Path:

@@ -45,7 +45,7 @@ def analyze_command(
     """Open and measure, show tables, draw ``plots``; ``spectrum`` None means: for LoRA runs only."""
     from next_core.diagnostics import analyze, with_origin
     from next_core.errors import ConfigError
-    from next_core.storage import json_text
+    from next_core.json_lines import json_text
 
     if by not in TABLES:
         raise ConfigError(f"--by is one of {', '.join(TABLES)} (got {by!r})")

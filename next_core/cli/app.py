@@ -29,7 +29,10 @@ from next_core.cli.options import (
     Workers,
 )
 
-EXIT_CODES = "Exit codes: 0 done, 2 config, 3 checkpoint, 4 guard (with --strict), 5 plug-in, 6 backend."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 other, 2 config, 3 checkpoint, 4 guard (with --strict), 5 plug-in, 6 backend, 7 disk (full, "
+    "or not writable), 130 Ctrl-C, 143 SIGTERM."
+)
 
 app = typer.Typer(
     name="next-core",
@@ -46,7 +49,6 @@ app = typer.Typer(
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; see `next-core schema`")],
     out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, jumps, journal, result")] = Path("runs/run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="A refused jump ends the run with exit code 4")] = False,
     dry_run: Annotated[
@@ -54,10 +56,13 @@ def run(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train from a config: a real trainer, with jumps, and a plain run beside it if the config asks for one."""
+    """Train from a config: a real trainer, with jumps, and a plain run beside it if the config asks for one.
+
+    A run that was ended early goes on from its last checkpoint by the same command.
+    """
     from next_core.cli.run import run_command
 
-    run_command(config, out, resume=resume, overwrite=overwrite, strict=strict, dry_run=dry_run, as_json=json)
+    run_command(config, out, overwrite=overwrite, strict=strict, dry_run=dry_run, as_json=json)
 
 
 @app.command(epilog=EXIT_CODES)

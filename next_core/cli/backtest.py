@@ -32,7 +32,7 @@ def backtest_command(
 ) -> None:
     """Open, replay, show a table, the best first."""
     from next_core.diagnostics.backtest import backtest
-    from next_core.storage import json_text
+    from next_core.json_lines import json_text
 
     chosen = parse_predictors(predictors, fields or [])
     console = make_console(as_json=as_json)

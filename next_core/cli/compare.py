@@ -10,7 +10,7 @@ from rich.table import Table
 
 from next_core.cli.console import make_console
 from next_core.cli.progress import Bars
-from next_core.storage import json_text
+from next_core.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.comparison.config import Arm, CompareConfig

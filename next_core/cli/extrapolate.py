@@ -41,9 +41,9 @@ def extrapolate_command(
     from next_core.config import parse_assignments
     from next_core.cycle.guards import jump_norm
     from next_core.errors import CheckpointError, ConfigError, GuardError
+    from next_core.json_lines import json_text
     from next_core.plugins import make_applier, make_predictor
     from next_core.sources.precision import rounding_warnings
-    from next_core.storage import json_text
 
     if alphas is not None and alpha != 1.0:
         raise ConfigError("--alpha and --alphas contradict; leave one out")

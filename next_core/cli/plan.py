@@ -56,7 +56,7 @@ def plan_command(
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:
     """One table, a section after the other; then what the trainer tells of itself, and the notes."""
-    from next_core.storage import json_text
+    from next_core.json_lines import json_text
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)

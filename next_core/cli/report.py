@@ -23,9 +23,9 @@ def report_command(
     """Read, draw, write; say where the page is and what it says."""
     from next_core.cache import DeltaCache, default_folder
     from next_core.errors import ConfigError
+    from next_core.json_lines import json_text
     from next_core.report.geometry import Settings
     from next_core.report.write import write_report
-    from next_core.storage import json_text
 
     if no_cache and cache is not None:
         raise ConfigError("--cache and --no-cache contradict; leave one out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,22 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from next_core.cli.progress import Bars
-from next_core.storage import json_text
+from next_core.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.cycle.run import RunResult
 
 
-def run_command(
-    path: Path, out: Path, *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, as_json: bool
-) -> None:
+def run_command(path: Path, out: Path, *, overwrite: bool, strict: bool, dry_run: bool, as_json: bool) -> None:
     """Load, run, show."""
     from next_core.config import load_config
-    from next_core.errors import ConfigError
     from next_core.quiet import quiet_libraries
 
-    if resume and overwrite:
-        raise ConfigError("--resume goes on with what --overwrite would remove; leave one out")
     sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     config = load_config(path)
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
@@ -36,10 +32,22 @@ def run_command(
         show_plan(plan_run(config, out), as_json=as_json)
         return
     quiet_libraries()
-    from next_core.cycle.run import run
+    from next_core.cycle.run import RESULT, run
+    from next_core.cycle.signals import Signals
+    from next_core.errors import Interrupted
 
-    with Bars() as bars:
-        result = run(config, out, resume=resume, overwrite=overwrite, strict=strict, progress=bars)
+    done = not overwrite and (out / RESULT).exists()
+    with Signals() as signals:
+        try:
+            with Bars() as bars:
+                result = run(config, out, overwrite=overwrite, strict=strict, progress=bars, signals=signals)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{signals.name} ended the run at once; the same command goes on from the last checkpoint in {out}",
+                signals.received or signal.SIGINT,
+            ) from None
+    if done:
+        console.print(f"{out} holds this run, and it is finished; --overwrite runs it again.")
     show(result, console)
     if as_json:
         print(json_text(result.as_dict()))

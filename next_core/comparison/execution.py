@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -25,8 +24,10 @@ from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.cycle.run import CONFIG, CURVE, ERROR_LOG, RESULT, RUNNING, run
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Progress
+from next_core.json_lines import json_line, json_text
+from next_core.locking import locked
 from next_core.plugins import describe
-from next_core.storage import json_text, remove_directory, write_text
+from next_core.storage import move_directory, new_directory, remove_directory, sweep, write_text
 
 COMPARISON = "comparison.json"
 """The resolved config of the last call; its presence tells a comparison's folder."""
@@ -78,13 +79,13 @@ def compare(
     """
     plan = make_plan(config, arms)
     check_folder(out, plan, overwrite)
-    with _alone(out):
+    with locked(out):
         if overwrite and out.exists():
             remove_directory(out)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / COMPARISON, json_text(config.model_dump(mode="json")) + "\n")
-        for leftover in out.rglob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a killed process
+        for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
+            sweep(folder)
         missing = [race for race in plan.races if not is_done(race, out)]
         failed = _execute(plan, missing, out, workers, keep_checkpoints, progress) if missing else {}
         _check_failures(failed, plan, out)
@@ -123,20 +124,6 @@ def _config_of(folder: Path) -> Any:
     except (OSError, UnicodeDecodeError, ConfigError):
         return None
     return made | {"save_every": None} if isinstance(made, dict) else None
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No second process in one folder. Raises ``ConfigError``."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.parent / f".{out.name}.lock"  # not within: --overwrite removes all of that
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is comparing in {out}; wait for it, or choose another --out") from None
-        yield
-        lock.unlink(missing_ok=True)
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -281,10 +268,8 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
             remove_directory(running)
         if before:
             _copy(_branch(place, before[-1]), running, config, before[-1])
-            run(config, running, resume=True, progress=progress)
-        else:
-            run(config, running, progress=progress)
-        running.rename(_branch(place, stop))
+        run(config, running, progress=progress)
+        move_directory(running, _branch(place, stop))
     if whole and trunk.plain is not None:
         _keep_plain(trunk.plain, _branch(place, trunk.stops[-1]), out / trunk.plain.folder)
         _prune(out / trunk.plain.folder, keep)
@@ -292,29 +277,22 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
 
 def _keep_plain(race: Race, made: Path, folder: Path) -> None:
     """The trunk itself as the race that it is."""
-    scratch = _scratch(folder)
-    shutil.copytree(made, scratch)
-    write_text(scratch / CONFIG, dump_yaml(race.config))
-    write_text(scratch / RESULT, json_text(_result(scratch) | {"folder": str(folder), "resumed_from": None}) + "\n")
-    if folder.exists():
-        remove_directory(folder)
-    scratch.rename(folder)
+    with new_directory(folder, overwrite=True, manifest=False) as scratch:
+        shutil.copytree(made, scratch, dirs_exist_ok=True)
+        write_text(scratch / CONFIG, dump_yaml(race.config))
+        write_text(scratch / RESULT, json_text(_result(scratch) | {"folder": str(folder), "resumed_from": None}) + "\n")
 
 
 def run_race(race: Race, out: Path, trunk: str | None, keep: bool) -> None:
     """One race, from its trunk's copy if it has one. What an interrupted call left is taken up where that can be."""
     folder, progress = out / race.folder, _tell(race.title)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if _resumed(race.config, folder, progress):
-        _prune(folder, keep)
-        return
-    if folder.exists():
-        remove_directory(folder)
-    if trunk is None:
+    if not _resumed(race.config, folder, progress):
+        if folder.exists():
+            remove_directory(folder)
+        if trunk is not None:
+            _copy(_branch(out / trunk, race.begins), folder, race.config, race.begins)
         run(race.config, folder, progress=progress)
-    else:
-        _copy(_branch(out / trunk, race.begins), folder, race.config, race.begins)
-        run(race.config, folder, resume=True, progress=progress)
     _prune(folder, keep)
 
 
@@ -323,7 +301,7 @@ def _resumed(config: RunConfig, folder: Path, progress: Progress) -> bool:
     if config.save_every is None or not (folder / CONFIG).exists():
         return False
     try:
-        run(config, folder, resume=True, progress=progress)
+        run(config, folder, progress=progress)
     except (CheckpointError, ConfigError):
         return False
     return True
@@ -335,21 +313,12 @@ def _branch(place: Path, stop: int) -> Path:
 
 def _copy(source: Path, target: Path, config: RunConfig, step: int) -> None:
     """A run's folder as a run of another config, which has not gone beyond ``step`` and has not tried to jump."""
-    scratch = _scratch(target)
-    shutil.copytree(source, scratch)
-    (scratch / RESULT).unlink(missing_ok=True)
-    records = [record for record in read_journal(scratch / JOURNAL) if _holds(record, step)]
-    write_text(scratch / JOURNAL, "".join(json_text(record) + "\n" for record in records))
-    write_text(scratch / CONFIG, dump_yaml(config))
-    scratch.rename(target)
-
-
-def _scratch(target: Path) -> Path:
-    """A sibling that does not exist yet, to become ``target`` by one rename."""
-    scratch = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return scratch
+    with new_directory(target, manifest=False) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        (scratch / RESULT).unlink(missing_ok=True)
+        records = [record for record in read_journal(scratch / JOURNAL) if _holds(record, step)]
+        write_text(scratch / JOURNAL, b"".join(json_line(record) for record in records).decode())
+        write_text(scratch / CONFIG, dump_yaml(config))
 
 
 def _holds(record: dict[str, Any], step: int) -> bool:

@@ -23,6 +23,9 @@ class Guards(BaseModel):
     max_norm_ratio: float | None = Field(
         10.0, gt=0, description="Bound on the jump's norm over that of the motion in the last `horizon` steps"
     )
+    time_limit: float | None = Field(
+        3600.0, gt=0, description="Seconds a prediction may take; one that takes longer is ended, and the jump refused"
+    )
     probe: bool = Field(True, description="Measure accuracy before and after each jump, where the backend can")
     max_drop: float = Field(0.2, ge=0, le=1, description="Roll back when accuracy falls by more right after the jump")
     recovery: int | None = Field(

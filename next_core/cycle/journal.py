@@ -1,13 +1,12 @@
-"""Every decision of a run, one JSON object a line, append-only; what a killed run left behind stays readable."""
+"""Every decision of a run, one JSON object a line, append-only, each with its checksum."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from next_core.errors import CheckpointError
-from next_core.storage import append_json_line, json_text, write_text
+from next_core.json_lines import append_json_line, parse_json_line
 
 JOURNAL = "journal.jsonl"
 
@@ -20,10 +19,6 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         if path is not None and path.exists():
             self.records = read_journal(path)
-            stored = path.read_bytes()
-            if stored.count(b"\n") != len(self.records) or not stored.endswith(b"\n"):
-                # A torn last line would swallow the next record.
-                write_text(path, "".join(json_text(record) + "\n" for record in self.records))
 
     def append(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
         """Write one record durably, and return it."""
@@ -43,16 +38,23 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole records. A torn last line is dropped; damage anywhere else is a ``CheckpointError``."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    """All whole records, without their checksums. A torn last line, one without its end, is dropped.
+
+    Raises ``CheckpointError`` naming the line for any other damage.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore the file") from None
     records = []
     for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
         try:
-            record = json.loads(line)
-            _ = record["event"], record["step"]
+            record = parse_json_line(line)
+            if not isinstance(record["event"], str) or not isinstance(record["step"], int):
+                raise TypeError("'event' is a text and 'step' a number")  # noqa: TRY301 - told below, with the line
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number == len(lines):
-                break
             raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
         records.append(record)
     return records

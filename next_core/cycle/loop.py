@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from next_core.cycle.average import mean_of_last, windows
+from next_core.cycle.containment import TimeLimitReached, same_random_states, time_limit
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
@@ -40,7 +41,7 @@ class PredictExtendCycle:
     ``strict`` turns a refused jump into a ``GuardError``; otherwise the worst case is a plain run. ``milestone`` is
     called with ``"before_jump"`` or ``"after_jump"`` and the step around the first jump that is made, with
     ``"before_average"`` at the end of a run that averages, and every ``measure_every`` steps with ``"curve"``, after
-    what the cycle did there.
+    what the cycle did there. Once ``interrupted`` says so, the backend is asked to end after its step.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PredictExtendCycle:
         progress: Progress | None = None,
         milestone: Milestone | None = None,
         measure_every: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         schedule.check(total)
         guards.check(schedule)
@@ -67,7 +69,7 @@ class PredictExtendCycle:
         self.total, self.journal, self.rank = total, journal, rank
         self.compressor, self.executor = compressor, executor
         self.strict, self.progress, self.milestone = strict, progress, milestone
-        self.measure_every = measure_every
+        self.measure_every, self.interrupted = measure_every, interrupted
         self.seconds = {"observe": 0.0, "predict": 0.0, "extend": 0.0, "probe": 0.0}
         self._pending: _Pending | None = None
         self._probes: dict[int, float] = {}
@@ -75,20 +77,32 @@ class PredictExtendCycle:
         self._made = 0
         self._first_done = False
 
-    def run(self, on_step: Callable[[int], None] = lambda step: None) -> None:
-        """Train to the end, jumping on the way; ``on_step`` is told of every step that is known to have ended."""
+    def run(self, on_step: Callable[[int], None] = lambda step: None) -> int:
+        """Train to the end, jumping on the way; ``on_step`` is told of every step that is known to have ended.
+
+        Returns the step it ended after: an earlier one than the last if it was interrupted.
+        """
+        ended = self._from
+
+        def told(step: int) -> None:
+            nonlocal ended
+            ended = step
+            on_step(step)
 
         def step_ended(step: int) -> None:
             self.after_step(step)
-            on_step(step)
+            told(step)
+            if self.interrupted():
+                self.backend.stop()
 
         if self.backend.in_process:
             self.backend.train(self.total, step_ended)
-            return
+            return ended
         steps = range(self._from + 1, self.total + 1)
         for stop in (step for step in steps if self._acts(step) or step == self.total):
-            self.backend.train(stop, on_step)
+            self.backend.train(stop, told)
             self.after_step(stop)
+        return self.total
 
     def resume(self, step: int) -> None:
         """Take up a run that had reached ``step``, when the next step ends: by then the backend has taken it up too."""
@@ -155,9 +169,11 @@ class PredictExtendCycle:
         """Predict, guard, extend, look at the result; put everything back when it is refused."""
         facts: dict[str, Any] = {"predictor": "?", "alpha": self.schedule.alpha, "norm_ratio": None}
         try:
-            with self._timed("predict"):
+            with self._timed("predict"), same_random_states(), time_limit(self.guards.time_limit):
                 prediction = self._predict(step, facts)
-        except Exception as error:  # a predictor may be anybody's code: it must not end the run
+        except TimeLimitReached:
+            return self._refuse(step, facts, f"the predictor took longer than time_limit, {self.guards.time_limit:g} s")
+        except (Exception, SystemExit) as error:  # a predictor may be anybody's code: it must not end the run
             return self._refuse(step, facts, _reason("predictor", error))
         before = self._probe(step)
         if not self._first_done and self.milestone is not None:
@@ -315,7 +331,7 @@ class PredictExtendCycle:
             self.seconds[what] += time.perf_counter() - start
 
 
-def _reason(what: str, error: Exception) -> str:
+def _reason(what: str, error: BaseException) -> str:
     return str(error) if isinstance(error, NextCoreError) else f"the {what} failed: {describe(error)}"
 
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from next_core.config import RunConfig, dump_yaml
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
+from next_core.cycle.signals import Signals
+from next_core.errors import BackendError, CheckpointError, ConfigError, Interrupted, NextCoreError, StorageError
 from next_core.interfaces import Backend, Progress
+from next_core.json_lines import json_text
+from next_core.locking import locked
 from next_core.plugins import describe
-from next_core.storage import fresh_directory, json_text, write_text
+from next_core.storage import fresh_directory, is_full, recover, write_text
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -56,58 +61,111 @@ class RunResult:
         return dataclasses.asdict(self)
 
 
-def check_folder(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Whether ``out`` can be used as asked. Raises ``ConfigError``; changes nothing."""
+def check_folder(out: Path, config: RunConfig, overwrite: bool = False) -> bool:
+    """Whether ``out`` holds this run, begun or finished. Raises ``ConfigError`` for anything else; changes nothing."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out names the run's folder")
-    if resume:
-        if not (out / CONFIG).exists():
-            raise ConfigError(f"{out} holds no run to resume; start it without --resume")
-        if (out / CONFIG).read_text(encoding="utf-8") != dump_yaml(config):
-            raise ConfigError(f"{out / CONFIG} differs from this config; resume with the config the run began with")
-        if config.save_every is None:
-            raise ConfigError("nothing to resume from: the config has no save_every")
-    elif out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"{out} is not empty; choose another --out, or pass --resume or --overwrite")
-        if not (out / CONFIG).exists():
-            raise ConfigError(f"{out} is not a run folder (no {CONFIG}); refusing to overwrite it")
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (out / CONFIG).exists():
+        raise ConfigError(f"{out} is not empty, and no run (it has no {CONFIG}); choose another --out")
+    if overwrite:
+        return False
+    if (there := (out / CONFIG).read_text(encoding="utf-8", errors="replace")) != dump_yaml(config):
+        raise ConfigError(
+            f"{out} holds a run of another config ({_difference(there, dump_yaml(config))}); go on with the config it "
+            "began with, choose another --out, or pass --overwrite to lose that run"
+        )
+    return True
+
+
+def _difference(there: str, here: str) -> str:
+    """The first line that tells two configs apart."""
+    pairs = zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
+    one, other = next(((one.strip(), other.strip()) for one, other in pairs if one != other), ("", ""))
+    return f"there '{one}', here '{other}'"
 
 
 def run(
     config: RunConfig,
     out: Path,
     *,
-    resume: bool = False,
     overwrite: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
+    signals: Signals | None = None,
 ) -> RunResult:
-    """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``."""
-    check_folder(out, config, resume, overwrite)
+    """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``.
+
+    Where ``out`` holds this run already, it goes on from the last checkpoint that is whole, and a finished one is not
+    run again. Raises ``Interrupted`` when ``signals`` ended it, ``ConfigError`` for a folder of something else or one
+    in use.
+    """
+    with locked(out):
+        recover(out, CONFIG)
+        begun = check_folder(out, config, overwrite)
+        if begun and (out / RESULT).exists():
+            result = read_result(out)
+        else:
+            result = _trained(config, out, begun, strict, progress, signals or Signals())
+        if config.control == "plain" and result.control is None:
+            started = time.perf_counter()
+            result.control = _plain(config, out / "control", progress)
+            result.seconds["total"] += time.perf_counter() - started
+            write_text(out / RESULT, json_text(result.as_dict()) + "\n")
+    return result
+
+
+def read_result(out: Path) -> RunResult:
+    """The result of a finished run. Raises ``CheckpointError`` for a damaged one."""
+    try:
+        return RunResult(**json.loads((out / RESULT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{out / RESULT} is damaged ({describe(error)}); remove it, and the same command makes it again"
+        ) from None
+
+
+def _trained(
+    config: RunConfig, out: Path, begun: bool, strict: bool, progress: Progress | None, signals: Signals
+) -> RunResult:
+    """The run itself, from its start or from the last checkpoint that is whole; its result is on disk at the end."""
     started = time.perf_counter()
-    backend: Backend = config.backend.make("backend")
-    # Ended before its folder goes: until then it may write there.
-    with contextlib.nullcontext() if resume else fresh_directory(out), _closed_after_an_error(backend):
-        with _trainer_errors(out.parent):
-            start = backend.prepare(config, out, resume)
-        if not resume:
-            write_text(out / CONFIG, dump_yaml(config))
+    backend, start = _prepared(config, out, begun)
     with _closed_after_an_error(backend):
-        if resume and start == 0:
-            raise CheckpointError(f"{out} has no complete checkpoint to resume from; start again with --overwrite")
         _start(backend, out, progress)
         setup = time.perf_counter() - started
-        result = _with_jumps(backend, config, out, start if resume else None, strict, progress)
+        result = _with_jumps(backend, config, out, start or None, strict, progress, signals)
     result.seconds |= {"setup": setup, "total": time.perf_counter() - started}
     write_text(out / RESULT, json_text(result.as_dict()) + "\n")  # what follows may still fail
     with _trainer_errors(out):
         backend.close()
-    if config.control == "plain":
-        result.control = _plain(config, out / "control", progress)
     result.seconds["total"] = time.perf_counter() - started
     write_text(out / RESULT, json_text(result.as_dict()) + "\n")
     return result
+
+
+def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
+    """A backend that is ready, and the step to go on from."""
+    backend: Backend = config.backend.make("backend")
+    if begun:
+        with _closed_after_an_error(backend), _trainer_errors(out):
+            start = backend.prepare(config, out, True)
+            if start:
+                return backend, start
+            if config.save_every is None:
+                raise ConfigError(
+                    f"{out} holds this run, which was ended before its end, and nothing to go on from: its config has "
+                    "no save_every; pass --overwrite to start again, or choose another --out"
+                )
+            backend.close()  # killed before anything was saved
+        backend = config.backend.make("backend")
+    # Ended before its folder goes: until then it may write there.
+    with fresh_directory(out, CONFIG), _closed_after_an_error(backend):
+        write_text(out / CONFIG, dump_yaml(config))
+        with _trainer_errors(out.parent):
+            backend.prepare(config, out)
+    return backend, 0
 
 
 def _with_jumps(
@@ -117,6 +175,7 @@ def _with_jumps(
     resumed_from: int | None,
     strict: bool,
     progress: Progress | None,
+    signals: Signals,
 ) -> RunResult:
     """The cycle on a backend that is prepared, measured at its milestones."""
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
@@ -149,6 +208,7 @@ def _with_jumps(
         progress=progress,
         milestone=measure,
         measure_every=config.measure_every,
+        interrupted=lambda: signals.received is not None,
     )
     if resumed_from is not None:
         cycle.resume(resumed_from)
@@ -158,8 +218,14 @@ def _with_jumps(
         if config.measure_every is not None:
             measure(CURVE, 0)
     clock.start()
-    with _trainer_errors(out):
-        cycle.run(on_step=lambda step: _tell(progress, RUNNING, step, config.steps))
+    with _trainer_errors(out), signals.patient() if backend.in_process else contextlib.nullcontext():
+        ended = cycle.run(on_step=lambda step: _tell(progress, RUNNING, step, config.steps))
+    if signals.received is not None and ended < config.steps:
+        raise Interrupted(
+            f"{signals.name} ended the run after step {ended} of {config.steps}, with its state saved in {out}; the "
+            "same command goes on",
+            signals.received,
+        )
     training = clock.stop()
     if config.measure_every is not None and config.steps % config.measure_every:
         measure(CURVE, config.steps)
@@ -265,8 +331,14 @@ def _trainer_errors(out: Path) -> Iterator[None]:
     except NextCoreError:
         raise
     except Exception as error:
+        if is_full(error):
+            raise StorageError(
+                f"the disk of {out} was full while the trainer wrote ({describe(error)}); free some space, and run the "
+                "same command again: it goes on from the last checkpoint that is whole"
+            ) from error
         log = out / ERROR_LOG
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the trainer's own error is the one to be seen
+            log.write_text(traceback.format_exc(), encoding="utf-8")
         raise BackendError(f"the trainer failed: {describe(error)}; the whole traceback is in {log}") from error
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from next_core.comparison.execution import COMPARE
-from next_core.config import parse_yaml
+from next_core.config import MAX_YAML, parse_yaml
 from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
 from next_core.cycle.run import CONFIG, CURVE, RESULT
 from next_core.errors import CheckpointError, ConfigError
 from next_core.plugins import explain
-from next_core.sources.metrics import METRICS
+from next_core.reading import LARGE, parse_json, read_bytes
+from next_core.sources.metrics import METRICS, by_step, read_log
 
 CHECKPOINTS = "checkpoints"
 MOST_PROBLEMS = 3
@@ -181,9 +182,9 @@ class Recorded:
         self.folder = folder
         self.checkpoints = folder / CHECKPOINTS
         self.config = _text(folder / CONFIG)
-        self.result = _load(folder / RESULT, Result) if (folder / RESULT).exists() else None
+        self.result = _load(folder / RESULT, Result) if os.path.lexists(folder / RESULT) else None
         journal = folder / JOURNAL
-        records = read_journal(journal) if journal.exists() else []
+        records = read_journal(journal) if os.path.lexists(journal) else []
         self.events = counted_records(records)
         self.records = valid_jumps(records)
         """The jumps as the journal has them."""
@@ -192,7 +193,7 @@ class Recorded:
         points = [record for record in self.events if record["event"] == CURVE]
         measured = _validated(_Points, {"points": points}, journal).points
         self.curve = measured if self.result is None else self.result.curve
-        self.metrics = _metrics(folder / METRICS)
+        self.metrics = dict(sorted(by_step(read_log(folder / METRICS)).items()))
 
     @property
     def predictor(self) -> str:
@@ -234,7 +235,7 @@ def open_folder(folder: Path) -> Comparison | Recorded:
     """What lies in a folder. Raises ``ConfigError`` where it is neither, ``CheckpointError`` where it is damaged."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; name the folder of a run, or of a comparison")
-    if (folder / COMPARE).exists():
+    if os.path.lexists(folder / COMPARE):
         return _load(folder / COMPARE, Comparison)
     if _is_run(folder):
         return Recorded(folder)
@@ -248,7 +249,7 @@ def open_folder(folder: Path) -> Comparison | Recorded:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (JOURNAL, RESULT))
+    return any(os.path.lexists(folder / name) for name in (JOURNAL, RESULT))
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -256,8 +257,8 @@ T = TypeVar("T", bound=BaseModel)
 
 def _load(path: Path, model: type[T]) -> T:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_bytes(path, LARGE), finite=False)  # the model says which is not
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
     return _validated(model, value, path)
 
@@ -282,22 +283,8 @@ def _remedy(path: Path) -> str:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path, MAX_YAML).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it") from None
-
-
-def _metrics(path: Path) -> dict[int, dict[str, float]]:
-    """What the trainer logged, by step; a line that is torn is left out."""
-    found: dict[int, dict[str, float]] = {}
-    for line in (_text(path) or "").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            numbers = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
-            found.setdefault(record["step"], {}).update(numbers)
-    return dict(sorted(found.items()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore it") from None

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from next_core.errors import CheckpointError
+from next_core.manifest import INCOMPLETE, MANIFEST, check_manifest
 from next_core.sources import hub
 from next_core.sources.files import SNAPSHOTS
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
-from next_core.sources.names import NUMBER, skeleton, steps_in_names
-from next_core.storage import INCOMPLETE, MANIFEST, check_manifest
+from next_core.sources.names import NUMBER, check_step, skeleton, steps_in_names
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
@@ -73,7 +73,9 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
         match = pattern.fullmatch(path.name)
         if match is not None and (path.is_dir() or (path.is_symlink() and not path.exists())):
             inside = [path / place for place in places]
-            return int(match[1]), next((folder for folder in inside if folder.is_dir()), inside[0])
+            return check_step(int(match[1]), str(path)), next(
+                (folder for folder in inside if folder.is_dir()), inside[0]
+            )
     return None
 
 
@@ -90,12 +92,15 @@ def holds(path: Path, files: Collection[str], listed: Sequence[Path] = ()) -> bo
     return any(_has(folder, files) for folder in folders or hub.everything(path) or _numbered(path))
 
 
-def check_complete(folder: Path) -> None:
-    """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by OpenRLHF's order of writing."""
-    if (folder / INCOMPLETE).exists():
+def check_complete(folder: Path, contents: bool = False) -> None:
+    """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by OpenRLHF's order of writing.
+
+    With ``contents`` all that its manifest names is read and compared with it.
+    """
+    if os.path.lexists(folder / INCOMPLETE):
         raise CheckpointError(f"{folder} was being written in place and is partly old; run that again first")
-    if (folder / MANIFEST).exists() or (folder.name.startswith("step-") and _ours(folder)):
-        check_manifest(folder)
+    if os.path.lexists(folder / MANIFEST) or (folder.name.startswith("step-") and _ours(folder)):
+        check_manifest(folder, contents)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():
         raise CheckpointError(f"{folder} is incomplete: the tokenizer, written last, is missing; remove it")
 

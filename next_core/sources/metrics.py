@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from next_core.errors import CheckpointError
+from next_core.json_lines import parse_json_line
+from next_core.reading import LARGE, read_bytes
 from next_core.sources.files import read_json
+from next_core.sources.layouts import RUN_FOLDER
+from next_core.sources.names import MOST_STEPS
 
 METRICS = "metrics.jsonl"
 
@@ -18,22 +23,46 @@ def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
     logged: list[dict[str, Any]] = []
     if folders:
         newest = folders[max(folders)]
-        if (newest / "trainer_state.json").exists():
-            logged = read_json(newest / "trainer_state.json").get("log_history", [])
+        if os.path.lexists(newest / "trainer_state.json"):
+            logged = read_json(newest / "trainer_state.json", LARGE, verify=True).get("log_history", [])
             if not isinstance(logged, list):
                 raise CheckpointError(f"{newest / 'trainer_state.json'}: log_history is no list; restore the file")
-        elif (newest.parent.parent / METRICS).exists():
-            lines = (newest.parent.parent / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in lines:
+        else:
+            logged = read_log(newest.parent.parent / METRICS)
+    return by_step(logged)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; none where there is no such file. A torn last line is dropped.
+
+    Beside a journal the file is ours, and any other damage a ``CheckpointError`` that names the line; elsewhere lines
+    that are not ours are left out.
+    """
+    if not os.path.lexists(path):
+        return []
+    ours = (path.parent / RUN_FOLDER[0]).exists()
+    records = []
+    try:
+        for number, line in enumerate(read_bytes(path, LARGE).splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):  # else torn: the run was killed while it wrote
                 try:
-                    logged.append(json.loads(line))
-                except (ValueError, RecursionError):
-                    continue  # torn: the run was killed while it wrote
+                    records.append(parse_json_line(line))
+                except ValueError as error:
+                    if ours:
+                        raise ValueError(f"line {number}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it, or remove it: predictors go on") from None
+    return records
+
+
+def by_step(logged: Sequence[Any]) -> dict[int, dict[str, float]]:
+    """Finite numbers that were logged, by step."""
     metrics: dict[int, dict[str, float]] = {}
     for record in logged:
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] <= MOST_STEPS:
             numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-            metrics.setdefault(record["step"], {}).update(numbers)
+            finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+            metrics.setdefault(record["step"], {}).update(finite)
     return metrics
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -12,11 +11,11 @@ from pydantic import Field
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import PluginConfig
+from next_core.manifest import file_digest
 from next_core.sources.jumps import Shifts
 from next_core.sources.layouts import Found, check_complete, find_checkpoints
 from next_core.sources.metrics import metrics_at, read_metrics
 from next_core.sources.names import missing_steps
-from next_core.storage import sha256
 
 
 class DiskSourceConfig(PluginConfig):
@@ -73,7 +72,7 @@ class RunFolder(Generic[T]):
                 opened[step] = before
                 continue
             try:
-                check_complete(folder)
+                check_complete(folder, contents=self._config.skip_damaged)
                 opened[step] = self._open_one(folder, step)
             except CheckpointError as error:
                 if not self._config.skip_damaged:
@@ -131,22 +130,3 @@ def _digest(words: Sequence[str], files: Sequence[Path]) -> str:
     for part in (*words, *(f"{path.name} {file_digest(path)}" for path in files)):
         whole.update(f"{part}\n".encode())
     return whole.hexdigest()
-
-
-_DIGESTS: dict[tuple[Path, int, int, int], str] = {}
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, remembered while its size, time and inode stay the same."""
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} is gone since it was opened ({error.strerror}); restore it") from None
-    key = path.absolute(), facts.st_size, facts.st_mtime_ns, facts.st_ino
-    known = _DIGESTS.get(key)
-    if known is None:
-        known = sha256(path)
-        # Clocks of file systems are coarse: what was written just now could be written again at the same time.
-        if time.time_ns() - facts.st_mtime_ns > 2 * 10**9:
-            _DIGESTS[key] = known
-    return known

@@ -18,7 +18,7 @@ from next_core.errors import CheckpointError, ConfigError, GuardError
 from next_core.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.lowrank import LowRank
-from next_core.storage import check_manifest
+from next_core.manifest import check_manifest
 from tests.conftest import LoraRun, noise
 
 ROW = "model.layers.0.self_attn.q_proj.weight"

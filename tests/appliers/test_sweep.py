@@ -19,7 +19,7 @@ from next_core.appliers.sweep import apply_sweep
 from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.lowrank import LowRank
-from next_core.storage import check_manifest
+from next_core.manifest import check_manifest
 from tests.conftest import LoraRun, noise
 
 ALPHAS = [0.5, 1, 2.0]

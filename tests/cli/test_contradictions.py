@@ -16,7 +16,6 @@ from tests.conftest import LoraRun, Outcome
         (("plan", "CONFIG", "--horizon", 50), "--horizon is of an extrapolation"),
         (("plan", "CONFIG", "--predictor", "relex"), "--predictor is of an extrapolation"),
         (("plan", "CONFIG", "--set", "window=5"), "--set is of an extrapolation"),
-        (("run", "CONFIG", "--resume", "--overwrite"), "--resume goes on with what --overwrite would remove"),
         (("analyze", "--checkpoints", "RUN", "--spectrum", "--compressor", "lanczos"), "does not know the spectrum"),
         (("analyze", "--checkpoints", "RUN", "--address", "auto"), "address is of a Ray cluster"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,7 +112,7 @@ def test_a_resumed_run_has_the_curve_of_the_whole_run(tmp_path: Path) -> None:
     whole = run(settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed", progress=killed)
-    resumed = run(settings, tmp_path / "killed", resume=True)
+    resumed = run(settings, tmp_path / "killed")
     assert [(p["step"], p["test"], p["validation"]) for p in resumed.curve] == [
         (p["step"], p["test"], p["validation"]) for p in whole.curve
     ]
@@ -143,7 +145,7 @@ def test_a_killed_run_resumes_to_where_the_whole_run_ends(tmp_path: Path, predic
 
     with pytest.raises(Killed):
         run(settings, killed, progress=kill)
-    resumed = run(settings, killed, resume=True)
+    resumed = run(settings, killed)
     assert resumed.resumed_from == 10
     assert resumed.accuracy == finished.accuracy
     assert [j["step"] for j in resumed.jumps] == [j["step"] for j in finished.jumps]
@@ -151,23 +153,38 @@ def test_a_killed_run_resumes_to_where_the_whole_run_ends(tmp_path: Path, predic
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_resume_and_overwrite_say_what_stands_in_their_way(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_says_what_stands_in_the_way(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(ConfigError, match="holds no run"):
-        run(config(), out, resume=True)
     run(config(), out)
-    with pytest.raises(ConfigError, match="--resume or --overwrite"):
-        run(config(), out)
-    with pytest.raises(ConfigError, match="differs"):
-        run(config(seed=5, save_every=5), out, resume=True)
-    with pytest.raises(ConfigError, match="save_every"):
-        run(config(), out, resume=True)
+    with pytest.raises(ConfigError, match="another config .there 'seed: 0', here 'seed: 5'.*--overwrite"):
+        run(config(seed=5), out)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match="refusing"):
-        run(config(), other, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="not empty, and no run"):
+            run(config(), other, overwrite=overwrite)
     assert (other / "thesis.tex").read_text() == "precious"
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = run(config(), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert run(config(), tmp_path / "run") == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"result\.json is damaged .*; remove it"):
+        run(config(), tmp_path / "run")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    def second(what: str, done: int, total: int) -> None:
+        if done == 3:
+            with pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()}"):
+                run(config(), tmp_path / "run", overwrite=True)
+
+    assert run(config(), tmp_path / "run", progress=second).steps == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_setting_that_is_refused_leaves_the_earlier_run_as_it_was(tmp_path: Path) -> None:
@@ -202,24 +219,43 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path
     finished = run(settings, out)
     state = out / "trainer" / "checkpoint-15" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    (out / "trainer" / "checkpoint-16" / "trainer_state.json").unlink(missing_ok=True)
-    resumed = run(settings, out, resume=True)
+    shutil.rmtree(out / "trainer" / "checkpoint-16")
+    (out / "result.json").unlink()
+    resumed = run(settings, out)
     assert resumed.resumed_from == 10
     assert resumed.accuracy == finished.accuracy
+    assert any("checkpoint-15/trainer_state.json is missing or truncated" in note for note in resumed.notes)
 
 
-def test_a_run_without_a_complete_checkpoint_cannot_resume(tmp_path: Path) -> None:
-    settings = config(save_every=15)
-    out = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("file", "step"), [("checkpoints/step-000012/adapter_model.safetensors", 10), ("jumps/0002/jump.json", 5)]
+)
+def test_damage_in_what_was_observed_falls_back_to_before_it(tmp_path: Path, file: str, step: int) -> None:
+    settings, out = config(save_every=5), tmp_path / "run"
+    finished = run(settings, out)
+    content = bytearray((out / file).read_bytes())
+    content[-3] ^= 1
+    (out / file).write_bytes(content)
+    (out / "result.json").unlink()
+    resumed = run(settings, out)
+    assert resumed.resumed_from == step  # of a jump that cannot be read it is not known when it was made
+    assert resumed.accuracy == finished.accuracy
+    assert any(file in note and f"went on from step {step}" in note for note in resumed.notes)
 
+
+def test_a_run_that_was_killed_before_it_saved_anything_starts_again_or_says_why_not(tmp_path: Path) -> None:
     def kill(what: str, done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, out, progress=kill)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        run(settings, out, resume=True)
+    saving = config(save_every=15)
+    for name, settings in (("saving", saving), ("not", config())):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / name, progress=kill)
+    assert run(saving, tmp_path / "saving").accuracy == run(saving, tmp_path / "whole").accuracy
+    with pytest.raises(ConfigError, match="nothing to go on from: its config has no save_every"):
+        run(config(), tmp_path / "not")
+    assert (tmp_path / "not" / "checkpoints").is_dir()
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce++"])
@@ -398,7 +434,7 @@ def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[.
     assert f"{fails[0]} close failed" in note
 
 
-def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
+def test_an_interrupted_trainer_and_one_that_found_nothing_to_go_on_from_are_ended(
     watched: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
@@ -408,9 +444,9 @@ def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "run", progress=interrupt)
     assert Watched.events == FIRST
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        run(settings, tmp_path / "run", resume=True)
-    assert Watched.events[3:] == ["2 prepare", "2 close"]
+    run(settings, tmp_path / "run")
+    again = [f"{number} {what}" for number in (3, 4) for what in ("prepare", "train", "close")]
+    assert Watched.events[3:] == ["2 prepare", "2 close", *again]
 
 
 @pytest.mark.parametrize("average", [None, 8], ids=["plain", "averaged"])
@@ -419,7 +455,7 @@ def test_a_run_resumed_at_its_last_step_trains_no_further(tmp_path: Path, averag
     settings = config(save_every=8, measure_every=4, schedule={"average": average}, training={"learning_rate": 1e-2})
     finished = run(settings, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()  # as if it had been killed just before
-    resumed = run(settings, tmp_path / "run", resume=True)
+    resumed = run(settings, tmp_path / "run")
     assert resumed.resumed_from == 16
     assert resumed.accuracy == finished.accuracy
     assert [(p["step"], p["test"]) for p in resumed.curve] == [(p["step"], p["test"]) for p in finished.curve]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.applied import BEFORE_FILE, StoredApplied, TrlApplied
 from next_backends.trl.callback import RunIsOver, StepCallback
+from next_backends.trl.checks import steps_of_a_generation
 from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
 from next_core.appliers.live import LiveApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
 from next_core.errors import BackendError, CheckpointError, ConfigError
@@ -48,8 +49,11 @@ class TrlBackend(Backend):
         self._source: PeftAdapterSource | FullModelSource | None = None
         self._evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
         self._resume_from: Path | None = None
+        self._stopping = False
+        self._notes: list[str] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
+        self.moved: set[Literal["weights", "moments"]] = set()  # by jumps and rollbacks, since it was last cleared
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build model, LoRA, data, reward and trainer. Returns the step to go on from. Raises ``ConfigError``."""
@@ -57,8 +61,18 @@ class TrlBackend(Backend):
 
         self.trainer, self._evaluate = build_trainer(run, self.config.args, out / "trainer")
         self.attach(self.trainer.model, out)
-        self._resume_from, step = last_checkpoint(out / "trainer") if resume else (None, 0)
+        if not resume:
+            return 0
+        broken = self._history.first_damaged()
+        self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
+        if broken is not None:
+            self._history.forget_after(step)
+            self._notes.append(f"{broken[1]}; the run went on from step {step}, before it")
         return step
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._notes
 
     def attach(
         self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
@@ -119,10 +133,17 @@ class TrlBackend(Backend):
                 self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
         finally:
             self.trainer.remove_callback(callback)
-        if self.trainer.state.global_step < until:
+        if self.trainer.state.global_step < until and not self._stopping:
             raise BackendError(
                 f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
             )
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def ends_after(self, step: int, args: Any) -> bool:
+        """Whether training is to end here: it was asked to, and no roll-outs are left over."""
+        return self._stopping and step % steps_of_a_generation(args) == 0
 
     def observe(self, step: int) -> None:
         """Copy the trained tensors now, and write them while training goes on."""
@@ -168,6 +189,7 @@ class TrlBackend(Backend):
         except BaseException:
             live.rollback()
             raise
+        self.moved.add("weights")
         return applied
 
     def _jump_adapter(self, name: str) -> JumpAdapter:
@@ -175,6 +197,7 @@ class TrlBackend(Backend):
 
     def rollback(self, applied: Applied, step: int) -> None:
         assert isinstance(applied, TrlApplied | StoredApplied)
+        self.moved |= {"weights", "moments"}
         applied.rollback()
         self._history.withdraw(applied.folder, step)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from next_backends.data import read_rows, read_splits
 from next_backends.trl.checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.manifest import MANIFEST, check_manifest
 from next_core.plugins import describe
 from next_core.rewards import RewardFunction, make_reward
-from next_core.sources.files import read_json
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig, TrainingSettings
@@ -148,15 +147,24 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
     return made
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest complete ``checkpoint-N`` of the trainer, and N; (None, 0) when there is none."""
+def last_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | None, int, list[str]]:
+    """The newest whole ``checkpoint-N`` of the trainer, N, and what is wrong with newer ones; (None, 0, ...) for none.
+
+    Whole are those that were sealed when they were complete, and whose files are still the same. ``before``: only those
+    of earlier steps.
+    """
     numbered = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    notes: list[str] = []
     for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True):
-        # The trainer writes its state last: without it, or with half of it, the folder is incomplete.
-        with contextlib.suppress(CheckpointError):
-            if read_json(path / "trainer_state.json").get("global_step") == number:
-                return path, number
-    return None, 0
+        if not (path / MANIFEST).exists() or (before is not None and number >= before):
+            continue  # the process was killed while it was written
+        try:
+            check_manifest(path, contents=True)
+        except CheckpointError as error:
+            notes.append(str(error))
+            continue
+        return path, number, notes
+    return None, 0, notes
 
 
 def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:

@@ -32,7 +32,7 @@ def doing(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_error(f"{what}: {path}", error) from error
+        raise storage_error(f"{what} {path}", error) from error
     failpoint(f"after {what}", path)
 
 

@@ -23,6 +23,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(error, file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:  # of what a library wrote, or read
+        from next_core.errors import StorageError
+        from next_core.storage import storage_error
+
+        print(storage_error(error.filename or "the disk", error), file=sys.stderr)
+        sys.exit(StorageError.exit_code)

@@ -14,7 +14,7 @@ from next_core.cli.progress import Bars
 from next_core.json_lines import json_text
 
 if TYPE_CHECKING:
-    from next_core.cycle.run import RunResult
+    from next_core.cycle.result import RunResult
 
 
 def run_command(path: Path, out: Path, *, overwrite: bool, strict: bool, dry_run: bool, as_json: bool) -> None:
@@ -32,7 +32,8 @@ def run_command(path: Path, out: Path, *, overwrite: bool, strict: bool, dry_run
         show_plan(plan_run(config, out), as_json=as_json)
         return
     quiet_libraries()
-    from next_core.cycle.run import RESULT, run
+    from next_core.cycle.result import RESULT
+    from next_core.cycle.run import run
     from next_core.cycle.signals import Signals
     from next_core.errors import Interrupted
 

@@ -21,7 +21,9 @@ from next_core.comparison.races import Plan, Race, Trunk, make_plan
 from next_core.comparison.results import Comparison, collect
 from next_core.config import RunConfig, dump_yaml, parse_yaml
 from next_core.cycle.journal import JOURNAL, read_journal
-from next_core.cycle.run import CONFIG, CURVE, ERROR_LOG, RESULT, RUNNING, run
+from next_core.cycle.result import RESULT
+from next_core.cycle.run import CONFIG, CURVE, RUNNING, run
+from next_core.cycle.trainer import ERROR_LOG
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
 from next_core.interfaces import Progress
 from next_core.json_lines import json_line, json_text

@@ -11,7 +11,6 @@ from next_core.diagnostics.advice import learning_rate_advice
 from next_core.diagnostics.figures import Agreements, measure_agreements, median, quantile
 from next_core.diagnostics.nulls import band
 from next_core.diagnostics.results import LearningRate, Null
-from next_core.errors import CheckpointError
 from next_core.history import History
 
 BALANCED = 0.1
@@ -35,10 +34,7 @@ def learning_rate_factor(
 
 def run_advice(history: History, jumps: Sequence[Mapping[str, Any]]) -> str | None:
     """One sentence at the end of a run whose learning rate was too small; None where it does not look so."""
-    try:
-        return learning_rate_advice(learning_rate_factor(history, jumps))
-    except CheckpointError:  # the run itself is none the worse
-        return None
+    return learning_rate_advice(learning_rate_factor(history, jumps))
 
 
 def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:

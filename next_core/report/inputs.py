@@ -11,7 +11,8 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError,
 from next_core.comparison.execution import COMPARE
 from next_core.config import MAX_YAML, parse_yaml
 from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
-from next_core.cycle.run import CONFIG, CURVE, RESULT
+from next_core.cycle.result import RESULT
+from next_core.cycle.run import CONFIG, CURVE
 from next_core.errors import CheckpointError, ConfigError
 from next_core.plugins import explain
 from next_core.reading import LARGE, parse_json, read_bytes
@@ -163,12 +164,27 @@ class Result(Part):
     control: Control | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = {}
+    hardware: str = ""
+    versions: dict[str, str] = {}
     notes: list[str] = []
     curve: list[Point] = []
 
 
+class Verdict(Part):
+    """What became of a jump some steps later."""
+
+    jump_step: int
+    accepted: bool
+    reason: str
+    accuracy: Number | None
+
+
 class _Jumps(Part):
     jumps: list[Jump]
+
+
+class _Verdicts(Part):
+    verdicts: list[Verdict]
 
 
 class _Points(Part):
@@ -185,6 +201,8 @@ class Recorded:
         self.result = _load(folder / RESULT, Result) if os.path.lexists(folder / RESULT) else None
         journal = folder / JOURNAL
         records = read_journal(journal) if os.path.lexists(journal) else []
+        verdicts = [record for record in records if record["event"] == "verify"]
+        _validated(_Verdicts, {"verdicts": verdicts}, journal)
         self.events = counted_records(records)
         self.records = valid_jumps(records)
         """The jumps as the journal has them."""

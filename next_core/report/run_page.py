@@ -215,6 +215,8 @@ def _setup(recorded: Recorded) -> list[Block]:
     result = recorded.result
     if result is not None and result.resumed_from is not None:
         facts.append(("resumed from step", str(result.resumed_from)))
+    if result is not None:
+        facts += [("hardware", result.hardware or "not recorded"), *sorted(result.versions.items())]
     blocks: list[Block] = [Facts(facts)]
     schedule = recorded.started.get("schedule")
     if isinstance(schedule, dict):

@@ -15,6 +15,7 @@ from next_core.cli.options import Run
 from next_core.diagnostics import FIGURES
 from next_core.errors import ConfigError
 from next_core.interfaces import CheckpointSource
+from next_core.json_lines import json_line
 from next_core.sources.memory import MemorySource
 from tests.conftest import STEPS, LoraRun, Outcome
 from tests.diagnostics.runs import FIFTEEN, name, straight, walks
@@ -150,7 +151,7 @@ def test_the_jumps_of_a_run_folder_are_in_its_advice(
     alone = json.loads(analyzed(own_lora_run.path, as_json=True)[0])["learning_rate"]
     assert (alone["multiple"], alone["jumps"]) == (None, 0)
     jump = {"event": "jump", "step": 20, "accepted": True, "diagnostics": {"multiple": 3.0, "measured": 20.0}}
-    (own_lora_run.path.parent / "journal.jsonl").write_text(json.dumps(jump) + "\n")
+    (own_lora_run.path.parent / "journal.jsonl").write_bytes(json_line(jump))
     out, err = analyzed(own_lora_run.path, as_json=True)
     found = json.loads(out)["learning_rate"]
     assert (found["multiple"], found["jumps"]) == (3.0, 1)

@@ -19,9 +19,9 @@ from next_core.diagnostics.results import Figure, Null
 from next_core.errors import CheckpointError, ConfigError
 from next_core.history import History
 from next_core.interfaces import LoraFactors
+from next_core.json_lines import json_text
 from next_core.sources.memory import MemorySource
 from next_core.sources.opening import open_checkpoints
-from next_core.storage import json_text
 from tests.diagnostics.runs import FIFTEEN, history, lora_walks, name, straight, walks
 from tests.predictors.trajectories import curved_lora_run, dense_run, drift, noise, still
 

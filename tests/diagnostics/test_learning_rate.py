@@ -12,6 +12,7 @@ from torch import Tensor
 
 from next_core.diagnostics import LearningRate, analyze, learning_rate_factor, run_advice
 from next_core.diagnostics.trajectory import MOST_MOMENTS, Motions, read_motions
+from next_core.errors import CheckpointError
 from next_core.history import History
 from next_core.interfaces import LoraFactors
 from next_core.sources.memory import MemorySource
@@ -185,6 +186,7 @@ def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> 
     assert rate.as_dict().keys() >= {"factor", "low", "high", "agreement", "span", "reason"}
 
 
-def test_a_run_whose_start_cannot_be_read_ends_without_advice() -> None:
+def test_a_run_whose_start_cannot_be_read_is_named() -> None:
     lost = MemorySource(dense_run({"a": drift(1)}, (10, 20))._checkpoints)
-    assert run_advice(History(lost), []) is None
+    with pytest.raises(CheckpointError):
+        run_advice(History(lost), [])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from next_core.errors import CheckpointError, PluginError
+from next_core.json_lines import json_line
 from next_core.report.geometry import Settings
 from next_core.report.inputs import Recorded
 from next_core.report.write import write_report
@@ -21,7 +22,7 @@ QUICK = Settings(wanted=False)
 
 
 def journal(folder: Path, *records: Object) -> None:
-    (folder / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "journal.jsonl").write_bytes(b"".join(json_line(record) for record in records))
 
 
 def point(step: int, sampled: float, greedy: float) -> Object:
@@ -92,8 +93,8 @@ def test_more_than_thirty_jumps_are_grouped(ended: Path) -> None:
 
 def test_a_run_that_did_not_end_is_told_from_its_journal_and_metrics(ended: Path) -> None:
     (ended / "result.json").unlink()
-    lines = [json.dumps({"step": step, "reward": 0.2 + step / 100}) for step in range(0, 31, 5)]
-    (ended / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 35, "rew')
+    lines = [json_line({"step": step, "reward": 0.2 + step / 100}) for step in range(0, 31, 5)]
+    (ended / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 35, "rew')
     journal_lines = (ended / "journal.jsonl").read_text().splitlines()
     (ended / "journal.jsonl").write_text("\n".join(journal_lines[:-1]) + '\n{"event": "ju')
     written = write_report(ended, settings=QUICK)
@@ -166,7 +167,7 @@ def test_an_unknown_predictor_is_an_error_before_the_work(ended: Path) -> None:
         ("result.json", '{"steps": 50', "cannot be read"),
         ("result.json", '{"steps": "fifty"}', "result.json.steps"),
         ("result.json", '{"steps": 5, "curve": [{"step": 1, "test": {"sampled": "high"}}]}', "curve.0.test.sampled"),
-        ("journal.jsonl", '{"event": "jump", "step": 5}\n', "jumps.0.accepted"),
+        ("journal.jsonl", json_line({"event": "jump", "step": 5}).decode(), "jumps.0.accepted"),
         ("journal.jsonl", "nonsense\n{}\n", "line 1 is damaged"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert cli("report", race).code == 1
+    assert cli("report", race).code == 7
     assert page.read_bytes() == before
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 

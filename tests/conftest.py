@@ -16,10 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+# What pytest starts inherits this: the workers of ``pytest -n``, of which each computes in one thread, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 STEPS = (10, 20, 30, 40, 50, 60)
+SLOW = ("base_model", "packaging", "ray", "trl")
+"""Markers of tests that take seconds to minutes."""
 
 
 def noise(seed: str, *shape: int) -> Tensor:
@@ -27,9 +31,10 @@ def noise(seed: str, *shape: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads what another one kept, nor the user's cache."""
+def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads what another one kept, nor the user's cache, nor how wide a terminal was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline, which pytest imports, sets it for what pytest starts
 
 
 @dataclass
@@ -152,6 +157,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers begin with the files that take long: whoever came to one last would keep the others waiting."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if any(item.get_closest_marker(name) for name in SLOW)}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_configure() -> None:

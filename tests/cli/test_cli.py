@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_named_with_exit_code_3(
 def test_a_folder_that_cannot_be_written_is_one_line(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     outcome = extrapolate(out=tmp_path / "file" / "out")
-    assert outcome.code == 1
+    assert outcome.code == 7
     assert str(tmp_path / "file") in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from next_backends.history_folder import JumpAdapter
 from next_backends.openrlhf.config import OpenRlhfConfig
 from next_backends.openrlhf.setting import Setting
 from next_core.config import RunConfig
+from tests.backends.openrlhf.processes import begun_since, children
 
 Way = TypeVar("Way")
 SCRIPT = Path(__file__).with_name("pretend_trainer.py")
@@ -32,6 +32,7 @@ class Pretence:
         self._record.touch()
         self._settings: list[Setting] = []
         self._ways: list[Any] = []
+        self._before = children()
         model = folder / "base"
         model.mkdir()
         (model / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 2048}')
@@ -100,7 +101,7 @@ class Pretence:
         """Nothing of the trainers is left, or the test has failed."""
         for end in (*self._ways, *self._settings):
             end.close()
-        left = psutil.Process().children(recursive=True)
+        left = begun_since(self._before)
         for process in left:
             process.kill()
         assert left == []

@@ -55,5 +55,5 @@ def test_a_hundred_restarts_are_refused_with_a_way_out(jump: str) -> None:
 
 
 def test_a_merging_run_can_be_resumed(tmp_path: Path) -> None:
-    """``next-core run --resume`` wants save_every."""
+    """Going on asks for save_every."""
     check("merge", FULL, save_every=5)

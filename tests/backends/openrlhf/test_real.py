@@ -23,7 +23,8 @@ from next_backends.openrlhf.process import TrainerProcess, leftovers
 from next_backends.openrlhf.warden import TOKEN
 from next_core.config import RunConfig, make_config
 from next_core.cycle.journal import read_journal
-from next_core.cycle.run import RunResult, run
+from next_core.cycle.result import RunResult
+from next_core.cycle.run import run
 from next_core.errors import BackendError
 
 pytestmark = pytest.mark.openrlhf
@@ -207,7 +208,7 @@ def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Confi
             run(settings, out)
     assert str(out / "trainer" / "trainer.log") in str(caught.value)
     before = weights(out, 4)
-    result = run(settings, out, resume=True)
+    result = run(settings, out)
     assert result.resumed_from == 4
     (jump,) = result.jumps
     assert jump["accepted"], jump["reason"]

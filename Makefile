@@ -8,7 +8,7 @@ export OPENRLHF_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test openrlhf-env test-openrlhf bench-speed tables lint setup clean help
+.PHONY: quickstart test openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,8 +26,8 @@ setup: $(STAMP)  ## Make the environment (.venv)
 quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run beside it
 	$(BIN)/next-core run examples/quickstart.yaml --out runs/quickstart --overwrite
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests, a process for each core
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
 	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"
@@ -37,11 +37,20 @@ test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real 
 	$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf && \
 	echo $$proved > tests/backends/openrlhf/proved.sha256
 
+fuzz: $(STAMP)  ## Read a hundred thousand damaged files; cases that fail are kept in runs/fuzz (minutes on one core)
+	$(BIN)/python -m tests.fuzz
+
 bench-speed: $(STAMP)  ## Measure every stage of docs/benchmarks/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all
 
 tables: $(STAMP)  ## Write the tables of docs/benchmarks anew from the committed results; runs nothing
 	$(BIN)/python benchmarks/tables.py
+
+pictures: $(STAMP)  ## Draw the pictures of docs/images anew from the committed results; runs nothing
+	$(BIN)/python benchmarks/pictures.py
+
+docs: $(STAMP)  ## Build the site into docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -49,4 +58,4 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 clean:  ## Remove the environment and what runs left
-	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs dist build docs/_build .mypy_cache .ruff_cache .hypothesis

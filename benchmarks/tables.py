@@ -24,13 +24,17 @@ def mean(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}"
 
 
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of Student's 95% interval of their mean; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
+
+
 def interval(values: Sequence[float]) -> str:
     """Mean of differences and Student's 95% interval."""
-    middle = statistics.mean(values)
-    if len(values) < 2:
-        return f"{middle:+.3f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
+    middle, half = statistics.mean(values), half_width(values)
+    return f"{middle:+.3f}" if half is None else f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,8 @@ from next_core.reading import read_text
 
 DEFAULT_PREDICTOR = "auto"
 """What a run extrapolates with where nothing is said; docs/benchmarks/auto.md has the figures."""
+MOST_STEPS = 1_000_000
+"""RL steps of a run; a schedule is checked step by step."""
 
 
 class Frozen(BaseModel):
@@ -74,11 +76,11 @@ class TrainingSettings(Frozen):
     lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
     data: DataSettings
     reward: Choice = Field(Choice(name="math-verify"), description="A reward's name, or module:function")
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, description="Of the optimizer, before the scheduler")
     lr_scheduler: str = Field("constant", description="As transformers names it")
     prompts_per_step: int = Field(16, ge=1, description="Different prompts in one RL step")
     generations: int = Field(8, ge=2, description="Roll-outs of each prompt")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="Roll-outs are sampled at")
     max_new_tokens: int = Field(256, ge=1, description="Longest completion")
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference policy")
     evaluation: Literal["likelihood", "generate"] = Field(
@@ -91,8 +93,8 @@ class TrainingSettings(Frozen):
 class RunConfig(Frozen):
     """Everything `next-core run` needs. Paths are relative to the config file."""
 
-    steps: int = Field(ge=1, description="RL steps in all")
-    seed: int = Field(0, ge=0)
+    steps: int = Field(ge=1, le=MOST_STEPS, description="RL steps in all")
+    seed: int = Field(0, ge=0, description="Of the adapter's start, the prompts' order and the samples")
     training: TrainingSettings
     backend: Choice = Field(Choice(name="trl"), description="The trainer")
     predictor: Choice = Field(Choice(name=DEFAULT_PREDICTOR), description="Where the weights are going")

@@ -219,7 +219,7 @@ class Prediction:
     anchor: Anchor = "newest"
     updates: Mapping[str, Update] = field(default_factory=dict)
     confidence: Mapping[str, float] = field(default_factory=dict)
-    """Per parameter a factor on alpha; 1 where it is not given."""
+    """Per parameter a factor on alpha, finite and 0 or more; 1 where it is not given."""
     abstained: Mapping[str, str] = field(default_factory=dict)
     abstention: str | None = None
     diagnostics: Mapping[str, float] = field(default_factory=dict)
@@ -257,7 +257,10 @@ class TrajectoryPredictor(Plugin):
 
     @abstractmethod
     def predict(self, horizon: int) -> Prediction:
-        """The prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason."""
+        """The prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason.
+
+        Raises ``ConfigError`` for a horizon below 1, and ``NextCoreError`` before ``fit``.
+        """
 
 
 class Applied(ABC):
@@ -355,7 +358,7 @@ class Backend(Plugin):
         return ()
 
     def close(self) -> None:
-        """End what still runs: called once when the run is over, also after an error."""
+        """End what still runs, when the run is over or has failed; before ``prepare``, and again, it does nothing."""
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
         """Facts for a dry run as plain values, such as the command line that would be started; nothing is started."""

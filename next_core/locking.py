@@ -32,6 +32,22 @@ def locked(target: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+_HELD: dict[Path, contextlib.ExitStack] = {}
+
+
+def hold(target: Path) -> None:
+    """``locked`` until ``release``, or until this process ends; what it holds already it goes on to hold."""
+    if target.absolute() not in _HELD:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(target))
+            _HELD[target.absolute()] = stack.pop_all()
+
+
+def release(target: Path) -> None:
+    """Let other processes have what this one holds, if it does."""
+    _HELD.pop(target.absolute(), contextlib.ExitStack()).close()
+
+
 def _acquired(lock: Path) -> Any:
     """The lock's open file, held; None where another process holds it."""
     while True:

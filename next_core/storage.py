@@ -133,6 +133,7 @@ def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
     ``digests`` as for ``new_directory``. A folder that somebody else has written is sealed so as well.
     """
     with doing("writing", folder / MANIFEST):
+        sweep_siblings(folder / MANIFEST)  # of a killed process: it must not be listed
         for path in (path for path in sorted(folder.rglob("*")) if path.exists()):
             _fsync(path)
     write_text(folder / MANIFEST, manifest_text(folder, digests))
@@ -288,7 +289,7 @@ def is_alive(process: int) -> bool:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write; on success it replaces ``path``, durably, else it is gone."""
     scratch = _sibling(path, "tmp")
-    scratch.unlink(missing_ok=True)  # of a killed process with this number
+    sweep_siblings(path)
     try:
         yield scratch
         with doing("writing", path):

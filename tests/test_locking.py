@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from next_core.errors import ConfigError
-from next_core.locking import locked
+from next_core.locking import hold, locked, release
 
 HOLD = """
 import sys, time
@@ -41,3 +41,13 @@ def test_the_lock_can_be_taken_again_once_it_is_given_back(tmp_path: Path) -> No
                 pass
             with locked(tmp_path / "other"):
                 pass
+
+
+def test_what_a_process_holds_it_can_go_on_to_hold_until_it_lets_go(tmp_path: Path) -> None:
+    for _ in range(2):
+        hold(tmp_path / "run")
+        with pytest.raises(ConfigError), locked(tmp_path / "run"):
+            pass
+    for _ in range(2):
+        release(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from next_core.appliers.displacement import FactorStep, displacements
 from next_core.appliers.frozen import adapter_settings, balanced
+from next_core.containment import same_random_states
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.lowrank import LowRank, dense
@@ -145,7 +146,7 @@ def add_frozen_adapter(model: Any, moves: Mapping[str, LowRank]) -> str:
     name = f"{JUMP_PREFIX}{max(numbers, default=0) + 1}"
     settings = adapter_settings(moves)
     config = LoraConfig(**settings, task_type=model.peft_config[trained_adapter(model)].task_type)
-    with torch.random.fork_rng():  # PEFT draws a start that is overwritten; the run's random state is not ours to spend
+    with same_random_states():  # PEFT draws a start that is overwritten
         model.add_adapter(name, config)
     for module in settings["target_modules"]:
         layer = model.base_model.model.get_submodule(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
-from next_core.config import DEFAULT_PREDICTOR, Frozen, RunConfig, load_yaml, make_config
+from next_core.config import DEFAULT_PREDICTOR, Frozen, RunConfig, absolute_path, load_yaml, make_config
 from next_core.errors import ConfigError
 from next_core.plugins import explain, registry
 
@@ -25,6 +26,8 @@ OURS = ("steps", "seed", "control", "measure_every")
 """Keys of a run that the comparison sets."""
 NAME = re.compile(r"[A-Za-z0-9]([\w ,=+.()-]{0,60}[\w)])?", re.ASCII)
 PLUGINS = ("predictor", "backend", "compressor", "reward")
+MOST_RACES = 10_000
+"""Seeds, and variants of one arm: more cannot be run, nor listed."""
 
 
 class CompareConfig(Frozen):
@@ -52,7 +55,9 @@ class CompareConfig(Frozen):
     @field_validator("seeds", mode="before")
     @classmethod
     def _so_many(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if type(value) is int and value > MOST_RACES:
+            raise ValueError(f"at most {MOST_RACES}")
+        return list(range(value)) if type(value) is int else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -108,16 +113,19 @@ def load_comparison(path: str | Path) -> tuple[CompareConfig, list[Arm]]:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))  # a reward that a config names may lie beside it
     if config.base is not None:
-        base = (file.parent / config.base).resolve()
-        shared = _absolute(load_yaml(base, "see `next-core schema`"), base.parent)
+        base = absolute_path(file.parent, config.base, str(file))
+        try:
+            shared = _absolute(load_yaml(base, "see `next-core schema`"), base.parent, str(base))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: base: {error}") from None
     shared = {key: value for key, value in shared.items() if key not in OURS}
-    shared = _merged(shared, _absolute(config.run, file.parent.resolve()))
+    shared = _merged(shared, _absolute(config.run, file.parent.resolve(), str(file)))
     return config, list(_arms(config, shared, file))
 
 
 def _folders(config: CompareConfig, file: Path) -> list[Path]:
     folders = [file.resolve().parent]
-    return folders if config.base is None else [*folders, (file.parent / config.base).resolve().parent]
+    return folders if config.base is None else [*folders, absolute_path(file.parent, config.base, str(file)).parent]
 
 
 def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Iterator[Arm]:
@@ -131,7 +139,7 @@ def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Itera
             filled = dict(raw)
             for key, value in values.items():
                 filled = _with(filled, key, value)
-            filled = _absolute(filled, file.parent.resolve())
+            filled = _absolute(filled, file.parent.resolve(), where)
             variants.append(Variant(values, _judgeable(make_config(filled, where=where), config.metric, where)))
         data = variants[0].config.training.data
         if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
@@ -151,7 +159,8 @@ def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Itera
     if RANDOM in config.controls:
         yield arm(RANDOM, "control", {**alike, "predictor": "random"}, {})
     for name, changes in config.arms.items():
-        own = _absolute({key: value for key, value in changes.items() if key != "choose"}, file.parent.resolve())
+        changed = {key: value for key, value in changes.items() if key != "choose"}
+        own = _absolute(changed, file.parent.resolve(), f"{file}: arms.{name}")
         choose = changes.get("choose", {})
         if not isinstance(choose, dict) or not all(isinstance(v, list) and v for v in choose.values()):
             raise ConfigError(f"{file}: arms.{name}.choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
@@ -194,6 +203,8 @@ def _products(choose: Mapping[str, list[Any]], where: str) -> Iterator[dict[str,
     for key, values in choose.items():
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
             raise ConfigError(f"{where}: {key} needs a list of different values to choose among")
+    if math.prod(map(len, choose.values())) > MOST_RACES:
+        raise ConfigError(f"{where}: more than {MOST_RACES} combinations of values to choose among")
     for chosen in itertools.product(*choose.values()):
         yield dict(zip(choose, chosen, strict=True))
 
@@ -229,14 +240,16 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _absolute(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _absolute(raw: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """Paths made absolute, so that blocks of several files can be merged. What has no such shape is refused later."""
     if not isinstance(raw.get("training"), Mapping):
         return dict(raw)
+
+    def made(value: Any) -> Any:
+        return str(absolute_path(folder, value, where)) if isinstance(value, str) else value
+
     training: dict[str, Any] = dict(raw["training"])
-    if isinstance(training.get("model"), str):
-        training["model"] = str((folder / training["model"]).resolve())
+    training |= {"model": made(training["model"])} if "model" in training else {}
     data = training.get("data")
-    if isinstance(data, Mapping):
-        training["data"] = {k: str((folder / v).resolve()) if isinstance(v, str) else v for k, v in data.items()}
+    training |= {"data": {key: made(value) for key, value in data.items()}} if isinstance(data, Mapping) else {}
     return {**raw, "training": training}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from next_core.containment import TimeLimitReached, same_random_states, time_limit
 from next_core.cycle.average import mean_of_last, windows
-from next_core.cycle.containment import TimeLimitReached, same_random_states, time_limit
 from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
 from next_core.cycle.schedule import Schedule
@@ -209,6 +209,7 @@ class PredictExtendCycle:
         if history.newest != step:
             raise _Refused(f"the newest checkpoint is of step {history.newest}")
         prediction = predictor.fit(history).predict(self.schedule.horizon)
+        _check_origin(prediction, history)
         facts["horizon"] = self.schedule.horizon
         facts["diagnostics"] = {str(key): float(value) for key, value in prediction.diagnostics.items()}
         if prediction.abstention is not None:
@@ -329,6 +330,16 @@ class PredictExtendCycle:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
+
+
+def _check_origin(prediction: Any, history: History) -> None:
+    """Somebody's predictor may return anything, a prediction for another run or an older checkpoint included."""
+    if not isinstance(prediction, Prediction):
+        raise _Refused(f"the predictor returned no prediction but {type(prediction).__name__}")
+    if prediction.source is not history.source:
+        raise _Refused("the prediction is of another source than the run's")
+    if prediction.step != history.newest:
+        raise _Refused(f"the prediction counts from step {prediction.step}, and the run is at step {history.newest}")
 
 
 def _reason(what: str, error: BaseException) -> str:

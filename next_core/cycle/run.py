@@ -21,7 +21,7 @@ from next_core.interfaces import Backend, Progress
 from next_core.json_lines import json_text
 from next_core.locking import locked
 from next_core.machine import hardware, versions
-from next_core.storage import fresh_directory, recover, write_text
+from next_core.storage import fresh_directory, recover, sweep, write_text
 
 CONFIG = "config.yaml"
 RUNNING = "RL with jumps"
@@ -72,6 +72,7 @@ def run(
     """
     with locked(out):
         recover(out, CONFIG)
+        sweep(out)
         begun = check_folder(out, config, overwrite)
         if begun and (out / RESULT).exists():
             result = read_result(out)
@@ -186,11 +187,15 @@ def _with_jumps(
             signals.received,
         )
     training = clock.stop()
-    if config.measure_every is not None and config.steps % config.measure_every:
+    # A run that was killed past its last checkpoint has said some of this already.
+    said = {record.get("milestone", record["event"]): record for record in _counted_at(journal, config.steps)}
+    if config.measure_every is not None and CURVE not in said:
         measure(CURVE, config.steps)
-    measure("final", config.steps)
-    advice = cycle.advise(config.steps)
-    journal.append("end", config.steps)
+    if "final" not in said:
+        measure("final", config.steps)
+    advice = said["advice"].get("text") if "advice" in said else cycle.advise(config.steps)
+    if "end" not in said:
+        journal.append("end", config.steps)
     # A resumed run finds in the journal what it measured before.
     accuracy |= {r["milestone"]: r["value"] for r in journal.counted() if r["event"] == "accuracy"}
     ours = sum(cycle.seconds.values())
@@ -214,6 +219,10 @@ def _with_jumps(
         advice=advice,
         curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
     )
+
+
+def _counted_at(journal: Journal, step: int) -> list[dict[str, Any]]:
+    return [record for record in journal.counted() if record["step"] == step]
 
 
 def _point(record: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class AutoPredictor(PerMatrixPredictor):
 
     name = "auto"
     config_class = AutoConfig
+    requires = frozenset({"gram"})  # where the run has no factors, or kept none of its start
     made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
         "schedule": {
             "observe": 20,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import next_backends.history_folder as module
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_core.errors import BackendError, ConfigError
+from next_core.manifest import check_manifest
 from next_core.sources.metrics import read_metrics
-from next_core.storage import check_manifest
 
 SHIFT = {"layer.weight.lora_A": torch.ones(2, 3)}
 ADAPTER = JumpAdapter("jump-1", '{"r": 1}', {"layer.lora_A.weight": torch.zeros(1, 3)})

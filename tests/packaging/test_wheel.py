@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.packaging.conftest import ROOT, Environment, call
+
 pytestmark = pytest.mark.packaging
-
-
-def call(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    call(sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
 
 
 def test_the_wheel_carries_the_three_packages_and_their_types(wheel: Path) -> None:
@@ -38,20 +20,13 @@ def test_the_wheel_carries_the_three_packages_and_their_types(wheel: Path) -> No
     assert not any(name.startswith(("tests", "examples", "benchmarks")) for name in names)
 
 
-def test_a_user_installs_the_wheel_and_runs_the_command_line(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True)
-    python, pins = tmp_path / "venv" / "bin" / "python", ["-c", ROOT / "constraints.txt"]
-    # To compile every module of torch and transformers takes longer than to install them; Python does it as needed.
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *pins]
-    call(*pip, "torch==2.13.0", cwd=tmp_path)
-    call(*pip, f"{wheel}[trl]", cwd=tmp_path)
-
-    next_core = tmp_path / "venv" / "bin" / "next-core"
+def test_a_user_installs_the_wheel_and_runs_the_command_line(installed: Environment, tmp_path: Path) -> None:
+    next_core = installed.next_core
     listed = json.loads(call(next_core, "plugins", "--json", cwd=tmp_path).stdout)["plugins"]
     assert {entry["status"] for entry in listed} == {"ok"}
     assert {"secant", "next-mlp", "trl", "math-verify"} <= {entry["name"] for entry in listed}
-    where = call(python, "-c", "import next_core; print(next_core.__file__)", cwd=tmp_path).stdout
-    assert where.startswith(str(tmp_path))
+    where = call(installed.python, "-c", "import next_core; print(next_core.__file__)", cwd=tmp_path).stdout
+    assert where.startswith(str(installed.folder))
 
     config = f"""
 steps: 6

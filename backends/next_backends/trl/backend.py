@@ -22,6 +22,7 @@ from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.peft_adapter import PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.storage import sweep
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig
@@ -63,6 +64,8 @@ class TrlBackend(Backend):
         self.attach(self.trainer.model, out)
         if not resume:
             return 0
+        for halves in (self._history.checkpoints, self._history.jumps):
+            sweep(halves)  # what a killed process was writing is no damage
         broken = self._history.first_damaged()
         self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
         if broken is not None:

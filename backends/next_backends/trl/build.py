@@ -56,8 +56,9 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     train, splits = _load_data(training)
     set_seed(run.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(training.model, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(training.model, dtype=torch.float32, local_files_only=True)
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(training.model, **local)
+        model = AutoModelForCausalLM.from_pretrained(training.model, dtype=torch.float32, **local)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{training.model} cannot be loaded as a model: {describe(error)}") from None
     lora = training.lora and LoraConfig(

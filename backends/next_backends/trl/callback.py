@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from next_backends.trl.checks import check_arguments
+from next_backends.trl.checks import check_arguments, check_whole
+from next_backends.trl.processes import Change, Processes, adapters
+from next_core.appliers.live import activate_jumps, is_peft
 from next_core.config import DEFAULT_PREDICTOR
+from next_core.containment import same_random_states
 from next_core.cycle.guards import Guards
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
 from next_core.interfaces import TrajectoryPredictor
+from next_core.locking import hold, release
 from next_core.plugins import explain, make_predictor
+from next_core.storage import seal
 
 if TYPE_CHECKING:
     from next_backends.trl.backend import TrlBackend
@@ -42,6 +48,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_ended(state.global_step)
+        if self._backend is not None and self._backend.ends_after(state.global_step, args):
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._backend is not None:
@@ -50,9 +58,11 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._backend is not None:
             self._backend.flush()
+            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_save(args, state, control)
+        if self._backend is not None:
+            self._backend.flush()
 
 
 class PredictExtendCallback(StepCallback):
@@ -64,6 +74,9 @@ class PredictExtendCallback(StepCallback):
     need one do not run. Checkpoints, jumps and the journal go to ``folder``, by default ``<output_dir>/next-core``;
     ``resume_from_checkpoint`` takes them up from there. Raises ``ConfigError`` for settings that contradict each other
     or the trainer's, when training begins at the latest.
+
+    In a data-parallel run every process makes the same callback. Process 0 decides, calls ``evaluate`` and writes; the
+    others wait, and end each step with the same weights. ``cycle`` and ``journal`` are process 0's.
     """
 
     def __init__(
@@ -96,6 +109,10 @@ class PredictExtendCallback(StepCallback):
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = Path(folder) if folder is not None else None
         self.cycle: PredictExtendCycle | None = None
+        self._processes = Processes()
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._late: Exception | None = None
         super().__init__(None, self._after_step)  # the trainer is known when training begins
 
     @property
@@ -104,11 +121,27 @@ class PredictExtendCallback(StepCallback):
         return self.cycle.journal if self.cycle is not None else Journal()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_arguments(self.schedule, self.guards, state.max_steps, args, several=True)
+        self.schedule.check_predictor(self._make(), state.max_steps)
+        self._model, self._optimizer = kwargs["model"], kwargs["optimizer"]
+        check_whole(self._model)
+        self._late = None
+        self._processes.close()  # of a training that failed
+        self._processes = Processes(args.process_index, args.world_size, args.ddp_timeout)
+        self._processes.check_settings(
+            {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
+        )
+        self._processes.first(lambda: self._begin(args, state), "when training began")
+        if not self._processes.leads and is_peft(self._model):
+            activate_jumps(self._model)  # of a resumed run; process 0 has done so
+        self._processes.check_weights(self._model, f"when training began at step {state.global_step}")
+
+    def _begin(self, args: Any, state: Any) -> None:
+        """Process 0 alone: take up the folder, and the cycle."""
         from next_backends.trl.backend import TrlBackend
 
-        check_arguments(self.schedule, self.guards, state.max_steps, args)
-        self.schedule.check_predictor(self._make(), state.max_steps)
-        folder = self._folder or Path(args.output_dir) / "next-core"
+        folder = self._folder_of(args)
+        hold(folder)
         journal = folder / JOURNAL
         if state.global_step == 0 and journal.exists():
             if not self._overwrite:
@@ -117,16 +150,14 @@ class PredictExtendCallback(StepCallback):
         folder.mkdir(parents=True, exist_ok=True)
         backend = TrlBackend()
         probe = self._evaluate
-        backend.attach(
-            kwargs["model"], folder, None if probe is None else lambda model, split: {"accuracy": probe(model)}
-        )
-        backend.begin(state.global_step, kwargs["optimizer"])
+        backend.attach(self._model, folder, None if probe is None else lambda model, split: _measured(probe, model))
+        backend.begin(state.global_step, self._optimizer)
         self._backend = backend
         self.cycle = PredictExtendCycle(
             backend,
             self._make,
             self.schedule,
-            self.guards,
+            self._guards_while_others_wait(),
             state.max_steps,
             Journal(journal),
             rank=self._rank,
@@ -137,11 +168,71 @@ class PredictExtendCallback(StepCallback):
         else:
             self.cycle.resume(state.global_step)
 
+    def _folder_of(self, args: Any) -> Path:
+        return self._folder or Path(args.output_dir) / "next-core"
+
+    def _guards_while_others_wait(self) -> Guards:
+        """A fit that is too slow costs a jump, and not the run: the others wait for fit and probes together."""
+        if self._processes.count == 1:
+            return self.guards
+        half = self._processes.timeout / 2
+        return self.guards.model_copy(update={"time_limit": min(self.guards.time_limit or half, half)})
+
     def _after_step(self, step: int) -> None:
+        where = f"after step {step}"
+        if self.schedule.observes(step):
+            self._processes.check_weights(self._model, where)
+        change = self._processes.first(lambda: self._decide(step), where)
+        self._processes.share(change, self._model, self._optimizer, where)
+
+    def _decide(self, step: int) -> Change | None:
+        """Process 0 alone: the cycle, and what it changed."""
         assert self.cycle is not None
-        self.cycle.after_step(step)
+        assert self._backend is not None
+        before = adapters(self._model)
+        self._backend.moved.clear()
+        self._unless_late(self.cycle.after_step, step)
         if step == self.cycle.total and (advice := self.cycle.advise(step)) is not None:
             logging.getLogger(__name__).warning(advice)
+        moved = self._backend.moved
+        return Change.since(before, self._model, self._optimizer, "moments" in moved) if moved else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        try:
+            super().on_log(args, state, control, logs, **kwargs)
+        except Exception as error:
+            if self._processes.count == 1:
+                raise
+            self._late = error  # raised where the others hear of it: here they are not listening
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        where = f"at the checkpoint of step {state.global_step}"
+        self._processes.barrier(where)  # each process writes a part of it
+        saved = super().on_save
+        self._processes.first(lambda: self._unless_late(saved, args, state, control), where)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ended = super().on_train_end
+        self._processes.first(lambda: self._unless_late(ended, args, state, control), "when training ended")
+        self._processes.close()
+        release(self._folder_of(args))
+
+    def _unless_late(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Process 0 alone: ``act``, unless something that was logged since could not be written."""
+        if self._late is not None:
+            raise self._late
+        act(*arguments)
+
+
+def _measured(probe: Callable[[Any], float], model: Any) -> dict[str, float]:
+    """A probe leaves no trace in training: random states, and what was in train or eval mode, are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with same_random_states():
+            return {"accuracy": probe(model)}
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:

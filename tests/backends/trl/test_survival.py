@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,9 @@ def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(make_traine
     make_trainer([callback()], steps=12, **SAVING).train()
     folder = tmp_path / "trainer" / "next-core"
     (folder / "checkpoints" / "step-000012" / "adapter_config.json").unlink()
-    (folder / "checkpoints" / ".step-000009.tmp-1").mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (folder / "checkpoints" / f".step-000009.tmp-{ended.pid}").mkdir()
     resumed = make_trainer([callback()], steps=12, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
     assert names(folder / "checkpoints") == [f"step-{n:06d}" for n in (0, 3, 6, 9, 12)]

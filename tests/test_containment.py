@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from next_core.cycle.containment import TimeLimitReached, same_random_states, time_limit
+from next_core.containment import TimeLimitReached, same_random_states, time_limit
 
 
 def spin() -> None:

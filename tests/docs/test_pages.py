@@ -1,4 +1,4 @@
-"""What the pages show is what the code does."""
+"""What the pages say is what the code does."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from pydantic.fields import FieldInfo
 
 from next_backends.openrlhf.config import OpenRlhfConfig
 from next_core import History, make_predictor, registry
+from tests.docs.blocks import PAGES, ROOT, Block, of
 from tests.predictors import trajectories
 
-ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
-
-def test_the_predictor_of_ten_lines_works_as_shown() -> None:
-    (code, *_) = BLOCK.findall((ROOT / "docs" / "predictors.md").read_text())
-    exec(compile(code, "docs/predictors.md", "exec"), {})
-    source = trajectories.linear_lora_run()
-    prediction = make_predictor("last-step").fit(History(source)).predict(10)
-    assert prediction.updates
-    assert "last-step" in registry().names("predictor")
-
-
-@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+OWN = [block for block in of("python") if "@matrix_predictor(" in block.code]
+
+
+def test_a_predictor_is_shown_whole() -> None:
+    assert OWN
+
+
+@pytest.mark.parametrize("block", OWN, ids=str)
+def test_the_predictor_of_ten_lines_works_as_shown(block: Block) -> None:
+    exec(compile(block.code, str(block), "exec"), {"__name__": "page"})
+    for name in re.findall(r'@matrix_predictor\("([^"]+)"', block.code):
+        assert name in registry().names("predictor")
+        assert make_predictor(name).fit(History(trajectories.linear_lora_run())).predict(10).updates
 
 
 def test_the_table_of_predictors_names_every_first_party_one() -> None:

@@ -1,0 +1,1 @@
+"""What the site needs of its own: pages generated from the code, and formulas without a script."""

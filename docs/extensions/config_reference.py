@@ -1,0 +1,154 @@
+"""The reference of every config key, from the pydantic models themselves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from next_core.comparison.config import CompareConfig
+from next_core.config import Choice, RunConfig
+from next_core.plugins import KINDS, registry
+
+HEADINGS = {
+    "predictor": "Predictors: the block `predictor`",
+    "backend": "Backends: the block `backend`",
+    "compressor": "Compressors: the block `compressor`",
+    "reward": "Rewards: the block `training.reward`",
+    "applier": "Appliers: `--applier` and `--set-applier`",
+    "source": "Sources: `open_checkpoints`, `--layout`",
+}
+COLUMNS = ("key", "type", "default", "bounds", "meaning")
+BOUNDS = ((annotated_types.Ge, "ge", "≥"), (annotated_types.Gt, "gt", ">"), (annotated_types.Le, "le", "≤"))
+BOUNDS += ((annotated_types.Lt, "lt", "<"),)
+
+
+def run_config() -> str:
+    """The run config, a section for each block."""
+    return "\n\n".join(_model(RunConfig, "", 3))
+
+
+def comparison_config() -> str:
+    """The comparison's file."""
+    return table(CompareConfig)
+
+
+def plugins() -> str:
+    """Every installed plug-in that has fields, by kind; those without are named."""
+    parts = []
+    for kind in KINDS:
+        entries = [entry for entry in registry().entries() if entry.kind == kind and entry.error is None]
+        parts.append(f"## {HEADINGS[kind]}")
+        for entry in entries:
+            cls = registry().get(kind, entry.name)
+            origin = "" if entry.distribution == "next-core" else f" (of {entry.distribution} {entry.version})"
+            parts += [f"### {kind}: {entry.name}{origin}", first_paragraph(cls)]
+            parts += _model(cls.config_class, "", 4) if cls.config_class.model_fields else ["No fields."]
+            made_for = getattr(cls, "made_for", {})
+            if made_for:
+                parts.append(f"Made for, where the config says nothing: `{json.dumps(made_for)}`.")
+    return "\n\n".join(parts)
+
+
+def _model(model: type[BaseModel], prefix: str, level: int) -> list[str]:
+    """The table of a block, and after it those of the blocks in it."""
+    parts = [table(model, prefix)]
+    for name, field in model.model_fields.items():
+        inner = block_of(field.annotation)
+        if inner is not None:
+            key = f"{prefix}{name}"
+            parts += [f"{'#' * level} `{key}`", first_paragraph(inner), *_model(inner, f"{key}.", level)]
+    return parts
+
+
+def table(model: type[BaseModel], prefix: str = "") -> str:
+    """One row a key: name, type, default, bounds, description."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    for name, field in model.model_fields.items():
+        cells = (type_of(field.annotation), default_of(field), bounds_of(field), meaning_of(field))
+        rows.append((f"`{prefix}{name}`", *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def block_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a block of known keys, ``null`` or not."""
+    for option in (annotation, *get_args(annotation)):
+        if inspect.isclass(option) and issubclass(option, BaseModel) and option is not Choice:
+            return option
+    return None
+
+
+def type_of(annotation: Any) -> str:
+    """A type as a config's author says it."""
+    return " or ".join(dict.fromkeys(_words(annotation)))
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _words(arguments[0])
+    elif origin in (Union, types.UnionType):
+        for argument in sorted(arguments, key=lambda option: option is type(None)):
+            yield from _words(argument)
+    elif origin is Literal:
+        yield ", ".join(f"`{json.dumps(value) if not isinstance(value, str) else value}`" for value in arguments)
+    elif origin in (list, tuple):
+        yield f"list of {type_of(arguments[0])}" if arguments else "list"
+    elif origin is dict or annotation is dict:
+        yield "mapping"
+    elif inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield "name or block" if annotation is Choice else "block"
+    else:
+        plain = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", Path: "path"}
+        yield {**plain, type(None): "`null`", Any: "anything"}.get(annotation, getattr(annotation, "__name__", "?"))
+
+
+def default_of(field: FieldInfo) -> str:
+    """As YAML writes it; of a block the word, since its own table has the defaults."""
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Choice):
+        return f"`{value.name}`"
+    if isinstance(value, BaseModel):
+        return "as below"
+    if isinstance(value, str | Path):
+        return f"`{value}`"
+    return f"`{escape(json.dumps(value, default=str))}`"
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """``≥ 1``, ``> 0, ≤ 1``."""
+    found = [
+        f"{sign} {getattr(mark, name):g}"
+        for mark in field.metadata
+        for kind, name, sign in BOUNDS
+        if isinstance(mark, kind)
+    ]
+    return ", ".join(found)
+
+
+def meaning_of(field: FieldInfo) -> str:
+    """The field's description; of a block without one, what the block says of itself."""
+    block = block_of(field.annotation)
+    return escape(field.description) if field.description else "" if block is None else first_paragraph(block)
+
+
+def first_paragraph(cls: type) -> str:
+    """Of a class's own docstring."""
+    text = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
+    return escape(" ".join(text.replace("``", "`").split()))
+
+
+def escape(text: str) -> str:
+    """Text that a table's cell and Markdown leave as it is, but for code in backticks."""
+    parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<])", r"\\\1", part) for part in parts)

@@ -1,0 +1,91 @@
+"""Pages made anew from the code at each build: they cannot drift from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+from docs.extensions import api_reference, cli_reference, config_reference
+
+BESIDE = {
+    "next_core.plugins": ["Registry", "Entry"],
+    "next_core.executor": ["Executor"],
+    "next_core.cache": ["DeltaCache"],
+    "next_core.cycle.schedule": ["Schedule"],
+    "next_core.cycle.guards": ["Guards"],
+    "next_core.cycle.journal": ["Journal"],
+}
+"""What the public names take and give."""
+DIAGNOSTICS = ["analyze", "Analysis", "Group", "Figure", "Null", "Series", "with_origin", "learning_rate_factor"]
+DIAGNOSTICS += ["LearningRate", "Precision"]
+LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>\.\.?/[^)#:\s]+)(#[^)\s]*)?\)")
+PARTS: dict[str, Callable[[], str]] = {
+    "run-config": config_reference.run_config,
+    "comparison-config": config_reference.comparison_config,
+    "plugin-configs": config_reference.plugins,
+    "commands": cli_reference.commands,
+    "exit-codes": cli_reference.exit_codes,
+    "api-next-core": lambda: api_reference.module("next_core"),
+    "api-errors": lambda: api_reference.module("next_core.errors"),
+    "api-interfaces": lambda: api_reference.module("next_core.interfaces"),
+    "api-per-matrix": lambda: api_reference.module("next_core.per_matrix", ["PerMatrixPredictor", "CoefficientConfig"]),
+    "api-parts": lambda: "\n\n".join(api_reference.module(name, only) for name, only in BESIDE.items()),
+    "api-diagnostics": lambda: api_reference.module("next_core.diagnostics", DIAGNOSTICS),
+    "api-testing": lambda: api_reference.module("next_core.testing"),
+    "api-trl": lambda: api_reference.module("next_backends.trl"),
+}
+
+
+def write(app: Sphinx) -> None:
+    """Each part into docs/_build/generated, where the pages include it from."""
+    folder = Path(app.srcdir) / "_build" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in PARTS.items():
+        (folder / f"{name}.md").write_text(make() + "\n")
+
+
+def name_files_outside(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A link to a file of the repository that is no page is good where files can be read; the site names the file."""
+    page = Path(app.srcdir, f"{docname}.md")
+
+    def named(link: re.Match[str]) -> str:
+        file = (page.parent / link["path"]).resolve()
+        if file.is_relative_to(app.srcdir) or not file.is_relative_to(Path(app.srcdir).parent):
+            return link[0]
+        return f"{link['text']} (`{file.relative_to(Path(app.srcdir).parent).as_posix()}`)"
+
+    source[0] = LINK.sub(named, source[0])
+
+
+def escape_docstring(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Autodoc's docstrings, without accidents of markup."""
+    api_reference.plain(lines)
+
+
+def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> Any:
+    """A type that a signature names without its module, where just one documented object has that name."""
+    objects = env.domains.python_domain.objects
+    short = str(node.get("reftarget", "")).rpartition(".")[2]
+    found = {name for name, entry in objects.items() if name.rpartition(".")[2] == short and not entry.aliased}
+    if node.get("refdomain") != "py" or not found:
+        return None
+    name = min(found, key=len)
+    entry = objects[name]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, name)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect."""
+    app.connect("builder-inited", write)
+    app.connect("source-read", name_files_outside)
+    app.connect("autodoc-process-docstring", escape_docstring)
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

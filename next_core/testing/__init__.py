@@ -1,0 +1,50 @@
+"""Checks for plug-ins: whether a predictor, source, applier or backend keeps what its interface promises.
+
+One call runs them all and raises one error with all that failed; under pytest, ``parametrize_with_checks`` makes a test
+of each::
+
+    from next_core.testing import check_predictor, parametrize_with_checks
+
+    check_predictor(MyPredictor)
+
+    @parametrize_with_checks([MyPredictor, MyPredictor(MyConfig(window=5))])
+    def test_it_keeps_the_contract(plugin, check):
+        check(plugin)
+
+The runs that the checks need are made here, from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``,
+``write_model_run``). Only ``parametrize_with_checks`` needs pytest.
+"""
+
+from __future__ import annotations
+
+from next_core.testing import predictor_invariance, source_files  # noqa: F401 - they register checks
+from next_core.testing.applier import ApplierCase, check_applier
+from next_core.testing.backend import check_backend
+from next_core.testing.backend_case import BackendCase
+from next_core.testing.checks import Check, CheckError, ContractError, DoesNotApply, checks_of
+from next_core.testing.folders import write_base, write_lora_run, write_model_run
+from next_core.testing.parametrize import parametrize_with_checks
+from next_core.testing.predictor import check_predictor
+from next_core.testing.runs import SyntheticRun, dense_run, lora_run
+from next_core.testing.source import check_source
+
+__all__ = [
+    "ApplierCase",
+    "BackendCase",
+    "Check",
+    "CheckError",
+    "ContractError",
+    "DoesNotApply",
+    "SyntheticRun",
+    "check_applier",
+    "check_backend",
+    "check_predictor",
+    "check_source",
+    "checks_of",
+    "dense_run",
+    "lora_run",
+    "parametrize_with_checks",
+    "write_base",
+    "write_lora_run",
+    "write_model_run",
+]

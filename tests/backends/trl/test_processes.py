@@ -1,0 +1,385 @@
+"""The callback in two processes (DDP, gloo), real trainers: process 0 decides, and both hold the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from next_backends.trl.checks import check_arguments
+from next_backends.trl.processes import Failure, digests
+from next_core import open_checkpoints
+from next_core.cycle.guards import Guards
+from next_core.cycle.journal import JOURNAL, read_journal
+from next_core.cycle.schedule import Schedule
+from next_core.errors import BackendError, CheckpointError, Interrupted
+from next_core.manifest import MANIFEST, check_manifest
+from tests.backends.trl.two_processes import Runs
+
+pytestmark = pytest.mark.trl
+ROOT = Path(__file__).parents[3]
+SCRIPT = Path(__file__).with_name("two_processes.py")
+JUMPING = ["factors", "merged", "full", "tied", "recovery", "average", "whole", "resumed"]
+RESUMED = ["one_goes_on", "zero_goes_on", "from_one"]
+FAILING = ["drifted", "strict", "unwritable", "unwritable_end", "unfollowed", "taken", "unlike", "boundary", "sharded"]
+
+Seen = dict[str, Any]
+
+
+class Launch:
+    """Two processes that make some runs, and what they left behind."""
+
+    def __init__(self, out: Path, runs: Sequence[str], torchrun: bool = False) -> None:
+        self.out = out
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": str(out / "cache"),
+        }
+        python, command = [sys.executable, "-W", "ignore"], [str(SCRIPT), str(out), *runs]
+        if torchrun:
+            starts = [([*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command], {})]
+        else:
+            meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            starts = [([*python, *command], meeting | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        logs = [out / f"{runs[0]}.{number}.log" for number in range(len(starts))]
+        processes = []
+        for (line, more), log in zip(starts, logs, strict=True):
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(line, env=environment | more, cwd=out, stdout=file, stderr=file))
+        try:
+            self.codes = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        self.ended = time.time()
+        self.log = "\n".join(log.read_text()[-4000:] for log in logs)
+
+    def seen(self, run: str, ranks: Sequence[int] = (0, 1)) -> list[Seen]:
+        """What each process saw of a run."""
+        return [pickle.loads((self.out / f"{run}.rank{rank}.pickle").read_bytes()) for rank in ranks]
+
+    def folder(self, run: str) -> Path:
+        return self.out / run / "next-core"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Left:
+    """What a run in which a process died left on disk."""
+
+    launch: Launch
+    records: list[dict[str, Any]]
+    steps: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def deaths(out: Path) -> dict[str, Left]:
+    left = {}
+    for run, torchrun in (("one_dies", True), ("zero_dies", False)):
+        launch = Launch(out, [run], torchrun)
+        assert (out / f"{run}.at").exists(), launch.log
+        source = open_checkpoints(launch.folder(run) / "checkpoints")
+        left[run] = Left(launch, read_journal(launch.folder(run) / JOURNAL), source.steps)
+    return left
+
+
+@pytest.fixture(scope="module")
+def runs(out: Path, deaths: dict[str, Left]) -> Launch:
+    assert Runs(out).alone()["error"] is None
+    launch = Launch(out, ["plain", "stay", "refused", *JUMPING, *RESUMED, *FAILING, "slow"])
+    assert launch.codes == [0, 0], launch.log
+    return launch
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(value, other[key]) for key, value in one.items())
+
+
+def same_step(one: Seen, other: Seen) -> bool:
+    return same(one["weights"], other["weights"]) and same(one["moments"], other["moments"])
+
+
+def trained(seen: Seen) -> dict[str, np.ndarray]:
+    return {name: value for name, value in seen["weights"].items() if ".jump-" not in name}
+
+
+@pytest.mark.parametrize("run", ["stay", "refused"])
+def test_watching_and_a_refused_jump_leave_the_plain_run_of_two_processes_bit_for_bit(runs: Launch, run: str) -> None:
+    for mine, plain in zip(runs.seen(run), runs.seen("plain"), strict=True):
+        assert mine["error"] is None
+        assert mine["wrapped"] == plain["wrapped"] == "DistributedDataParallel"
+        assert all(same_step(mine["after"][step], plain["after"][step]) for step in range(1, 10))
+        assert all(mine["after"][step]["training"] == plain["after"][step]["training"] for step in range(1, 10))
+        assert all(map(np.array_equal, mine["random"], plain["random"]))
+
+
+def test_the_probe_is_called_by_process_0_on_the_model_itself(runs: Launch) -> None:
+    zero, one = runs.seen("refused")
+    assert zero["models"] == ["PeftModelForCausalLM"] * 2
+    assert one["models"] == []
+
+
+@pytest.mark.parametrize("run", JUMPING)
+def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: str) -> None:
+    zero, one = runs.seen(run)
+    assert zero["error"] is None
+    assert one["error"] is None
+    assert zero["adapters"] == one["adapters"]
+    assert zero["after"].keys() == one["after"].keys()
+    for step, seen in zero["after"].items():
+        assert same_step(seen, one["after"][step]), step
+    moved = [step for step, seen in zero["after"].items() if not same_step(seen, zero["before"][step])]
+    wanted = {
+        "factors": [6, 9, 12],
+        "merged": [6, 9],
+        "recovery": [6, 9],
+        "average": [9],
+        "whole": [6, 9],
+        "resumed": [9],
+    }
+    assert moved == wanted.get(run, [6])
+    assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
+
+
+@pytest.mark.parametrize("run", JUMPING)
+def test_a_jump_spends_no_random_number_of_either_process(runs: Launch, run: str) -> None:
+    for seen in runs.seen(run):
+        for step, before in seen["before"].items():
+            assert all(map(np.array_equal, before["random"], seen["after"][step]["random"])), step
+
+
+def test_a_factor_jump_moves_the_adapter_of_both_by_the_coefficients(runs: Launch) -> None:
+    for seen in runs.seen("factors"):
+        before, after, earlier = (trained(s) for s in (seen["before"][6], seen["after"][6], seen["before"][3]))
+        for name, value in before.items():
+            np.testing.assert_allclose(after[name], value + 3.0 * (value - earlier[name]), atol=1e-6, rtol=1e-5)
+
+
+def test_a_full_parameter_jump_moves_the_matrices_of_both(runs: Launch) -> None:
+    for seen in runs.seen("full"):
+        before, after, earlier = (trained(s) for s in (seen["before"][6], seen["after"][6], seen["before"][3]))
+        for name, value in before.items():
+            wanted = value + 2.0 * (value - earlier[name]) if value.ndim == 2 else value
+            np.testing.assert_allclose(after[name], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_a_jump_adapter_stays_as_it_was_made_in_both(runs: Launch) -> None:
+    for seen in runs.seen("merged"):
+        made = {name: value for name, value in seen["after"][6]["weights"].items() if ".jump-1." in name}
+        assert any(value.any() for name, value in made.items() if "lora_B" in name)
+        assert not [name for name in seen["before"][6]["weights"] if ".jump-" in name]
+        later = seen["after"][11]["weights"]
+        assert all(np.array_equal(value, later[name]) for name, value in made.items())
+        assert not same(trained(seen["after"][6]), trained(seen["after"][11]))
+
+
+def test_a_late_rollback_brings_weights_and_moments_back_in_both_and_the_name_is_given_anew(runs: Launch) -> None:
+    for seen in runs.seen("recovery"):
+        assert same(trained(seen["before"][6]), trained(seen["after"][9]))
+        assert same(seen["before"][6]["moments"], seen["after"][9]["moments"])
+        assert not same(seen["before"][9]["moments"], seen["after"][9]["moments"])
+        assert seen["adapters"] == ["default", "jump-1"]
+        first, second = (
+            {name: value for name, value in seen["after"][step]["weights"].items() if ".jump-1." in name}
+            for step in (6, 9)
+        )
+        assert first
+        assert first.keys() == second.keys()
+        assert not same(first, second)
+
+
+@pytest.mark.parametrize("run", ["factors", "merged"])
+def test_checkpoints_jumps_and_journal_are_written_once(runs: Launch, run: str) -> None:
+    zero, one = runs.seen(run)
+    records = read_journal(runs.folder(run) / JOURNAL)
+    assert records == zero["journal"]
+    assert one["journal"] == []
+    jumps = [record["step"] for record in records if record["event"] == "jump"]
+    assert [record["event"] for record in records].count("start") == 1
+    assert jumps == sorted(set(jumps))
+    assert len(jumps) >= 2
+    names = sorted(path.name for path in (runs.folder(run) / "jumps").iterdir())
+    assert names == [f"{number:04d}" for number in range(1, len(jumps) + 1)]
+    steps = zero["after"].keys()
+    assert open_checkpoints(runs.folder(run) / "checkpoints").steps == tuple(s for s in steps if s % 3 == 0)
+
+
+def test_a_checkpoint_of_the_trainer_is_sealed_with_the_parts_of_both(runs: Launch) -> None:
+    checkpoint = runs.out / "whole" / "checkpoint-8"
+    check_manifest(checkpoint, contents=True)
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= set(
+        json.loads((checkpoint / MANIFEST).read_text())["files"]
+    )
+
+
+def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: Launch) -> None:
+    for again, whole in zip(runs.seen("resumed"), runs.seen("whole"), strict=True):
+        assert sorted(again["after"]) == [9, 10, 11, 12]
+        assert all(same_step(again["after"][step], whole["after"][step]) for step in again["after"])
+        assert all(map(np.array_equal, again["random"], whole["random"]))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("drifted", "after step 6, process 1 holds other weights than process 0: '.*q_proj.lora_A.*mend that"),
+        ("strict", "GuardError: step 6: no jump: .*max_norm_ratio is 1e-06"),
+        ("unwritable", r"StorageError: .*metrics\.jsonl: Is a directory"),
+        ("unwritable_end", r"StorageError: .*metrics\.jsonl: Is a directory"),
+        ("unfollowed", "after step 6, process 1 could not follow process 0: MemoryError: no room"),
+        ("taken", "ConfigError: .*holds another run"),
+        ("unlike", "process 1 was given settle=1 and process 0 0"),
+        ("boundary", "ConfigError: .*multiples of 4"),
+        ("sharded", "BackendError: 'weight' is sharded over the processes"),
+    ],
+)
+def test_an_error_in_one_process_ends_both_with_the_same_message(runs: Launch, run: str, message: str) -> None:
+    zero, one = runs.seen(run)
+    assert re.search(message, zero["error"] or "no error")
+    assert re.search(message, one["error"] or "no error")
+    assert zero["error"] == one["error"]
+    if run == "unwritable":
+        assert max(zero["before"]) == 6  # the trainer logs after step 5, and nobody listens there
+    elif run == "unwritable_end":
+        assert max(zero["after"]) == 9
+
+
+def test_a_probe_longer_than_the_time_out_ends_the_run_and_names_the_setting(runs: Launch) -> None:
+    zero, one = runs.seen("slow")
+    assert one["error"] == (
+        "BackendError: process 1 waited 10 s for process 0 after step 6; if a probe (`evaluate`) or a fit takes that "
+        "long, set the trainer's ddp_timeout higher"
+    )
+    assert zero["error"] is not None
+    assert zero["seconds"] < 60
+    assert zero["time_limit"] == 5.0  # a fit is ended, and its jump refused, before the others give up
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_it_readable(deaths: dict[str, Left]) -> None:
+    for run, left in deaths.items():
+        assert all(left.launch.codes)
+        assert left.launch.ended - float((left.launch.out / f"{run}.at").read_text()) < 60  # seconds since the death
+        assert left.steps == (3, 6)
+    jumps = {run: [r["step"] for r in left.records if r["event"] == "jump"] for run, left in deaths.items()}
+    assert jumps == {"one_dies": [6], "zero_dies": []}  # process 0 died in the middle of its jump
+    (survivor,) = deaths["zero_dies"].launch.seen("zero_dies", [1])
+    assert survivor["error"] == (
+        "BackendError: process 1 lost the others after step 6: one of them has ended, and its own output says why; "
+        "resume from the last checkpoint"
+    )
+
+
+@pytest.mark.parametrize("run", ["one_goes_on", "zero_goes_on"])
+def test_a_run_that_lost_a_process_ends_as_the_whole_one_when_it_is_resumed(runs: Launch, run: str) -> None:
+    for again, whole in zip(runs.seen(run), runs.seen("whole"), strict=True):
+        assert again["error"] is None
+        assert sorted(again["after"]) == list(range(5, 13))
+        assert all(same_step(again["after"][step], whole["after"][step]) for step in again["after"])
+
+
+def test_a_run_of_one_process_is_resumed_by_two(runs: Launch) -> None:
+    zero, one = runs.seen("from_one")  # other roll-outs, so not the same bits as another run: the two agree
+    assert zero["error"] is None
+    assert sorted(zero["after"]) == list(range(5, 13))
+    assert all(same_step(seen, one["after"][step]) for step, seen in zero["after"].items())
+    assert [record["accepted"] for record in zero["journal"] if record["event"] == "verify"] == [False, False]
+
+
+def test_a_run_of_two_processes_is_resumed_by_one_in_its_recovery_window(runs: Launch) -> None:
+    seen = Runs(runs.out).alone_goes_on()
+    assert seen["error"] is None
+    assert seen["step"] == 12
+    assert seen["adapters"] == ["default"]
+    assert seen["time_limit"] == Guards().time_limit
+    assert [record["step"] for record in seen["journal"] if record["event"] == "verify"][-1] == 9
+
+
+def arguments(**fields: Any) -> Any:
+    """Of TRL's arguments what is looked at."""
+    kind = SimpleNamespace(value=fields.pop("kind", "NO"))
+    given = {"deepspeed": None, "fsdp": None, "world_size": 1, "steps_per_generation": 1, "num_iterations": 1}
+    return SimpleNamespace(
+        **given
+        | {"gradient_accumulation_steps": 1, "distributed_state": SimpleNamespace(distributed_type=kind)}
+        | fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"kind": "DEEPSPEED"}, "DeepSpeed"),
+        ({"kind": "FSDP"}, "FSDP"),
+        ({"deepspeed": "zero2.json"}, "DeepSpeed"),
+        ({"fsdp": True}, "FSDP"),
+        ({"kind": "MEGATRON_LM"}, "Megatron-LM"),
+    ],
+)
+def test_ways_to_train_that_split_the_weights_are_refused_by_name(fields: dict[str, Any], name: str) -> None:
+    schedule, guards = Schedule(observe=10, every=5), Guards()
+    check_arguments(schedule, guards, 20, arguments(world_size=2, kind="MULTI_GPU"), several=True)
+    with pytest.raises(BackendError, match=f"under {name}, .*plain data parallelism"):
+        check_arguments(schedule, guards, 20, arguments(**{"world_size": 2} | fields), several=True)
+
+
+def test_a_config_in_several_processes_is_refused_and_the_callback_named() -> None:
+    with pytest.raises(BackendError, match="2 processes: a config trains in one; use PredictExtendCallback"):
+        check_arguments(Schedule(observe=10, every=5), Guards(), 20, arguments(world_size=2, kind="MULTI_CPU"))
+
+
+def test_a_digest_tells_the_last_bit_the_place_and_the_chunk() -> None:
+    tensor = torch.arange(2**21 + 5, dtype=torch.float32)
+    whole = digests({"w": tensor})["w"]
+    assert digests({"w": tensor.clone()})["w"] == whole
+    for change in (
+        lambda t: t[7:8].copy_(torch.nextafter(t[7:8], torch.tensor([1e9]))),
+        lambda t: t[:2].copy_(t[:2].flip(0)),
+        lambda t: t[: 2**21].copy_(t[: 2**21].roll(2**20)),
+        lambda t: t[-1:].neg_(),
+    ):
+        other = tensor.clone()
+        change(other)
+        assert digests({"w": other})["w"] != whole
+    half = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    assert digests({"w": half}) != digests({"w": half.flip(0)})
+    assert digests({"w": torch.zeros(0)}) == {"w": 0}
+
+
+def test_an_error_of_process_0_keeps_its_class_and_exit_code_in_the_others() -> None:
+    class StrangersError(CheckpointError):
+        def __init__(self) -> None:
+            super().__init__("torn")
+
+    told = Failure.of(StrangersError()).error()
+    assert type(told) is CheckpointError
+    assert str(told) == "torn"
+    ended = Failure.of(Interrupted("asked to end", 15)).error()
+    assert (type(ended), str(ended), ended.exit_code) == (Interrupted, "asked to end", 143)
+    assert str(Failure.of(KeyboardInterrupt()).error()) == "process 0 failed: KeyboardInterrupt"

@@ -1,0 +1,356 @@
+"""What test_processes.py starts in two processes: short runs one after another, and what each process saw of them.
+
+``two_processes.py OUT RUN...``, started twice as torch.distributed has it, writes ``OUT/RUN.rank0.pickle``
+and ``OUT/RUN.rank1.pickle``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from next_backends.trl import PredictExtendCallback
+from next_backends.trl.checks import check_whole
+from next_backends.trl.processes import moving_tensors
+from next_core import LowRankUpdate, matrix_predictor
+from next_core.errors import BackendError
+from next_core.lowrank import LowRank
+from tests.backends.trl.conftest import BASE, exact
+
+RANK = int(os.environ.get("RANK", "0"))
+SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
+MERGED = {"name": "secant", "window": 3, "space": "merged"}
+FACTORS = {"name": "secant", "window": 3, "space": "factors"}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+class Seen(TrainerCallback):
+    """Copies what a process holds, before the jumps' callback and after it, at the end of each step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, Any]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, states = kwargs["model"], kwargs["optimizer"].state
+        moments = {
+            f"{key}/{name}": states[parameter][key].numpy().copy()
+            for name, parameter in model.named_parameters()
+            for key in states.get(parameter, ())
+        }
+        weights = {name: tensor.detach().numpy().copy() for name, tensor in moving_tensors(model).items()}
+        self.steps[state.global_step] = {
+            "weights": weights,
+            "moments": moments,
+            "training": model.training,
+            "random": random_states(),
+        }
+
+
+def random_states() -> list[Any]:
+    """Of torch, Python and NumPy."""
+    return [torch.get_rng_state().numpy(), random.getstate()[1], np.random.get_state()[1]]  # type: ignore[index]
+
+
+class OnStep(TrainerCallback):
+    """Does something when a step has ended."""
+
+    def __init__(self, act: Callable[[int, Any], None]) -> None:
+        self.act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act(state.global_step, kwargs["model"])
+
+
+class Probe:
+    """Reads accuracies from a list, as carelessly as a user's probe may be."""
+
+    def __init__(self, readings: Iterable[float]) -> None:
+        self.readings, self.models = iter(readings), []
+
+    def __call__(self, model: Any) -> float:
+        assert RANK == 0
+        model.eval()
+        _ = torch.rand(3), random.random(), np.random.rand()
+        self.models.append(type(model).__name__)
+        return next(self.readings)
+
+
+@matrix_predictor("nudge", anchor="newest")
+def nudge(matrix: Any, horizon: int, config: Any) -> LowRankUpdate:
+    m, n = matrix.shape
+    return LowRankUpdate(LowRank(torch.full((m, 1), 1e-3), torch.full((1, n), 1e-3 * matrix.steps[-1])))
+
+
+class Runs:
+    """One method a run."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def go(
+        self,
+        callback: PredictExtendCallback | None,
+        name: str,
+        *,
+        steps: int = 9,
+        lora: bool = True,
+        tied: bool = False,
+        before: list[Any] | None = None,
+        resume: int | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Train, and say what was seen."""
+        ahead, after = Seen(), Seen()
+        settings = {
+            "output_dir": str(self.out / name),
+            "max_steps": steps,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "logging_steps": 5,
+            "beta": 0.0,
+            "seed": 3,
+        } | fields
+        set_seed(3)
+        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 40) for b in range(10, 30)]
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, tie_word_embeddings=tied),
+            reward_funcs=exact,
+            args=GRPOConfig(**settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(BASE),
+            peft_config=adapter if lora else None,
+            callbacks=[*(before or []), ahead, *([callback] if callback else []), after],
+        )
+        trainer.remove_callback(PrinterCallback)
+        error = None
+        try:
+            trainer.train(
+                resume_from_checkpoint=None if resume is None else str(self.out / name / f"checkpoint-{resume}")
+            )
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        return {
+            "error": error,
+            "before": ahead.steps,
+            "after": after.steps,
+            "random": random_states(),
+            "adapters": list(getattr(trainer.model.base_model, "active_adapters", [])) if lora else [],
+            "journal": callback.journal.records if callback else [],
+            "step": trainer.state.global_step,
+            "time_limit": callback.cycle.guards.time_limit if callback and callback.cycle else None,
+            "wrapped": type(trainer.model_wrapped).__name__,
+        }
+
+    def plain(self) -> Any:
+        return self.go(None, "plain")
+
+    def stay(self) -> Any:
+        return self.go(PredictExtendCallback("stay", **SMALL), "stay")
+
+    def refused(self) -> Any:
+        """Made in the model, probed, and taken back at once."""
+        probe = Probe([0.9, 0.1])
+        seen = self.go(PredictExtendCallback(MERGED, evaluate=probe, **SMALL), "refused")
+        return seen | {"models": probe.models}
+
+    def factors(self) -> Any:
+        """Three jumps, and the reducer told that every parameter is used."""
+        made = PredictExtendCallback(FACTORS, alpha=3.0, **SMALL | {"jump_every": 3, "settle": 0})
+        return self.go(made, "factors", steps=13, ddp_find_unused_parameters=False)
+
+    def merged(self) -> Any:
+        """Two adapters beside the trained one, a reference policy, and two micro-batches a step."""
+        made = PredictExtendCallback(MERGED, alpha=2.0, **SMALL | {"jump_every": 3})
+        return self.go(
+            made,
+            "merged",
+            steps=11,
+            beta=0.05,
+            ddp_find_unused_parameters=False,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+        )
+
+    def full(self) -> Any:
+        return self.go(PredictExtendCallback(MERGED, alpha=2.0, **SMALL), "full", lora=False)
+
+    def tied(self) -> Any:
+        """Embeddings and head are one parameter."""
+        made = PredictExtendCallback(lambda: nudge(), guards={"max_norm_ratio": None}, **SMALL)
+        return self.go(made, "tied", lora=False, tied=True, weight_decay=0.1)
+
+    def recovery(self) -> Any:
+        """``jump-1`` is rolled back after its window, and another ``jump-1`` is made at that step."""
+        made = PredictExtendCallback(
+            lambda: nudge(),
+            evaluate=Probe([0.5, 0.5, 0.1, 0.1, 0.1]),
+            guards={"recovery": 3, "max_norm_ratio": None},
+            **SMALL | {"jump_every": 3, "settle": 3},
+        )
+        return self.go(made, "recovery", steps=13)
+
+    def average(self) -> Any:
+        made = PredictExtendCallback(
+            "stay", evaluate=Probe([0.1, 0.2, 0.3]), guards={"probe": False}, **SMALL, average=6
+        )
+        return self.go(made, "average")
+
+    def whole(self) -> Any:
+        return self._saved("whole")
+
+    def resumed(self) -> Any:
+        """From the middle of a recovery window; the reducer is told that every parameter is used."""
+        return self._saved("whole", readings=[0.1], resume=8, ddp_find_unused_parameters=False)
+
+    def one_dies(self) -> Any:
+        def die(step: int, model: Any) -> None:
+            if step == 7 and RANK == 1:
+                self._die("one_dies")
+
+        return self._saved("one_dies", before=[OnStep(die)])
+
+    def zero_dies(self) -> Any:
+        """Process 0, in the probe after the jump, while the other waits."""
+
+        def readings() -> Iterable[float]:
+            yield 0.5
+            self._die("zero_dies")
+
+        return self._saved("zero_dies", readings=readings())
+
+    def _die(self, run: str) -> None:
+        (self.out / f"{run}.at").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def one_goes_on(self) -> Any:
+        return self._saved("one_dies", resume=4)
+
+    def zero_goes_on(self) -> Any:
+        return self._saved("zero_dies", resume=4)
+
+    def _saved(self, name: str, readings: Iterable[float] = (0.5, 0.5, 0.1), **fields: Any) -> Any:
+        """Saved at 4 and 8; a jump at 6 that is judged at 9, and rolled back there."""
+        made = PredictExtendCallback(MERGED, evaluate=Probe(readings), guards={"recovery": 3}, **SMALL | {"settle": 3})
+        return self.go(made, name, steps=12, **SAVING, **fields)
+
+    def drifted(self) -> Any:
+        def push(step: int, model: Any) -> None:
+            if step == 5 and RANK == 1:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).view(-1)[3].add_(1e-6)
+
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), "drifted", before=[OnStep(push)])
+
+    def strict(self) -> Any:
+        return self.go(PredictExtendCallback(FACTORS, guards={"max_norm_ratio": 1e-6}, strict=True, **SMALL), "strict")
+
+    def unwritable(self) -> Any:
+        """What the trainer logs cannot be written, by process 0 and at a moment when no other listens."""
+        return self._blocked("unwritable", 4)
+
+    def unwritable_end(self) -> Any:
+        """The same, when the last step is over."""
+        return self._blocked("unwritable_end", 9)
+
+    def _blocked(self, name: str, when: int) -> Any:
+        def block(step: int, model: Any) -> None:
+            if step == when and RANK == 0:
+                metrics = self.out / name / "next-core" / "metrics.jsonl"
+                metrics.unlink(missing_ok=True)
+                metrics.mkdir()
+
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), name, before=[OnStep(block)])
+
+    def unfollowed(self) -> Any:
+        """Process 1 has no room for the adapter."""
+        made = PredictExtendCallback(MERGED, **SMALL)
+
+        def refuse(step: int, model: Any) -> None:
+            if step == 6 and RANK == 1:
+                model.add_adapter = lambda *arguments: (_ for _ in ()).throw(MemoryError("no room"))
+
+        return self.go(made, "unfollowed", before=[OnStep(refuse)])
+
+    def taken(self) -> Any:
+        """A folder that holds another run."""
+        return self.go(PredictExtendCallback("stay", **SMALL), "stay")
+
+    def unlike(self) -> Any:
+        return self.go(PredictExtendCallback("stay", **SMALL | {"settle": RANK}), "unlike")
+
+    def boundary(self) -> Any:
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), "boundary", num_iterations=2, steps_per_generation=2)
+
+    def sharded(self) -> Any:
+        """A model of which a process holds a part, as tensor parallelism loads it."""
+        layer = torch.nn.Linear(4, 4)
+        mesh = init_device_mesh("cpu", (2,))
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+        try:
+            check_whole(layer)
+        except BackendError as error:
+            return {"error": f"BackendError: {error}"}
+        return {"error": None}
+
+    def alone(self) -> Any:
+        """For one process: as many roll-outs a step."""
+        return self._saved("alone", per_device_train_batch_size=16)
+
+    def alone_goes_on(self) -> Any:
+        """What two processes began, in one."""
+        return self._saved("whole", readings=[0.1], resume=8, per_device_train_batch_size=16)
+
+    def from_one(self) -> Any:
+        """A run that began in one process."""
+        return self._saved("alone", resume=4)
+
+    def slow(self) -> Any:
+        """A probe that takes longer than the others wait. The last run: what follows would meet its remains."""
+
+        def readings() -> Iterable[float]:
+            time.sleep(12)
+            yield 0.5
+            yield 0.5
+
+        made = PredictExtendCallback(FACTORS, evaluate=Probe(readings()), **SMALL)
+        started = time.monotonic()
+        return self.go(made, "slow", ddp_timeout=10) | {"seconds": time.monotonic() - started}
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    for run in sys.argv[2:]:
+        seen = getattr(Runs(out), run)()
+        with (out / f"{run}.rank{RANK}.pickle").open("wb") as file:
+            pickle.dump(seen, file)
+        if run == "slow":
+            os._exit(0)
+        if run.endswith("dies"):
+            sys.exit(seen["error"])

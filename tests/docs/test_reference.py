@@ -1,0 +1,144 @@
+"""The generated references name everything there is: they are made of the models and the program themselves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+from pydantic import BaseModel, Field
+
+import next_core
+from docs.extensions import api_reference, cli_reference, config_reference, reference
+from next_core.cli.app import app
+from next_core.comparison.config import CompareConfig
+from next_core.config import Choice, RunConfig
+from next_core.plugins import KINDS, registry
+from tests.docs.blocks import ROOT
+
+
+class Inner(BaseModel):
+    """A block."""
+
+    ratio: float = Field(0.5, gt=0, le=1, description="A share | of *all*")
+
+
+class Model(BaseModel):
+    """A model of every kind of field."""
+
+    count: int = Field(ge=1, description="How many")
+    inner: Inner = Inner()
+    kind: Literal["a", "b"] | None = None
+    plugin: Choice = Choice(name="auto")
+    files: list[Path] = []
+
+
+def test_a_table_has_key_type_default_bounds_and_meaning() -> None:
+    rows = config_reference.table(Model).splitlines()[2:]
+    assert rows == [
+        "| `count` | integer | **required** | ≥ 1 | How many |",
+        "| `inner` | block | as below |  | A block. |",
+        "| `kind` | `a`, `b` or `null` | `null` |  |  |",
+        "| `plugin` | name or block | `auto` |  |  |",
+        "| `files` | list of path | `[]` |  |  |",
+    ]
+    assert config_reference.table(Inner, "inner.").splitlines()[2:] == [
+        r"| `inner.ratio` | number | `0.5` | > 0, ≤ 1 | A share \| of \*all\* |"
+    ]
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = config_reference.block_of(field.annotation)
+        if inner is not None:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def test_every_key_of_a_run_and_of_a_comparison_is_there_and_has_a_meaning() -> None:
+    texts = {RunConfig: config_reference.run_config(), CompareConfig: config_reference.comparison_config()}
+    for model, text in texts.items():
+        for key in keys(model):
+            (row,) = re.findall(rf"^\| `{re.escape(key)}` \|.*$", text, re.MULTILINE)
+            assert not row.endswith("|  |"), key
+
+
+def test_every_plug_in_is_there_with_every_field() -> None:
+    text = config_reference.plugins()
+    for entry in registry().entries():
+        section = text.partition(f"\n### {entry.kind}: {entry.name}")[2].partition("\n### ")[0]
+        assert section, entry.name
+        for key in keys(registry().get(entry.kind, entry.name).config_class):  # type: ignore[arg-type]
+            assert f"| `{key}` |" in section
+    assert set(config_reference.HEADINGS) == set(KINDS)
+
+
+def test_every_command_is_there_with_every_option_and_its_default() -> None:
+    text = cli_reference.commands()
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert len(commands) > 8
+    for name, command in commands.items():
+        section = text.partition(f"## next-core {name}\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            for option in parameter.opts if parameter.opts[0].startswith("-") else []:
+                assert f"`{option}`" in section
+            assert cli_reference.escape(parameter.help) in section
+    assert "| `--draws` | `INTEGER` ≥ 20 | `200` |" in text
+    assert "| `--checkpoints` | `PATH` | **required** |" in text
+
+
+def test_a_program_of_other_options_has_another_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = typer.Typer()
+
+    @other.command()
+    def one() -> None:
+        """Nothing."""
+
+    @other.command()
+    def two(loud: Annotated[bool, typer.Option("--loud", help="Say it")] = False) -> None:
+        """Something."""
+
+    monkeypatch.setattr(cli_reference, "app", other)
+    assert "## next-core two\n\nSomething.\n\n`next-core two [OPTIONS]`" in cli_reference.commands()
+    assert "| `--loud` |  |  | Say it |" in cli_reference.commands()
+
+
+def test_every_exit_code_is_there_once() -> None:
+    codes = re.findall(r"^\| (\d+) \|", cli_reference.exit_codes(), re.MULTILINE)
+    assert codes == sorted(set(codes), key=int)
+    assert {"0", "1", "2", "3", "4", "5", "6", "130", "143"} <= set(codes)
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = api_reference.module("next_core")
+    for name in next_core.__all__:
+        assert f":: next_core.{name}\n" in text
+
+
+def test_docstrings_keep_their_code_and_lose_accidents_of_markup() -> None:
+    lines = ["|P - D| of *all*, ``a|b``, names_ and `x_`"]
+    api_reference.plain(lines)
+    assert lines == [r"\|P - D\| of \*all\*, ``a|b``, names\_ and `x_`"]
+
+
+def test_a_link_to_a_file_that_is_no_page_becomes_its_name_and_others_stay(tmp_path: Path) -> None:
+    site: Any = SimpleNamespace(srcdir=tmp_path / "docs")
+    text = ["[a](../../examples/x/README.md#y) [b](../predictors.md#auto) [c](https://x.org/../d) [d](auto.md)"]
+    reference.name_files_outside(site, "benchmarks/tasks", text)
+    assert text == ["a (`examples/x/README.md`) [b](../predictors.md#auto) [c](https://x.org/../d) [d](auto.md)"]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-d", tmp_path / "trees"]
+    built = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "html" / "config.html").read_text()
+    assert "training.learning_rate" in page
+    index = (tmp_path / "html" / "index.html").read_text()
+    assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css)', index), "a page loads nothing from elsewhere"

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import tempfile
 import time
 import warnings
@@ -19,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from next_core.machine import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "callback_overhead.json"
@@ -76,8 +76,8 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]))
-    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread"
-    facts = {"hardware": hardware, "copy_floor_ms": round(1e3 * copy_floor(), 3), "rows": rows}
+    machine = f"{hardware()}, one thread"
+    facts = {"hardware": machine, "copy_floor_ms": round(1e3 * copy_floor(), 3), "rows": rows}
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     print("| case | share of RL time | ms a step | RL, ms a step |\n|---|---|---|---|")
     for row in rows:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import tables
+
+from next_core.machine import hardware
 
 RESULTS = tables.RESULTS / "embedded.json"
 
@@ -162,8 +163,8 @@ def main() -> None:
                 row = future.result()
                 rows.append(row)
                 rows.sort(key=lambda r: (list(ARMS).index(r["arm"]), r["seed"]))
-                hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a run"
-                RESULTS.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=1) + "\n")
+                machine = f"{hardware()}, one thread a run"
+                RESULTS.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
                 print(row["arm"], row["seed"], row["accuracy"]["final"], file=sys.stderr, flush=True)
     tables.put("embedded-task.md", "embedded.py", table(rows))
 

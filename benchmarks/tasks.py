@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import tables
+
+from next_core.machine import hardware
 
 EXAMPLES = tables.ROOT / "examples"
 RESULTS = tables.RESULTS / "tasks.json"
@@ -111,7 +111,7 @@ def run_missing() -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), one run at a time on one thread"
+    machine = f"{hardware()}, one run at a time on one thread"
     bases = {task: base_accuracy(task) for task in TASKS}
     logging.disable(logging.WARNING)
     for task, rate, seed in list(missing(stored["rows"])):
@@ -119,7 +119,7 @@ def run_missing() -> None:
         rows = sorted(
             [*stored["rows"], row], key=lambda r: (list(TASKS).index(r["task"]), r["learning_rate"], r["seed"])
         )
-        stored = {"hardware": hardware, "bases": bases, "rows": rows}
+        stored = {"hardware": machine, "bases": bases, "rows": rows}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         print(task, rate, seed, row["curve"], row["seconds_a_step"], file=sys.stderr, flush=True)
 

@@ -194,10 +194,6 @@ def _layers(analysis: Analysis, found: Backtest, judged: Judged) -> list[Block]:
     return blocks
 
 
-def _between(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f" (95% {_range(ends)})"
-
-
 def _range(ends: tuple[float, float] | None) -> str:
     return NOTHING if ends is None else f"{figure(ends[0])} to {figure(ends[1])}"
 

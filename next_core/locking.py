@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from next_core.errors import ConfigError
+from next_core.reading import read_text
 from next_core.storage import doing
 
 
@@ -71,6 +72,6 @@ def _acquired(lock: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
+    with contextlib.suppress(OSError, ValueError):
+        return read_text(path)
     return ""

@@ -31,13 +31,11 @@ def read_bytes(path: Path, limit: int = SMALL) -> bytes:
     # Looked at first: opening a device can do things.
     _check_regular(path.stat(), path)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        facts = os.fstat(file.fileno())
-        _check_regular(facts, path)
-        if facts.st_size <= limit:
-            data = file.read(limit + 1)  # a file can grow
-            if len(data) <= limit:
-                return data
-    raise ValueError(f"it is too large: more than {limit} bytes")
+        _check_regular(os.fstat(file.fileno()), path)
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is too large: more than {limit} bytes")
+    return data
 
 
 def _check_regular(facts: os.stat_result, path: Path) -> None:

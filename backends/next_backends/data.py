@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from next_core.errors import ConfigError
 from next_core.plugins import describe
+from next_core.reading import read_text
 
 if TYPE_CHECKING:
     from next_core.config import TrainingSettings
 
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]
+MOST_BYTES = 2**32
+"""Of a file of prompts."""
 
 
 def read_splits(training: TrainingSettings) -> dict[str, Rows]:
@@ -34,7 +37,7 @@ def read_rows(path: Path) -> Rows:
         raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
     try:
         if kind == "json":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            rows = [json.loads(line) for line in read_text(path, MOST_BYTES).split("\n") if line.strip()]
         else:
             from datasets import load_dataset
 

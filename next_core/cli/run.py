@@ -22,8 +22,8 @@ def run_command(path: Path, out: Path, *, overwrite: bool, strict: bool, dry_run
     from next_core.config import load_config
     from next_core.quiet import quiet_libraries
 
-    sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     config = load_config(path)
+    sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
     if dry_run:
         from next_core.cli.plan import show_plan

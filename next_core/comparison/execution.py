@@ -29,6 +29,7 @@ from next_core.interfaces import Progress
 from next_core.json_lines import json_line, json_text
 from next_core.locking import locked
 from next_core.plugins import describe
+from next_core.reading import LARGE, parse_json, read_bytes, read_text
 from next_core.storage import move_directory, new_directory, remove_directory, sweep, write_text
 
 COMPARISON = "comparison.json"
@@ -122,15 +123,15 @@ def _identity(config: RunConfig) -> Any:
 def _config_of(folder: Path) -> Any:
     """The same of a run that was made, or begun; None where there is none to read."""
     try:
-        made = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
-    except (OSError, UnicodeDecodeError, ConfigError):
+        made = parse_yaml(read_text(folder / CONFIG), str(folder / CONFIG))
+    except (OSError, ValueError, ConfigError):
         return None
     return made | {"save_every": None} if isinstance(made, dict) else None
 
 
 def _result(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json(read_bytes(folder / RESULT, LARGE))
         _ = found["curve"], found["accuracy"], found["seconds"], found["jumps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -7,8 +7,12 @@ from typing import Any
 
 from next_core.errors import CheckpointError
 from next_core.json_lines import append_json_line, parse_json_line
+from next_core.plugins import describe
+from next_core.reading import LARGE, read_bytes
 
 JOURNAL = "journal.jsonl"
+VERDICT = ("jump_step", "accepted", "reason", "accuracy")
+"""What a record of the event ``verify`` says."""
 
 
 class Journal:
@@ -43,21 +47,27 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     Raises ``CheckpointError`` naming the line for any other damage.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore the file") from None
+        lines = read_bytes(path, LARGE).splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({describe(error)}); restore the file") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break
         try:
             record = parse_json_line(line)
-            if not isinstance(record["event"], str) or not isinstance(record["step"], int):
-                raise TypeError("'event' is a text and 'step' a number")  # noqa: TRY301 - told below, with the line
+            _check(record)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
         records.append(record)
     return records
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raise ``KeyError`` or ``TypeError`` for a record without what is asked of every one of its event."""
+    if not isinstance(record["event"], str) or not isinstance(record["step"], int):
+        raise TypeError("'event' is a text and 'step' a number")
+    _ = [record[key] for key in VERDICT if record["event"] == "verify"]
 
 
 def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from next_core.errors import CheckpointError
 from next_core.plugins import describe
+from next_core.reading import LARGE, parse_json, read_bytes
 
 RESULT = "result.json"
 
@@ -21,6 +23,8 @@ class RunResult:
     ``average``: what came of the mean at the end, with ``before_average`` beside the accuracies; None where none was
     asked for.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     steps: int
     seconds: dict[str, float]
@@ -43,11 +47,14 @@ class RunResult:
         return dataclasses.asdict(self)
 
 
+_RESULT = TypeAdapter(RunResult)
+
+
 def read_result(out: Path) -> RunResult:
     """The result of a finished run. Raises ``CheckpointError`` for a damaged one."""
     try:
-        return RunResult(**json.loads((out / RESULT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return _RESULT.validate_python(parse_json(read_bytes(out / RESULT, LARGE)))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{out / RESULT} is damaged ({describe(error)}); remove it, and the same command makes it again"
         ) from None

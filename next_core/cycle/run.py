@@ -21,6 +21,8 @@ from next_core.interfaces import Backend, Progress
 from next_core.json_lines import json_text
 from next_core.locking import locked
 from next_core.machine import hardware, versions
+from next_core.plugins import describe
+from next_core.reading import read_text
 from next_core.storage import fresh_directory, recover, sweep, write_text
 
 CONFIG = "config.yaml"
@@ -40,7 +42,11 @@ def check_folder(out: Path, config: RunConfig, overwrite: bool = False) -> bool:
         raise ConfigError(f"{out} is not empty, and no run (it has no {CONFIG}); choose another --out")
     if overwrite:
         return False
-    if (there := (out / CONFIG).read_text(encoding="utf-8", errors="replace")) != dump_yaml(config):
+    try:
+        there = read_text(out / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out / CONFIG} cannot be read ({describe(error)}); choose another --out") from None
+    if there != dump_yaml(config):
         raise ConfigError(
             f"{out} holds a run of another config ({_difference(there, dump_yaml(config))}); go on with the config it "
             "began with, choose another --out, or pass --overwrite to lose that run"

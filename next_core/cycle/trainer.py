@@ -42,10 +42,11 @@ def trainer_errors(out: Path) -> Iterator[None]:
     """What the trainer, or a reward it calls, throws becomes one message; the traceback is kept in a file."""
     try:
         yield
-    except NextCoreError:
-        raise
     except Exception as error:
-        if is_full(error):
+        full = is_full(error) and not isinstance(error, StorageError)
+        if isinstance(error, NextCoreError) and not full:
+            raise
+        if full:
             raise StorageError(
                 f"the disk of {out} was full while the trainer wrote ({describe(error)}); free some space, and run the "
                 "same command again: it goes on from the last checkpoint that is whole"

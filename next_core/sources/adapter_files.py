@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that subtract the first B A from the base weights."""
+MOST_PATTERNS = 20_000
+NESTED = re.compile(r"\)[*+{]")
+"""A group that is repeated."""
 
 
 class AdapterConfig:
@@ -25,7 +30,7 @@ class AdapterConfig:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.raw = read_json(path)
+        self.raw = read_json(path, verify=True)
         self.stamp = stamp(path)
         kind = self.raw.get("peft_type")
         if kind != "LORA":
@@ -42,30 +47,43 @@ class AdapterConfig:
                 "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
             )
         self.rslora = bool(self.raw.get("use_rslora"))
+        self._patterns = {key: self._compiled(key) for key in ("alpha_pattern", "rank_pattern")}
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
         alpha = self._number(module, "lora_alpha", "alpha_pattern")
         return alpha / (rank**0.5 if self.rslora else rank)
 
-    def rank(self, module: str) -> int:
+    def rank(self, module: str) -> float:
         """The rank the config declares for a module, per-module pattern included."""
-        return int(self._number(module, "r", "rank_pattern"))
+        return self._number(module, "r", "rank_pattern")
 
     def _number(self, module: str, key: str, pattern: str) -> float:
-        try:
-            return float(_match(self.raw.get(pattern) or {}, module, self.raw.get(key)))
-        except (AttributeError, TypeError, ValueError, re.error) as error:
+        matched = (value for compiled, value in self._patterns[pattern] if compiled.match(module))
+        value = next(matched, self.raw.get(key))
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise CheckpointError(
-                f"{self.path}: {key} and {pattern} give no number for '{module}' ({error}); restore the file"
-            ) from None
+                f"{self.path}: {key} and {pattern} give no number for '{module}' ({value!r}); restore the file"
+            )
+        return float(value)
 
-
-def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    def _compiled(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
+        """The regular expressions of one pattern, as PEFT applies them: to the end of a module's name."""
+        found = self.raw.get(key) or {}
+        if not isinstance(found, dict) or len(found) > MOST_PATTERNS:
+            raise CheckpointError(f"{self.path}: {key} does not map names of modules to numbers; restore the file")
+        compiled = []
+        for name, value in found.items():
+            # Python's matching backtracks: an expression made for it would take longer than anybody waits.
+            if len(name) > 1000 or name.count("(") > 4 or sum(map(name.count, "*+?{")) > 4 or NESTED.search(name):
+                raise CheckpointError(f"{self.path}: {key} has too intricate an expression: {reprlib.repr(name)}")
+            try:
+                compiled.append((re.compile(rf"(.*\.)?({name})$"), value))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{self.path}: {key} has no regular expression in {reprlib.repr(name)} ({error}); restore the file"
+                ) from None
+        return compiled
 
 
 class AdapterFiles:
@@ -91,6 +109,8 @@ class AdapterFiles:
             match = KEY.fullmatch(key)
             if match is None or len(shape) != 2:
                 self.skipped[key] = "not a LoRA factor of a linear layer"
+            elif not self.file.dtype(key).is_floating_point:
+                raise CheckpointError(f"{self.file.path}: '{key}' is stored as {self.file.dtype(key)}; restore it")
             else:
                 sides.setdefault(match["module"], {})[match["side"]] = shape
         self.parameters = tuple(self._parameter(module, shapes) for module, shapes in sorted(sides.items()))
@@ -102,12 +122,14 @@ class AdapterFiles:
             raise CheckpointError(
                 f"{self.file.path}: factors of '{module}' do not fit: {shapes}; restore the checkpoint"
             )
-        rank = shapes["A"][0]
-        if rank != self.config.rank(module):
+        rank, said = shapes["A"][0], self.config.rank(module)
+        if rank != said:
             raise CheckpointError(
-                f"{self.file.path}: '{module}' has rank {rank} but {CONFIG_FILE} says {self.config.rank(module)}; "
+                f"{self.file.path}: '{module}' has rank {rank} but {CONFIG_FILE} says {said:g}; "
                 "config and weights are of different runs"
             )
+        if 0 in (shapes["B"][0], shapes["A"][1]):
+            raise CheckpointError(f"{self.file.path}: '{module}' has no rows or no columns; restore the checkpoint")
         self.scaling[f"{module}.weight"] = self.config.scaling(module, rank)
         return Parameter(f"{module}.weight", (shapes["B"][0], shapes["A"][1]), rank)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
+from next_core.manifest import check_contents
 from next_core.sources.files import TensorFile
 
 OPTIMIZER_FILES = "*_optim_states.pt"
@@ -101,7 +102,12 @@ class MastersFile(TensorFile):
     def dtype(self, key: str) -> torch.dtype:
         return torch.float32 if self._file.dtype(key).is_floating_point else self._file.dtype(key)
 
-    def raw(self, key: str, rows: slice | None = None) -> Tensor:
+    def verify(self) -> None:
+        super().verify()
+        for path in sorted(self.place.glob("*.pt")):
+            check_contents(path)
+
+    def _values(self, key: str, rows: slice | None) -> Tensor:
         """The master; what is stored where there is none, as of a frozen parameter.
 
         Raises ``CheckpointError`` when the two are further apart than rounding takes them.

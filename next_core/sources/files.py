@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from next_core.errors import CheckpointError
+from next_core.manifest import check_contents
+from next_core.reading import SMALL, parse_json, read_bytes
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -40,16 +42,22 @@ STORED = {
 """What safetensors calls the precisions."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``CheckpointError`` naming the file when it is missing or damaged."""
+def read_json(path: Path, limit: int = SMALL, *, verify: bool = False) -> dict[str, Any]:
+    """A JSON object of at most ``limit`` bytes, with NaN and Infinity, as other programs of Python write them.
+
+    Raises ``CheckpointError`` naming the file when it is missing or damaged. To ``verify`` is to compare its bytes with
+    the manifest of its folder, where there is one.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bytes(path, limit), finite=False)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete: remove or restore it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove or restore this checkpoint") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
+    if verify:
+        check_contents(path)
     return value
 
 
@@ -69,6 +77,8 @@ def check_file(path: Path) -> None:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder where a file is expected; remove or restore this checkpoint")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; remove or restore this checkpoint")
     if not path.is_file():
         what = "is a link to a file that is gone" if path.is_symlink() else "is missing"
         raise CheckpointError(f"{path} {what}; the checkpoint is incomplete: remove or restore it")
@@ -82,7 +92,8 @@ def check_file(path: Path) -> None:
 class TensorFile(ABC):
     """One file of named tensors: shapes and precisions at once, values on demand.
 
-    ``shapes`` maps each name to its shape; ``stamp`` identifies the file as it was opened.
+    ``shapes`` maps each name to its shape; ``stamp`` identifies the file as it was opened. Before the first values are
+    read, its bytes are compared with the manifest of its folder, where there is one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,14 +101,26 @@ class TensorFile(ABC):
         self.path = path
         self.stamp = stamp(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._verified = False
 
     @abstractmethod
     def dtype(self, key: str) -> torch.dtype:
         """The precision a tensor is stored in."""
 
     @abstractmethod
+    def _values(self, key: str, rows: slice | None) -> Tensor:
+        """One tensor, or some rows of it, as stored. Raises ``CheckpointError`` for a name that is not there."""
+
+    def verify(self) -> None:
+        """Raise ``CheckpointError`` when the bytes that hold the values are not those that were written."""
+        check_contents(self.path)
+
     def raw(self, key: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some rows of it, as stored and unchecked."""
+        """One tensor, or some rows of it, as stored; that it is finite is not checked."""
+        if not self._verified:
+            self.verify()
+            self._verified = True
+        return self._values(key, rows)
 
     def settled_by(self) -> list[Path]:
         """The files on disk that decide its values."""
@@ -112,6 +135,8 @@ class TensorFile(ABC):
         tensor = self.raw(key, rows)
         if tensor.dtype.itemsize < 4:
             tensor = tensor.float()
+        if not tensor.is_floating_point():
+            return tensor
         # A sum is finite only if its terms are: one pass in the tensor's own precision, 20 times faster than in fp64.
         # The converse fails where finite terms overflow, so only then each is looked at.
         if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
@@ -144,7 +169,7 @@ class SafetensorsFile(TensorFile):
         try:
             self._file: Any = safe_open(path, framework="pt")
             header = _header(path)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file ({error}); remove or restore this checkpoint"
             ) from None
@@ -159,11 +184,9 @@ class SafetensorsFile(TensorFile):
             raise CheckpointError(f"{self.path}: '{key}' is stored as {stored}; known are {', '.join(STORED)}")
         return STORED[stored]
 
-    def raw(self, key: str, rows: slice | None = None) -> Tensor:
-        try:
-            tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: no tensor '{key}' ({error})") from None
+    def _values(self, key: str, rows: slice | None) -> Tensor:
+        self.dtype(key)  # known, and one that torch has
+        tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         return tensor
 
 
@@ -171,7 +194,10 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a file that safetensors accepts: it checks sizes and offsets, but not that names are unique."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        found: dict[str, dict[str, Any]] = json.loads(file.read(size), object_pairs_hook=_unique)
+        try:
+            found: dict[str, dict[str, Any]] = json.loads(file.read(size), object_pairs_hook=_unique)
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
     found.pop("__metadata__", None)
     return found
 

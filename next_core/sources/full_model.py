@@ -91,6 +91,7 @@ class FullModelSource(CheckpointSource):
     @property
     def skipped(self) -> Mapping[str, str]:
         found = {name: "not a matrix; stays as trained" for name, shape in self._shapes().items() if len(shape) != 2}
+        found |= {name: "has no values" for name, shape in self._shapes().items() if len(shape) == 2 and 0 in shape}
         for name in self._shapes().keys() - found.keys():
             if not self.precision(name).is_floating_point:
                 found[name] = "stored as integers; stays as it is"

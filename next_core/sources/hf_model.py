@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
+from next_core.reading import LARGE
 from next_core.sources.files import Stamp, TensorFile, as_stamped, read_json, stamp
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.pickles import open_tensors
@@ -17,6 +18,8 @@ from next_core.sources.pickles import open_tensors
 SINGLE, INDEX = MODEL_FILES
 PICKLE_SINGLE, PICKLE_INDEX = MODEL_PICKLES
 MODEL_CONFIG = "config.json"
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 
 
 class ModelFiles:
@@ -88,7 +91,7 @@ class ModelFiles:
         """Whether ``config.json`` says that head and embedding are one; None where it does not say."""
         if not _there(self.folder / MODEL_CONFIG):
             return None
-        config = read_json(self.folder / MODEL_CONFIG)
+        config = read_json(self.folder / MODEL_CONFIG, verify=True)
         inner = config.get("text_config")
         found = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
         return found if isinstance(found, bool) else None
@@ -119,10 +122,11 @@ def _there(path: Path) -> bool:
 
 
 def _index(path: Path) -> dict[str, str]:
-    index = read_json(path).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{path} has no weight_map; restore the file")
-    for name in index.values():
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
+    index = read_json(path, LARGE, verify=True).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise CheckpointError(f"{path} has no weight_map of names; restore the file")
+    for name in set(index.values()):
+        plain = Path(name).name == name and name not in ("", "..") and name.isprintable()
+        if not plain or len(name.encode()) > LONGEST_NAME:
             raise CheckpointError(f"{path} points outside its folder: {name!r}; restore the file")
     return index

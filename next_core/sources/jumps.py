@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from next_core.errors import CheckpointError
+from next_core.manifest import MANIFEST, check_manifest
 from next_core.sources.cache import TensorCache
 from next_core.sources.files import SafetensorsFile, read_json
+from next_core.sources.names import MOST_STEPS
 
 CHECKPOINTS = "checkpoints"
 JUMPS = "jumps"
 JUMP_RECORD = "jump.json"
 UNDONE = "undone.json"
 SHIFT_FILE = "shift.safetensors"
+NAME = re.compile(r"[0-9]{1,9}")
+"""How the folder of a jump is called."""
 
 
 class Shifts:
@@ -47,10 +53,12 @@ class Shifts:
         self.start = max((undone for _, _, undone in jump_records(self.root) if undone is not None), default=0)
         present = {}
         for path, record in jump_folders(self.root):
-            if (path / SHIFT_FILE).exists():
+            if os.path.lexists(path / SHIFT_FILE):
                 present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
         for key, (step, file) in present.items():
             if key not in self._shifts:
+                if os.path.lexists(file.parent / MANIFEST):
+                    check_manifest(file.parent)
                 self._shifts[key] = step, Shift(file, self._cache)
         self._shifts = {key: self._shifts[key] for key in present}
 
@@ -58,7 +66,7 @@ class Shifts:
         """The shifts of the jumps made right after a step, undone later or not."""
         records = jump_records(self.root) if self.ours else []
         found = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
-        return [Shift(path, TensorCache()) for path in found if path.exists()]
+        return [Shift(path, TensorCache()) for path in found if os.path.lexists(path)]
 
     def since(self, step: int) -> tuple[Shift, ...]:
         """The shifts of the jumps made at or after a step, in order."""
@@ -86,7 +94,7 @@ class Shift:
         if key not in self._file.shapes:
             return value
         shape = self._file.shapes[key]
-        if shape[1:] != tuple(value.shape[1:]) or (rows is None and shape[0] != value.shape[0]):
+        if not shape or shape[1:] != tuple(value.shape[1:]) or (rows is None and shape[0] != value.shape[0]):
             raise CheckpointError(
                 f"{self._file.path}: '{key}' is {shape} but the checkpoints have {tuple(value.shape)}; these are jumps "
                 "of another run"
@@ -121,15 +129,20 @@ def jump_records(root: Path) -> list[tuple[Path, dict[str, Any], int | None]]:
     """The folders under ``jumps/``, in order, with their records, and the step at which one was undone."""
     if not root.is_dir():
         return []
-    paths = sorted(path for path in root.iterdir() if path.name.isdigit())
+    paths = sorted(path for path in root.iterdir() if NAME.fullmatch(path.name))
     return [
-        (path, _record(path / JUMP_RECORD), _record(path / UNDONE)["step"] if (path / UNDONE).exists() else None)
+        (path, _record(path / JUMP_RECORD), _undone(path / UNDONE) if os.path.lexists(path / UNDONE) else None)
         for path in paths
     ]
 
 
-def _record(path: Path) -> dict[str, Any]:
-    record = read_json(path)
-    if not isinstance(record.get("step"), int):
+def _undone(path: Path) -> int:
+    step: int = _record(path, verify=False)["step"]  # written when the folder was complete already
+    return step
+
+
+def _record(path: Path, verify: bool = True) -> dict[str, Any]:
+    record = read_json(path, verify=verify)
+    if type(record.get("step")) is not int or not 0 <= record["step"] <= MOST_STEPS:
         raise CheckpointError(f"{path} names no step; restore it, or remove {path.parent}")
     return record

@@ -13,7 +13,7 @@ from next_core.manifest import INCOMPLETE, MANIFEST, check_manifest
 from next_core.sources import hub
 from next_core.sources.files import SNAPSHOTS
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
-from next_core.sources.names import NUMBER, check_step, skeleton, steps_in_names
+from next_core.sources.names import MOST_STEPS, NUMBER, REMEDY, skeleton, steps_in_names
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
@@ -73,9 +73,7 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
         match = pattern.fullmatch(path.name)
         if match is not None and (path.is_dir() or (path.is_symlink() and not path.exists())):
             inside = [path / place for place in places]
-            return check_step(int(match[1]), str(path)), next(
-                (folder for folder in inside if folder.is_dir()), inside[0]
-            )
+            return int(match[1]), next((folder for folder in inside if folder.is_dir()), inside[0])
     return None
 
 
@@ -157,6 +155,8 @@ def _refuse_jumps(root: Path, checkpoints: Path) -> None:
 def _collected(rows: Sequence[tuple[int, Path, str]], notes: Sequence[str] = ()) -> Found:
     found: dict[int, Path] = {}
     for step, folder, _ in rows:
+        if step > MOST_STEPS:
+            raise CheckpointError(f"{folder}: {step} is no step, it is too large; {REMEDY}")
         if step in found:
             raise CheckpointError(f"step {step} is there twice: {found[step]} and {folder}; remove one")
         found[step] = folder

@@ -11,6 +11,8 @@ from next_core.errors import CheckpointError
 
 NUMBER = re.compile(r"\d+")
 STEP_WORD = re.compile(r"(?:^|[^a-z])(?:global[-_ ]?)?(?:steps?|iter)[-_ ]?$", re.IGNORECASE)
+MOST_STEPS = 10**15
+"""More is no step: arithmetic with it would not be exact."""
 REMEDY = "rename them to checkpoint-N, or pass the folders of one run as a list"
 
 

@@ -47,7 +47,7 @@ class PickleFile(TensorFile):
             if (
                 not isinstance(key, str)
                 or not isinstance(value, Tensor)
-                or value.layout != torch.strided
+                or (value.layout, value.device.type, value.is_quantized) != (torch.strided, "cpu", False)
                 or (value.numel() * value.element_size() > value.untyped_storage().nbytes())
             ):
                 raise CheckpointError(f"{path}: {key!r} is no plain tensor; save the model's weights alone")
@@ -55,9 +55,9 @@ class PickleFile(TensorFile):
         self.shapes = {key: tuple(value.shape) for key, value in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        return self.raw(key).dtype
+        return self._values(key, None).dtype
 
-    def raw(self, key: str, rows: slice | None = None) -> Tensor:
+    def _values(self, key: str, rows: slice | None) -> Tensor:
         if key not in self._tensors:
             raise CheckpointError(f"{self.path}: no tensor '{key}'")
         return self._tensors[key] if rows is None else self._tensors[key][rows]

@@ -19,6 +19,10 @@ from next_core.errors import BackendError, ConfigError
 from next_core.manifest import check_manifest
 from next_core.sources.metrics import read_metrics
 
+GONE = int(
+    subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True).stdout
+)
+"""The number of a process that has ended."""
 SHIFT = {"layer.weight.lora_A": torch.ones(2, 3)}
 ADAPTER = JumpAdapter("jump-1", '{"r": 1}', {"layer.lora_A.weight": torch.zeros(1, 3)})
 
@@ -153,7 +157,7 @@ def test_a_resumed_run_forgets_what_came_after_and_the_undoing_of_what_stood(his
     early, late, gone = jump(history, 10), jump(history, 20), jump(history, 30)
     history.withdraw(early, 15)
     history.withdraw(late, 25)
-    for half in (history.checkpoints / ".step-000040.tmp-1", history.jumps / ".0004.tmp-1"):
+    for half in (history.checkpoints / f".step-000040.tmp-{GONE}", history.jumps / f".0004.tmp-{GONE}"):
         half.mkdir()
     history.forget_after(20)
     assert sorted(path.name for path in history.checkpoints.iterdir()) == ["step-000000", "step-000010", "step-000020"]
@@ -168,7 +172,7 @@ def test_clearing_takes_our_own_and_nothing_else(history: HistoryFolder, tmp_pat
     observe(history, 0, 10)
     jump(history, 10)
     history.log(1, {"loss": 1.0})
-    (history.checkpoints / ".step-000020.tmp-1").mkdir()
+    (history.checkpoints / f".step-000020.tmp-{GONE}").mkdir()
     kept = [tmp_path / "thesis.tex", history.checkpoints / "step-final", history.jumps / "notes"]
     for path in kept:
         path.mkdir()

@@ -12,12 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from next_core import open_checkpoints
+from next_core import manifest, open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
-from next_core.sources import run_folder
-from next_core.sources.run_folder import file_digest
-from next_core.storage import sha256
+from next_core.manifest import file_digest, sha256
 from tests.conftest import LoraRun
 from tests.sources.models import adapter, model
 
@@ -130,7 +128,7 @@ def test_a_file_is_hashed_once_while_it_stays_the_same(tmp_path: Path, monkeypat
         hashed.append(one)
         return sha256(one)
 
-    monkeypatch.setattr(run_folder, "sha256", counted)
+    monkeypatch.setattr(manifest, "sha256", counted)
     path.write_bytes(b"old")
     os.utime(path, (10, 10))
     assert file_digest(path) == file_digest(path) == sha256(path)
@@ -144,7 +142,7 @@ def test_a_file_is_hashed_once_while_it_stays_the_same(tmp_path: Path, monkeypat
         os.utime(path, (now, now))
         assert file_digest(path) == sha256(path)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"x is gone since it was opened"):
+    with pytest.raises(CheckpointError, match=r"x cannot be read \(No such file or directory\); restore it"):
         file_digest(path)
 
 

@@ -15,6 +15,7 @@ from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.history import History
 from next_core.interfaces import LoraFactors
+from next_core.json_lines import json_line
 from next_core.sources.cache import TensorCache
 from next_core.sources.jumps import Shift
 from next_core.sources.peft_adapter import PeftAdapterSource
@@ -151,7 +152,7 @@ def test_a_run_is_read_the_same_from_within_its_folder(
 ) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     (own_lora_run.folder(60) / "trainer_state.json").unlink()
-    (own_lora_run.path.parent / "metrics.jsonl").write_text('{"step": 10, "reward": 0.25}\n')
+    (own_lora_run.path.parent / "metrics.jsonl").write_bytes(json_line({"step": 10, "reward": 0.25}))
     monkeypatch.chdir(own_lora_run.path)
     source = open_checkpoints(".")
     assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), moved("s"))
@@ -219,7 +220,7 @@ def test_a_run_is_read_the_same_by_whichever_name(
 ) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     (own_lora_run.folder(60) / "trainer_state.json").unlink()
-    (own_lora_run.path.parent / "metrics.jsonl").write_text('{"step": 10, "reward": 0.25}\n')
+    (own_lora_run.path.parent / "metrics.jsonl").write_bytes(json_line({"step": 10, "reward": 0.25}))
     path = Path("..")
     if way == "..":
         monkeypatch.chdir(own_lora_run.folder(10))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.lowrank import LowRank
+from next_core.storage import seal
 from tests.conftest import STEPS, LoraRun
 
 
@@ -28,7 +29,7 @@ def verl(source: Path, root: Path, step: int) -> Path:
 
 def ours(source: Path, root: Path, step: int) -> Path:
     target = Path(shutil.copytree(source, root / f"step-{step:06d}"))
-    (target / "manifest.json").write_text('{"files": {}}')
+    seal(target)
     return target
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
+from next_core.json_lines import json_line
 from next_core.sources.peft_adapter import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.storage import new_directory
 from tests.conftest import STEPS, LoraRun
@@ -207,12 +208,32 @@ def test_a_trainer_state_that_cannot_be_read_is_named_when_metrics_are_asked_for
 
 def test_metrics_of_a_run_folder_come_from_its_log_up_to_a_torn_line(own_lora_run: LoraRun) -> None:
     (own_lora_run.folder(60) / "trainer_state.json").unlink()
-    lines = [{"step": 5, "reward": 0.1}, {"step": 10, "reward": 0.2, "text": "x"}, [1], {"step": 10, "loss": 3}]
+    lines = [{"step": 5, "reward": 0.1}, {"step": 10, "reward": 0.2, "text": "x"}, {"step": 10, "loss": 3}]
     log = own_lora_run.path.parent / "metrics.jsonl"
-    log.write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n{"step": 20, "rew\xff')
+    log.write_bytes(b"".join(map(json_line, lines)) + b'{"step": 20, "rew\xff')
+    (log.parent / "journal.jsonl").write_bytes(b"")
     source = open_checkpoints(own_lora_run.path)
     assert source.metrics(9) == {"reward": 0.1}
     assert source.metrics(60) == {"reward": 0.2, "loss": 3.0}
+
+
+def test_a_damaged_line_of_a_log_of_ours_is_named_and_a_strangers_log_is_left_alone(own_lora_run: LoraRun) -> None:
+    (own_lora_run.folder(60) / "trainer_state.json").unlink()
+    log = own_lora_run.path.parent / "metrics.jsonl"
+    log.write_bytes(json_line({"step": 5, "reward": 0.1}) + b'{"step": 10, "reward": 0.2}\n')
+    assert open_checkpoints(own_lora_run.path).metrics(60) == {"reward": 0.1}
+    (log.parent / "journal.jsonl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{log} is damaged \(line 2: it has no checksum\); restore it"):
+        open_checkpoints(own_lora_run.path).metrics(60)
+
+
+def test_numbers_that_are_not_finite_are_no_metrics(own_lora_run: LoraRun) -> None:
+    state = own_lora_run.folder(60) / "trainer_state.json"
+    state.write_text('{"log_history": [{"step": 10, "reward": 0.5, "loss": NaN, "grad_norm": -Infinity, "x": 1e999}]}')
+    assert open_checkpoints(own_lora_run.path).metrics(60) == {"reward": 0.5}
+    state.write_text('{"log_history": [{"step": 1' + "0" * 10_000 + "}]}")
+    with pytest.raises(CheckpointError, match=rf"{state} cannot be read \(1000.* does not fit in 64 bits"):
+        open_checkpoints(own_lora_run.path).metrics(60)
 
 
 def test_a_missing_adapter_is_named(own_lora_run: LoraRun) -> None:

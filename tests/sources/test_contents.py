@@ -1,0 +1,179 @@
+"""Of what this project wrote every byte counts: values of a file that changed since are never used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from next_core import manifest, open_checkpoints
+from next_core.errors import CheckpointError
+from next_core.interfaces import CheckpointSource
+from next_core.storage import seal
+from tests.sources.models import MODULE, adapter, model
+
+Write = Callable[[Path, float], Path]
+
+
+def sealed(root: Path, write: Write, *steps: int) -> list[Path]:
+    """A run of ours, as far as its checkpoints go."""
+    folders = [write(root / "checkpoints" / f"step-{step:06d}", step) for step in steps]
+    for folder in folders:
+        seal(folder)
+    (root / "journal.jsonl").write_bytes(b"")
+    return folders
+
+
+def read_all(path: Path, **options: bool) -> CheckpointSource:
+    """Open, and read every value and metric there is."""
+    source = open_checkpoints(path, **options)
+    for step in source.steps:
+        source.metrics(step)
+        for parameter in source.parameters:
+            source.delta(parameter.name, step, source.steps[0])
+    return source
+
+
+def flipped(path: Path) -> Iterator[int]:
+    """The file with one bit of a byte turned, in each of some 150 places, one after another; at last as it was."""
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 1 + len(whole) // 150):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        yield at
+    path.write_bytes(whole)
+
+
+def sharded(folder: Path, step: float) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"a": torch.full((2, 2), float(step))}, folder / "1.safetensors")
+    save_file({"b": torch.full((2, 2), float(step))}, folder / "2.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (folder / "config.json").write_text('{"tie_word_embeddings": false, "hidden_size": 2}')
+    return folder
+
+
+@pytest.mark.parametrize("write", [adapter, model, sharded])
+def test_a_flipped_bit_in_any_byte_of_any_file_is_named_or_left_out(tmp_path: Path, write: Write) -> None:
+    *_, last = sealed(tmp_path, write, 10, 20, 30)
+    for path in sorted(last.iterdir()):
+        used = path.name != "config.json"  # no head and no embedding: nobody asks what it says of them
+        for at in flipped(path):
+            if used:
+                with pytest.raises(CheckpointError, match=f"{last}"):
+                    read_all(last.parent)
+            if at % 20 == 0:
+                source = read_all(last.parent, skip_damaged=True)
+                assert source.steps == (10, 20)
+                assert [note for note in source.notes if note.startswith(f"left out {last}, step 30: ")]
+    assert read_all(last.parent).steps == (10, 20, 30)
+
+
+def with_jump(root: Path) -> Path:
+    """A run of adapters with a jump after step 20, in factor space and beside the adapter."""
+    sealed(root, adapter, 10, 20)
+    jump = root / "jumps" / "0001"
+    adapter(jump / "adapter", 1)
+    keys = {f"{MODULE}.weight.lora_A": torch.ones(2, 4), f"{MODULE}.weight.lora_B": torch.ones(3, 2)}
+    save_file(keys, jump / "shift.safetensors")
+    (jump / "jump.json").write_text('{"step": 20, "alpha": 1.0, "adapter": "jump-1"}')
+    seal(jump)
+    return jump
+
+
+def test_a_flipped_bit_in_any_byte_of_a_jump_is_named(tmp_path: Path) -> None:
+    jump = with_jump(tmp_path)
+
+    def read() -> None:
+        source = read_all(tmp_path / "checkpoints")
+        source.position(source.parameters[0].name, 20)
+
+    read()
+    for path in sorted(path for path in jump.rglob("*") if path.is_file()):
+        for _ in flipped(path):
+            with pytest.raises(CheckpointError, match=f"{jump}"):
+                read()
+    read()
+
+
+def test_opening_reads_headers_alone_and_each_file_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = sealed(tmp_path, model, 10, 20)
+    hashed: list[str] = []
+    sha256 = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: (hashed.append(path.parent.name), sha256(path))[1])
+    for path in (path for folder in folders for path in folder.iterdir()):
+        os.utime(path, (10, 10))
+    source = open_checkpoints(folders[0].parent)
+    assert hashed == []
+    for _ in range(2):
+        source.delta("w.weight", 20, 10)
+    read_all(folders[0].parent)
+    assert sorted(hashed) == [folder.name for folder in folders]
+
+
+def test_two_files_that_changed_places_are_named(tmp_path: Path) -> None:
+    one, other = (folder / "adapter_model.safetensors" for folder in sealed(tmp_path, adapter, 10, 20))
+    spare = tmp_path / "spare"
+    one.rename(spare)
+    other.rename(one)
+    spare.rename(other)
+    source = open_checkpoints(tmp_path / "checkpoints")
+    for step, path in ((10, one), (20, other)):
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged: its sha256 is not what manifest\.json says"):
+            source.factors(source.parameters[0].name, step)
+
+
+@pytest.mark.parametrize("write", [adapter, model, sharded])
+def test_a_file_that_is_missing_is_named_whichever_it_is(tmp_path: Path, write: Write) -> None:
+    *_, last = sealed(tmp_path, write, 10, 20, 30)
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"{path}"):
+            read_all(last.parent)
+        assert read_all(last.parent, skip_damaged=True).steps == (10, 20)
+        path.write_bytes(whole)
+
+
+def test_a_file_that_somebody_added_is_not_read(tmp_path: Path) -> None:
+    *_, last = sealed(tmp_path, adapter, 10, 20)
+    (last / "README.md").write_text("mine")  # nobody reads it
+    read_all(last.parent)
+    (last / "trainer_state.json").write_text('{"log_history": []}')
+    with pytest.raises(CheckpointError, match=rf"{last}/trainer_state\.json is not listed in .*: remove it"):
+        read_all(last.parent)
+
+
+def test_a_pickle_is_compared_with_the_manifest_as_well(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "checkpoint-10", 10, pickled=True)
+    seal(folder)
+    weights = folder / "adapter_model.bin"
+    content = weights.read_bytes()
+    at = content.index(torch.full((3, 2), 10.0).numpy().tobytes())
+    weights.write_bytes(content[: at + 2] + b"\0" + content[at + 3 :])
+    source = open_checkpoints(tmp_path, allow_pickle=True)
+    with pytest.raises(CheckpointError, match=rf"{weights} is damaged: its sha256"):
+        source.factors(source.parameters[0].name, 10)
+
+
+def test_a_manifest_of_another_kind_above_the_checkpoints_is_nobodys_business(tmp_path: Path) -> None:
+    model(tmp_path / "checkpoint-10", 10)
+    model(tmp_path / "checkpoint-20", 20)
+    (tmp_path / "manifest.json").write_text('{"model": "mine", "loss": NaN}')
+    assert read_all(tmp_path).steps == (10, 20)
+
+
+def test_a_jump_without_its_manifest_is_read_as_it_is(tmp_path: Path) -> None:
+    jump = with_jump(tmp_path)
+    (jump / "manifest.json").unlink()
+    assert read_all(tmp_path / "checkpoints").steps == (10, 20)
+    shutil.rmtree(jump)
+    assert read_all(tmp_path / "checkpoints").steps == (10, 20)

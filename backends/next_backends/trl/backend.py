@@ -22,7 +22,7 @@ from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.peft_adapter import PeftAdapterSource, PeftAdapterSourceConfig
-from next_core.storage import sweep
+from next_core.storage import seal, sweep
 
 if TYPE_CHECKING:
     from next_core.config import RunConfig
@@ -157,8 +157,13 @@ class TrlBackend(Backend):
         if isinstance(self._source, PeftAdapterSource):
             self._source.remember(step, tensors)
 
+    def saved(self, checkpoint: Path) -> None:
+        """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
+        self.flush()
+        self._writing = self._writer.submit(_seal, checkpoint)
+
     def flush(self) -> None:
-        """Wait for the checkpoint that is being written. Raises what went wrong with it."""
+        """Wait for the checkpoint that is being written or sealed. Raises what went wrong with it."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -227,3 +232,11 @@ class TrlBackend(Backend):
                     f"'{name}' trains in {parameter.dtype}: most of a small jump would be lost in its rounding; "
                     "load the model in float32 (bf16 autocast is fine), or train LoRA"
                 )
+
+
+def _seal(checkpoint: Path) -> None:
+    try:
+        seal(checkpoint)
+    except OSError:
+        if checkpoint.is_dir():  # else the trainer, which keeps the newest only, has removed it
+            raise

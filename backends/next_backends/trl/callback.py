@@ -24,7 +24,6 @@ from next_core.errors import ConfigError
 from next_core.interfaces import TrajectoryPredictor
 from next_core.locking import hold, release
 from next_core.plugins import explain, make_predictor
-from next_core.storage import seal
 
 if TYPE_CHECKING:
     from next_backends.trl.backend import TrlBackend
@@ -57,8 +56,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._backend is not None:
-            self._backend.flush()
-            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            self._backend.saved(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._backend is not None:

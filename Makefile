@@ -8,7 +8,7 @@ export OPENRLHF_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
+.PHONY: quickstart test test-crash openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run b
 
 test: $(STAMP)  ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-crash: $(STAMP)  ## Kill real runs at every kind of write and at 200 random moments (minutes)
+	$(BIN)/python -m pytest -m crash tests/crash
 
 openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
 	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"

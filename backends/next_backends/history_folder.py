@@ -160,8 +160,8 @@ class HistoryFolder:
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Subfolders whose names end in a number."""
-    found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern)]
+    """Subfolders whose names end in a number; hidden ones are halves."""
+    found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern) if not path.name.startswith(".")]
     return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())
 
 

@@ -190,7 +190,7 @@ class PeftAdapterSource(CheckpointSource):
                 A, B = (shift.added(x, key.format(name=name)) for x, key in zip((A, B), SHIFT_KEYS, strict=True))
             self._cache.put((name, step), (A, B))
             self._counted[name, step] = shifts
-        return LoraFactors(A, B, self.scaling(name))
+        return LoraFactors(A.clone(), B.clone(), self.scaling(name))  # a predictor may write into what it is given
 
     def _raw(self, name: str, step: int) -> tuple[Tensor, ...]:
         cached = self._cache.get((name, step))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,8 @@ def test_leftovers_of_a_killed_call_are_no_obstacle(finished: Finished, tmp_path
     (races / "seed-3" / "result.json").unlink()
     (races / "seed-3" / "config.yaml").unlink()  # killed while its trainer was built
     (races / "seed-3" / "trainer").mkdir()
-    (races / ".seed-3.tmp").mkdir()
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    (races / f".seed-3.tmp-{int(ended.stdout)}").mkdir()
     compare(*load_comparison(finished.file), out)
     assert accuracies(races / "seed-3") == accuracies(finished.folder / "races" / "secant" / "seed-3")
     assert sorted(path.name for path in races.iterdir()) == ["seed-3"]
@@ -175,5 +178,5 @@ def test_one_folder_is_compared_in_by_one_process(tmp_path: Path) -> None:
     config, arms = load_comparison(written(tmp_path))
     with (tmp_path / ".out.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process is comparing"):
+        with pytest.raises(ConfigError, match="out is in use by process"):
             compare(config, arms, tmp_path / "out")

@@ -337,10 +337,9 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     for jump in facts["jumps"]:
         assert {"step", "predictor", "alpha", "norm_ratio", "accepted", "reason"} <= set(jump)
     assert "RL with jumps" in done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "--overwrite" in again.stderr
-    assert "Traceback" not in again.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == facts
+    assert "holds this run, and it is finished; --overwrite runs it again" in again.stderr
 
 
 class Failures(PluginConfig):

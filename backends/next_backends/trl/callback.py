@@ -119,6 +119,11 @@ class PredictExtendCallback(StepCallback):
         return self.cycle.journal if self.cycle is not None else Journal()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise ConfigError(
+                f"the checkpoint is of step {state.global_step}, the last of {state.max_steps}: nothing is left to "
+                "train, and the trainer would take one step more; use its weights, or raise max_steps"
+            )
         check_arguments(self.schedule, self.guards, state.max_steps, args, several=True)
         self.schedule.check_predictor(self._make(), state.max_steps)
         self._model, self._optimizer = kwargs["model"], kwargs["optimizer"]

@@ -10,6 +10,11 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: quickstart test test-crash openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
 
+# A proof that takes minutes: the hash of what it covers is recorded when it passes, and .ci/run looks at the records.
+define proof
+@proved=$$($(PYTHON) tests/proved.py $@) && $(1) && echo $$proved > tests/proofs/$@.sha256
+endef
+
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -30,18 +35,16 @@ test: $(STAMP)  ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-crash: $(STAMP)  ## Kill real runs at every kind of write and at 200 random moments (minutes)
-	$(BIN)/python -m pytest -m crash tests/crash
+	$(call proof,$(BIN)/python -m pytest -m crash tests/crash)
 
 openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
 	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"
 
 test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real OpenRLHF on the CPU (minutes)
-	@proved=$$($(PYTHON) tests/backends/openrlhf/cpu/proved.py) && \
-	$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf && \
-	echo $$proved > tests/backends/openrlhf/proved.sha256
+	$(call proof,$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf)
 
 fuzz: $(STAMP)  ## Read a hundred thousand damaged files; cases that fail are kept in runs/fuzz (minutes on one core)
-	$(BIN)/python -m tests.fuzz
+	$(call proof,$(BIN)/python -m tests.fuzz)
 
 bench-speed: $(STAMP)  ## Measure every stage of docs/benchmarks/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all

@@ -1,0 +1,67 @@
+"""Which long proofs hold for the code as it stands? A proof is a target of the Makefile that takes minutes.
+
+With a target's name the hash of the code and tests that it covers is printed; the Makefile records it in proofs/ when
+the proof passes. With --stale the targets are printed whose record is missing or of other code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "tests" / "proofs"
+READERS = ("next_core/reading.py", "next_core/manifest.py", "next_core/json_lines.py")
+HISTORY = "backends/next_backends/history_folder.py"
+COVERS: dict[str, tuple[str, ...]] = {
+    "fuzz": (
+        *READERS,
+        "next_core/sources",
+        "next_core/config.py",
+        "next_core/comparison/config.py",
+        "next_core/report/inputs.py",
+        "next_core/cycle/journal.py",
+        "next_core/cycle/result.py",
+        "tests/fuzz",
+    ),
+    "test-crash": (
+        *READERS,
+        "next_core/storage.py",
+        "next_core/locking.py",
+        "next_core/cycle",
+        "backends/next_backends/trl",
+        HISTORY,
+        "tests/crash",
+    ),
+    "test-openrlhf": ("backends/next_backends/openrlhf", HISTORY, "next_core/cycle", "tests/backends/openrlhf"),
+}
+
+
+def files(target: str) -> list[Path]:
+    """What a proof covers."""
+    paths = [ROOT / name for name in COVERS[target]]
+    found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sorted(file for file in found if file.is_file() and "__pycache__" not in file.parts)
+
+
+def digest(target: str) -> str:
+    """SHA-256 of the files' names and contents."""
+    whole = hashlib.sha256()
+    for file in files(target):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        whole.update(f"{file.relative_to(ROOT).as_posix()} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def holds(target: str) -> bool:
+    """Whether the proof was passed by the code as it is."""
+    record = RECORDS / f"{target}.sha256"
+    return record.is_file() and record.read_text(encoding="utf-8").strip() == digest(target)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--stale"]:
+        print(*(target for target in COVERS if not holds(target)))
+    else:
+        print(digest(*sys.argv[1:]))

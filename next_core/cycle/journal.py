@@ -57,17 +57,19 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         try:
             record = parse_json_line(line)
             _check(record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
         records.append(record)
     return records
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raise ``KeyError`` or ``TypeError`` for a record without what is asked of every one of its event."""
+    """Raise ``ValueError`` for a record without what is asked of every one of its event."""
+    asked = ("event", "step", *(VERDICT if record.get("event") == "verify" else ()))
+    if lacking := [key for key in asked if key not in record]:
+        raise ValueError(f"it lacks '{lacking[0]}'")
     if not isinstance(record["event"], str) or not isinstance(record["step"], int):
-        raise TypeError("'event' is a text and 'step' a number")
-    _ = [record[key] for key in VERDICT if record["event"] == "verify"]
+        raise ValueError("'event' is a text and 'step' a number")  # noqa: TRY004 - one kind of error for all damage
 
 
 def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from next_backends.history_folder import JumpAdapter
 from next_backends.openrlhf.config import OpenRlhfConfig
 from next_backends.openrlhf.setting import Setting
 from next_core.config import RunConfig
+from next_core.sources.metrics import METRICS, read_log
 from tests.backends.openrlhf.processes import begun_since, children
 
 Way = TypeVar("Way")
@@ -87,7 +88,7 @@ class Pretence:
         return folder
 
     def metrics(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return read_log(self.out / METRICS)
 
     def begun(self, way: Way) -> Way:
         """The same, to be ended when the test is over."""

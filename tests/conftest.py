@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -35,6 +36,14 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     """No test reads what another one kept, nor the user's cache, nor how wide a terminal was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("COLUMNS", raising=False)  # readline, which pytest imports, sets it for what pytest starts
+
+
+@pytest.fixture(scope="session")
+def dead() -> int:
+    """The number of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
 
 
 @dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +217,8 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) ->
     assert free_bytes(tmp_path / "not" / "there") > 0
 
 
-def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    dead, target = ended.pid, tmp_path / "target"
+def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tmp_path: Path, dead: int) -> None:
+    target = tmp_path / "target"
     for name in (f".target.tmp-{dead}", f".other.tmp-{dead}", ".target.tmp-1", f".target.old-{dead}", ".target.tmp-x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("half")
@@ -231,12 +227,10 @@ def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tm
     assert names(tmp_path) == sorted(kept)
 
 
-def test_what_a_killed_process_put_aside_is_put_back_where_nothing_took_its_place(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+def test_what_a_killed_process_put_aside_is_put_back_where_nothing_took_its_place(tmp_path: Path, dead: int) -> None:
     for name in ("step-1", "step-2"):
-        (tmp_path / f".{name}.old-{ended.pid}").mkdir()
-        (tmp_path / f".{name}.old-{ended.pid}" / "weights").write_text("the only copy")
+        (tmp_path / f".{name}.old-{dead}").mkdir()
+        (tmp_path / f".{name}.old-{dead}" / "weights").write_text("the only copy")
     (tmp_path / "step-2").mkdir()
     sweep(tmp_path)
     assert names(tmp_path) == ["step-1", "step-2"]
@@ -264,10 +258,8 @@ def test_a_reader_of_a_folder_that_is_replaced_finds_the_old_or_the_new_one(
     assert names(tmp_path) == ["target"]
 
 
-def test_a_folder_made_anew_is_the_old_one_until_it_is_committed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    target, aside = tmp_path / "run", tmp_path / f".run.old-{ended.pid}"
+def test_a_folder_made_anew_is_the_old_one_until_it_is_committed(tmp_path: Path, dead: int) -> None:
+    target, aside = tmp_path / "run", tmp_path / f".run.old-{dead}"
     for committed in (False, True):
         for folder, text in ((aside, "old"), (target, "new")):
             folder.mkdir(exist_ok=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,11 +172,3 @@ def test_what_a_killed_process_left_of_a_shard_is_removed(run: LoraRun, target: 
     left.write_bytes(b"half")
     in_place(run, target)
     assert not left.exists()
-
-
-@pytest.fixture
-def dead() -> int:
-    """The number of a process that has ended."""
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    return ended.pid

@@ -19,10 +19,6 @@ from next_core.errors import BackendError, ConfigError
 from next_core.manifest import check_manifest
 from next_core.sources.metrics import read_metrics
 
-GONE = int(
-    subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True).stdout
-)
-"""The number of a process that has ended."""
 SHIFT = {"layer.weight.lora_A": torch.ones(2, 3)}
 ADAPTER = JumpAdapter("jump-1", '{"r": 1}', {"layer.lora_A.weight": torch.zeros(1, 3)})
 
@@ -152,12 +148,12 @@ def test_a_checkpoint_holds_the_adapters_made_by_its_step_and_not_yet_undone(his
     }
 
 
-def test_a_resumed_run_forgets_what_came_after_and_the_undoing_of_what_stood(history: HistoryFolder) -> None:
+def test_a_resumed_run_forgets_what_came_after_and_the_undoing_of_what_stood(history: HistoryFolder, dead: int) -> None:
     observe(history, 0, 10, 20, 30)
     early, late, gone = jump(history, 10), jump(history, 20), jump(history, 30)
     history.withdraw(early, 15)
     history.withdraw(late, 25)
-    for half in (history.checkpoints / f".step-000040.tmp-{GONE}", history.jumps / f".0004.tmp-{GONE}"):
+    for half in (history.checkpoints / f".step-000040.tmp-{dead}", history.jumps / f".0004.tmp-{dead}"):
         half.mkdir()
     history.forget_after(20)
     assert sorted(path.name for path in history.checkpoints.iterdir()) == ["step-000000", "step-000010", "step-000020"]
@@ -167,12 +163,12 @@ def test_a_resumed_run_forgets_what_came_after_and_the_undoing_of_what_stood(his
     assert sorted(path.name for path in history.jumps.iterdir()) == ["0001", "0002"]
 
 
-def test_clearing_takes_our_own_and_nothing_else(history: HistoryFolder, tmp_path: Path) -> None:
+def test_clearing_takes_our_own_and_nothing_else(history: HistoryFolder, tmp_path: Path, dead: int) -> None:
     history.clear()  # of nothing
     observe(history, 0, 10)
     jump(history, 10)
     history.log(1, {"loss": 1.0})
-    (history.checkpoints / f".step-000020.tmp-{GONE}").mkdir()
+    (history.checkpoints / f".step-000020.tmp-{dead}").mkdir()
     kept = [tmp_path / "thesis.tex", history.checkpoints / "step-final", history.jumps / "notes"]
     for path in kept:
         path.mkdir()

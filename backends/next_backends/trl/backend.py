@@ -235,6 +235,8 @@ class TrlBackend(Backend):
 
 
 def _seal(checkpoint: Path) -> None:
+    for half in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into the same folder
+        half.unlink(missing_ok=True)
     try:
         seal(checkpoint)
     except OSError:

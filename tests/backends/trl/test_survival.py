@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from next_backends.trl import PredictExtendCallback
+from next_backends.trl import PredictExtendCallback, TrlBackend
 from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.lowrank import LowRank
+from next_core.manifest import check_manifest
 from tests.backends.trl.conftest import BASE
 
 pytestmark = pytest.mark.trl
@@ -248,3 +249,13 @@ def test_a_torn_line_of_metrics_costs_that_line_only(make_trainer: Any, tmp_path
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     assert None not in History(open_checkpoints(folder / "checkpoints")).metrics("reward")
     shutil.rmtree(folder)
+
+
+def test_a_half_that_safetensors_left_is_not_sealed_into_the_checkpoint_written_again(tmp_path: Path) -> None:
+    (tmp_path / "optimizer.pt").write_bytes(b"moments")
+    (tmp_path / ".tmpArIA8G").write_bytes(b"half")
+    backend = TrlBackend()
+    backend.saved(tmp_path)
+    backend.flush()
+    assert names(tmp_path) == ["manifest.json", "optimizer.pt"]
+    check_manifest(tmp_path, contents=True)

@@ -11,6 +11,23 @@ import torch
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BASE = EXAMPLES / "arithmetic" / "base"
+SMALL_RUN: dict[str, Any] = {
+    "num_generations": 4,
+    "max_completion_length": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_steps": 5,
+    "beta": 0.0,
+    "seed": 3,
+}
+"""Arguments of TRL's trainers for a run of seconds on a CPU."""
 PROMPTS = ["12+34=", "97-15=", "50+50=", "83-82="]
 
 
@@ -60,25 +77,15 @@ def make_trainer(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
         out: str = "trainer",
         **fields: Any,
     ) -> Any:
-        settings = {
-            "output_dir": str(tmp_path / out),
-            "max_steps": steps,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "logging_steps": 5,
-            "beta": 0.0,
-            "seed": 3,
-        } | fields
+        settings = (
+            SMALL_RUN
+            | {
+                "output_dir": str(tmp_path / out),
+                "max_steps": steps,
+                "per_device_train_batch_size": 16,
+            }
+            | fields
+        )
         set_seed(3)
         config_class, trainer_class = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
         adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -31,7 +31,7 @@ from next_backends.trl.processes import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
 from next_core.lowrank import LowRank
-from tests.backends.trl.conftest import BASE, exact
+from tests.backends.trl.conftest import BASE, SMALL_RUN, exact
 
 RANK = int(os.environ.get("RANK", "0"))
 SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
@@ -117,25 +117,15 @@ class Runs:
     ) -> dict[str, Any]:
         """Train, and say what was seen."""
         ahead, after = Seen(), Seen()
-        settings = {
-            "output_dir": str(self.out / name),
-            "max_steps": steps,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "logging_steps": 5,
-            "beta": 0.0,
-            "seed": 3,
-        } | fields
+        settings = (
+            SMALL_RUN
+            | {
+                "output_dir": str(self.out / name),
+                "max_steps": steps,
+                "per_device_train_batch_size": 8,
+            }
+            | fields
+        )
         set_seed(3)
         rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 40) for b in range(10, 30)]
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)

@@ -265,11 +265,11 @@ def tables(rows: list[Row]) -> str:
     """All of them, each with its question."""
     found = by_arm(rows)
     parts = {
-        "Every rate, beside the plain run of the same rate": every_rate(found),
-        "A conservative rate: 250 steps beside 400": conservative(found),
-        "Tuned runs: the best constant rate, a schedule, the mean at the end": tuned(found),
-        "A multiple for each matrix (`per_matrix: true`)": per_matrix(found),
-        "Other settings, on arithmetic": other_settings(rows),
+        "Every rate, next to plain RL at the same rate": every_rate(found),
+        "A conservative rate: 250 steps against 400": conservative(found),
+        "Tuned runs: best constant rate, schedule, mean at the end": tuned(found),
+        "One multiple per matrix (`per_matrix: true`)": per_matrix(found),
+        "Other settings on arithmetic": other_settings(rows),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())
 

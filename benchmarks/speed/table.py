@@ -78,7 +78,7 @@ def _cost(results: list[Facts]) -> str:
                 times,
             ]
         )
-    heads = ["stage", "what", "CPU-s", "target", "wall s", "own memory, GiB", "reference, CPU-s", "which is", "times"]
+    heads = ["stage", "what", "CPU-s", "target", "wall s", "own memory, GiB", "reference, CPU-s", "reference", "speed-up"]
     return _table(heads, cells)
 
 

@@ -78,7 +78,7 @@ def _cost(results: list[Facts]) -> str:
                 times,
             ]
         )
-    heads = ["stage", "what", "CPU-s", "target", "wall s", "own memory, GiB", "reference, CPU-s", "reference", "speed-up"]
+    heads = ["stage", "what", "CPU-s", "target", "wall s", "own memory, GiB", "ref. CPU-s", "reference", "speed-up"]
     return _table(heads, cells)
 
 

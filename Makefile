@@ -58,10 +58,11 @@ pictures: $(STAMP)  ## Draw the pictures of docs/images anew from the committed 
 docs: $(STAMP)  ## Build the site into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html
 
-lint: $(STAMP)  ## ruff and mypy --strict
+lint: $(STAMP)  ## ruff, mypy --strict, and the layers (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 clean:  ## Remove the environment and what runs left
 	rm -rf $(VENV) runs dist build docs/_build .mypy_cache .ruff_cache .hypothesis

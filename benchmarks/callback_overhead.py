@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from next_core.machine import hardware
+from next_core.process.hardware import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "callback_overhead.json"
@@ -37,11 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
 def measure(case: dict[str, Any], out: Path) -> dict[str, float]:
     from next_core.config import load_config, make_config
     from next_core.cycle.run import run
+    from next_core.diagnostics.learning_rate import run_advice
 
     quickstart = load_config(ROOT / "examples" / "quickstart.yaml").model_dump(mode="json")
     guards = {"probe": False, "max_norm_ratio": None}
     config = make_config(quickstart | {"control": "none", "guards": guards} | case)
-    seconds = run(config, out).seconds
+    seconds = run(config, out, advise=run_advice).seconds
     return {key: seconds[key] for key in ("rl", "ours", "ours_observe", "ours_predict", "ours_extend")}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import tables
 
-from next_core.machine import hardware
+from next_core.process.hardware import hardware
 
 RESULTS = tables.RESULTS / "embedded.json"
 

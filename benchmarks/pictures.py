@@ -15,8 +15,8 @@ from tables import ROOT, half_width
 from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-from next_core.drawing import BLUE, GREY, RED, Drawing, draw
-from next_core.storage import write_text
+from next_core.diagnostics.drawing import BLUE, GREY, RED, Drawing, draw
+from next_core.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -68,11 +68,12 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
+    from next_core.checkpoints import open_checkpoints
     from next_core.config import make_config
     from next_core.cycle.run import run
     from next_core.diagnostics import learning_rate_factor, with_origin
-    from next_core.history import History
-    from next_core.sources.opening import open_checkpoints
+    from next_core.diagnostics.learning_rate import run_advice
+    from next_core.history.history import History
 
     folder = EXAMPLES / task
     training = TASKS[task] | {
@@ -84,7 +85,7 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     }
     config = make_config({"steps": STEPS, "seed": seed, "training": training, **ARMS[arm]})
     with tempfile.TemporaryDirectory() as out:
-        result = run(config, Path(out) / "run")
+        result = run(config, Path(out) / "run", advise=run_advice)
         source = with_origin(open_checkpoints(Path(out) / "run" / "checkpoints"))
         advised = learning_rate_factor(History(source), result.jumps)
     jumps = [jump for jump in result.jumps if jump["accepted"]]
@@ -292,7 +293,7 @@ def main() -> None:
 
 def write(rows: list[Row]) -> None:
     """The results' file, in a fixed order, a line for each row."""
-    from next_core.machine import hardware
+    from next_core.process.hardware import hardware
 
     rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["setting"], r["learning_rate"], r["seed"], r["arm"]))
     lines = ",\n".join(json.dumps(row) for row in rows)

@@ -21,7 +21,7 @@ from typing import Any
 
 import tables
 
-from next_core.machine import hardware
+from next_core.process.hardware import hardware
 
 EXAMPLES = tables.ROOT / "examples"
 RESULTS = tables.RESULTS / "tasks.json"

@@ -28,9 +28,9 @@ myst_url_schemes = ["http", "https", "mailto"]
 
 INNER = (
     r"next_backends\.trl",
-    r"next_core\.config",
-    r"next_core\.executor\.Result",
-    r"next_core\.per_matrix\.Config",
+    r"next_core\.run_config",
+    r"next_core\.history\.executor\.Result",
+    r"next_core\.predictor\.Config",
     r"next_core\.sources",
     r"next_core\.testing\.backend_case",
 )

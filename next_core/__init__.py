@@ -6,29 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from next_core.checkpoints import open_checkpoints
     from next_core.errors import NextCoreError
-    from next_core.history import History, MatrixHistory
+    from next_core.history.history import History, MatrixHistory
     from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-    from next_core.lowrank import Factors, LowRank
-    from next_core.per_matrix import Abstain, matrix_predictor
+    from next_core.mathematics.low_rank import Factors, LowRank
     from next_core.plugins import make_applier, make_compressor, make_predictor, registry
-    from next_core.sources.opening import open_checkpoints
+    from next_core.predictor import Abstain, matrix_predictor
 
 _WHERE = {
-    "Abstain": "per_matrix",
+    "Abstain": "predictor",
     "CoefficientUpdate": "interfaces",
-    "Factors": "lowrank",
-    "History": "history",
-    "LowRank": "lowrank",
+    "Factors": "mathematics.low_rank",
+    "History": "history.history",
+    "LowRank": "mathematics.low_rank",
     "LowRankUpdate": "interfaces",
-    "MatrixHistory": "history",
+    "MatrixHistory": "history.history",
     "NextCoreError": "errors",
     "Prediction": "interfaces",
     "make_applier": "plugins",
     "make_compressor": "plugins",
     "make_predictor": "plugins",
-    "matrix_predictor": "per_matrix",
-    "open_checkpoints": "sources.opening",
+    "matrix_predictor": "predictor",
+    "open_checkpoints": "checkpoints",
     "registry": "plugins",
 }
 __all__ = [

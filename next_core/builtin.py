@@ -14,14 +14,14 @@ def register_compressors(register: Register) -> None:
 @hookimpl
 def register_sources(register: Register) -> None:
     register("next_core.sources.memory:MemorySource", name="memory")
-    register("next_core.sources.peft_adapter:PeftAdapterSource", name="peft-adapter")
+    register("next_core.sources.adapter_source:PeftAdapterSource", name="peft-adapter")
     register("next_core.sources.full_model:FullModelSource", name="full-model")
 
 
 @hookimpl
 def register_appliers(register: Register) -> None:
-    register("next_core.appliers.live:LiveApplier", name="live")
-    register("next_core.appliers.peft_adapter:PeftAdapterApplier", name="peft-adapter")
+    register("next_core.live_weights.in_memory:InMemoryApplier", name="in-memory")
+    register("next_core.appliers.adapter_applier:PeftAdapterApplier", name="peft-adapter")
     register("next_core.appliers.merged_model:MergedModelApplier", name="merged-model")
 
 

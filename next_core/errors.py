@@ -1,54 +1,93 @@
-"""The errors a user can meet. Each names the thing that is wrong and the remedy, and knows its exit code."""
+"""The errors a user can meet. Each names what is wrong and the remedy, has a stable kind, and knows its exit code."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class NextCoreError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose.
 
+    ``kind`` is a stable identifier such as ``checkpoint-incomplete``: match on it, never on the message.
+    docs/errors.md lists every kind with its remedy. ``str(error)`` ends with the kind in brackets.
+    """
+
+    default_kind: ClassVar[str] = "next-core"
     exit_code: int = 1
-    """Of the command line."""
+    """Exit code of the command line."""
+
+    def __init__(self, message: str, *, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.kind = kind or self.default_kind
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.kind}]"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with all attributes: errors cross process boundaries."""
+        return _rebuild, (type(self), self.__dict__)
+
+
+def _rebuild(cls: type[NextCoreError], attributes: dict[str, object]) -> NextCoreError:
+    error = cls.__new__(cls, attributes["message"])
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(NextCoreError):
     """A setting is wrong, unknown or contradicts another."""
 
+    default_kind = "config"
     exit_code = 2
 
 
 class CheckpointError(NextCoreError):
     """A checkpoint is missing, damaged, or does not belong to its run."""
 
+    default_kind = "checkpoint"
     exit_code = 3
 
 
 class GuardError(NextCoreError):
-    """A guard refused a jump, and the run was told to treat that as a failure (``--strict``)."""
+    """A guard refused a jump, and the run treats that as a failure (``--strict``)."""
 
+    default_kind = "guard"
     exit_code = 4
 
 
 class PluginError(NextCoreError):
     """A plug-in is unknown, broken, or claims a name that is taken."""
 
+    default_kind = "plugin"
     exit_code = 5
 
 
 class BackendError(NextCoreError):
     """A trainer failed, or cannot do what was asked of it."""
 
+    default_kind = "backend"
     exit_code = 6
 
 
 class StorageError(NextCoreError, OSError):
-    """The disk is full, or may not be written; what was complete before stays."""
+    """The disk is full or not writable; everything that was complete before is still there."""
 
+    default_kind = "storage"
     exit_code = 7
 
 
 class Interrupted(NextCoreError):  # noqa: N818 - nothing is wrong
-    """A run was asked to end (Ctrl-C, SIGTERM), and ended with its state kept; the exit code is the shell's."""
+    """Ctrl-C or SIGTERM ended a run, and its state was saved; the exit code is the shell's."""
+
+    default_kind = "interrupted"
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def describe(error: BaseException) -> str:
+    """Return one line for an exception: its class and the first line of its message."""
+    text = (error.message if isinstance(error, NextCoreError) else str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

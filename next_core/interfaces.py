@@ -1,93 +1,23 @@
-"""What a part of the system promises to the others. Abstract classes and the values they exchange, nothing else.
+"""What a source, a compressor, an applier and a reward promise to the engine, and the values they exchange.
 
 Notation of the docstrings: a matrix W is (m, n); T checkpoints were observed at steps t_1 < ... < t_T; W_0 is the
-backbone; G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local one (the step before it on the grid).
+backbone; G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local one (since the previous checkpoint).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from next_core.lowrank import Factors, LowRank, dense
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from next_core.config import RunConfig
-    from next_core.history import History
-    from next_core.lora_path import LoraPath
-
-Space = Literal["factors", "merged"]
-Anchor = Literal["newest", "backbone"]
-Span = tuple[int, int | None]
-"""A delta: up to a step, since another; None is where RL began."""
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``: called by long steps so that somebody can show it."""
-
-
-Needs = Literal["global", "local", "target", "gram", "metrics"]
-
-
-class PluginConfig(BaseModel):
-    """Base of every plug-in's settings: immutable; an unknown key or a number that is not finite is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Plugin(ABC):
-    """Anything that is chosen by name in a config. A class carries its own name and config class."""
-
-    name: ClassVar[str]
-    config_class: ClassVar[type[PluginConfig]] = PluginConfig
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        self.config: Any = config if config is not None else self.config_class()
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of thin fp64 products, bytes to or from memory and disk, FLOPs of large fp32 products."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    single_flops: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes, self.single_flops + other.single_flops)
-
-    def times(self, count: float) -> Work:
-        """So many times as much."""
-        return Work(self.flops * count, self.bytes * count, self.single_flops * count)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A weight matrix of the run: its name in the Hugging Face model, its shape (m, n), and its LoRA rank r."""
-
-    name: str
-    shape: tuple[int, int]
-    rank: int | None = None
-
-    @property
-    def kind(self) -> Literal["lora", "dense"]:
-        """How it is stored: as factors, or as the whole matrix."""
-        return "dense" if self.rank is None else "lora"
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One LoRA adapter of one matrix: the delta is ``scaling * B @ A``; A is (r, n), B is (m, r)."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
+from next_core.mathematics.lora_trajectory import LoraTrajectory
+from next_core.mathematics.low_rank import Factors, LowRank, dense
+from next_core.types import Anchor, LoraFactors, Parameter, Plugin, Progress, Space, Span
 
 
 class CheckpointSource(Plugin):
@@ -173,7 +103,9 @@ class Compressor(Plugin):
         Zero deltas give zero columns, never arbitrary unit vectors.
         """
 
-    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+    def compress_trajectory(
+        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+    ) -> Factors:
         """The same for several deltas of one LoRA matrix, which share their factors; leading dimension len(spans).
 
         ``spectrum`` asks for the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
@@ -183,7 +115,7 @@ class Compressor(Plugin):
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """A displacement over the observed checkpoints: sum_i weights[t_i] G_{t_i}, counted from the anchor.
+    """A weight_delta over the observed checkpoints: sum_i weights[t_i] G_{t_i}, counted from the anchor.
 
     In ``space="merged"`` that sum is taken of the deltas themselves. In ``space="factors"`` (LoRA only) the trained
     A and B are moved each by the same sum of their own past values; step 0 (the adapter as initialised, B = 0) takes
@@ -196,7 +128,7 @@ class CoefficientUpdate:
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A displacement given as a low-rank matrix (m, n), counted from the anchor."""
+    """A weight_delta given as a low-rank matrix (m, n), counted from the anchor."""
 
     matrix: LowRank
 
@@ -229,40 +161,6 @@ class Prediction:
         return self.confidence.get(name, 1.0)
 
 
-class TrajectoryPredictor(Plugin):
-    """Fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
-
-    requires: ClassVar[frozenset[Needs]] = frozenset()
-    """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
-    shares: ClassVar[bool] = False
-    """Whether matrices learn from one another (one network for all) or each stands alone."""
-    made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {}
-    """The schedule and the guards it is made for: what a run's config leaves out of them is taken from here."""
-    progress: Progress | None = None
-
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
-        """Why checkpoints of these steps cannot carry a prediction, whatever is in them; None where they can.
-
-        Asked before a run begins, so that a schedule on which a predictor can never act is refused at once.
-        """
-        return None
-
-    def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
-        """What fitting takes once the deltas are decomposed, for ``next-core plan``; next to nothing by default."""
-        return Work()
-
-    @abstractmethod
-    def fit(self, history: History) -> Self:
-        """Take the history. What depends on the horizon may be fitted on the first ``predict`` of it."""
-
-    @abstractmethod
-    def predict(self, horizon: int) -> Prediction:
-        """The prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason.
-
-        Raises ``ConfigError`` for a horizon below 1, and ``NextCoreError`` before ``fit``.
-        """
-
-
 class Applied(ABC):
     """Weights that were changed; ``rollback`` puts back exactly what was there."""
 
@@ -276,7 +174,7 @@ class WeightApplier(Plugin):
 
     progress: Progress | None = None
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def report_progress(self, what: str, done: int, total: int) -> None:
         """Report to ``progress``, where there is one."""
         if self.progress is not None:
             self.progress(what, done, total)
@@ -286,113 +184,9 @@ class WeightApplier(Plugin):
         """Write W_T + alpha * confidence * (prediction - W_T) to ``out``: a folder, or a live model."""
 
 
-class Backend(Plugin):
-    """A trainer, as the predict-extend cycle sees it."""
-
-    in_process: ClassVar[bool] = True
-    """True: one call of ``train`` reports every step. False: ``train`` is called once per segment."""
-    exact_resume: ClassVar[bool] = False
-    """Whether a resumed run ends, on a CPU, bit for bit where the run that was not interrupted does."""
-
-    @abstractmethod
-    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
-        """Build the trainer of a run config, working in ``out``. Returns the step to go on from, 0 for a new run.
-
-        Raises ``ConfigError`` or ``BackendError`` for what the trainer cannot do.
-        """
-
-    def start(self) -> None:
-        """Start a trainer that is a process of its own, once after ``prepare``: it may take minutes."""
-
-    @abstractmethod
-    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
-
-    def stop(self) -> None:
-        """Let ``train`` return early: at the next step that a resumed run goes on from as if it had not ended there.
-
-        Asked for at the end of a step, by an in-process trainer's user; one that cannot is ended at once.
-        """
-        raise KeyboardInterrupt
-
-    @abstractmethod
-    def observe(self, step: int) -> None:
-        """Make the weights of the step that just ended available as a checkpoint of ``source()``."""
-
-    @abstractmethod
-    def source(self) -> CheckpointSource:
-        """The checkpoints so far, shifted by the jumps that were made: what RL did, not what we did."""
-
-    @abstractmethod
-    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
-        """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones.
-
-        What it returns puts weights and optimizer state back, also after further steps; with ``keep`` a resumed run
-        can do so too (``standing``).
-        """
-
-    @abstractmethod
-    def rollback(self, applied: Applied, step: int) -> None:
-        """Put back what was there before a jump, after ``step`` ended.
-
-        At the jump's own step it is as if it had not been made; later, the checkpoints since are of a path that was
-        left, and the history starts anew at ``step``.
-        """
-
-    def standing(self, step: int) -> Applied | None:
-        """The jump made after ``step``, as a resumed run finds it; None where its undoing was not kept."""
-        return None
-
-    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
-        """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
-        return None
-
-    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
-        """The same by the way of answering, ``sampled`` or ``greedy``; empty where there is nothing to measure with."""
-        found = self.evaluate(split)
-        return {} if found is None else {"sampled": found}
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What a user should know of how the run was observed, such as the precision of its checkpoints."""
-        return ()
-
-    def close(self) -> None:
-        """End what still runs, when the run is over or has failed; before ``prepare``, and again, it does nothing."""
-
-    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
-        """Facts for a dry run as plain values, such as the command line that would be started; nothing is started."""
-        return {}
-
-
 class Reward(Plugin):
     """A verifiable reward, called as TRL calls its reward functions."""
 
     @abstractmethod
     def __call__(self, completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
         """One reward for each completion; ``answer`` and ``columns`` are the data set's columns."""
-
-
-__all__ = [
-    "Anchor",
-    "Applied",
-    "Backend",
-    "CheckpointSource",
-    "CoefficientUpdate",
-    "Compressor",
-    "LoraFactors",
-    "LowRankUpdate",
-    "Needs",
-    "Parameter",
-    "Plugin",
-    "PluginConfig",
-    "Prediction",
-    "Progress",
-    "Reward",
-    "Space",
-    "Span",
-    "TrajectoryPredictor",
-    "Update",
-    "WeightApplier",
-    "Work",
-]

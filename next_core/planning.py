@@ -16,11 +16,15 @@ from typing import Any
 
 import torch
 
-from next_core.config import LoraSettings, RunConfig
+from next_core.backend import Backend
 from next_core.errors import CheckpointError, ConfigError
-from next_core.interfaces import Backend, CheckpointSource, Parameter, Span, TrajectoryPredictor, Work
+from next_core.interfaces import CheckpointSource
+from next_core.plugins import make_chosen
+from next_core.predictor import TrajectoryPredictor, Work
+from next_core.run_config import LoraSettings, RunConfig
 from next_core.sources.hf_model import ModelFiles
-from next_core.storage import free_bytes
+from next_core.storage.atomic import free_bytes
+from next_core.types import Parameter, Span
 
 _ITERATIONS = 20
 """Lanczos iterations that a core, or a dense delta, takes as a rule."""
@@ -52,7 +56,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes`` to know besides."""
 
     read: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +80,7 @@ def plan_checkpoints(
     applier: str = "peft-adapter",
     applier_fields: Mapping[str, Any] | None = None,
     out: Path | None = None,
-) -> Plan:
+) -> ResourcePlan:
     """What extrapolating these checkpoints would take. Raises ``ConfigError`` for a horizon below 1."""
     if horizon < 1:
         raise ConfigError(f"horizon must be at least 1 (got {horizon})")
@@ -87,7 +91,7 @@ def plan_checkpoints(
         work += sum((gram_work(p, len(steps), source.precision(p.name).itemsize) for p in parameters), Work())
     written, what = _written(source, applier, dict(applier_fields or {}), predictor, rank)
     notes = list(source.notes)
-    reason = predictor.lacks(steps, horizon) if steps else "no checkpoint"
+    reason = predictor.why_not(steps, horizon) if steps else "no checkpoint"
     if reason is not None:
         notes.append(f"{predictor.name} would predict nothing: {reason}")
     free = None if out is None else free_bytes(out)
@@ -96,7 +100,7 @@ def plan_checkpoints(
     stored = sum(_stored(p) * source.precision(p.name).itemsize for p in parameters)
     read = sum(_reads(p, spans, len(steps), "gram" in predictor.requires) * _stored(p) for p in parameters)
     fit = predictor.work({p.name: p.shape for p in parameters}, steps, horizon, rank)
-    return Plan(
+    return ResourcePlan(
         read={
             "layout": source.name,
             "checkpoints": len(steps),
@@ -120,7 +124,7 @@ def plan_checkpoints(
     )
 
 
-def plan_run(config: RunConfig, out: Path) -> Plan:
+def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
     """What a run of the cycle would take, the RL steps themselves excepted: nothing tells their cost beforehand."""
     parameters: list[Parameter] = []
     notes: list[str] = []
@@ -133,7 +137,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     jumps = attempts if schedule.limit == float("inf") else attempts[: int(schedule.limit)]
     checkpoints = config.steps // schedule.every + 1
     each = sum(4 * _stored(p) for p in parameters)
-    predictor: TrajectoryPredictor = config.predictor.make("predictor")
+    predictor: TrajectoryPredictor = make_chosen("predictor", config.predictor)
     work = fit = Work()
     largest: list[Span] = []
     for step in jumps:
@@ -145,7 +149,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
             work += sum((gram_work(p, len(steps), 4) for p in parameters), Work())
         fit += predictor.work({p.name: p.shape for p in parameters}, steps, schedule.horizon, config.rank)
     dense = config.training.lora is None
-    backend: Backend = config.backend.make("backend")
+    backend: Backend = make_chosen("backend", config.backend)
     trainer = dict(backend.describe(config, out))
     written = {
         "checkpoints": checkpoints,
@@ -159,7 +163,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     free = free_bytes(out)
     if total > free:
         notes.append(f"the disk of {out} has {gib(free)} free, {gib(total)} are needed")
-    return Plan(
+    return ResourcePlan(
         read={"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},
         compute={
             "steps": config.steps,

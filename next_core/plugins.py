@@ -7,25 +7,21 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pluggy
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from next_core import hookspecs
-from next_core.errors import ConfigError, PluginError
-from next_core.interfaces import (
-    Backend,
-    CheckpointSource,
-    Compressor,
-    Plugin,
-    Reward,
-    TrajectoryPredictor,
-    WeightApplier,
-)
+from next_core.backend import Backend
+from next_core.errors import ConfigError, PluginError, describe
+from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
+from next_core.predictor import TrajectoryPredictor
+from next_core.run_config import Choice
+from next_core.settings import explain
+from next_core.types import Plugin
 
 Kind = Literal["predictor", "compressor", "source", "applier", "reward", "backend"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -82,12 +78,6 @@ class Entry:
             raise TypeError(
                 f"{self.target.__name__} leaves abstract: {', '.join(sorted(self.target.__abstractmethods__))}"
             )
-
-
-def describe(error: BaseException) -> str:
-    """One line for an exception."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def import_object(reference: str) -> Any:
@@ -219,35 +209,6 @@ class Registry:
         return self.get(kind, name)(self.make_config(kind, name, fields))
 
 
-def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:
-    """A pydantic error as one line for each wrong key, with the nearest key of the block that it stands in."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            keys = _known_keys(known, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            options = f" Known keys: {', '.join(keys)}." if keys else ""
-            message = f"unknown key{hint}{options}"
-        elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
-            message = f"{message} (got {reprlib.repr(item.get('input'))})"  # bounded: YAML's aliases can nest
-        lines.append(f"{where}{'.' + key if key else ''}: {message}")
-    return "\n".join(lines)
-
-
-def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the block at ``location``, walking through optional and listed blocks."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        model = next((option for option in options if hasattr(option, "model_fields")), None)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
 @functools.cache
 def registry() -> Registry:
     """The process's registry, loaded from the installed entry points on first use."""
@@ -272,3 +233,8 @@ def make_compressor(name: str, /, **fields: Any) -> Compressor:
     """A compressor by name."""
     made: Compressor = registry().make("compressor", name, **fields)
     return made
+
+
+def make_chosen(kind: Kind, choice: Choice) -> Any:
+    """Return the plug-in that a config chose, with its validated settings."""
+    return registry().make(kind, choice.name, **choice.fields)

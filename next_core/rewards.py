@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic import Field
 
-from next_core.config import Choice
-from next_core.errors import BackendError, ConfigError
-from next_core.interfaces import PluginConfig, Reward
-from next_core.plugins import describe, import_object
+from next_core.errors import BackendError, ConfigError, describe
+from next_core.interfaces import Reward
+from next_core.plugins import import_object, make_chosen
+from next_core.run_config import Choice
+from next_core.settings import Settings
 
 RewardFunction = Callable[..., list[float]]
 OPERATORS = frozenset("+-*/^=")
@@ -21,7 +22,7 @@ BARE = re.compile(r"[\d\s.,()+\-*/^=]*")
 """A completion that is one expression, and no text that an answer is to be found in."""
 
 
-class MathVerifyConfig(PluginConfig):
+class MathVerifyConfig(Settings):
     evaluated: bool = Field(
         True, description="A sum that is still to be worked out (9+5 for 14) or an equation is not an answer"
     )
@@ -83,7 +84,7 @@ def _text(completion: Any) -> str:
 def make_reward(choice: Choice) -> RewardFunction:
     """A reward by name, or ``module:function``. Raises ``ConfigError`` when there is no such function."""
     if ":" not in choice.name:
-        made: RewardFunction = choice.make("reward")
+        made: RewardFunction = make_chosen("reward", choice)
         return made
     try:
         function = import_object(choice.name)

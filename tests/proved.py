@@ -12,23 +12,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "proofs"
-READERS = ("next_core/reading.py", "next_core/manifest.py", "next_core/json_lines.py")
+READERS = ("next_core/storage",)
 HISTORY = "backends/next_backends/history_folder.py"
 COVERS: dict[str, tuple[str, ...]] = {
     "fuzz": (
         *READERS,
         "next_core/sources",
         "next_core/config.py",
-        "next_core/comparison/config.py",
+        "next_core/run_config.py",
+        "next_core/comparison/comparison_config.py",
         "next_core/report/inputs.py",
         "next_core/cycle/journal.py",
-        "next_core/cycle/result.py",
+        "next_core/cycle/run_result.py",
         "tests/fuzz",
     ),
     "test-crash": (
         *READERS,
-        "next_core/storage.py",
-        "next_core/locking.py",
         "next_core/cycle",
         "backends/next_backends/trl",
         HISTORY,

@@ -13,20 +13,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from next_core.config import (
-    Choice,
-    RunConfig,
-    dump_yaml,
-    json_schema,
-    load_config,
-    make_config,
-    parse_assignments,
-    parse_yaml,
-)
-from next_core.cycle.guards import Guards
-from next_core.cycle.schedule import Schedule
+from next_core.config import dump_yaml, json_schema, load_config, make_config, parse_assignments
 from next_core.errors import ConfigError, PluginError
 from next_core.plugins import registry
+from next_core.run_config import Choice, Guards, RunConfig, Schedule
+from next_core.storage.yaml_files import parse_yaml
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -66,9 +57,9 @@ def load(folder: Path) -> Callable[..., RunConfig]:
 def test_what_is_not_given_has_its_default(load: Callable[..., RunConfig]) -> None:
     config = load()
     assert (config.predictor.name, config.backend.name, config.training.reward.name) == ("auto", "trl", "math-verify")
-    made_for = registry().get("predictor", "auto").made_for
-    assert config.schedule == Schedule(**made_for["schedule"])
-    assert config.guards == Guards(**made_for["guards"])
+    recommended = registry().get("predictor", "auto").recommended
+    assert config.schedule == Schedule(**recommended["schedule"])
+    assert config.guards == Guards(**recommended["guards"])
     assert load(predictor="secant").schedule == Schedule()
     assert config.training.lora is not None
     assert config.training.lora.rank == 8
@@ -152,7 +143,7 @@ def test_a_value_of_the_wrong_kind_or_range_is_named_with_what_was_given(
 def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         make_config({"training": {"model": "base", "data": {}}}, base=folder)
-    assert str(caught.value).splitlines() == [
+    assert caught.value.message.splitlines() == [
         "config.steps: Field required",
         "config.training.data.train: Field required",
     ]

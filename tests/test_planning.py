@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from next_core import planning
-from next_core.cli.plan import show_plan
-from next_core.config import RunConfig, make_config
+from next_core.checkpoints import open_checkpoints
+from next_core.cli.plan_command import show_plan
+from next_core.config import make_config
 from next_core.errors import ConfigError
-from next_core.history import History
-from next_core.interfaces import Parameter, Work
+from next_core.history.history import History
 from next_core.plugins import make_applier, make_predictor, registry
-from next_core.sources.opening import open_checkpoints
+from next_core.predictor import Work
+from next_core.run_config import RunConfig
+from next_core.types import Parameter
 from tests.conftest import STEPS, LoraRun
 from tests.cycle.descent import Descent
-from tests.test_history import Counting
+from tests.history.test_history import Counting
 
 SPACES = {"factors": 0, "merged": 1}
 

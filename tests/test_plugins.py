@@ -18,13 +18,13 @@ from pydantic import Field
 from next_core import plugins
 from next_core.errors import ConfigError, PluginError
 from next_core.hookspecs import Register, hookimpl
-from next_core.interfaces import PluginConfig
-from next_core.per_matrix import Abstain, PerMatrixPredictor
 from next_core.plugins import Registry
+from next_core.predictor import Abstain, PerMatrixPredictor
+from next_core.settings import Settings
 
 PREDICTOR = """
 from next_core.hookspecs import hookimpl
-from next_core.per_matrix import Abstain, PerMatrixPredictor
+from next_core.predictor import Abstain, PerMatrixPredictor
 
 class Mine(PerMatrixPredictor):
     name = "{name}"
@@ -40,7 +40,7 @@ def register_predictors(register):
 HOOK = "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(register):\n"
 
 
-class GreedyConfig(PluginConfig):
+class GreedyConfig(Settings):
     window: int = Field(3, ge=1)
 
 
@@ -157,13 +157,13 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_the_list_and_who_provi
             "unknown hook 'register_predictor'",
         ),
         (
-            "from next_core.hookspecs import hookimpl\nfrom next_core.interfaces import TrajectoryPredictor\n"
+            "from next_core.hookspecs import hookimpl\nfrom next_core.predictor import TrajectoryPredictor\n"
             "class Half(TrajectoryPredictor):\n    name = 'half'\n"
             "@hookimpl\ndef register_predictors(register):\n    register(Half)",
             "TypeError: Half leaves abstract: fit, predict",
         ),
         (
-            "from next_core.hookspecs import hookimpl\nfrom next_core.per_matrix import PerMatrixPredictor\n"
+            "from next_core.hookspecs import hookimpl\nfrom next_core.predictor import PerMatrixPredictor\n"
             "class Nameless(PerMatrixPredictor):\n    def predict_matrix(self, matrix, horizon): ...\n"
             "@hookimpl\ndef register_predictors(register):\n    register(Nameless)",
             "TypeError: Nameless has no name",

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from next_core.config import Choice
 from next_core.errors import BackendError, ConfigError, PluginError
 from next_core.rewards import MathVerifyConfig, MathVerifyReward, make_reward
+from next_core.run_config import Choice
 
 
 @pytest.fixture(scope="module")

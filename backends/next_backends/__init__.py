@@ -7,5 +7,5 @@ from next_core.hookspecs import Register, hookimpl
 
 @hookimpl
 def register_backends(register: Register) -> None:
-    register("next_backends.openrlhf.backend:OpenRlhfBackend", name="openrlhf")
-    register("next_backends.trl.backend:TrlBackend", name="trl")
+    register("next_backends.openrlhf.openrlhf_backend:OpenRlhfBackend", name="openrlhf")
+    register("next_backends.trl.trl_backend:TrlBackend", name="trl")

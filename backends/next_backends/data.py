@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_core.errors import ConfigError
-from next_core.plugins import describe
-from next_core.reading import read_text
+from next_core.errors import ConfigError, describe
+from next_core.storage.reading import read_text
 
 if TYPE_CHECKING:
-    from next_core.config import TrainingSettings
+    from next_core.run_config import TrainingSettings
 
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core.errors import BackendError, CheckpointError
-from next_core.json_lines import append_json_line
-from next_core.manifest import check_manifest
-from next_core.sources.files import read_json
+from next_core.sources.adapter_source import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
 from next_core.sources.metrics import METRICS
-from next_core.sources.peft_adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
-from next_core.storage import new_directory, remove_directory, sweep, write_text
+from next_core.sources.tensor_files import read_json
+from next_core.storage.atomic import new_directory, remove_directory, sweep, write_text
+from next_core.storage.json_lines import append_json_line
+from next_core.storage.manifest import check_manifest
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class HistoryFolder:
         """Folder and record of the jump that was made after ``step`` and stands."""
         return next((found for found in jump_folders(self.jumps) if found[1]["step"] == step), None)
 
-    def standing_adapters(self, step: int) -> list[str]:
+    def active_adapters(self, step: int) -> list[str]:
         """The names of the jump adapters that a trainer's checkpoint of ``step`` holds, in the order they were made."""
         return [
             record["adapter"]

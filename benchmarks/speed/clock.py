@@ -90,7 +90,7 @@ def apart(function: Callable[..., Any], *args: Any, fresh: bool = True) -> tuple
 def _work(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
-    import next_core.history
+    import next_core.history.history
     import next_core.plugins
 
     torch.set_num_threads(1)

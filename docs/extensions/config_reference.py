@@ -14,9 +14,9 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from next_core.comparison.config import CompareConfig
-from next_core.config import Choice, RunConfig
+from next_core.comparison.comparison_config import CompareConfig
 from next_core.plugins import KINDS, registry
+from next_core.run_config import Choice, RunConfig
 
 HEADINGS = {
     "predictor": "Predictors: the block `predictor`",
@@ -52,9 +52,9 @@ def plugins() -> str:
             origin = "" if entry.distribution == "next-core" else f" (of {entry.distribution} {entry.version})"
             parts += [f"### {kind}: {entry.name}{origin}", first_paragraph(cls)]
             parts += _model(cls.config_class, "", 4) if cls.config_class.model_fields else ["No fields."]
-            made_for = getattr(cls, "made_for", {})
-            if made_for:
-                parts.append(f"Made for, where the config says nothing: `{json.dumps(made_for)}`.")
+            recommended = getattr(cls, "recommended", {})
+            if recommended:
+                parts.append(f"Made for, where the config says nothing: `{json.dumps(recommended)}`.")
     return "\n\n".join(parts)
 
 

@@ -17,13 +17,13 @@ from docs.extensions import api_reference, cli_reference, config_reference
 
 BESIDE = {
     "next_core.plugins": ["Registry", "Entry"],
-    "next_core.executor": ["Executor"],
-    "next_core.cache": ["DeltaCache"],
-    "next_core.cycle.schedule": ["Schedule"],
-    "next_core.cycle.guards": ["Guards"],
+    "next_core.history.executor": ["Executor"],
+    "next_core.history.delta_cache": ["DeltaCache"],
+    "next_core.run_config": ["Schedule", "Guards"],
     "next_core.cycle.journal": ["Journal"],
 }
 """What the public names take and give."""
+INTERFACES = ["types", "settings", "interfaces", "backend"]
 DIAGNOSTICS = ["analyze", "Analysis", "Group", "Figure", "Null", "Series", "with_origin", "learning_rate_factor"]
 DIAGNOSTICS += ["LearningRate", "Precision"]
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>\.\.?/[^)#:\s]+)(#[^)\s]*)?\)")
@@ -35,8 +35,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit-codes": cli_reference.exit_codes,
     "api-next-core": lambda: api_reference.module("next_core"),
     "api-errors": lambda: api_reference.module("next_core.errors"),
-    "api-interfaces": lambda: api_reference.module("next_core.interfaces"),
-    "api-per-matrix": lambda: api_reference.module("next_core.per_matrix", ["PerMatrixPredictor", "CoefficientConfig"]),
+    "api-interfaces": lambda: "\n\n".join(api_reference.module(f"next_core.{name}") for name in INTERFACES),
+    "api-per-matrix": lambda: api_reference.module("next_core.predictor", ["PerMatrixPredictor", "CoefficientConfig"]),
     "api-parts": lambda: "\n\n".join(api_reference.module(name, only) for name, only in BESIDE.items()),
     "api-diagnostics": lambda: api_reference.module("next_core.diagnostics", DIAGNOSTICS),
     "api-testing": lambda: api_reference.module("next_core.testing"),

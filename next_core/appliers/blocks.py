@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.appliers.displacement import BLOCK, Blend, Resolved, merged
-from next_core.appliers.landed import Landed, Share
 from next_core.appliers.rounding import Rounder
+from next_core.appliers.rounding_loss import Landed, Share
+from next_core.appliers.weight_delta import BLOCK, Blend, Resolved, merged
 from next_core.errors import GuardError
-from next_core.lowrank import LowRank
-from next_core.row_blocks import row_blocks
+from next_core.mathematics.low_rank import LowRank
+from next_core.mathematics.row_blocks import row_blocks
 
 Rows = Callable[[slice], Tensor]
 _GEMM_BLOCK = 2**20
@@ -99,7 +99,7 @@ class _Scratch:
 
 
 def _rows_of(moved: Resolved | None, start: Start) -> Callable[[slice, Tensor], Tensor] | None:
-    """Rows of a displacement, given those of the weight it counts from."""
+    """Rows of a weight_delta, given those of the weight it counts from."""
     if moved is None:
         return None
     if isinstance(moved, Blend):

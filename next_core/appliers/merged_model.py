@@ -10,9 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from next_core.appliers.blocks import Start, extended_blocks
-from next_core.appliers.carried import CARD, copy_files, model_files
-from next_core.appliers.displacement import resolved, scaled
-from next_core.appliers.folder import (
+from next_core.appliers.copied_files import CARD, copy_files, model_files
+from next_core.appliers.folder_applier import (
     SMALL_FILES,
     FolderApplier,
     ReplacedFolder,
@@ -24,24 +23,26 @@ from next_core.appliers.folder import (
     record_texts,
     write_texts,
 )
-from next_core.appliers.landed import Landed
 from next_core.appliers.rounding import Rounder, Rounding
+from next_core.appliers.rounding_loss import Landed
 from next_core.appliers.stream import Entry, TensorWriter, read_entries
+from next_core.appliers.weight_delta import resolved, scaled
 from next_core.errors import CheckpointError, ConfigError
-from next_core.interfaces import CheckpointSource, PluginConfig, Prediction
-from next_core.manifest import INCOMPLETE
-from next_core.sources.files import STORED
+from next_core.interfaces import CheckpointSource, Prediction
+from next_core.settings import Settings
+from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
-from next_core.sources.peft_adapter import PeftAdapterSource
-from next_core.sources.ties import tied_names
-from next_core.storage import atomic_file, changing_in_place, enough_space, seal, sweep_siblings, write_text
+from next_core.sources.tensor_files import STORED
+from next_core.sources.tied_weights import tied_names
+from next_core.storage.atomic import atomic_file, changing_in_place, enough_space, seal, sweep_siblings, write_text
+from next_core.storage.manifest import INCOMPLETE
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 LIBRARY = "transformers"
 
 
-class MergedModelConfig(PluginConfig):
+class MergedModelConfig(Settings):
     backbone: Path | None = Field(None, description="The base model's folder; default: the one the run was opened with")
     rounding: Rounding = Field("nearest", description="How sums are rounded to bf16 or fp16; stochastic is unbiased")
     seed: int = Field(0, description="Of stochastic rounding")
@@ -170,7 +171,7 @@ class _Job:
                 for alpha, block in self._blocks(key, entry):
                     writers[alpha].write(block)
                 self._written += 1
-                self._applier.told("write model", self._written, len(self.backbone.shapes))
+                self._applier.report_progress("write model", self._written, len(self.backbone.shapes))
         return {alpha: writer.sha256 or "" for alpha, writer in writers.items()}
 
     def _blocks(self, key: str, entry: Entry) -> Iterator[tuple[float, Tensor]]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, NextCoreError
-from next_core.sources.files import STORED
+from next_core.sources.tensor_files import STORED
 
 _BUFFER = 4 * 2**20
 _DIRECT_FROM = 64 * 2**20

@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:  # of what a library wrote, or read
         from next_core.errors import StorageError
-        from next_core.storage import storage_error
+        from next_core.storage.atomic import storage_error
 
         print(storage_error(error.filename or "the disk", error), file=sys.stderr)
         sys.exit(StorageError.exit_code)

@@ -22,7 +22,7 @@ from next_core.cli.options import (
     NoCache,
     Predictor,
     Rank,
-    Run,
+    RunOptions,
     Set,
     SetApplier,
     SkipDamaged,
@@ -60,7 +60,7 @@ def run(
 
     A run that was ended early goes on from its last checkpoint by the same command.
     """
-    from next_core.cli.run import run_command
+    from next_core.cli.run_command import run_command
 
     run_command(config, out, overwrite=overwrite, strict=strict, dry_run=dry_run, as_json=json)
 
@@ -95,10 +95,10 @@ def extrapolate(
     json: Json = False,
 ) -> None:
     """Extrapolate checkpoints you already have, and write the predicted weights."""
-    from next_core.cli.extrapolate import extrapolate_command
+    from next_core.cli.extrapolate_command import extrapolate_command
 
     extrapolate_command(
-        Run(
+        RunOptions(
             checkpoints,
             backbone,
             layout,
@@ -157,10 +157,10 @@ def analyze(
     json: Json = False,
 ) -> None:
     """Measure how a run's weights move, each figure beside that of a random walk."""
-    from next_core.cli.analyze import analyze_command
+    from next_core.cli.analyze_command import analyze_command
 
     analyze_command(
-        Run(
+        RunOptions(
             checkpoints,
             backbone,
             layout,
@@ -219,10 +219,10 @@ def backtest(
     json: Json = False,
 ) -> None:
     """Judge predictors on a recorded run, walking forward, each beside random walks; train nothing."""
-    from next_core.cli.backtest import backtest_command
+    from next_core.cli.backtest_command import backtest_command
 
     backtest_command(
-        Run(
+        RunOptions(
             checkpoints,
             backbone,
             layout,
@@ -264,7 +264,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Race predictors against plain RL and its controls at equal budget, on a real trainer, the seeds paired."""
-    from next_core.cli.compare import compare_command
+    from next_core.cli.compare_command import compare_command
 
     compare_command(
         config,
@@ -298,11 +298,11 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a run or an extrapolation would read, compute and write, with memory, disk and time; do nothing."""
-    from next_core.cli.plan import plan_command
+    from next_core.cli.plan_command import plan_command
 
     plan_command(
         config,
-        Run(
+        RunOptions(
             checkpoints or [],
             backbone,
             layout,
@@ -336,7 +336,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one HTML page about a run or a comparison (extra `report`)."""
-    from next_core.cli.report import report_command
+    from next_core.cli.report_command import report_command
 
     report_command(
         folder,
@@ -354,7 +354,7 @@ def report(
 @app.command()
 def plugins(json: Json = False) -> None:
     """List every plug-in: kind, name, distribution, version, status."""
-    from next_core.cli.plugins import plugins_command
+    from next_core.cli.plugins_command import plugins_command
 
     plugins_command(as_json=json)
 
@@ -362,7 +362,7 @@ def plugins(json: Json = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the run config, with the fields of every installed plug-in."""
-    from next_core.cli.plugins import schema_command
+    from next_core.cli.plugins_command import schema_command
 
     schema_command()
 

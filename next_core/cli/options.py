@@ -11,8 +11,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from next_core.history import History
-    from next_core.interfaces import CheckpointSource, Progress
+    from next_core.history.history import History
+    from next_core.interfaces import CheckpointSource
+    from next_core.types import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output")]
 Set = Annotated[
@@ -51,7 +52,7 @@ Workers = Annotated[int, typer.Option(help="Processes at a time, one thread each
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """Recorded checkpoints, as the command line names them."""
 
     checkpoints: list[Path]
@@ -72,8 +73,8 @@ class Run:
 
     def source(self) -> CheckpointSource:
         """Open them. Raises ``CheckpointError`` for what is damaged, ``ConfigError`` for what contradicts."""
+        from next_core.checkpoints import open_checkpoints
         from next_core.errors import ConfigError
-        from next_core.sources.opening import open_checkpoints
 
         if self.no_cache and self.cache is not None:
             raise ConfigError("--cache and --no-cache contradict; leave one out")
@@ -93,11 +94,12 @@ class Run:
         """What predictors and diagnostics read of it."""
         from pydantic import ValidationError
 
-        from next_core.cache import DeltaCache, default_folder
         from next_core.errors import ConfigError
-        from next_core.executor import Executor
-        from next_core.history import History
-        from next_core.plugins import explain, make_compressor
+        from next_core.history.delta_cache import DeltaCache, default_folder
+        from next_core.history.executor import Executor
+        from next_core.history.history import History
+        from next_core.plugins import make_compressor, registry
+        from next_core.settings import explain
 
         try:
             executor = Executor.model_validate(
@@ -105,12 +107,13 @@ class Run:
             )
         except ValidationError as error:
             raise ConfigError(explain(error, "executor", Executor)) from None
-        cache = None if self.no_cache else DeltaCache(self.cache or default_folder())
+        version = registry().version("compressor", self.compressor) if self.compressor else ""
+        cache = None if self.no_cache else DeltaCache(self.cache or default_folder(), compressor_version=version)
         compressor = None if self.compressor is None else make_compressor(self.compressor)
         return History(source, rank, compressor, progress, spectrum=spectrum, executor=executor, cache=cache)
 
 
-def report(run: Run, source: CheckpointSource, console: Console) -> dict[str, Any]:
+def report(run: RunOptions, source: CheckpointSource, console: Console) -> dict[str, Any]:
     """Say what was found and what is odd about it; the same for ``--json``."""
     steps = source.steps
     span = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"

@@ -16,21 +16,23 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from next_core.comparison.config import Arm, CompareConfig
-from next_core.comparison.races import Plan, Race, Trunk, make_plan
-from next_core.comparison.results import Comparison, collect
-from next_core.config import RunConfig, dump_yaml, parse_yaml
+from next_core.comparison.comparison_config import Arm, CompareConfig
+from next_core.comparison.comparison_results import Comparison, collect
+from next_core.comparison.races import Race, RacePlan, Trunk, make_plan
+from next_core.config import dump_yaml
 from next_core.cycle.journal import JOURNAL, read_journal
-from next_core.cycle.result import RESULT
 from next_core.cycle.run import CONFIG, CURVE, RUNNING, run
+from next_core.cycle.run_result import RESULT
 from next_core.cycle.trainer import ERROR_LOG
-from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError
-from next_core.interfaces import Progress
-from next_core.json_lines import json_line, json_text
-from next_core.locking import locked
-from next_core.plugins import describe
-from next_core.reading import LARGE, parse_json, read_bytes, read_text
-from next_core.storage import move_directory, new_directory, remove_directory, sweep, write_text
+from next_core.diagnostics.learning_rate import run_advice
+from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError, describe
+from next_core.run_config import RunConfig
+from next_core.storage.atomic import move_directory, new_directory, remove_directory, sweep, write_text
+from next_core.storage.json_lines import json_line, json_text
+from next_core.storage.locking import locked
+from next_core.storage.reading import LARGE, parse_json, read_bytes, read_text
+from next_core.storage.yaml_files import parse_yaml
+from next_core.types import Progress
 
 COMPARISON = "comparison.json"
 """The resolved config of the last call; its presence tells a comparison's folder."""
@@ -40,7 +42,7 @@ LEFT = frozenset({CONFIG, RESULT, JOURNAL, ERROR_LOG, "metrics.jsonl"})
 WHAT = "races"
 
 
-def check_folder(out: Path, plan: Plan, overwrite: bool) -> None:
+def check_folder(out: Path, plan: RacePlan, overwrite: bool) -> None:
     """Whether ``out`` can be used. Raises ``ConfigError``; changes nothing.
 
     Arms, seeds and values can be added to a comparison, or taken away; a race that is there must be of the same config.
@@ -103,7 +105,7 @@ def compare(
     return found
 
 
-def _check_failures(failed: dict[str, str], plan: Plan, out: Path) -> None:
+def _check_failures(failed: dict[str, str], plan: RacePlan, out: Path) -> None:
     """Raise ``BackendError`` unless every arm has a variant that is complete."""
     lacking = {(race.arm, race.variant) for race in plan.races if not is_done(race, out)}
     run = {(race.arm, race.variant) for race in plan.races}
@@ -141,7 +143,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _execute(
-    plan: Plan, missing: list[Race], out: Path, workers: int, keep: bool, progress: Progress | None
+    plan: RacePlan, missing: list[Race], out: Path, workers: int, keep: bool, progress: Progress | None
 ) -> dict[str, str]:
     """All that is missing; the reasons of those that failed, by title."""
     lacking = {race.folder for race in missing}
@@ -225,7 +227,7 @@ def _begin_worker(workers: int, path: list[str], told: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from next_core.quiet import quiet_libraries
+    from next_core.process.quiet import quiet_libraries
 
     sys.path[:] = path  # where rewards lie
     quiet_libraries()
@@ -271,7 +273,7 @@ def run_trunk(trunk: Trunk, wanted: set[int], whole: bool, out: Path, keep: bool
             remove_directory(running)
         if before:
             _copy(_branch(place, before[-1]), running, config, before[-1])
-        run(config, running, progress=progress)
+        run(config, running, progress=progress, advise=run_advice)
         move_directory(running, _branch(place, stop))
     if whole and trunk.plain is not None:
         _keep_plain(trunk.plain, _branch(place, trunk.stops[-1]), out / trunk.plain.folder)
@@ -304,7 +306,7 @@ def _resumed(config: RunConfig, folder: Path, progress: Progress) -> bool:
     if config.save_every is None or not (folder / CONFIG).exists():
         return False
     try:
-        run(config, folder, progress=progress)
+        run(config, folder, progress=progress, advise=run_advice)
     except (CheckpointError, ConfigError):
         return False
     return True

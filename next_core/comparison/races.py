@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from next_core.comparison.config import LONGER, PLAIN, Arm, CompareConfig, Values
-from next_core.config import Choice, RunConfig
-from next_core.cycle.guards import Guards
-from next_core.cycle.schedule import Schedule
+from next_core.comparison.comparison_config import LONGER, PLAIN, Arm, CompareConfig, Values
 from next_core.plugins import registry
+from next_core.run_config import Choice, Guards, RunConfig, Schedule
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Trunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RacePlan:
     """Everything to run. ``alone`` are the races that begin at step 0."""
 
     trunks: tuple[Trunk, ...]
@@ -86,7 +84,7 @@ class Plan:
         return sum(race.config.steps for race in self.races) - self.steps
 
 
-def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> Plan:
+def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> RacePlan:
     """All races; with a constant learning rate the plain run is a part of the longer one, and is not run."""
     trunks: list[Trunk] = []
     alone: list[Race] = []
@@ -103,7 +101,7 @@ def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> Plan:
                 alone += group
             else:
                 trunks.append(_trunk(seed, number, plain, others))
-    return Plan(tuple(trunks), tuple(alone))
+    return RacePlan(tuple(trunks), tuple(alone))
 
 
 def cut_from_longer(arms: Sequence[Arm]) -> bool:

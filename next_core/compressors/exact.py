@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import Compressor, Span
-from next_core.lora_path import LoraPath
-from next_core.lowrank import Factors, LowRank, concatenate_batches, truncated_svd
+from next_core.interfaces import Compressor
+from next_core.mathematics.lora_trajectory import LoraTrajectory
+from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches, truncated_svd
+from next_core.types import Span
 
 
 class ExactCompressor(Compressor):
@@ -26,7 +27,9 @@ class ExactCompressor(Compressor):
             raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
         return concatenate_batches([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
 
-    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+    def compress_trajectory(
+        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+    ) -> Factors:
         return path.triplets(spans, rank, spectrum)
 
 

@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.interfaces import Compressor, PluginConfig, Span
-from next_core.lora_path import LoraPath
-from next_core.lowrank import Factors, LowRank, concatenate_batches
+from next_core.interfaces import Compressor
+from next_core.mathematics.lora_trajectory import LoraTrajectory
+from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches
+from next_core.settings import Settings
+from next_core.types import Span
 
 _ROWS = 256
 """Rows of A that A^T (A x) takes at a time: they are still in the cache for the second product."""
@@ -20,7 +22,7 @@ _SLACK = 10.0
 """The true residual may exceed the one that Lanczos reckons with by this much, which is fp32's rounding."""
 
 
-class LanczosConfig(PluginConfig):
+class LanczosConfig(Settings):
     tol: float = Field(
         1e-6,
         ge=1e-6,
@@ -46,7 +48,9 @@ class LanczosCompressor(Compressor):
             return ExactCompressor().compress(deltas, rank)
         return concatenate_batches([self._leading(delta, rank) for delta in dense])
 
-    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
+    def compress_trajectory(
+        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+    ) -> Factors:
         return path.triplets(spans, rank, spectrum)
 
     def _leading(self, delta: Tensor, rank: int) -> Factors:

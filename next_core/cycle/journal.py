@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError
-from next_core.json_lines import append_json_line, parse_json_line
-from next_core.plugins import describe
-from next_core.reading import LARGE, read_bytes
+from next_core.errors import CheckpointError, describe
+from next_core.storage.json_lines import append_json_line, parse_json_line
+from next_core.storage.reading import LARGE, read_bytes
 
 JOURNAL = "journal.jsonl"
 VERDICT = ("jump_step", "accepted", "reason", "accuracy")

@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from next_core.containment import TimeLimitReached, same_random_states, time_limit
+from next_core.backend import Backend
 from next_core.cycle.average import mean_of_last, windows
-from next_core.cycle.guards import Guards, jump_norm
 from next_core.cycle.journal import Journal
-from next_core.cycle.schedule import Schedule
-from next_core.diagnostics.learning_rate import run_advice
-from next_core.errors import CheckpointError, GuardError, NextCoreError
-from next_core.executor import Executor
-from next_core.history import History
-from next_core.interfaces import Applied, Backend, Compressor, Prediction, Progress, TrajectoryPredictor
-from next_core.plugins import describe
+from next_core.cycle.jump_norm import jump_norm
+from next_core.errors import CheckpointError, GuardError, NextCoreError, describe
+from next_core.history.executor import Executor
+from next_core.history.history import History
+from next_core.interfaces import Applied, Compressor, Prediction
+from next_core.predictor import TrajectoryPredictor
+from next_core.process.containment import TimeLimitReached, same_random_states, time_limit
+from next_core.run_config import Guards, Schedule
+from next_core.types import Progress
 
 Milestone = Callable[[str, int], None]
 
@@ -125,7 +126,7 @@ class PredictExtendCycle:
         before = jump["accuracy_before"]
         if before is None:
             return
-        applied = self.backend.standing(jump["step"])
+        applied = self.backend.active_jump(jump["step"])
         if applied is None:
             raise CheckpointError(
                 f"the jump after step {jump['step']} is still to be judged, and what it would be rolled back to was "
@@ -180,7 +181,9 @@ class PredictExtendCycle:
             self.milestone("before_jump", step)
         try:
             with self._timed("extend"):
-                applied = self.backend.extend(prediction, self.schedule.alpha, keep=self.guards.recovery is not None)
+                applied = self.backend.apply_jump(
+                    prediction, self.schedule.alpha, keep=self.guards.recovery is not None
+                )
         except Exception as error:  # and nothing was changed
             return self._refuse(step, facts, _reason("jump", error))
         after = self._probe(step, again=True)
@@ -205,7 +208,7 @@ class PredictExtendCycle:
         predictor.progress = self.progress
         facts["predictor"] = predictor.name
         history = History(self.backend.source(), self.rank, self.compressor, self.progress, executor=self.executor)
-        history.tried = self.journal.jumps()
+        history.jump_log = self.journal.jumps()
         if history.newest != step:
             raise _Refused(f"the newest checkpoint is of step {history.newest}")
         prediction = predictor.fit(history).predict(self.schedule.horizon)
@@ -223,20 +226,6 @@ class PredictExtendCycle:
                 f"max_norm_ratio is {bound:g}"
             )
         return prediction
-
-    def advise(self, step: int) -> str | None:
-        """What the run's own motion says of its learning rate, journalled; whole matrices would take long to read."""
-        source = self.backend.source()  # a checkpoint that could not be written is said here at the latest
-        if any(parameter.rank is None for parameter in source.parameters):
-            return None
-        try:
-            advice = run_advice(History(source), self.journal.jumps())
-        except Exception as error:  # the run itself is none the worse
-            self.journal.append("advice", step, problem=describe(error))
-            return None
-        if advice is not None:
-            self.journal.append("advice", step, text=advice)
-        return advice
 
     def _average(self, step: int, average: int) -> None:
         """At the end: the mean of the last checkpoints over the window that validates best, if it is better."""
@@ -267,7 +256,7 @@ class PredictExtendCycle:
 
     def _go_to_mean(self, window: int) -> Applied:
         with self._timed("extend"):
-            return self.backend.extend(mean_of_last(self.backend.source(), window), 1.0)
+            return self.backend.apply_jump(mean_of_last(self.backend.source(), window), 1.0)
 
     def _verify(self, pending: _Pending, step: int) -> None:
         """After the recovery window: keep the jump, or go back to the weights from before it."""

@@ -8,22 +8,25 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from next_core.config import RunConfig, dump_yaml
+from next_core.backend import Backend
+from next_core.config import dump_yaml
+from next_core.cycle.advice import Advise, journal_advice
 from next_core.cycle.clock import Stopwatch, TrainingClock
-from next_core.cycle.control import plain_run
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.cycle.result import RESULT, RunResult, read_result
+from next_core.cycle.plain_run import plain_run
+from next_core.cycle.run_result import RESULT, RunResult, read_result
 from next_core.cycle.signals import Signals
 from next_core.cycle.trainer import accuracies, closed_after_an_error, start_trainer, tell, trainer_errors
-from next_core.errors import ConfigError, Interrupted
-from next_core.interfaces import Backend, Progress
-from next_core.json_lines import json_text
-from next_core.locking import locked
-from next_core.machine import hardware, versions
-from next_core.plugins import describe
-from next_core.reading import read_text
-from next_core.storage import fresh_directory, recover, sweep, write_text
+from next_core.errors import ConfigError, Interrupted, describe
+from next_core.plugins import make_chosen
+from next_core.process.hardware import hardware, versions
+from next_core.run_config import RunConfig
+from next_core.storage.atomic import fresh_directory, recover, sweep, write_text
+from next_core.storage.json_lines import json_text
+from next_core.storage.locking import locked
+from next_core.storage.reading import read_text
+from next_core.types import Progress
 
 CONFIG = "config.yaml"
 RUNNING = "RL with jumps"
@@ -69,6 +72,7 @@ def run(
     strict: bool = False,
     progress: Progress | None = None,
     signals: Signals | None = None,
+    advise: Advise | None = None,
 ) -> RunResult:
     """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``.
 
@@ -83,7 +87,7 @@ def run(
         if begun and (out / RESULT).exists():
             result = read_result(out)
         else:
-            result = _trained(config, out, begun, strict, progress, signals or Signals())
+            result = _trained(config, out, begun, strict, progress, signals or Signals(), advise)
         if config.control == "plain" and result.control is None:
             started = time.perf_counter()
             result.control = plain_run(config, out / "control", progress)
@@ -93,7 +97,13 @@ def run(
 
 
 def _trained(
-    config: RunConfig, out: Path, begun: bool, strict: bool, progress: Progress | None, signals: Signals
+    config: RunConfig,
+    out: Path,
+    begun: bool,
+    strict: bool,
+    progress: Progress | None,
+    signals: Signals,
+    advise: Advise | None,
 ) -> RunResult:
     """The run itself, from its start or from the last checkpoint that is whole; its result is on disk at the end."""
     started = time.perf_counter()
@@ -101,7 +111,7 @@ def _trained(
     with closed_after_an_error(backend):
         start_trainer(backend, out, progress)
         setup = time.perf_counter() - started
-        result = _with_jumps(backend, config, out, start or None, strict, progress, signals)
+        result = _with_jumps(backend, config, out, start or None, strict, progress, signals, advise)
     result.seconds |= {"setup": setup, "total": time.perf_counter() - started}
     write_text(out / RESULT, json_text(result.as_dict()) + "\n")  # what follows may still fail
     with trainer_errors(out):
@@ -113,7 +123,7 @@ def _trained(
 
 def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
     """A backend that is ready, and the step to go on from."""
-    backend: Backend = config.backend.make("backend")
+    backend: Backend = make_chosen("backend", config.backend)
     if begun:
         with closed_after_an_error(backend), trainer_errors(out):
             start = backend.prepare(config, out, True)
@@ -125,7 +135,7 @@ def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
                     "no save_every; pass --overwrite to start again, or choose another --out"
                 )
             backend.close()  # killed before anything was saved
-        backend = config.backend.make("backend")
+        backend = make_chosen("backend", config.backend)
     # Ended before its folder goes: until then it may write there.
     with fresh_directory(out, CONFIG), closed_after_an_error(backend):
         write_text(out / CONFIG, dump_yaml(config))
@@ -142,6 +152,7 @@ def _with_jumps(
     strict: bool,
     progress: Progress | None,
     signals: Signals,
+    advise: Advise | None,
 ) -> RunResult:
     """The cycle on a backend that is prepared, measured at its milestones."""
     accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
@@ -162,13 +173,13 @@ def _with_jumps(
 
     cycle = PredictExtendCycle(
         backend,
-        lambda: config.predictor.make("predictor"),
+        lambda: make_chosen("predictor", config.predictor),
         config.schedule,
         config.guards,
         config.steps,
         journal,
         rank=config.rank,
-        compressor=None if config.compressor is None else config.compressor.make("compressor"),
+        compressor=None if config.compressor is None else make_chosen("compressor", config.compressor),
         executor=config.executor,
         strict=strict,
         progress=progress,
@@ -199,7 +210,7 @@ def _with_jumps(
         measure(CURVE, config.steps)
     if "final" not in said:
         measure("final", config.steps)
-    advice = said["advice"].get("text") if "advice" in said else cycle.advise(config.steps)
+    advice = said["advice"].get("text") if "advice" in said else journal_advice(advise, backend, journal, config.steps)
     if "end" not in said:
         journal.append("end", config.steps)
     # A resumed run finds in the journal what it measured before.

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from next_core.errors import BackendError, NextCoreError, StorageError
-from next_core.interfaces import Backend, Progress
-from next_core.plugins import describe
-from next_core.storage import is_full
+from next_core.backend import Backend
+from next_core.errors import BackendError, NextCoreError, StorageError, describe
+from next_core.storage.atomic import is_full
+from next_core.types import Progress
 
 ERROR_LOG = "error.log"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from next_core.diagnostics.results import Analysis, Figure, Group, LearningRate, Null, number
+from next_core.diagnostics.analysis_results import Analysis, Figure, Group, LearningRate, Null, number
 
 RANK_ONE = 0.9
 """From this share of the energy on, one singular triplet tells nearly all of a delta."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics.advice import advice
+from next_core.diagnostics.analysis_results import FIGURES, Analysis, Figure, Group, Null, Series
 from next_core.diagnostics.figures import (
     FEWEST_DRAWS,
     OUT_OF_SAMPLE,
@@ -23,11 +24,10 @@ from next_core.diagnostics.figures import (
 )
 from next_core.diagnostics.learning_rate import judge
 from next_core.diagnostics.nulls import Band, band
-from next_core.diagnostics.results import FIGURES, Analysis, Figure, Group, Null, Series
-from next_core.diagnostics.rounding import read_precision
+from next_core.diagnostics.stored_precision import read_precision
 from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured_steps, origin, read_trajectory
 from next_core.errors import ConfigError
-from next_core.history import History
+from next_core.history.history import History
 
 LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 SHARES = frozenset(name for name in FIGURES if name.startswith(("energy", "squared", "cosine_u", "cosine_v")))
@@ -77,7 +77,7 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
         missing=_missing(trajectory, raw, agreements, chosen),
-        learning_rate=judge(agreements, history.tried),
+        learning_rate=judge(agreements, history.jump_log),
         notes=tuple(history.source.notes),
         precision=read_precision(history),
     )

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from next_core.diagnostics.backtest_cut import Coordinates, CutHistory, Shared
 from next_core.diagnostics.backtest_geometry import Asked, Grams, MeasureMotion, MeasurePredictions
+from next_core.diagnostics.backtest_inputs import BacktestInputs, make_setting
 from next_core.diagnostics.backtest_results import Backtest, Failure, Judged, Score, WalkNull, skill_interval
-from next_core.diagnostics.backtest_setting import Setting, make_setting
 from next_core.errors import PluginError
-from next_core.executor import Executor, Task
-from next_core.history import DeltaKind, History, Result
-from next_core.interfaces import CheckpointSource, Prediction, Progress, TrajectoryPredictor
+from next_core.history.executor import Executor, Task
+from next_core.history.history import DeltaKind, History, Result
+from next_core.interfaces import CheckpointSource, Prediction
 from next_core.plugins import registry
+from next_core.predictor import TrajectoryPredictor
+from next_core.types import Progress
 
 BASELINES = ("stay", "random", "ridge")
 """Always there: no jump, a jump in a random direction, the linear control."""
@@ -43,7 +45,7 @@ def backtest(
     alpha 1, with its own confidences. ``predictors`` are registered names, or names with fields; None takes those that
     treat each matrix alone. A ``History`` brings its rank, compressor, cache and executor. ``horizon`` None is
     ``default_horizon``'s; ``cuts`` limits the cuts to so many, evenly spaced back from the last. ``draws`` random walks
-    (``next_core.sources.past.Signs``) give each figure its null; 0 is none.
+    (``next_core.sources.replay.Signs``) give each figure its null; 0 is none.
 
     A predictor that raises or answers nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
     predictor, ``ConfigError`` for its fields or a horizon that no two checkpoints span, ``CheckpointError`` for what
@@ -85,7 +87,7 @@ def _choose(predictors: Sequence[str] | Chosen | None) -> tuple[Chosen, list[str
 class _Replay:
     """One backtest at work; what predictors said is kept until all of one matrix is measured at once."""
 
-    def __init__(self, whole: History, setting: Setting, chosen: Chosen, progress: Progress | None) -> None:
+    def __init__(self, whole: History, setting: BacktestInputs, chosen: Chosen, progress: Progress | None) -> None:
         self.whole, self.setting, self.chosen, self.progress = whole, setting, chosen, progress
         self.names = tuple(sorted(whole.shapes))
         self.seconds: dict[str, float] = defaultdict(float)
@@ -235,5 +237,5 @@ def _skill(judged: Judged) -> float:
 def _prepare(history: History, predictor: TrajectoryPredictor, horizon: int) -> None:
     """Decompose what a predictor says that it reads, for it is shared and not the predictor's to pay for."""
     kinds: list[DeltaKind] = [kind for kind in get_args(DeltaKind) if kind in predictor.requires]
-    if kinds and predictor.lacks(history.steps, horizon) is None:
+    if kinds and predictor.why_not(history.steps, horizon) is None:
         history.compress(*kinds, horizon=horizon)

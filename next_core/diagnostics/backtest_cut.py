@@ -9,15 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from next_core import lowrank
-from next_core.appliers.displacement import FactorStep, displacement
+from next_core.appliers.weight_delta import FactorStep, weight_delta
 from next_core.diagnostics.backtest_geometry import Asked, Grams, Pieces
-from next_core.diagnostics.backtest_setting import Setting
+from next_core.diagnostics.backtest_inputs import BacktestInputs
 from next_core.errors import CheckpointError, GuardError, PluginError
-from next_core.history import History
-from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction, Span
-from next_core.lowrank import Factors, LowRank
+from next_core.history.history import History
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors, Span
 
 Shared = dict[Span, dict[str, Factors]]
 """Decomposed deltas, which are the same for every cut that has seen them."""
@@ -31,7 +32,7 @@ class CutHistory(History):
     """
 
     def __init__(
-        self, whole: History, setting: Setting, draw: int, cut: int, grams: Mapping[str, Grams], shared: Shared
+        self, whole: History, setting: BacktestInputs, draw: int, cut: int, grams: Mapping[str, Grams], shared: Shared
     ) -> None:
         self._setting, self._draw, self._cut, self._all_grams, self._shared = setting, draw, cut, grams, shared
         super().__init__(
@@ -83,7 +84,7 @@ class Coordinates:
     (1, size) and B (size, 1), the sums of the parts of the factors.
     """
 
-    def __init__(self, setting: Setting, cut: int, kept: bool) -> None:
+    def __init__(self, setting: BacktestInputs, cut: int, kept: bool) -> None:
         self.cut, self.steps, course = cut, setting.seen(cut), setting.course
         ones = torch.ones(len(self.steps), len(self.steps), dtype=torch.float64).tril()
         weights = {step: {MATRIX: ones[i][None]} for i, step in enumerate(self.steps)}
@@ -121,7 +122,7 @@ class Coordinates:
         if not finite:
             raise GuardError(f"the prediction of '{name}' is not finite")
         in_factors = lora and isinstance(update, CoefficientUpdate) and update.space == "factors"
-        moved = displacement(
+        moved = weight_delta(
             replace(
                 prediction,
                 source=self.factors if in_factors else self.along,

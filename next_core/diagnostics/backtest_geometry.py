@@ -1,7 +1,7 @@
 """Inner products of a run's motion and of predictions, from what one pass over each matrix leaves.
 
 A LoRA delta, and a prediction in factor space, is a sum of products s sum_ab c_ab B_a A_b over the parts of the factors
-(``next_core.sources.past``). All inner products of such sums need only the r x r blocks B_a^T B_b and A_a A_b^T,
+(``next_core.sources.replay``). All inner products of such sums need only the r x r blocks B_a^T B_b and A_a A_b^T,
 which are the same for every cut, predictor and choice of signs.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from next_core import lowrank
-from next_core.diagnostics.backtest_setting import Setting
+from next_core.diagnostics.backtest_inputs import BacktestInputs
 from next_core.errors import CheckpointError
-from next_core.lowrank import LowRank
-from next_core.matrix_tasks import BLOCK_BYTES, InnerProducts
-from next_core.row_blocks import row_blocks
-from next_core.sources.past import Parts, read_parts
+from next_core.history.matrix_tasks import BLOCK_BYTES, InnerProducts
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import LowRank
+from next_core.mathematics.row_blocks import row_blocks
+from next_core.sources.replay import Parts, read_parts
 
 Pieces = tuple[Tensor, Tensor]
 """X and Y, (p, size): the matrix s sum_p (sum_a X_pa B_a)(sum_b Y_pb A_b)."""
@@ -34,7 +34,7 @@ class Grams:
     whether the LoRA factors that RL began with can be read.
     """
 
-    setting: Setting
+    setting: BacktestInputs
     moved: tuple[bool, ...]
     whole: Tensor | None = None
     each: tuple[Tensor, ...] = ()
@@ -52,7 +52,7 @@ class Grams:
 class MeasureMotion:
     """Task: the ``Grams`` of one matrix. Raises ``CheckpointError`` for what is not finite."""
 
-    setting: Setting
+    setting: BacktestInputs
 
     def __call__(self, name: str) -> Grams:
         setting = self.setting
@@ -90,7 +90,7 @@ class MeasureMotion:
         return Grams(setting, tuple(moved), None, tuple(each), parts.kept)
 
 
-def _of_steps(setting: Setting, draw: int, name: str) -> Tensor:
+def _of_steps(setting: BacktestInputs, draw: int, name: str) -> Tensor:
     """The sign of each observed step's increment, (N,)."""
     signs = setting.signs(draw)
     found = torch.ones(len(setting.steps), dtype=torch.float64)
@@ -99,7 +99,7 @@ def _of_steps(setting: Setting, draw: int, name: str) -> Tensor:
     return found
 
 
-def increment_pieces(setting: Setting, parts: Parts, until: int) -> list[Pieces]:
+def increment_pieces(setting: BacktestInputs, parts: Parts, until: int) -> list[Pieces]:
     """The increments up to a step, as they looked when it was reached."""
     course = setting.course
     found = []
@@ -114,7 +114,7 @@ def increment_pieces(setting: Setting, parts: Parts, until: int) -> list[Pieces]
     return found
 
 
-def motion_pieces(setting: Setting, cut: int) -> Pieces:
+def motion_pieces(setting: BacktestInputs, cut: int) -> Pieces:
     """W_{t+h} - W_t, as it looked when t + h was reached: what RL did, and not the jumps in between."""
     course, end = setting.course, cut + setting.horizon
     return difference(course.at(end, end), course.at(cut, end))
@@ -190,7 +190,7 @@ class Asked:
 class MeasurePredictions:
     """Task: <P, P> and <P, D> of some predictions of one matrix, D the motion that followed; (K, 2), fp64."""
 
-    setting: Setting
+    setting: BacktestInputs
     grams: dict[str, Grams]
     asked: dict[str, list[Asked]]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics.trajectory import measured_steps
-from next_core.history import DeltaKind, History
-from next_core.lowrank import Factors
+from next_core.history.history import DeltaKind, History
+from next_core.mathematics.low_rank import Factors
 
 KINDS: tuple[DeltaKind, ...] = ("global", "local")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from next_core.diagnostics.energy import triplet_figures
 from next_core.diagnostics.trajectory import measured_steps
 from next_core.errors import CheckpointError
-from next_core.history import History
-from next_core.interfaces import LoraFactors
-from next_core.lowrank import lora_difference, truncated_svd
+from next_core.history.history import History
+from next_core.mathematics.low_rank import lora_difference, truncated_svd
+from next_core.types import LoraFactors
 
 LORA_DRAWS = 8
 """Walks of factors per class of matrices (one shape, one rank): the figures vary little between them."""

@@ -14,7 +14,7 @@ from next_core.diagnostics.energy import energy_over_time
 from next_core.diagnostics.energy_nulls import energy_nulls
 from next_core.diagnostics.nulls import dimensions, isotropic_walks
 from next_core.diagnostics.trajectory import Grid, Trajectory, measured_steps, read_motions
-from next_core.history import History
+from next_core.history.history import History
 
 CHUNK_BYTES = 32 * 2**20
 """Gram matrices that are drawn at a time take at most this much."""
@@ -112,9 +112,9 @@ def gram_figures(
         at = grid.horizons.index(horizon)
         scalars |= {name: value[..., at] for name, value in forward.items()}
     if len(grid.lags) >= 2:
-        displacement = motion.mean_squared_displacement(grams, grid)
-        scalars["msd_exponent"] = motion.displacement_exponent(displacement, grid)
-        series["msd"] = linearity.share(displacement, displacement[..., :1])
+        weight_delta = motion.mean_squared_displacement(grams, grid)
+        scalars["msd_exponent"] = motion.displacement_exponent(weight_delta, grid)
+        series["msd"] = linearity.share(weight_delta, weight_delta[..., :1])
     return scalars, series
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from next_core.diagnostics.advice import learning_rate_advice
+from next_core.diagnostics.analysis_results import LearningRate, Null
 from next_core.diagnostics.figures import Agreements, measure_agreements, median, quantile
 from next_core.diagnostics.nulls import band
-from next_core.diagnostics.results import LearningRate, Null
-from next_core.history import History
+from next_core.history.history import History
+from next_core.interfaces import CheckpointSource
 
 BALANCED = 0.1
 """lambda up to which a constant learning rate is large enough: about that of the best one on the arithmetic task."""
@@ -32,9 +33,14 @@ def learning_rate_factor(
     return judge(measure_agreements(history, draws, seed), jumps)
 
 
-def run_advice(history: History, jumps: Sequence[Mapping[str, Any]]) -> str | None:
-    """One sentence at the end of a run whose learning rate was too small; None where it does not look so."""
-    return learning_rate_advice(learning_rate_factor(history, jumps))
+def run_advice(source: CheckpointSource, jumps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return one sentence when a run's learning rate was too small; None when it was not, or for full parameters.
+
+    Reading whole matrices at the end of a full-parameter run would take long.
+    """
+    if any(parameter.rank is None for parameter in source.parameters):
+        return None
+    return learning_rate_advice(learning_rate_factor(History(source), jumps))
 
 
 def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:

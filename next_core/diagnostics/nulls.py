@@ -9,8 +9,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from next_core.history import History
-from next_core.interfaces import LoraFactors
+from next_core.history.history import History
+from next_core.types import LoraFactors
 
 FEW_DRAWS = 40
 """Below this many draws, quantiles say little and the interval is Student's prediction interval."""

@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from next_core.agreement import agreement, comparable_span, motion_grams
 from next_core.errors import CheckpointError
-from next_core.history import History
-from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, Span
-from next_core.lowrank import LowRank
+from next_core.history.history import History
+from next_core.history.motion_grams import motion_grams
+from next_core.interfaces import CheckpointSource
+from next_core.mathematics.agreement import agreement, comparable_span
+from next_core.mathematics.low_rank import LowRank
+from next_core.types import LoraFactors, Parameter, Span
 
 MOST_HORIZONS = 32
 """Lags and horizons looked at; of more distinct ones (uneven spacing, many checkpoints) an even choice is taken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from next_core.drawing import Drawing
+from next_core.diagnostics.drawing import Drawing
 from next_core.report.compare_pictures import Over, draw_curves, draw_differences, draw_multiples
 from next_core.report.compare_summary import above, summary, tiles, value, with_span
 from next_core.report.inputs import Comparison, Interval, Jump
@@ -120,7 +120,7 @@ def _curves(comparison: Comparison, over: Over) -> Single:
     if isinstance(drawn, str):
         return Missing(f"Accuracy over {what}", drawn)
     band = ", with 95% bands" if len(comparison.seeds) > 1 else ""
-    jumping = over == "steps" and any(arm.tried for arm in comparison.arms.values())
+    jumping = over == "steps" and any(arm.jump_log for arm in comparison.arms.values())
     ticks = " Ticks below: jumps that were made, in any seed; crosses: refused in all." if jumping else ""
     known = ((name, value(arm, comparison)) for name, arm in comparison.arms.items())
     ends = "; ".join(f"{name} {figure(end.mean)}" for name, end in known if end is not None)
@@ -212,7 +212,7 @@ def _jumps(comparison: Comparison) -> list[Block]:
     rows: list[list[Cell | str]] = []
     refusals: list[list[Cell | str]] = []
     for name, arm in comparison.arms.items():
-        tried = arm.tried
+        tried = arm.jump_log
         if not tried:
             continue
         made = [jump for jump in tried if jump.accepted]
@@ -232,12 +232,14 @@ def _jumps(comparison: Comparison) -> list[Block]:
     headings = ["arm", "tried", "made", "refused", "made at steps", "mean norm"]
     note = "Norm: of a jump, over that of the motion just before."
     blocks: list[Single] = [Table("Jumps of all seeds", headings, rows, words=["arm"], notes=[note])]
-    runs = {name: list(arm.jumps.values()) for name, arm in comparison.arms.items() if _has_multiples(arm.tried)}
+    runs = {name: list(arm.jumps.values()) for name, arm in comparison.arms.items() if _has_multiples(arm.jump_log)}
     if runs:
         drawn = draw_multiples(runs)
         if isinstance(drawn, Drawing):
             caption = "Multiple of the observed motion that a jump aims at; a line for each seed. 1 is no jump."
-            most = max(jump.diagnostics.get("multiple") or 0 for arm in comparison.arms.values() for jump in arm.tried)
+            most = max(
+                jump.diagnostics.get("multiple") or 0 for arm in comparison.arms.values() for jump in arm.jump_log
+            )
             told = f"Multiples over RL steps of {listed(list(runs))}, at most {figure(most, 1)}"
             blocks.append(Picture(drawn, caption, told))
     if not refusals:

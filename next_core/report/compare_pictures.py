@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from next_core.drawing import BLUE, COLOURS, GREY, RED, WIDTH, Drawing, draw, label
+from next_core.diagnostics.drawing import BLUE, COLOURS, GREY, RED, WIDTH, Drawing, draw, label
 from next_core.report.inputs import Arm, Comparison, Curve, Jump, Line
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _curves(picture: Figure, comparison: Comparison, over: Over) -> str | None:
     if not known:
         return "no arm has accuracies along its way"
     every = looks(comparison.arms)
-    jumping = [name for name in known if comparison.arms[name].tried] if over == "steps" else []
+    jumping = [name for name in known if comparison.arms[name].jump_log] if over == "steps" else []
     rows = -(-len(known) // 2)
     rug = ROW * len(jumping) + 0.25 * bool(jumping)
     picture.set_size_inches(WIDTH, 3.4 + rug + 0.19 * rows + 0.25)
@@ -77,7 +77,7 @@ def _curves(picture: Figure, comparison: Comparison, over: Over) -> str | None:
     axis.set_axisbelow(True)
     if ticks is not None:
         for row, name in enumerate(jumping):
-            draw_rug(ticks, row, comparison.arms[name].tried, every[name].colour)
+            draw_rug(ticks, row, comparison.arms[name].jump_log, every[name].colour)
         ticks.set(ylim=(len(jumping) - 0.4, -0.6), yticks=[])
         ticks.spines["left"].set_visible(False)
         ticks.set_ylabel("jumps", rotation=0, ha="right", va="center", fontsize=8.5)

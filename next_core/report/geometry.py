@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from next_core.cache import DeltaCache
+from next_core.checkpoints import open_checkpoints
 from next_core.diagnostics import FIGURES, Analysis, analyze, with_origin
+from next_core.diagnostics.analysis_results import Figure
 from next_core.diagnostics.backtest import backtest
 from next_core.diagnostics.backtest_results import Backtest, Judged
+from next_core.diagnostics.drawing import Drawing
 from next_core.diagnostics.plots import draw_analysis
-from next_core.diagnostics.results import Figure
-from next_core.drawing import Drawing
 from next_core.errors import CheckpointError, ConfigError, NextCoreError
-from next_core.history import History
-from next_core.interfaces import Progress
+from next_core.history.delta_cache import DeltaCache
+from next_core.history.history import History
 from next_core.plugins import registry
 from next_core.report.inputs import Recorded
 from next_core.report.page import Block, Bullets, Cell, Columns, Missing, Picture, Section, Table, Text
 from next_core.report.run_pictures import draw_beside_nulls, draw_skills
 from next_core.report.words import NOTHING, counted, figure, signed
-from next_core.sources.opening import open_checkpoints
+from next_core.types import Progress
 
 CUTS = 12
 DRAWS = 5
@@ -33,14 +33,14 @@ CAPTIONS = {
     "energy-ratios": "Share of the first singular triplet in the motion of a matrix, over the run.",
     "skill": "Skill of a straight line: the share of the squared error of staying put that it removes. Below 0, a jump "
     "along it does harm.",
-    "displacement": "How far the weights get in a given number of steps: a random walk diffuses, a line goes on.",
+    "weight_delta": "How far the weights get in a given number of steps: a random walk diffuses, a line goes on.",
     "layers": "Layers by kinds of matrices.",
     "figures": "Each figure beside what a random walk with the same step lengths has.",
 }
 
 
 @dataclass(frozen=True)
-class Settings:
+class GeometryOptions:
     """What of the geometry is wanted: ``wanted`` false leaves it out."""
 
     wanted: bool = True
@@ -49,13 +49,13 @@ class Settings:
     cache: DeltaCache | None = None
 
 
-def check_predictor(settings: Settings) -> None:
+def check_predictor(settings: GeometryOptions) -> None:
     """Raise ``PluginError`` for a predictor that is unknown, before the work."""
     if settings.wanted:
         registry().make_config("predictor", settings.predictor, {})
 
 
-def geometry_sections(recorded: Recorded, settings: Settings, progress: Progress | None) -> list[Section]:
+def geometry_sections(recorded: Recorded, settings: GeometryOptions, progress: Progress | None) -> list[Section]:
     """Figures beside random walks, and a predictor's skill by layer."""
     if not settings.wanted:
         return [Section("geometry", TITLES["geometry"], [Missing("Geometry", "left out, as --no-geometry asks")])]
@@ -66,7 +66,7 @@ def geometry_sections(recorded: Recorded, settings: Settings, progress: Progress
         source = with_origin(open_checkpoints(recorded.checkpoints, settings.backbone or recorded.backbone))
         full = all(parameter.rank is not None for parameter in source.parameters)
         history = History(source, 1, None, progress, spectrum=full, cache=settings.cache)
-        history.tried = recorded.records
+        history.jump_log = recorded.records
         analysis = analyze(history)
     except (CheckpointError, ConfigError) as error:
         return [Section("geometry", TITLES["geometry"], [Missing("Geometry", str(error))])]
@@ -119,7 +119,7 @@ def _described(name: str, analysis: Analysis) -> str:
     told = {
         "energy-ratios": ("squared_energy_ratio_global", "squared_energy_ratio_local"),
         "skill": ("pinned_skill", "line_skill"),
-        "displacement": ("msd_exponent",),
+        "weight_delta": ("msd_exponent",),
         "layers": ("squared_energy_ratio_global", "cosine_local"),
         "figures": ("c1_r2", "squared_energy_ratio_global", "cosine_local"),
     }[name]

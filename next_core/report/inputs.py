@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from next_core.comparison.execution import COMPARE
-from next_core.config import MAX_YAML, parse_yaml
 from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
-from next_core.cycle.result import RESULT
 from next_core.cycle.run import CONFIG, CURVE
+from next_core.cycle.run_result import RESULT
 from next_core.errors import CheckpointError, ConfigError
-from next_core.plugins import explain
-from next_core.reading import LARGE, parse_json, read_bytes
+from next_core.settings import explain
 from next_core.sources.metrics import METRICS, by_step, read_log
+from next_core.storage.reading import LARGE, parse_json, read_bytes
+from next_core.storage.yaml_files import MAX_YAML, parse_yaml
 
 CHECKPOINTS = "checkpoints"
 MOST_PROBLEMS = 3
@@ -114,7 +114,7 @@ class Arm(Part):
     jumps: dict[str, list[Jump]] = {}
 
     @property
-    def tried(self) -> list[Jump]:
+    def jump_log(self) -> list[Jump]:
         """The jumps of all seeds."""
         return [jump for jumps in self.jumps.values() for jump in jumps]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
-from next_core.drawing import Drawing
+from next_core.diagnostics.drawing import Drawing
 from next_core.errors import PluginError
 
 if TYPE_CHECKING:

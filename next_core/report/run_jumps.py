@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from next_core.drawing import Drawing
+from next_core.diagnostics.drawing import Drawing
 from next_core.report.compare_pictures import draw_multiples
 from next_core.report.inputs import Jump, Recorded
 from next_core.report.page import Block, Cell, Columns, Missing, Picture, Single, Table, Text

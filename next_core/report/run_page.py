@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from next_core.drawing import Drawing
-from next_core.interfaces import Progress
+from next_core.diagnostics.drawing import Drawing
 from next_core.report.compare_pictures import Over
-from next_core.report.geometry import Settings, geometry_sections
+from next_core.report.geometry import GeometryOptions, geometry_sections
 from next_core.report.inputs import Recorded, Result
 from next_core.report.page import (
     Block,
@@ -25,6 +24,7 @@ from next_core.report.page import (
 from next_core.report.run_jumps import jump_blocks
 from next_core.report.run_pictures import draw_progress, draw_reward
 from next_core.report.words import NOTHING, counted, figure, mean, seconds, whole
+from next_core.types import Progress
 
 PARTS = {
     "setup": "starting the trainer",
@@ -37,7 +37,7 @@ PARTS = {
 }
 
 
-def run_page(recorded: Recorded, title: str, settings: Settings, progress: Progress | None = None) -> Page:
+def run_page(recorded: Recorded, title: str, settings: GeometryOptions, progress: Progress | None = None) -> Page:
     """Everything that a run's folder says, for a colleague to read."""
     return Page(
         title=title,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from next_core.diagnostics import FIGURES, Analysis
 from next_core.diagnostics.backtest_results import Judged
+from next_core.diagnostics.drawing import BLUE, GREY, RED, WIDTH, Drawing, draw, label
 from next_core.diagnostics.plots import Panel, draw_layers
-from next_core.drawing import BLUE, GREY, RED, WIDTH, Drawing, draw, label
 from next_core.report.compare_pictures import INK, Over, draw_rug
 from next_core.report.inputs import Jump, Point, Recorded
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from next_core.drawing import check_drawing
+from next_core.diagnostics.drawing import check_drawing
 from next_core.errors import ConfigError
-from next_core.interfaces import Progress
 from next_core.report.compare_page import compare_page
-from next_core.report.geometry import Settings, check_predictor
+from next_core.report.geometry import GeometryOptions, check_predictor
 from next_core.report.inputs import Comparison, open_folder
 from next_core.report.page import check_html
 from next_core.report.run_page import run_page
-from next_core.storage import write_text
+from next_core.storage.atomic import write_text
+from next_core.types import Progress
 
 REPORT = Path("report") / "index.html"
 PAGES = (".html", ".htm")
@@ -46,7 +46,7 @@ def write_report(
     folder: Path,
     out: Path | None = None,
     figures: Path | None = None,
-    settings: Settings | None = None,
+    settings: GeometryOptions | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Write the page about a run's or a comparison's folder to ``out``, whole or not at all.
@@ -55,7 +55,7 @@ def write_report(
     Raises ``ConfigError`` for a folder that is neither and for an ``out`` that is no page, ``CheckpointError`` for a
     file that is damaged, ``PluginError`` without the extra ``report`` and for a predictor that is unknown.
     """
-    chosen = Settings() if settings is None else settings
+    chosen = GeometryOptions() if settings is None else settings
     page_file = folder / REPORT if out is None else out
     if page_file.is_dir() or page_file.suffix.lower() not in PAGES:
         raise ConfigError(f"{page_file} is not the name of a page; --out names a file that ends in .html")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import Parameter
-from next_core.sources.files import TensorFile, as_stamped, read_json, stamp
 from next_core.sources.layouts import ADAPTER_FILES
 from next_core.sources.pickles import open_tensors
+from next_core.sources.tensor_files import TensorFile, as_stamped, read_json, stamp
+from next_core.types import Parameter
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
-from next_core.manifest import check_contents
-from next_core.sources.files import TensorFile
+from next_core.sources.tensor_files import TensorFile
+from next_core.storage.manifest import check_contents
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 READER = "deepspeed.utils.zero_to_fp32"

@@ -10,13 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource, Parameter
+from next_core.interfaces import CheckpointSource
 from next_core.sources.deepspeed import reader
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, holds
 from next_core.sources.mismatch import mismatch
 from next_core.sources.run_folder import DiskSourceConfig, RunFolder
-from next_core.sources.ties import tied_names
+from next_core.sources.tied_weights import tied_names
+from next_core.types import Parameter
 
 
 class FullModelSourceConfig(DiskSourceConfig):

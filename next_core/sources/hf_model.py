@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.reading import LARGE
-from next_core.sources.files import Stamp, TensorFile, as_stamped, read_json, stamp
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.pickles import open_tensors
+from next_core.sources.tensor_files import Stamp, TensorFile, as_stamped, read_json, stamp
+from next_core.storage.reading import LARGE
 
 SINGLE, INDEX = MODEL_FILES
 PICKLE_SINGLE, PICKLE_INDEX = MODEL_PICKLES

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from next_core.errors import CheckpointError
-from next_core.sources.files import COMMIT, SNAPSHOTS, hub_repo
-from next_core.sources.names import NUMBER, shown
+from next_core.sources.checkpoint_names import NUMBER, shown
+from next_core.sources.tensor_files import COMMIT, SNAPSHOTS, hub_repo
 
 REFS = "refs"
 REVISIONS = "download each with revision= a branch or tag that ends in its step, such as step-100, or pass a list"

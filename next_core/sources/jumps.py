@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.manifest import MANIFEST, check_manifest
-from next_core.sources.cache import TensorCache
-from next_core.sources.files import SafetensorsFile, read_json
-from next_core.sources.names import MOST_STEPS
+from next_core.sources.checkpoint_names import MOST_STEPS
+from next_core.sources.tensor_cache import TensorCache
+from next_core.sources.tensor_files import SafetensorsFile, read_json
+from next_core.storage.manifest import MANIFEST, check_manifest
 
 CHECKPOINTS = "checkpoints"
 JUMPS = "jumps"

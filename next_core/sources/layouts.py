@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from next_core.errors import CheckpointError
-from next_core.manifest import INCOMPLETE, MANIFEST, check_manifest
 from next_core.sources import hub
-from next_core.sources.files import SNAPSHOTS
+from next_core.sources.checkpoint_names import MOST_STEPS, NUMBER, REMEDY, skeleton, steps_in_names
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
-from next_core.sources.names import MOST_STEPS, NUMBER, REMEDY, skeleton, steps_in_names
+from next_core.sources.tensor_files import SNAPSHOTS
+from next_core.storage.manifest import INCOMPLETE, MANIFEST, check_manifest
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project

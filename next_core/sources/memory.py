@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from next_core import lowrank
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource, LoraFactors, Parameter
-from next_core.lowrank import LowRank
+from next_core.interfaces import CheckpointSource
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import LowRank
 from next_core.sources.metrics import metrics_at
+from next_core.types import LoraFactors, Parameter
 
 
 class MemorySource(CheckpointSource):

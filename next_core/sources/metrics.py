@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from next_core.errors import CheckpointError
-from next_core.json_lines import parse_json_line
-from next_core.reading import LARGE, read_bytes
-from next_core.sources.files import read_json
+from next_core.sources.checkpoint_names import MOST_STEPS
 from next_core.sources.layouts import RUN_FOLDER
-from next_core.sources.names import MOST_STEPS
+from next_core.sources.tensor_files import read_json
+from next_core.storage.json_lines import parse_json_line
+from next_core.storage.reading import LARGE, read_bytes
 
 METRICS = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.sources.files import SafetensorsFile, TensorFile
+from next_core.sources.tensor_files import SafetensorsFile, TensorFile
 
 PICKLE = ".bin"
 

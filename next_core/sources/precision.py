@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource, Parameter
-from next_core.row_blocks import row_blocks
+from next_core.interfaces import CheckpointSource
+from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.full_model import FullModelSource
-from next_core.sources.ties import EMBEDDINGS, HEADS
+from next_core.sources.tied_weights import EMBEDDINGS, HEADS
+from next_core.types import Parameter
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 2**22

@@ -10,15 +10,15 @@ from typing import Generic, Protocol, TypeVar
 from pydantic import Field
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import PluginConfig
-from next_core.manifest import file_digest
+from next_core.settings import Settings
+from next_core.sources.checkpoint_names import missing_steps
 from next_core.sources.jumps import Shifts
 from next_core.sources.layouts import Found, check_complete, find_checkpoints
 from next_core.sources.metrics import metrics_at, read_metrics
-from next_core.sources.names import missing_steps
+from next_core.storage.manifest import file_digest
 
 
-class DiskSourceConfig(PluginConfig):
+class DiskSourceConfig(Settings):
     """The settings of a source that reads folders."""
 
     path: Path = Field(description="Folder that holds the folders of the steps")

@@ -17,16 +17,16 @@ The runs that the checks need are made here, from a seed (``lora_run``, ``dense_
 
 from __future__ import annotations
 
-from next_core.testing import predictor_invariance, source_files  # noqa: F401 - they register checks
-from next_core.testing.applier import ApplierCase, check_applier
-from next_core.testing.backend import check_backend
+from next_core.testing import predictor_invariance, source_file_checks  # noqa: F401 - they register checks
+from next_core.testing.applier_checks import ApplierCase, check_applier
 from next_core.testing.backend_case import BackendCase
-from next_core.testing.checks import Check, CheckError, ContractError, DoesNotApply, checks_of
-from next_core.testing.folders import write_base, write_lora_run, write_model_run
+from next_core.testing.backend_checks import check_backend
+from next_core.testing.check_runner import Check, CheckError, ContractError, DoesNotApply, checks_of
 from next_core.testing.parametrize import parametrize_with_checks
-from next_core.testing.predictor import check_predictor
-from next_core.testing.runs import SyntheticRun, dense_run, lora_run
-from next_core.testing.source import check_source
+from next_core.testing.predictor_checks import check_predictor
+from next_core.testing.source_checks import check_source
+from next_core.testing.synthetic_folders import write_base, write_lora_run, write_model_run
+from next_core.testing.synthetic_runs import SyntheticRun, dense_run, lora_run
 
 __all__ = [
     "ApplierCase",

@@ -12,19 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from next_core.config import RunConfig
-from next_core.interfaces import (
-    Applied,
-    Backend,
-    CheckpointSource,
-    CoefficientUpdate,
-    LowRankUpdate,
-    Prediction,
-    Update,
-)
-from next_core.lowrank import LowRank, dense
-from next_core.testing.checks import CheckError, ContractError, expect
-from next_core.testing.source import check_source
+from next_core.backend import Backend
+from next_core.interfaces import Applied, CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction, Update
+from next_core.mathematics.low_rank import LowRank, dense
+from next_core.run_config import RunConfig
+from next_core.testing.check_runner import CheckError, ContractError, expect
+from next_core.testing.source_checks import check_source
 
 Weights = dict[str, Tensor]
 
@@ -173,7 +166,7 @@ class Jump:
         before = stands(source, 2)
         between = {name: dense(source.delta(name, 2, 1)).double().clone() for name in names}
         wanted = {name: _wanted(prediction, name, 2.0) for name in names}
-        applied: object = self.backend.extend(prediction, 2.0)
+        applied: object = self.backend.apply_jump(prediction, 2.0)
         if not isinstance(applied, Applied):
             raise CheckError("extend answers with an Applied", type(applied).__name__)
         kinds = dict(zip(names, UPDATES, strict=False))

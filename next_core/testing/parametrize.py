@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from next_core.backend import Backend
 from next_core.errors import ConfigError
-from next_core.interfaces import Backend, CheckpointSource, Plugin, TrajectoryPredictor, WeightApplier
-from next_core.testing.checks import CheckedKind, checks_of, validated
+from next_core.interfaces import CheckpointSource, WeightApplier
+from next_core.predictor import TrajectoryPredictor
+from next_core.testing.check_runner import CheckedKind, checks_of, validated
+from next_core.types import Plugin
 
 if TYPE_CHECKING:
     import pytest

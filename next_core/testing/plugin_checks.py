@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from next_core.interfaces import Plugin, PluginConfig
-from next_core.testing.checks import CheckedKind, expect, register
+from next_core.settings import Settings
+from next_core.testing.check_runner import CheckedKind, expect, register
+from next_core.types import Plugin
 
 
 def register_common(kind: CheckedKind, as_case: Any) -> None:
@@ -39,7 +40,7 @@ def settings_survive_a_round_trip(case: Any) -> None:
     """Settings written out, as a run's config.yaml has them, are read back as they were."""
     config = case.plugin.config
     expect(isinstance(config, _class(case).config_class), "config is an instance of config_class", repr(config))
-    expect(issubclass(_class(case).config_class, PluginConfig), "config_class derives from PluginConfig", "it does not")
+    expect(issubclass(_class(case).config_class, Settings), "config_class derives from Settings", "it does not")
     for how, written in (
         ("model_dump()", config.model_dump()),
         ("model_dump(mode='json')", json.loads(json.dumps(config.model_dump(mode="json")))),
@@ -70,7 +71,7 @@ def settings_refuse_what_they_do_not_know(case: Any) -> None:
     else:
         expect(False, "an unknown key is refused (extra='forbid')", "the key 'no_such_setting' was accepted")
     finite = config.model_config.get("allow_inf_nan") is False
-    expect(finite, "model_config has allow_inf_nan=False, as PluginConfig has it", repr(config.model_config))
+    expect(finite, "model_config has allow_inf_nan=False, as Settings has it", repr(config.model_config))
 
 
 def settings_have_a_json_schema(case: Any) -> None:

@@ -10,22 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.appliers.displacement import displacements, merged
+from next_core.appliers.weight_delta import merged, weight_deltas
 from next_core.compressors.exact import ExactCompressor
-from next_core.cycle.schedule import Schedule
-from next_core.history import History
-from next_core.interfaces import (
-    CheckpointSource,
-    Compressor,
-    PluginConfig,
-    Prediction,
-    Span,
-    TrajectoryPredictor,
-)
-from next_core.lora_path import LoraPath
-from next_core.lowrank import Factors, LowRank, dense
-from next_core.testing.checks import CheckError, expect
-from next_core.testing.runs import SHAPES, SyntheticRun, dense_run, lora_run
+from next_core.history.history import History
+from next_core.interfaces import CheckpointSource, Compressor, Prediction
+from next_core.mathematics.lora_trajectory import LoraTrajectory
+from next_core.mathematics.low_rank import Factors, LowRank, dense
+from next_core.predictor import TrajectoryPredictor
+from next_core.run_config import Schedule
+from next_core.settings import Settings
+from next_core.testing.check_runner import CheckError, expect
+from next_core.testing.synthetic_runs import SHAPES, SyntheticRun, dense_run, lora_run
+from next_core.types import Span
 
 TOLERANCE = 1e-3
 """Relative error that rounding may come to where a run is only written differently: networks train in fp32."""
@@ -41,7 +37,7 @@ class PredictorCase:
     @functools.cached_property
     def schedule(self) -> Schedule:
         """Where the predictor says nothing, it is the engine's own."""
-        return Schedule.model_validate(dict(self.cls.made_for.get("schedule", {})))
+        return Schedule.model_validate(dict(self.cls.recommended.get("schedule", {})))
 
     @property
     def horizon(self) -> int:
@@ -54,7 +50,7 @@ class PredictorCase:
 
     def make(self, **changes: Any) -> TrajectoryPredictor:
         """A fresh one, with some settings changed."""
-        config: PluginConfig = self.plugin.config
+        config: Settings = self.plugin.config
         if changes:
             config = type(config).model_validate(config.model_dump() | changes)
         return self.cls(config)
@@ -103,7 +99,7 @@ def checked(prediction: Any) -> Prediction:
 
 def moved(prediction: Prediction) -> dict[str, Tensor]:
     """By how much each matrix moves at alpha 1, dense (m, n), confidence included; those that stay are left out."""
-    found = {name: dense(merged(by)).double() for name, by in displacements(prediction, 1.0)}
+    found = {name: dense(merged(by)).double() for name, by in weight_deltas(prediction, 1.0)}
     return {name: by for name, by in found.items() if bool(by.any())}
 
 
@@ -119,7 +115,7 @@ def expect_same(before: Prediction, after: Prediction, when: str, exactly: bool 
         if not (torch.equal(was, second[name]) if exactly else error <= TOLERANCE):
             wanted = "bit for bit" if exactly else f"to a relative error of {TOLERANCE:g}"
             raise CheckError(
-                f"the same displacement {when}, {wanted}", f"'{name}' differs by {error:.2g} of its length"
+                f"the same weight_delta {when}, {wanted}", f"'{name}' differs by {error:.2g} of its length"
             )
 
 
@@ -133,8 +129,10 @@ class TurnedSigns(ExactCompressor):
     def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
         return self._turned(super().compress(deltas, rank))
 
-    def compress_path(self, path: LoraPath, spans: Sequence[Span], rank: int, spectrum: bool = False) -> Factors:
-        return self._turned(super().compress_path(path, spans, rank, spectrum))
+    def compress_trajectory(
+        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+    ) -> Factors:
+        return self._turned(super().compress_trajectory(path, spans, rank, spectrum))
 
     def _turned(self, factors: Factors) -> Factors:
         return factors.flip(1 - 2 * torch.randint(0, 2, factors.S.shape, generator=self._random))

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.history import DeltaKind, History
-from next_core.interfaces import LoraFactors
-from next_core.testing.checks import expect, register
+from next_core.history.history import DeltaKind, History
+from next_core.testing.check_runner import expect, register
 from next_core.testing.predictor_case import (
     NAMES,
     PredictorCase,
@@ -24,7 +23,8 @@ from next_core.testing.predictor_case import (
     predict,
     unchanged,
 )
-from next_core.testing.runs import RANK, Weight
+from next_core.testing.synthetic_runs import RANK, Weight
+from next_core.types import LoraFactors
 
 check = register("predictor", PredictorCase)
 

@@ -9,7 +9,7 @@ from next_core.hookspecs import Register, hookimpl
 def register_predictors(register: Register) -> None:
     register("next_predictors.auto:AutoPredictor", name="auto")
     register("next_predictors.stay:StayPredictor", name="stay")
-    register("next_predictors.random:RandomPredictor", name="random")
+    register("next_predictors.random_direction:RandomPredictor", name="random")
     register("next_predictors.secant:SecantPredictor", name="secant")
     register("next_predictors.rl_extra:RlExtraPredictor", name="rl-extra")
     register("next_predictors.alpharl:AlphaRlPredictor", name="alpharl")

@@ -12,10 +12,12 @@ import torch
 from pydantic import Field, model_validator
 from sklearn.cross_decomposition import PLSRegression
 
-from next_core.history import MatrixHistory
-from next_core.interfaces import Anchor, LowRankUpdate, PluginConfig
-from next_core.lowrank import LowRank
-from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
+from next_core.history.history import MatrixHistory
+from next_core.interfaces import LowRankUpdate
+from next_core.mathematics.low_rank import LowRank
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.settings import Settings
+from next_core.types import Anchor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 STILL = 1e-7
@@ -23,7 +25,7 @@ STILL = 1e-7
 blow up to the size of the others: it keeps its mean."""
 
 
-class AlphaRlConfig(PluginConfig):
+class AlphaRlConfig(Settings):
     """Settings of AlphaRL."""
 
     metric: str | None = Field(
@@ -77,7 +79,7 @@ class AlphaRlPredictor(PerMatrixPredictor):
         anchor: Anchor = self.config.anchor
         return anchor
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         if len(steps) < 3:
             return f"alpharl: a regression needs at least 3 checkpoints (got {len(steps)})"
         return None

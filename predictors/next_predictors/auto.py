@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from next_core.agreement import SPAN, agreement, comparable_span, motion_grams
-from next_core.history import MatrixHistory
-from next_core.interfaces import CoefficientUpdate, PluginConfig
-from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
+from next_core.history.history import MatrixHistory
+from next_core.history.motion_grams import motion_grams
+from next_core.interfaces import CoefficientUpdate
+from next_core.mathematics.agreement import SPAN, agreement, comparable_span
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.settings import Settings
 
 HARDLY = 1.02
 """A multiple below this is none."""
@@ -20,7 +22,7 @@ MULTIPLE_OF = "multiple of "
 """Begins the diagnostics of each matrix."""
 
 
-class AutoConfig(PluginConfig):
+class AutoConfig(Settings):
     """How the multiple of the observed motion is steered."""
 
     span: int = Field(SPAN, ge=1, description="RL steps of each of the two successive motions that are compared")
@@ -48,7 +50,7 @@ class AutoPredictor(PerMatrixPredictor):
     name = "auto"
     config_class = AutoConfig
     requires = frozenset({"gram"})  # where the run has no factors, or kept none of its start
-    made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
         "schedule": {
             "observe": 20,
             "every": 2,
@@ -61,7 +63,7 @@ class AutoPredictor(PerMatrixPredictor):
         "guards": {"probe": False},  # a hundred jumps would be two hundred probes, and agreement falls before accuracy
     }
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         newest, known = steps[-1], {0, *steps}
         if newest - horizon not in known:
             there = sorted(newest - step for step in known if step < newest)
@@ -103,7 +105,7 @@ class AutoPredictor(PerMatrixPredictor):
 
     def _last(self) -> tuple[dict[str, float], int]:
         """The multiple so far of each matrix, and the step at which it was measured; long ago where there is none."""
-        for record in reversed(self.history.tried):
+        for record in reversed(self.history.jump_log):
             facts: Mapping[str, Any] = record.get("diagnostics") or {}
             if facts.get("multiple") is not None:
                 common = float(facts["multiple"])

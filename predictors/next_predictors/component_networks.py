@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from next_core.errors import ConfigError
-from next_core.interfaces import PluginConfig, Progress, Work
-from next_core.lowrank import Factors
+from next_core.mathematics.low_rank import Factors
+from next_core.predictor import Work
+from next_core.settings import Settings
+from next_core.types import Progress
 
 Part = Literal["u", "sigma", "v"]
 Key = tuple[Part, int]
@@ -23,7 +25,7 @@ Key = tuple[Part, int]
 Precision = Literal["float32", "bfloat16"]
 
 
-class NetworkConfig(PluginConfig):
+class NetworkConfig(Settings):
     """What all predictors of components set, with the paper's defaults but ``align``.
 
     Raises ``ConfigError`` for settings that contradict.

@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from next_core import lowrank
 from next_core.errors import ConfigError
-from next_core.history import DeltaKind, History
-from next_core.interfaces import LowRankUpdate, Prediction, TrajectoryPredictor, Work
-from next_core.lowrank import Factors, LowRank
+from next_core.history.history import DeltaKind, History
+from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import Factors, LowRank
+from next_core.predictor import TrajectoryPredictor, Work
 from next_predictors.component_networks import (
     ComponentNetwork,
     Group,
@@ -93,7 +94,7 @@ class ComponentPredictor(TrajectoryPredictor):
         self._predictions: dict[int, Prediction] = {}
         return self
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         if any(step + horizon in steps for step in steps):
             return None
         missing = steps[0] + horizon
@@ -121,7 +122,7 @@ class ComponentPredictor(TrajectoryPredictor):
     def _predict(self, history: History, horizon: int) -> Prediction:
         jumps: dict[str, LowRank] = {}
         abstained, figures = dict(history.frozen), {"sigma_clamped": 0.0}
-        reason = self.lacks(history.steps, horizon)
+        reason = self.why_not(history.steps, horizon)
         if not history.names:
             reason = "no matrix moved over the last interval: did training change the weights?"
         if reason is None:

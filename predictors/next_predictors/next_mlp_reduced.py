@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from next_core import lowrank
-from next_core.lowrank import Factors, LowRank
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import Factors, LowRank
 from next_predictors.component_networks import ComponentNetwork, NetworkConfig, Part
 from next_predictors.next_mlp import ComponentPredictor, Components, fix_signs
 

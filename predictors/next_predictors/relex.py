@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from next_core.history import MatrixHistory
-from next_core.interfaces import Anchor, CoefficientUpdate
-from next_core.per_matrix import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.history.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate
+from next_core.predictor import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.types import Anchor
 
 
 class RelexConfig(CoefficientConfig):
@@ -43,7 +44,7 @@ class RelexPredictor(PerMatrixPredictor):
         anchor: Anchor = self.config.anchor
         return anchor
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         return "relex: a line over time needs at least 2 checkpoints (got 1)" if len(steps) < 2 else None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from next_core.history import MatrixHistory
+from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class RidgeConfig(CoefficientConfig):
@@ -44,7 +44,7 @@ class RidgePredictor(PerMatrixPredictor):
     requires = frozenset({"gram"})
     _pairs: list[tuple[int, int]]
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         # At step 0 position and velocity are zero: nothing to learn from.
         if any(step != 0 and step + horizon in steps for step in steps):
             return None

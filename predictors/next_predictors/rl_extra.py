@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from next_core.history import MatrixHistory
-from next_core.interfaces import Anchor, CoefficientUpdate
-from next_core.per_matrix import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.history.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate
+from next_core.predictor import CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.types import Anchor
 from next_predictors.secant import backbone_weights
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from next_core.history import History, MatrixHistory
-from next_core.interfaces import Anchor, CoefficientUpdate, PluginConfig, Space
-from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.history.history import History, MatrixHistory
+from next_core.interfaces import CoefficientUpdate
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.settings import Settings
+from next_core.types import Anchor, Space
 
 
-class GateConfig(PluginConfig):
+class GateConfig(Settings):
     """When to trust a secant: lambda = <P, D> / <P, P>, P and D two successive secants of one matrix.
 
     lambda is the damping that would have been best last time: 1 where the motion went straight on, 0 where the two
@@ -70,7 +72,7 @@ class SecantPredictor(PerMatrixPredictor):
         anchor: Anchor = self.config.anchor
         return anchor
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         newest, known = steps[-1], {0, *steps}
         window = horizon if self.config.window is None else self.config.window
         if self.anchor == "newest" and newest - window not in known:

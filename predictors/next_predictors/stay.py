@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from next_core.history import MatrixHistory
-from next_core.interfaces import CoefficientUpdate, PluginConfig
-from next_core.per_matrix import Abstain, Outcome, PerMatrixPredictor
+from next_core.history.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.settings import Settings
 
 
-class StayConfig(PluginConfig):
+class StayConfig(Settings):
     """Settings of the control."""
 
     jump: bool = Field(

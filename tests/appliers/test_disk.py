@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from next_core import make_applier, open_checkpoints, storage
+from next_core import make_applier, open_checkpoints
 from next_core.appliers import stream
-from next_core.appliers.sweep import apply_sweep
+from next_core.appliers.alpha_sweep import apply_sweep
 from next_core.errors import NextCoreError
 from next_core.interfaces import CoefficientUpdate, Prediction
+from next_core.storage import atomic as storage
 from tests.conftest import LoraRun
 
 Usage = namedtuple("Usage", "total used free")

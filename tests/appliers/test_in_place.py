@@ -16,8 +16,8 @@ from next_core import make_applier, open_checkpoints
 from next_core.appliers import merged_model
 from next_core.errors import CheckpointError, ConfigError, GuardError, NextCoreError
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.lowrank import LowRank
-from next_core.manifest import INCOMPLETE, check_manifest
+from next_core.mathematics.low_rank import LowRank
+from next_core.storage.manifest import INCOMPLETE, check_manifest
 from tests.conftest import LoraRun
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
 from next_core.errors import CheckpointError, ConfigError, GuardError
-from next_core.history import History
+from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.lowrank import LowRank
-from next_core.manifest import check_manifest
+from next_core.mathematics.low_rank import LowRank
+from next_core.storage.manifest import check_manifest
 from tests.conftest import LoraRun, noise
 
 ROW = "model.layers.0.self_attn.q_proj.weight"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.appliers.landed import Share
 from next_core.appliers.rounding import Rounder, Rounding
+from next_core.appliers.rounding_loss import Share
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from next_backends.data import is_chat, read_rows, read_splits
-from next_core.config import TrainingSettings
 from next_core.errors import ConfigError
+from next_core.run_config import TrainingSettings
 
 LINE = '{"prompt": "1+1=", "answer": "2", "level": 3}\n'
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from next_core.cli.analyze import COLUMNS, analyze_command
-from next_core.cli.options import Run
+from next_core.cli.analyze_command import COLUMNS, analyze_command
+from next_core.cli.options import RunOptions
 from next_core.diagnostics import FIGURES
 from next_core.errors import ConfigError
 from next_core.interfaces import CheckpointSource
-from next_core.json_lines import json_line
 from next_core.sources.memory import MemorySource
+from next_core.storage.json_lines import json_line
 from tests.conftest import STEPS, LoraRun, Outcome
 from tests.diagnostics.runs import FIFTEEN, name, straight, walks
 
 
 @dataclass(frozen=True)
-class Recorded(Run):
+class Recorded(RunOptions):
     """A run whose checkpoints are in memory."""
 
     memory: CheckpointSource | None = None
@@ -39,7 +39,9 @@ def analyzed(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str
     def run(given: Path | CheckpointSource, **options: Any) -> tuple[str, str]:
         capsys.readouterr()
         known = isinstance(given, Path)
-        recorded = Run([given], no_cache=True) if known else Recorded([Path("memory")], no_cache=True, memory=given)
+        recorded = (
+            RunOptions([given], no_cache=True) if known else Recorded([Path("memory")], no_cache=True, memory=given)
+        )
         analyze_command(recorded, **options)
         captured = capsys.readouterr()
         return captured.out, captured.err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from next_core.cli.backtest import parse_predictors
+from next_core.cli.backtest_command import parse_predictors
 from next_core.errors import ConfigError
 from tests.conftest import STEPS, LoraRun, Outcome
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from next_core import cli as cli_module
+from next_core.backend import Backend
 from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, PluginError
-from next_core.interfaces import Backend
 from next_core.plugins import Registry, registry
 from tests.conftest import STEPS, LoraRun, Outcome
 
@@ -203,7 +203,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
         ({}, ["--set", "window=0"], 2, "greater than or equal to 1 (got 0)"),
         ({}, ["--set", "name=x"], 2, "predictor 'secant'.name: unknown key"),
         ({}, ["--set-applier", "rnk=3"], 2, "applier 'peft-adapter'.rnk: unknown key; did you mean 'rank'?"),
-        ({"applier": "live"}, [], 2, "the applier 'live' changes a model in memory"),
+        ({"applier": "in-memory"}, [], 2, "the applier 'live' changes a model in memory"),
         ({"applier": "merged-model"}, [], 2, "needs the base model; pass --backbone FOLDER"),
         ({"layout": "memory"}, [], 2, "the source 'memory' does not read folders"),
         ({"backbone": "nowhere"}, [], 3, "CheckpointError: the model folder nowhere does not exist"),
@@ -282,7 +282,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(extrapolate: Callable[..., 
 def test_each_kind_of_error_has_its_exit_code(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    from next_core.cli import plugins as command
+    from next_core.cli import plugins_command as command
 
     def fail(as_json: bool) -> None:
         raise error
@@ -292,7 +292,7 @@ def test_each_kind_of_error_has_its_exit_code(
 
 
 def test_what_is_no_known_error_is_not_hidden(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    from next_core.cli import plugins as command
+    from next_core.cli import plugins_command as command
 
     def fail(as_json: bool) -> None:
         raise ZeroDivisionError("a bug")

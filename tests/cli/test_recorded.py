@@ -68,7 +68,7 @@ def test_a_second_predictor_finds_what_the_first_one_had_decomposed(
     assert extrapolate("--predictor", "alpharl", "--cache", kept).code == 0
     first = load_file(tmp_path / "out" / WEIGHTS)
     assert len(list(kept.rglob("*.safetensors"))) == len(STEPS) + 1  # and the recent motion
-    monkeypatch.setattr("next_core.matrix_tasks.Compress.__call__", None)
+    monkeypatch.setattr("next_core.history.matrix_tasks.Compress.__call__", None)
     again = extrapolate("--predictor", "alpharl", "--cache", kept, out=tmp_path / "again")
     assert again.code == 0, again.err
     for key, value in load_file(tmp_path / "again" / WEIGHTS).items():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from next_core.comparison.config import Arm, load_comparison
+from next_core.comparison.comparison_config import Arm, load_comparison
 from next_core.comparison.races import make_plan
 from next_core.errors import ConfigError, PluginError
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from next_core.comparison.config import load_comparison
+from next_core.comparison.comparison_config import load_comparison
+from next_core.comparison.comparison_results import SPLITS, Interval, collect, equals_step
 from next_core.comparison.races import make_plan
-from next_core.comparison.results import SPLITS, Interval, collect, equals_step
 from next_core.errors import ConfigError
 from tests.comparison.test_config import written
 

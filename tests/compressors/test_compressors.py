@@ -11,7 +11,7 @@ from torch import Tensor
 from next_core.compressors.exact import ExactCompressor
 from next_core.compressors.lanczos import LanczosCompressor
 from next_core.errors import CheckpointError
-from next_core.lowrank import LowRank
+from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_compressor
 
 SPECTRUM = torch.tensor([3.0, 2.9, 1.0, 0.5, 0.1], dtype=torch.float64)

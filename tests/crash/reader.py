@@ -13,8 +13,8 @@ from next_core import History, open_checkpoints
 from next_core.config import load_config
 from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.cycle.run import CONFIG, RESULT, read_result
-from next_core.manifest import MANIFEST, check_manifest
 from next_core.report.inputs import open_folder
+from next_core.storage.manifest import MANIFEST, check_manifest
 
 TRIES = 5
 """How often a reader looks again at what was replaced while it looked."""

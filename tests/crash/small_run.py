@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from next_core.config import RunConfig, make_config
+from next_core.config import make_config
+from next_core.run_config import RunConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 14

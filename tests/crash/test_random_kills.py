@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from next_core.manifest import MANIFEST
+from next_core.storage.manifest import MANIFEST
 from tests.crash import work
 from tests.crash.conftest import Whole
 from tests.crash.processes import Child

@@ -28,10 +28,10 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: F401
 
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.build import build_trainer, last_checkpoint
-from next_core import storage
 from next_core.cycle.journal import JOURNAL
 from next_core.cycle.run import run
-from next_core.quiet import quiet_libraries
+from next_core.process.quiet import quiet_libraries
+from next_core.storage import atomic as storage
 from tests.crash import small_run
 
 Action = Callable[[], None]
@@ -69,7 +69,7 @@ class Points:
         name = re.sub(r"\.([^/]+)\.(tmp|old)-\d+", r"\1 (\2)", os.path.relpath(path, self._folder))
         self._begun = self._begun or path.name == JOURNAL
         between = TRAINING if self._begun else STARTING
-        self.told(f"{what.removeprefix('before ')} {name}" if what.startswith("before") else between)
+        self.report_progress(f"{what.removeprefix('before ')} {name}" if what.startswith("before") else between)
         with self._one:
             self._times[what, name] += 1
             point = Point(what, name, self._times[what, name])

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from next_core.appliers.live import LiveApplied, LiveApplier
-from next_core.interfaces import Applied, Backend, Prediction
+from next_core.backend import Backend
+from next_core.interfaces import Applied, Prediction
+from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
 from next_core.sources.memory import MemorySource
 
 
@@ -54,9 +55,9 @@ class Descent(Backend):
     def source(self) -> MemorySource:
         return MemorySource(self.checkpoints, backbone={"weight": self.backbone})
 
-    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> LiveApplied:
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> InMemoryApplied:
         before = self.model.weight.detach().clone()
-        applied = LiveApplier().apply(prediction, alpha, out=self.model)
+        applied = InMemoryApplier().apply(prediction, alpha, out=self.model)
         self.shift += self.model.weight.detach() - before
         return applied
 

@@ -16,11 +16,13 @@ import torch
 
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import run
-from next_core.history import History
-from next_core.interfaces import CoefficientUpdate, LowRankUpdate, PluginConfig, Prediction, TrajectoryPredictor
-from next_core.lowrank import LowRank
+from next_core.history.history import History
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import registry
-from next_core.quiet import quiet_libraries
+from next_core.predictor import TrajectoryPredictor
+from next_core.process.quiet import quiet_libraries
+from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
 from tests.crash import small_run
 from tests.crash.facts import differences, facts
@@ -150,7 +152,7 @@ FIRST, EVERY = 4, 2
 STEPS = FIRST + EVERY * (len(TRIED) - 1) + small_run.SCHEDULE["settle"]
 
 
-class AttackerConfig(PluginConfig):
+class AttackerConfig(Settings):
     tame: bool = False
 
 

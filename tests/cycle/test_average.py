@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 
 from next_backends.history_folder import HistoryFolder
 from next_core.cycle.average import mean_of_last, windows
-from next_core.cycle.guards import Guards
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.run import run
-from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
 from next_core.plugins import make_predictor
+from next_core.run_config import Guards, Schedule
+from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.jumps import SHIFT_FILE
-from next_core.sources.peft_adapter import PeftAdapterSource, PeftAdapterSourceConfig
 from tests.cycle.descent import Descent
 from tests.cycle.test_run import config
 

@@ -10,12 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from next_core.cycle.guards import Guards, JumpNorm, jump_norm, recent_motion
+from next_core.cycle.jump_norm import JumpNorm, jump_norm, recent_motion
 from next_core.errors import GuardError
-from next_core.history import History
-from next_core.interfaces import CoefficientUpdate, LoraFactors, LowRankUpdate, Prediction
-from next_core.lowrank import LowRank
+from next_core.history.history import History
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.mathematics.low_rank import LowRank
+from next_core.run_config import Guards
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors
 
 
 def noise(seed: int, *shape: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from next_core.cycle.journal import Journal, read_journal, valid_jumps
 from next_core.errors import CheckpointError
-from next_core.json_lines import json_line
+from next_core.storage.json_lines import json_line
 
 
 def jump(step: int, accepted: bool = True) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from next_core.cycle.guards import Guards
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.cycle.schedule import Schedule
 from next_core.errors import CheckpointError, ConfigError, GuardError
 from next_core.plugins import make_predictor
+from next_core.run_config import Guards, Schedule
 from tests.cycle.descent import Descent, LaunchedDescent
 
 SCHEDULE = Schedule(observe=20, every=5, horizon=10, jump_every=10, settle=10)

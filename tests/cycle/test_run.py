@@ -16,11 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from next_core.config import RunConfig, load_config, make_config
+from next_core.config import load_config, make_config
 from next_core.cycle.run import run
 from next_core.errors import BackendError, CheckpointError, ConfigError
-from next_core.interfaces import PluginConfig
 from next_core.plugins import registry
+from next_core.run_config import RunConfig
+from next_core.settings import Settings
 from tests.cycle.descent import Descent
 
 pytestmark = pytest.mark.trl
@@ -342,7 +343,7 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     assert "holds this run, and it is finished; --overwrite runs it again" in again.stderr
 
 
-class Failures(PluginConfig):
+class Failures(Settings):
     fails: tuple[str, ...] = ()
 
 

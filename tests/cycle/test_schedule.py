@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from next_core.cycle.schedule import Schedule
 from next_core.errors import ConfigError
+from next_core.run_config import Schedule
 
 
 def test_the_papers_schedule_jumps_once() -> None:

@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 
 from next_core import History
-from next_core.appliers.displacement import displacement, merged
+from next_core.appliers.weight_delta import merged, weight_delta
 from next_core.diagnostics.backtest_results import Score
-from next_core.interfaces import (
-    CheckpointSource,
-    CoefficientUpdate,
-    LoraFactors,
-    Prediction,
-)
-from next_core.lowrank import dense
+from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
+from next_core.mathematics.low_rank import dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
-from next_core.sources.past import Signs
+from next_core.sources.replay import Signs
+from next_core.types import LoraFactors
 from tests.predictors.trajectories import (
     curve,
     curved_lora_run,
@@ -73,7 +69,7 @@ def moves(prediction: Prediction, key: str, like: Tensor) -> Tensor:
         return 0 * like
     update = prediction.updates[key]
     if isinstance(update, CoefficientUpdate) and update.space == "factors" and 0 not in prediction.source.steps:
-        step = displacement(prediction, key, 1.0)
+        step = weight_delta(prediction, key, 1.0)
         assert step is not None
         return dense(merged(step)).double()
     return resolve_dense(prediction, key)

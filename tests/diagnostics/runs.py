@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.history import History
-from next_core.interfaces import CheckpointSource, LoraFactors
+from next_core.history.history import History
+from next_core.interfaces import CheckpointSource
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors
 from tests.predictors.trajectories import dense_run, noise, still
 
 FIFTEEN = tuple(range(10, 160, 10))

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from next_core.checkpoints import open_checkpoints
 from next_core.compressors.exact import ExactCompressor
 from next_core.diagnostics import FIGURES, Analysis, FromFirstCheckpoint, Group, analyze, with_origin
 from next_core.diagnostics.analysis import kind_of, layer_of
-from next_core.diagnostics.results import Figure, Null
+from next_core.diagnostics.analysis_results import Figure, Null
 from next_core.errors import CheckpointError, ConfigError
-from next_core.history import History
-from next_core.interfaces import LoraFactors
-from next_core.json_lines import json_text
+from next_core.history.history import History
 from next_core.sources.memory import MemorySource
-from next_core.sources.opening import open_checkpoints
+from next_core.storage.json_lines import json_text
+from next_core.types import LoraFactors
 from tests.diagnostics.runs import FIFTEEN, history, lora_walks, name, straight, walks
 from tests.predictors.trajectories import curved_lora_run, dense_run, drift, noise, still
 

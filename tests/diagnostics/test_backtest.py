@@ -13,18 +13,14 @@ import torch
 from next_core import History, open_checkpoints
 from next_core.diagnostics.backtest import backtest
 from next_core.diagnostics.backtest_geometry import MeasureMotion
+from next_core.diagnostics.backtest_inputs import default_horizon, make_setting
 from next_core.diagnostics.backtest_results import Backtest, Score, WalkNull, skill_interval
-from next_core.diagnostics.backtest_setting import default_horizon, make_setting
 from next_core.errors import CheckpointError, ConfigError, PluginError
-from next_core.interfaces import (
-    CoefficientUpdate,
-    LowRankUpdate,
-    Prediction,
-    TrajectoryPredictor,
-)
-from next_core.lowrank import LowRank
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.mathematics.low_rank import LowRank
+from next_core.predictor import TrajectoryPredictor
 from next_core.sources.memory import MemorySource
-from next_core.sources.past import Signs
+from next_core.sources.replay import Signs
 from tests.conftest import LoraRun
 from tests.diagnostics.replayed import (
     ALONE,

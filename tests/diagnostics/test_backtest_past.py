@@ -16,19 +16,13 @@ from next_core import History, open_checkpoints
 from next_core.diagnostics.backtest import backtest
 from next_core.diagnostics.backtest_results import Score
 from next_core.errors import CheckpointError
-from next_core.interfaces import (
-    CheckpointSource,
-    CoefficientUpdate,
-    LoraFactors,
-    LowRankUpdate,
-    Prediction,
-    TrajectoryPredictor,
-)
-from next_core.lowrank import LowRank, dense
-from next_core.per_matrix import Abstain, matrix_predictor
+from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.mathematics.low_rank import LowRank, dense
 from next_core.plugins import make_predictor, registry
+from next_core.predictor import Abstain, TrajectoryPredictor, matrix_predictor
 from next_core.sources.memory import MemorySource
-from next_core.sources.past import Past, Signs, factor_jumps
+from next_core.sources.replay import Past, Signs, factor_jumps
+from next_core.types import LoraFactors
 from tests.conftest import STEPS, LoraRun
 from tests.diagnostics.replayed import (
     ALONE,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from next_core.diagnostics.energy import energy_over_time, triplet_figures
-from next_core.lowrank import Factors
+from next_core.mathematics.low_rank import Factors
 from tests.diagnostics.runs import history, name, straight
 from tests.predictors.trajectories import dense_run
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from next_core.diagnostics import LearningRate, analyze, learning_rate_factor, run_advice
 from next_core.diagnostics.trajectory import MOST_MOMENTS, Motions, read_motions
 from next_core.errors import CheckpointError
-from next_core.history import History
-from next_core.interfaces import LoraFactors
+from next_core.history.history import History
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors
 from tests.diagnostics.runs import FIFTEEN, lora_walks, name, straight, walks
 from tests.predictors.trajectories import dense_run, drift, linear_lora_run, noise
 
@@ -71,7 +71,7 @@ def test_a_straight_path_has_the_largest_factor(source: MemorySource) -> None:
     assert rate.agreement == pytest.approx(1.0)
     assert (rate.factor, rate.low, rate.high) == (MOST, MOST, MOST)
     assert (rate.span, rate.moments, rate.reason) == (20, 22, None)
-    said = run_advice(History(source), [])
+    said = run_advice(source, [])
     assert said is not None
     assert said.startswith("The learning rate looks about 46 times too small (46 to 46): ")
     assert "successive motions of 20 steps agree by 1.00 (random walk " in said
@@ -83,7 +83,7 @@ def test_a_random_walk_gets_no_advice(source: MemorySource) -> None:
     assert rate.agreement is not None
     assert abs(rate.agreement) < 0.1
     assert rate.factor == pytest.approx(1.0)
-    assert run_advice(History(source), []) is None
+    assert run_advice(source, []) is None
     assert not any("learning rate" in sentence for sentence in analyze(History(source)).advice)
 
 
@@ -108,7 +108,7 @@ def test_a_known_mixture_has_its_agreement_and_factor(make: Any, share: float, f
     assert rate.high is not None
     assert rate.factor is not None
     assert 1.0 <= rate.low <= rate.factor <= rate.high
-    assert (run_advice(History(make(share)), []) is None) == (factor < 2)
+    assert (run_advice(make(share), []) is None) == (factor < 2)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_too_few_checkpoints_are_the_reason(source: MemorySource) -> None:
     assert rate.factor is None
     assert rate.reason is not None
     assert rate.reason.startswith("no two successive motions of one length between ")
-    assert run_advice(History(source), []) is None
+    assert run_advice(source, []) is None
     assert analyze(History(source)).missing["agreement"] == rate.reason
 
 
@@ -153,7 +153,7 @@ def test_the_multiples_of_auto_are_in_the_factor() -> None:
     for mine, without in ((rate.factor, alone.factor), (rate.low, alone.low), (rate.high, alone.high)):
         assert without is not None
         assert mine == pytest.approx(7 * without)
-    said = run_advice(History(lora_walks(20)), jumps)
+    said = run_advice(lora_walks(20), jumps)
     assert said is not None
     assert said.startswith("The learning rate looks about 7 times too small (7 to 7): auto multiplied its steps by 7.0")
     refused = told(lora_walks(20), [tried(5.0), tried(9.0, accepted=False), tried(1.0, accepted=False)])
@@ -163,7 +163,7 @@ def test_the_multiples_of_auto_are_in_the_factor() -> None:
 def test_jumps_of_other_predictors_come_on_top() -> None:
     jump = {"step": 50, "accepted": True, "diagnostics": {"median_lambda": 0.7}}
     for jumps, words in (([jump], "with its 1 jump in play, which come on top, "), ([jump] * 2, "its 2 jumps in play")):
-        said = run_advice(History(lora_mixture(0.85)), jumps)
+        said = run_advice(lora_mixture(0.85), jumps)
         assert said is not None
         assert words in said
     assert told(lora_mixture(0.85), [jump]).multiple is None
@@ -171,7 +171,7 @@ def test_jumps_of_other_predictors_come_on_top() -> None:
 
 def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> None:
     history = History(lora_mixture(0.85))
-    history.tried = [tried(3.0)]
+    history.jump_log = [tried(3.0)]
     analysis = analyze(history)
     figure, rate = analysis.overall.figures["agreement"], analysis.learning_rate
     assert figure.outside == "above"
@@ -189,4 +189,4 @@ def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> 
 def test_a_run_whose_start_cannot_be_read_is_named() -> None:
     lost = MemorySource(dense_run({"a": drift(1)}, (10, 20))._checkpoints)
     with pytest.raises(CheckpointError):
-        run_advice(History(lost), [])
+        run_advice(lost, [])

@@ -8,7 +8,7 @@ import torch
 
 from next_core.diagnostics.energy_nulls import asymptotic, mean_singular_value, sampled
 from next_core.diagnostics.nulls import band, factor_walk_dimension, isotropic_walks
-from next_core.interfaces import LoraFactors
+from next_core.types import LoraFactors
 from tests.predictors.trajectories import noise
 
 

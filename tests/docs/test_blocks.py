@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from next_backends.openrlhf.config import OpenRlhfConfig
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_core.comparison import load_comparison
-from next_core.config import RunConfig, make_config, parse_yaml
+from next_core.config import make_config
+from next_core.run_config import RunConfig
+from next_core.storage.yaml_files import parse_yaml
 from tests.conftest import Outcome
 from tests.docs.blocks import ALL, LANGUAGES, PAGES, ROOT, Block, blocks, of
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field
 import next_core
 from docs.extensions import api_reference, cli_reference, config_reference, reference
 from next_core.cli.app import app
-from next_core.comparison.config import CompareConfig
-from next_core.config import Choice, RunConfig
+from next_core.comparison.comparison_config import CompareConfig
 from next_core.plugins import KINDS, registry
+from next_core.run_config import Choice, RunConfig
 from tests.docs.blocks import ROOT
 
 

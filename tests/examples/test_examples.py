@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from next_core.config import load_config, parse_yaml
+from next_core.config import load_config
+from next_core.storage.yaml_files import parse_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

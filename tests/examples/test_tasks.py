@@ -20,8 +20,9 @@ pytest.importorskip("transformers", reason="the tasks' models are transformers o
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from next_core.config import Choice, load_config
+from next_core.config import load_config
 from next_core.rewards import make_reward
+from next_core.run_config import Choice
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

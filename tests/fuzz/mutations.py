@@ -7,7 +7,7 @@ import json
 from random import Random
 from typing import Any
 
-from next_core.reading import with_checksum
+from next_core.storage.reading import with_checksum
 
 NUMBERS = (0, -1, 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30, 0.5, -0.0, 1e308, 5e-324, float("nan"))
 TEXTS = (

@@ -16,20 +16,20 @@ import yaml
 from safetensors.torch import save_file
 
 from next_core import open_checkpoints
-from next_core.comparison.config import load_comparison
+from next_core.comparison.comparison_config import load_comparison
 from next_core.config import load_config
-from next_core.cycle.result import read_result
-from next_core.json_lines import json_line
-from next_core.manifest import check_contents, check_manifest
-from next_core.report.geometry import Settings
+from next_core.cycle.run_result import read_result
+from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded, open_folder
 from next_core.report.write import write_report
 from next_core.sources.adapter_files import AdapterFiles
-from next_core.sources.files import SafetensorsFile
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.jumps import jump_records
 from next_core.sources.metrics import read_log, read_metrics
-from next_core.storage import seal
+from next_core.sources.tensor_files import SafetensorsFile
+from next_core.storage.atomic import seal
+from next_core.storage.json_lines import json_line
+from next_core.storage.manifest import check_contents, check_manifest
 from tests.fuzz import mutations
 from tests.report.made import arm, comparison
 from tests.sources.models import adapter, adapter_tensors
@@ -109,7 +109,7 @@ def compared(folder: Path) -> None:
 def page(folder: Path) -> None:
     """The whole page, where the files can be read."""
     for name in ("run", "compared"):
-        write_report(folder / name, settings=Settings(wanted=False))
+        write_report(folder / name, settings=GeometryOptions(wanted=False))
 
 
 def jump(folder: Path) -> None:

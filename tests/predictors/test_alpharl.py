@@ -11,8 +11,8 @@ import torch
 
 from next_core.errors import ConfigError
 from next_core.interfaces import LowRankUpdate, Prediction
-from next_core.per_matrix import Abstain
 from next_core.plugins import make_predictor
+from next_core.predictor import Abstain
 from next_core.sources.memory import MemorySource
 from next_predictors.alpharl import invert
 from tests.predictors.trajectories import (

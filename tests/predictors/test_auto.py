@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from next_core.config import make_config
-from next_core.history import History
+from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
@@ -21,7 +21,7 @@ def predict(
     source: MemorySource, tried: list[dict[str, Any]] | None = None, horizon: int = 2, **fields: Any
 ) -> Prediction:
     history = History(source)
-    history.tried = tried or []
+    history.jump_log = tried or []
     return make_predictor("auto", **fields).fit(history).predict(horizon)
 
 
@@ -114,9 +114,9 @@ def test_checkpoints_further_apart_than_its_span_are_compared_as_they_are() -> N
 
 def test_what_is_missing_is_said_before_a_run() -> None:
     auto = make_predictor("auto")
-    assert "no checkpoint 2 steps before" in str(auto.lacks((10, 20), 2))
-    assert "no two successive motions" in str(auto.lacks((2,), 2))
-    assert auto.lacks((2, 4), 2) is None
+    assert "no checkpoint 2 steps before" in str(auto.why_not((10, 20), 2))
+    assert "no two successive motions" in str(auto.why_not((2,), 2))
+    assert auto.why_not((2, 4), 2) is None
 
 
 def test_a_config_that_names_it_has_its_schedule_but_for_what_it_says_itself(tmp_path: Any) -> None:

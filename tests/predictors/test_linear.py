@@ -11,8 +11,8 @@ from torch import Tensor
 
 from next_core.errors import ConfigError
 from next_core.interfaces import Prediction
-from next_core.per_matrix import PerMatrixPredictor
 from next_core.plugins import Registry, make_predictor, registry
+from next_core.predictor import PerMatrixPredictor
 from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import (
     curve,

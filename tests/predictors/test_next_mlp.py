@@ -11,9 +11,9 @@ from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
 from next_core.errors import ConfigError
-from next_core.history import History
+from next_core.history.history import History
 from next_core.interfaces import LowRankUpdate, Prediction
-from next_core.lowrank import Factors, LowRank
+from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.memory import MemorySource
 from next_predictors.next_mlp import Network, NextMlpConfig, NextMlpPredictor
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from next_core.errors import ConfigError
-from next_core.history import History
-from next_core.interfaces import CheckpointSource, LoraFactors, LowRankUpdate, Prediction
+from next_core.history.history import History
+from next_core.interfaces import CheckpointSource, LowRankUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors
 from next_predictors.next_mlp_reduced import Basis, NextMlpReducedConfig, NextMlpReducedPredictor
 from tests.predictors.trajectories import curve, dense_run, drift, history, noise, resolve_dense, still, walk
 

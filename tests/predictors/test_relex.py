@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.interfaces import CheckpointSource, Prediction
-from next_core.lowrank import LowRank
+from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import (

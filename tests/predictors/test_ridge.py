@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
-from next_core.lowrank import LowRank
+from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import (

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.history import History
-from next_core.interfaces import CoefficientUpdate, LoraFactors, Prediction
-from next_core.lowrank import Factors, LowRank
+from next_core.history.history import History
+from next_core.interfaces import CoefficientUpdate, Prediction
+from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.memory import MemorySource
+from next_core.types import LoraFactors
 
 EVERY_TEN = tuple(range(10, 110, 10))
 Metrics = Mapping[int, Mapping[str, float]]

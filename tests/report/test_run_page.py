@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from next_core.errors import CheckpointError, PluginError
-from next_core.json_lines import json_line
-from next_core.report.geometry import Settings
+from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded
 from next_core.report.write import write_report
+from next_core.storage.json_lines import json_line
 from tests.conftest import LoraRun, Outcome
 from tests.report.conftest import read_page
 from tests.report.made import Object, jumps
 
-QUICK = Settings(wanted=False)
+QUICK = GeometryOptions(wanted=False)
 
 
 def journal(folder: Path, *records: Object) -> None:
@@ -120,7 +120,7 @@ def test_the_weights_are_shown_beside_random_walks_and_by_layer(own_lora_run: Lo
     folder = own_lora_run.path.parent
     journal(folder, {"event": "start", "step": 0})
     told: list[str] = []
-    written = write_report(folder, settings=Settings(), progress=lambda what, done, total: told.append(what))
+    written = write_report(folder, settings=GeometryOptions(), progress=lambda what, done, total: told.append(what))
     seen = read_page(written.out)
     assert "6 checkpoints of steps 10 to 60" in seen.words
     assert "13 matrices move, 1 do not" in seen.words
@@ -151,13 +151,13 @@ def test_a_damaged_checkpoint_is_a_reason(own_lora_run: LoraRun) -> None:
 
 def test_a_predictor_that_never_acts_says_why(own_lora_run: LoraRun) -> None:
     journal(own_lora_run.path.parent, {"event": "start", "step": 0})
-    written = write_report(own_lora_run.path.parent, settings=Settings(predictor="stay"))
+    written = write_report(own_lora_run.path.parent, settings=GeometryOptions(predictor="stay"))
     assert written.missing["Skill by layer"].startswith("stay never acted")
 
 
 def test_an_unknown_predictor_is_an_error_before_the_work(ended: Path) -> None:
     with pytest.raises(PluginError, match="sekant"):
-        write_report(ended, settings=Settings(predictor="sekant"))
+        write_report(ended, settings=GeometryOptions(predictor="sekant"))
     assert not (ended / "report").exists()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from next_core.drawing import Drawing, draw, label
+from next_core.diagnostics.drawing import Drawing, draw, label
 from next_core.report.page import inline
 from tests.conftest import Outcome
 from tests.report.conftest import read_page

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from next_core import manifest, open_checkpoints
+from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
-from next_core.storage import seal
+from next_core.storage import manifest
+from next_core.storage.atomic import seal
 from tests.sources.models import MODULE, adapter, model
 
 Write = Callable[[Path, float], Path]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError, ConfigError
-from next_core.sources.files import SafetensorsFile
+from next_core.sources.tensor_files import SafetensorsFile
 from tests.conftest import STEPS, LoraRun
 from tests.sources.models import adapter, model
 
@@ -234,10 +234,10 @@ def test_a_live_run_stops_at_a_damaged_checkpoint_and_keeps_what_it_had(own_lora
 
 
 def test_a_source_of_others_without_the_setting_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from next_core.interfaces import PluginConfig
+    from next_core.settings import Settings
     from next_core.sources.full_model import FullModelSource
 
-    class Plain(PluginConfig):
+    class Plain(Settings):
         path: Path
         backbone: Path | None = None
 

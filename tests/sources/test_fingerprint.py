@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from next_core import manifest, open_checkpoints
+from next_core import open_checkpoints
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
-from next_core.manifest import file_digest, sha256
+from next_core.storage import manifest
+from next_core.storage.manifest import file_digest, sha256
 from tests.conftest import LoraRun
 from tests.sources.models import adapter, model
 

@@ -19,10 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from next_core import open_checkpoints
-from next_core.config import parse_yaml
 from next_core.errors import CheckpointError, ConfigError
-from next_core.json_lines import json_line
-from next_core.storage import seal
+from next_core.storage.atomic import seal
+from next_core.storage.json_lines import json_line
+from next_core.storage.yaml_files import parse_yaml
 from tests.conftest import LoraRun, Outcome
 from tests.report.made import comparison, write_comparison
 from tests.sources.models import adapter, model
@@ -430,7 +430,7 @@ from pathlib import Path
 from next_core.errors import NextCoreError
 from next_core.config import load_config
 from next_core.report.inputs import open_folder
-from next_core.sources.files import read_json
+from next_core.sources.tensor_files import read_json
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), used + int(sys.argv[1])))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
-from next_core.history import History
-from next_core.interfaces import LoraFactors
-from next_core.json_lines import json_line
-from next_core.sources.cache import TensorCache
+from next_core.history.history import History
+from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.jumps import Shift
-from next_core.sources.peft_adapter import PeftAdapterSource
+from next_core.sources.tensor_cache import TensorCache
+from next_core.storage.json_lines import json_line
+from next_core.types import LoraFactors
 from tests.conftest import STEPS, LoraRun, noise
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
-from next_core.lowrank import LowRank
-from next_core.storage import seal
+from next_core.mathematics.low_rank import LowRank
+from next_core.storage.atomic import seal
 from tests.conftest import STEPS, LoraRun
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
 from next_core.errors import CheckpointError
-from next_core.history import History
+from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Prediction
-from next_core.lowrank import dense
+from next_core.mathematics.low_rank import dense
+from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.deepspeed import READER
 from next_core.sources.full_model import FullModelSource
-from next_core.sources.peft_adapter import PeftAdapterSource
 
 RECORDED = Path(__file__).parent / "recorded" / "openrlhf"
 BASE = RECORDED / "base"

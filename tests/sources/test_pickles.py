@@ -12,7 +12,7 @@ import torch
 
 from next_core import open_checkpoints
 from next_core.errors import CheckpointError
-from next_core.lowrank import LowRank
+from next_core.mathematics.low_rank import LowRank
 from next_core.sources.pickles import PickleFile
 from tests.sources.models import MODULE, adapter, adapter_tensors
 

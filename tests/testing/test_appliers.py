@@ -46,7 +46,7 @@ def live_adapter(folder: Path, run: LoraRun) -> ApplierCase:
             for name, layer in layers.items()
         }
 
-    return ApplierCase(make_applier("live"), open_checkpoints(run.path), target, read)
+    return ApplierCase(make_applier("in-memory"), open_checkpoints(run.path), target, read)
 
 
 def live_model(folder: Path, run: LoraRun) -> ApplierCase:
@@ -70,7 +70,7 @@ def live_model(folder: Path, run: LoraRun) -> ApplierCase:
     def read(model: nn.Module) -> Mapping[str, Tensor]:
         return {name: value.double() - backbone[name] for name, value in model.named_parameters()}
 
-    return ApplierCase(make_applier("live"), source, target, read)
+    return ApplierCase(make_applier("in-memory"), source, target, read)
 
 
 def fresh(folder: Path) -> Callable[[], Path]:
@@ -118,8 +118,8 @@ def merged_models(folder: Path, run: LoraRun) -> ApplierCase:
 
 
 CASES: dict[str, tuple[str, Make]] = {
-    "live, LoRA": ("live", live_adapter),
-    "live, full": ("live", live_model),
+    "live, LoRA": ("in-memory", live_adapter),
+    "live, full": ("in-memory", live_model),
     "peft-adapter": ("peft-adapter", adapter_folder),
     "merged-model, LoRA": ("merged-model", merged_adapters),
     "merged-model, full": ("merged-model", merged_models),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from next_core.errors import ConfigError
-from next_core.interfaces import PluginConfig
+from next_core.settings import Settings
 from next_core.testing import (
     ContractError,
     check_predictor,
@@ -112,7 +112,7 @@ def test_each_plugin_and_check_is_a_test_with_a_readable_id() -> None:
 
 def test_what_there_are_no_checks_for_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither a class nor an instance"):
-        parametrize_with_checks([PluginConfig])  # type: ignore[list-item]
+        parametrize_with_checks([Settings])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("make", [lora_run, dense_run])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from next_core import registry
-from next_core.interfaces import TrajectoryPredictor
+from next_core.predictor import TrajectoryPredictor
 from next_core.testing import Check, parametrize_with_checks
 
 QUICK = {"epochs": 4, "hidden": 8, "lr": 1e-2}

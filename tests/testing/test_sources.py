@@ -10,7 +10,7 @@ import pytest
 
 from next_core import open_checkpoints, registry
 from next_core.interfaces import CheckpointSource
-from next_core.sources.past import Past, Signs
+from next_core.sources.replay import Past, Signs
 from next_core.testing import (
     Check,
     checks_of,

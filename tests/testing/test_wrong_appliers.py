@@ -10,31 +10,31 @@ import pytest
 import torch
 from torch import nn
 
-from next_core.appliers.live import LiveApplied, LiveApplier
 from next_core.errors import GuardError, PluginError
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
 from next_core.testing import ApplierCase, ContractError, check_applier, checks_of
 from tests.testing.test_appliers import live_model
 from tests.testing.wrong_predictors import Drifting, Hidden, Lenient, Thawed
 
 
-class TwoWords(LiveApplier):
+class TwoWords(InMemoryApplier):
     name = "two words"
 
 
-class DriftingSettings(LiveApplier):
+class DriftingSettings(InMemoryApplier):
     config_class = Drifting
 
 
-class ThawedSettings(LiveApplier):
+class ThawedSettings(InMemoryApplier):
     config_class = Thawed
 
 
-class LenientSettings(LiveApplier):
+class LenientSettings(InMemoryApplier):
     config_class = Lenient
 
 
-class HiddenSettings(LiveApplier):
+class HiddenSettings(InMemoryApplier):
     config_class = Hidden
 
 
@@ -42,10 +42,10 @@ def parameters(out: Any) -> dict[str, nn.Parameter]:
     return dict(out.named_parameters())
 
 
-class Wandering(LiveApplier):
+class Wandering(InMemoryApplier):
     """Moves everything by itself too, and knows how to take it back."""
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = super().apply(prediction, alpha, out=out)
         for name, parameter in parameters(out).items():
             applied.write(f"{name} by itself", parameter, torch.ones_like(parameter).double())
@@ -53,18 +53,18 @@ class Wandering(LiveApplier):
         return applied
 
 
-class AtLeastALittle(LiveApplier):
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+class AtLeastALittle(InMemoryApplier):
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         return super().apply(prediction, alpha or 0.1, out=out)
 
 
-class Changed(LiveApplier):
+class Changed(InMemoryApplier):
     """Applies another prediction than it is given."""
 
     def change(self, prediction: Prediction) -> Prediction:
         raise NotImplementedError
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         return super().apply(self.change(prediction), alpha, out=out)
 
 
@@ -109,16 +109,16 @@ class Sure(Changed):
         return dataclasses.replace(prediction, confidence={})
 
 
-class Squared(LiveApplier):
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+class Squared(InMemoryApplier):
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         factors = any(isinstance(u, CoefficientUpdate) and u.space == "factors" for u in prediction.updates.values())
         return super().apply(prediction, alpha if factors else alpha * abs(alpha), out=out)
 
 
-class Neighbour(LiveApplier):
+class Neighbour(InMemoryApplier):
     """Where something moves, one that is not predicted moves a little too."""
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = super().apply(prediction, alpha, out=out)
         if prediction.updates:
             name, parameter = list(parameters(out).items())[-1]
@@ -126,25 +126,25 @@ class Neighbour(LiveApplier):
         return applied
 
 
-class Sticky(LiveApplied):
+class Sticky(InMemoryApplied):
     def rollback(self) -> None:
         self.kept = self.kept[:-1]
         super().rollback()
 
 
-class StickyApplier(LiveApplier):
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+class StickyApplier(InMemoryApplier):
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = super().apply(prediction, alpha, out=out)
         applied.__class__ = Sticky
         return applied
 
 
-class Eager(LiveApplier):
+class Eager(InMemoryApplier):
     """Writes as it goes, and leaves what it wrote when an update is refused: for one reason only."""
 
     refused: tuple[type[Exception], str] = (Exception, "")
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         try:
             return super().apply(prediction, alpha, out=out)
         except self.refused[0] as error:
@@ -176,10 +176,10 @@ class UnknownLeftOut(Changed):
         return dataclasses.replace(prediction, updates=updates)
 
 
-class Scribbling(LiveApplier):
+class Scribbling(InMemoryApplier):
     """Writes into the checkpoints: into one that it has no further use for."""
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = super().apply(prediction, alpha, out=out)
         if any(isinstance(u, CoefficientUpdate) and u.space == "factors" for u in prediction.updates.values()) and any(
             isinstance(u, LowRankUpdate) for u in prediction.updates.values()
@@ -189,19 +189,19 @@ class Scribbling(LiveApplier):
         return applied
 
 
-class Drawing(LiveApplier):
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
+class Drawing(InMemoryApplier):
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         torch.rand(1)
         return super().apply(prediction, alpha, out=out)
 
 
-class Overdone(LiveApplier):
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> LiveApplied:
-        self.told("apply", 3, 2)
+class Overdone(InMemoryApplier):
+    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
+        self.report_progress("apply", 3, 2)
         return super().apply(prediction, alpha, out=out)
 
 
-WRONG: dict[str, tuple[type[LiveApplier], set[str]]] = {
+WRONG: dict[str, tuple[type[InMemoryApplier], set[str]]] = {
     "has_a_name": (TwoWords, set()),
     "settings_survive_a_round_trip": (DriftingSettings, set()),
     "settings_are_frozen": (ThawedSettings, set()),
@@ -227,13 +227,13 @@ WRONG: dict[str, tuple[type[LiveApplier], set[str]]] = {
 }
 
 
-def case(cls: type[LiveApplier]) -> ApplierCase:
+def case(cls: type[InMemoryApplier]) -> ApplierCase:
     right = live_model(Path(), None)  # type: ignore[arg-type]
     return dataclasses.replace(right, plugin=cls())
 
 
 def test_what_is_right_passes() -> None:
-    check_applier(case(LiveApplier))
+    check_applier(case(InMemoryApplier))
 
 
 @pytest.mark.parametrize("name", checks_of("applier"))

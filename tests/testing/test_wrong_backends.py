@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.appliers.displacement import displacement, merged
-from next_core.config import RunConfig, make_config
+from next_core.appliers.weight_delta import merged, weight_delta
+from next_core.backend import Backend
+from next_core.config import make_config
 from next_core.errors import GuardError
-from next_core.interfaces import Applied, Backend, PluginConfig, Prediction
-from next_core.lowrank import dense
+from next_core.interfaces import Applied, Prediction
+from next_core.mathematics.low_rank import dense
+from next_core.run_config import RunConfig
+from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
 from next_core.testing import BackendCase, ContractError, check_backend, checks_of
 from tests.testing.test_backends import ARITHMETIC
@@ -52,7 +55,7 @@ class Right(Backend):
     exact_resume = True
     lr = 0.1
 
-    def __init__(self, config: PluginConfig | None = None) -> None:
+    def __init__(self, config: Settings | None = None) -> None:
         super().__init__(config)
         random = torch.Generator().manual_seed(0)
         self.backbone = {name: torch.randn(*shape, generator=random) for name, shape in SHAPES.items()}
@@ -92,8 +95,8 @@ class Right(Backend):
         found.total = {name: self.shift(name, 0) for name in SHAPES}
         return found
 
-    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
-        found = {name: displacement(prediction, name, alpha) for name in prediction.updates}
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
+        found = {name: weight_delta(prediction, name, alpha) for name in prediction.updates}
         moves = {name: dense(merged(by)).float() for name, by in found.items() if by is not None}
         taken = Taken(self, prediction.step)
         self.jumps[prediction.step] = moves
@@ -109,7 +112,7 @@ class Right(Backend):
         if step > applied.step:
             self.kept.clear()
 
-    def standing(self, step: int) -> Applied | None:
+    def active_jump(self, step: int) -> Applied | None:
         return self.undoing.get(step)
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
@@ -205,8 +208,8 @@ class OneNote(Right):
 
 
 class Timid(Right):
-    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
-        return super().extend(prediction, 1.0, keep)
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
+        return super().apply_jump(prediction, 1.0, keep)
 
 
 class ShiftsOne(Right):
@@ -236,15 +239,15 @@ class Remembering(Right):
 
 
 class Swallowing(Right):
-    def extend(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
         try:
-            return super().extend(prediction, alpha, keep)
+            return super().apply_jump(prediction, alpha, keep)
         except GuardError:
             return Taken(self, prediction.step)
 
 
 class Forgetful(Right):
-    def standing(self, step: int) -> Applied | None:
+    def active_jump(self, step: int) -> Applied | None:
         return None
 
 

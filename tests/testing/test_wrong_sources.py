@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource, LoraFactors, Parameter, PluginConfig
-from next_core.lowrank import LowRank, dense
+from next_core.interfaces import CheckpointSource
+from next_core.mathematics.low_rank import LowRank, dense
+from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
 from next_core.testing import ContractError, SyntheticRun, check_source, checks_of, lora_run, write_lora_run
+from next_core.types import LoraFactors, Parameter
 from tests.testing.wrong_predictors import Drifting, Hidden, Lenient, Thawed
 
 
@@ -160,7 +162,7 @@ class Unpicklable(Right):
         self.handle = lambda: None
 
 
-class FolderConfig(PluginConfig):
+class FolderConfig(Settings):
     path: Path
 
 

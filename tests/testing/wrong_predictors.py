@@ -13,19 +13,12 @@ from pydantic import ConfigDict, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from next_core.errors import CheckpointError
-from next_core.history import History, MatrixHistory
-from next_core.interfaces import (
-    CoefficientUpdate,
-    LowRankUpdate,
-    PluginConfig,
-    Prediction,
-    TrajectoryPredictor,
-    Update,
-    Work,
-)
-from next_core.lowrank import LowRank
-from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
-from next_core.testing.runs import FROZEN, SHAPES
+from next_core.history.history import History, MatrixHistory
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
+from next_core.mathematics.low_rank import LowRank
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor, TrajectoryPredictor, Work
+from next_core.settings import Settings
+from next_core.testing.synthetic_runs import FROZEN, SHAPES
 
 WRONG: dict[str, type[TrajectoryPredictor]] = {}
 
@@ -47,9 +40,9 @@ class Right(PerMatrixPredictor):
     """The motion of the last interval, continued, times ``factor``."""
 
     name = "right"
-    config_class: type[PluginConfig] = CoefficientConfig
+    config_class: type[Settings] = CoefficientConfig
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         return "needs two checkpoints" if len(steps) < 2 else None
 
     def factor(self, matrix: MatrixHistory, horizon: int) -> float:
@@ -69,7 +62,7 @@ class HasAName(Right):
     name = "two words"
 
 
-class Drifting(PluginConfig):
+class Drifting(Settings):
     x: int = 0
 
     @field_validator("x")
@@ -83,7 +76,7 @@ class SettingsSurviveARoundTrip(Right):
     config_class = Drifting
 
 
-class Thawed(PluginConfig):
+class Thawed(Settings):
     model_config = ConfigDict(frozen=False)
     x: int = 0
 
@@ -93,7 +86,7 @@ class SettingsAreFrozen(Right):
     config_class = Thawed
 
 
-class Lenient(PluginConfig):
+class Lenient(Settings):
     model_config = ConfigDict(extra="ignore")
 
 
@@ -102,7 +95,7 @@ class SettingsRefuseWhatTheyDoNotKnow(Right):
     config_class = Lenient
 
 
-class Hidden(PluginConfig):
+class Hidden(Settings):
     x: Annotated[int, SkipJsonSchema()] = 0
 
 
@@ -113,7 +106,7 @@ class SettingsHaveAJsonSchema(Right):
 
 @wrong("is_made_for_a_schedule_that_holds")
 class IsMadeForAScheduleThatHolds(Right):
-    made_for = {"guards": {"no_such_guard": True}}  # noqa: RUF012
+    recommended = {"guards": {"no_such_guard": True}}  # noqa: RUF012
 
 
 @wrong("requires_what_a_history_has")
@@ -135,13 +128,13 @@ class WorksOutItsWork(Right):
 
 @wrong("lacks_can_be_asked_before_a_run")
 class LacksCanBeAskedBeforeARun(Right):
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
-        return "no list" if isinstance(steps, list) else super().lacks(steps, horizon)
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
+        return "no list" if isinstance(steps, list) else super().why_not(steps, horizon)
 
 
 @wrong("lacks_agrees_with_what_happens")
 class LacksAgreesWithWhatHappens(Right):
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         return "needs four checkpoints" if len(steps) < 4 else None
 
     def _prepare(self, horizon: int) -> Abstain | None:

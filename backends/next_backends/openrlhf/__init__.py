@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from next_backends.openrlhf.backend import OpenRlhfBackend
+from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 
 __all__ = ["OpenRlhfBackend"]

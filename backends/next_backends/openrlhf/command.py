@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_backends.openrlhf.options import check_extra
+from next_backends.openrlhf.known_options import check_extra
 from next_core.errors import ConfigError
-from next_core.sources.files import read_json
+from next_core.sources.tensor_files import read_json
 
 if TYPE_CHECKING:
-    from next_backends.openrlhf.config import OpenRlhfConfig
-    from next_core.config import LoraSettings, RunConfig, TrainingSettings
+    from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+    from next_core.run_config import LoraSettings, RunConfig, TrainingSettings
 
 ESTIMATORS = {"grpo": ("group_norm", "dr_grpo"), "rloo": ("rloo",), "reinforce++": ("reinforce_baseline", "reinforce")}
 """Advantage estimators of each algorithm, the default first."""

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_backends.openrlhf.options import KNOWN
+from next_backends.openrlhf.known_options import KNOWN
 from next_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from next_backends.openrlhf.config import OpenRlhfConfig
+    from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 
-PARSE = Path(__file__).parent / "inside" / "parse.py"
+PARSE = Path(__file__).parent / "trainer_side" / "parse.py"
 ANSWER = "openrlhf parser: "
 """How the line of ``PARSE`` begins; all else that it prints is its libraries'."""
 TIMEOUT = 300.0

@@ -9,15 +9,15 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from next_backends.openrlhf.checkpoint_folders import finished_models, trainers
 from next_backends.openrlhf.environment import environment
-from next_backends.openrlhf.folders import finished_models, trainers
 from next_backends.openrlhf.log import tail
-from next_backends.openrlhf.setting import INSIDE, TICK, Setting, Watch
+from next_backends.openrlhf.trainer_setup import TICK, TRAINER_SIDE, TrainerSetup, Watch
 from next_core.appliers.merged_model import MergedModelApplier, MergedModelConfig
 from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Prediction
 from next_core.sources.jumps import jump_folders
-from next_core.storage import new_directory, remove_directory
+from next_core.storage.atomic import new_directory, remove_directory
 
 
 class Merging:
@@ -26,7 +26,7 @@ class Merging:
     keeps_start = False
     """Where RL begins is the base model, on disk already."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainerSetup) -> None:
         self._setting = setting
         self._model = setting.run.training.model
         self._at = self._start = self._end = 0
@@ -176,7 +176,7 @@ class Merging:
 
     def _read_masters(self, state: Path, target: Path) -> None:
         config = self._setting.config
-        command = [str(config.python), str(INSIDE / "masters.py"), str(state), str(target)]
+        command = [str(config.python), str(TRAINER_SIDE / "masters.py"), str(state), str(target)]
         output = self._setting.folder / "masters.log"
         with output.open("wb") as log:
             reading = subprocess.Popen(

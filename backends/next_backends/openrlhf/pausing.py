@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from next_backends.openrlhf.folders import LATEST, newest_state, rotate
-from next_backends.openrlhf.live import LiveTrainer
-from next_backends.openrlhf.setting import Setting
+from next_backends.openrlhf.checkpoint_folders import LATEST, newest_state, rotate
+from next_backends.openrlhf.trainer_client import LiveTrainer
+from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.errors import BackendError
 from next_core.interfaces import Prediction
+from next_core.sources.adapter_source import ADAPTER
 from next_core.sources.jumps import SHIFT_FILE, jump_folders
-from next_core.sources.peft_adapter import ADAPTER
-from next_core.storage import write_text
+from next_core.storage.atomic import write_text
 
 MOMENTS_FILE = "moments.safetensors"
 """In a jump's folder: the optimizer's moments from before it."""
@@ -23,7 +23,7 @@ class Pausing:
 
     keeps_start = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainerSetup) -> None:
         self._setting = setting
         self._restarts = setting.config.jump == "restart"
         self._trainer: LiveTrainer | None = None

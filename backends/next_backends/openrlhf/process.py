@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from next_backends.openrlhf import warden
+from next_backends.openrlhf import supervisor
 from next_backends.openrlhf.log import tail
 from next_core.errors import BackendError
 
@@ -30,11 +30,11 @@ _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b")
 class TrainerProcess:
     """A command and all processes that come of it, none of which outlives this process; a context manager.
 
-    A warden process holds them: it learns of our end, SIGKILL included, and ends them. See ``start``.
+    A supervisor process holds them: it learns of our end, SIGKILL included, and ends them. See ``start``.
     """
 
     def __init__(self, held: subprocess.Popen[bytes], token: str, log: Path, scratch: Path | None, grace: float):
-        self._warden, self.token, self.log = held, token, log
+        self._supervisor, self.token, self.log = held, token, log
         self._scratch, self._grace = scratch, grace
 
     @classmethod
@@ -58,11 +58,11 @@ class TrainerProcess:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as output:
                 held = subprocess.Popen(
-                    [sys.executable, "-P", warden.__file__],
+                    [sys.executable, "-P", supervisor.__file__],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
-                    env=os.environ | {warden.TOKEN: token},
+                    env=os.environ | {supervisor.TOKEN: token},
                     start_new_session=True,
                     bufsize=0,
                 )
@@ -73,8 +73,8 @@ class TrainerProcess:
         return process
 
     def _send(self, message: bytes) -> None:
-        """Writes all of ``message`` to the warden; a warden that has ended reads nothing, and ``poll`` shows it."""
-        pipe = self._warden.stdin
+        """Write ``message`` to the supervisor; one that has ended reads nothing, and ``poll`` shows that."""
+        pipe = self._supervisor.stdin
         assert pipe is not None
         with contextlib.suppress(BrokenPipeError):
             while message:
@@ -82,12 +82,12 @@ class TrainerProcess:
 
     @property
     def pid(self) -> int:
-        """The warden's process id; SIGINT and SIGTERM sent to it reach the command, once."""
-        return self._warden.pid
+        """The supervisor's process id; SIGINT and SIGTERM sent to it reach the command, once."""
+        return self._supervisor.pid
 
     def poll(self) -> int | None:
         """The command's exit status, 128 + n when signal n killed it; None until nothing of it is left."""
-        status = self._warden.poll()
+        status = self._supervisor.poll()
         return status if status is None or status >= 0 else 128 - status
 
     @property
@@ -117,17 +117,17 @@ class TrainerProcess:
         ``grace`` replaces the one given to ``start`` unless the end has begun already. Raises ``BackendError`` that
         names the processes that would not die.
         """
-        pipe = self._warden.stdin
+        pipe = self._supervisor.stdin
         if pipe is not None and not pipe.closed:
             self._send(str(self._grace if grace is None else grace).encode())  # a fork of ours may hold the pipe open
             pipe.close()
         try:
-            self._warden.wait(max(self._grace, grace or 0.0) + KILL_TIME)
+            self._supervisor.wait(max(self._grace, grace or 0.0) + KILL_TIME)
         except subprocess.TimeoutExpired:
             pids = ", ".join(map(str, leftovers(self.token)))
             raise BackendError(f"the trainer's processes {pids} do not end; end them by hand") from None
-        if self._warden.returncode < 0:  # the warden itself was killed
-            warden.end_all(self.token, self._grace if grace is None else grace)
+        if self._supervisor.returncode < 0:  # the supervisor itself was killed
+            supervisor.end_all(self.token, self._grace if grace is None else grace)
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch = None
@@ -142,8 +142,8 @@ class TrainerProcess:
 
 
 def leftovers(token: str) -> list[int]:
-    """The pids of all that is still alive of the trainer with this token, its warden included."""
-    return sorted(process.pid for process in warden.family(token))
+    """The pids of all that is still alive of the trainer with this token, its supervisor included."""
+    return sorted(process.pid for process in supervisor.family(token))
 
 
 def excerpt(log: Path) -> list[str]:

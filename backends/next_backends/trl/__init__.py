@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from next_backends.trl.backend import TrlBackend
 from next_backends.trl.build import last_checkpoint
 from next_backends.trl.callback import PredictExtendCallback
+from next_backends.trl.trl_backend import TrlBackend
 
 __all__ = ["PredictExtendCallback", "TrlBackend", "last_checkpoint"]

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from next_backends.data import read_rows, read_splits
-from next_backends.trl.checks import check_arguments
+from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
-from next_core.errors import BackendError, CheckpointError, ConfigError
-from next_core.manifest import MANIFEST, check_manifest
-from next_core.plugins import describe
+from next_core.errors import BackendError, CheckpointError, ConfigError, describe
 from next_core.rewards import RewardFunction, make_reward
+from next_core.storage.manifest import MANIFEST, check_manifest
 
 if TYPE_CHECKING:
-    from next_core.config import RunConfig, TrainingSettings
+    from next_core.run_config import RunConfig, TrainingSettings
 
 OURS = frozenset(
     {

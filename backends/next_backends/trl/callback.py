@@ -5,62 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from next_backends.trl.checks import check_arguments, check_whole
+from next_backends.trl.argument_checks import check_arguments, check_whole
 from next_backends.trl.processes import Change, Processes, adapters
-from next_core.appliers.live import activate_jumps, is_peft
-from next_core.config import DEFAULT_PREDICTOR
-from next_core.containment import same_random_states
-from next_core.cycle.guards import Guards
+from next_backends.trl.step_callback import StepCallback
+from next_backends.trl.trl_backend import TrlBackend
+from next_core.cycle.advice import journal_advice
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.cycle.schedule import Schedule
+from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError
-from next_core.interfaces import TrajectoryPredictor
-from next_core.locking import hold, release
-from next_core.plugins import explain, make_predictor
-
-if TYPE_CHECKING:
-    from next_backends.trl.backend import TrlBackend
-
-
-class RunIsOver(Exception):  # noqa: N818 - nothing is wrong
-    """A run was resumed at its last step: the trainer, its weights loaded, would take a step more before it looks."""
-
-
-class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Passes on what the trainer reports: to the backend, and the end of each step to ``step_ended``."""
-
-    def __init__(self, backend: TrlBackend | None, step_ended: Callable[[int], None]) -> None:
-        self._backend, self._step_ended = backend, step_ended
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.begin(state.global_step, kwargs["optimizer"])
-            if state.global_step >= state.max_steps:
-                raise RunIsOver
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_ended(state.global_step)
-        if self._backend is not None and self._backend.ends_after(state.global_step, args):
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.log(state.global_step, logs or {})
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.saved(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.flush()
+from next_core.live_weights.in_memory import activate_jumps, is_peft
+from next_core.plugins import make_predictor
+from next_core.predictor import TrajectoryPredictor
+from next_core.process.containment import same_random_states
+from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
+from next_core.settings import explain
+from next_core.storage.locking import hold, release
 
 
 class PredictExtendCallback(StepCallback):
@@ -97,11 +61,11 @@ class PredictExtendCallback(StepCallback):
             fields = {"name": predictor} if isinstance(predictor, str) else dict(predictor)
             name = str(fields.pop("name", DEFAULT_PREDICTOR))
             self._make = lambda: make_predictor(name, **fields)
-        made_for = self._make().made_for  # a wrong name or field is an error now, not 50 steps later
-        self.schedule: Schedule = _validated(Schedule, {**made_for.get("schedule", {}), **schedule})
+        recommended = self._make().recommended  # a wrong name or field is an error now, not 50 steps later
+        self.schedule: Schedule = _validated(Schedule, {**recommended.get("schedule", {}), **schedule})
         given = {} if guards is None else guards
         self.guards: Guards = (
-            given if isinstance(given, Guards) else _validated(Guards, {**made_for.get("guards", {}), **given})
+            given if isinstance(given, Guards) else _validated(Guards, {**recommended.get("guards", {}), **given})
         )
         self.guards.check(self.schedule)
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
@@ -141,8 +105,6 @@ class PredictExtendCallback(StepCallback):
 
     def _begin(self, args: Any, state: Any) -> None:
         """Process 0 alone: take up the folder, and the cycle."""
-        from next_backends.trl.backend import TrlBackend
-
         folder = self._folder_of(args)
         hold(folder)
         journal = folder / JOURNAL
@@ -195,7 +157,10 @@ class PredictExtendCallback(StepCallback):
         before = adapters(self._model)
         self._backend.moved.clear()
         self._unless_late(self.cycle.after_step, step)
-        if step == self.cycle.total and (advice := self.cycle.advise(step)) is not None:
+        if (
+            step == self.cycle.total
+            and (advice := journal_advice(run_advice, self._backend, self.journal, step)) is not None
+        ):
             logging.getLogger(__name__).warning(advice)
         moved = self._backend.moved
         return Change.since(before, self._model, self._optimizer, "moments" in moved) if moved else None

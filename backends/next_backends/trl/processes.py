@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from next_core.appliers.live import activate_jumps, is_peft, jump_adapters, remove_adapter
-from next_core.containment import same_random_states
-from next_core.errors import BackendError, NextCoreError
-from next_core.plugins import describe
-from next_core.sources.peft_adapter import JUMP_PREFIX
+from next_core.errors import BackendError, NextCoreError, describe
+from next_core.live_weights.in_memory import activate_jumps, is_peft, jump_adapters, remove_adapter
+from next_core.process.containment import same_random_states
+from next_core.sources.adapter_source import JUMP_PREFIX
 
 Answer = TypeVar("Answer")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.appliers.live import is_peft, trained_adapter
 from next_core.errors import CheckpointError
+from next_core.live_weights.in_memory import is_peft, trained_adapter
+from next_core.sources.adapter_source import CONFIG_FILE, JUMP_PREFIX, WEIGHTS_FILE
 from next_core.sources.hf_model import SINGLE
-from next_core.sources.peft_adapter import CONFIG_FILE, JUMP_PREFIX, WEIGHTS_FILE
-from next_core.storage import new_directory
+from next_core.storage.atomic import new_directory
 
 
 def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from curved_steps.last_step import last_step
 from curved_steps.parabola import ParabolaConfig, ParabolaPredictor
 
-from next_core.interfaces import TrajectoryPredictor
+from next_core.predictor import TrajectoryPredictor
 from next_core.testing import Check, parametrize_with_checks
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from next_core import History, make_predictor, registry
-from next_core.appliers.displacement import displacement
-from next_core.lowrank import dense
+from next_core.appliers.weight_delta import weight_delta
+from next_core.mathematics.low_rank import dense
 from next_core.testing import SyntheticRun, dense_run
 
 NAME = "model.layers.0.up_proj.weight"
@@ -17,7 +17,7 @@ NAME = "model.layers.0.up_proj.weight"
 def moved(run: SyntheticRun, name: str, horizon: int, **settings: float) -> Tensor:
     """By how much the matrix NAME is predicted to move."""
     predictor = make_predictor(name, **settings).fit(History(run))
-    found = displacement(predictor.predict(horizon), NAME, 1.0)
+    found = weight_delta(predictor.predict(horizon), NAME, 1.0)
     assert isinstance(found, Tensor)
     return found
 

@@ -91,7 +91,7 @@ class Trainer:
 
 
 class Controlled:
-    """What ``inside/controller.py`` says and answers."""
+    """What ``trainer_side/controller.py`` says and answers."""
 
     def __init__(self, trainer: Trainer, control: dict[str, Any]) -> None:
         self.trainer = trainer

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from next_backends.history_folder import JumpAdapter
-from next_backends.openrlhf.config import OpenRlhfConfig
-from next_backends.openrlhf.setting import Setting
-from next_core.config import RunConfig
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+from next_backends.openrlhf.trainer_setup import TrainerSetup
+from next_core.run_config import RunConfig
 from next_core.sources.metrics import METRICS, read_log
 from tests.backends.openrlhf.processes import begun_since, children
 
@@ -31,7 +31,7 @@ class Pretence:
         self.out = folder / "run"
         self._folder, self._record = folder, folder / "requests.jsonl"
         self._record.touch()
-        self._settings: list[Setting] = []
+        self._settings: list[TrainerSetup] = []
         self._ways: list[Any] = []
         self._before = children()
         model = folder / "base"
@@ -47,7 +47,9 @@ class Pretence:
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n')
         self.python.chmod(0o755)
 
-    def setting(self, plan: dict[str, Any] | None = None, backend: dict[str, Any] | None = None, **run: Any) -> Setting:
+    def setting(
+        self, plan: dict[str, Any] | None = None, backend: dict[str, Any] | None = None, **run: Any
+    ) -> TrainerSetup:
         """Of a run of six steps; ``plan`` is what goes wrong."""
         env = {"PRETEND": json.dumps(plan or {}), "PRETEND_RECORD": str(self._record)}
         config = OpenRlhfConfig.model_validate({"python": self.python, "env": env, **(backend or {})})
@@ -61,7 +63,7 @@ class Pretence:
         }
         schedule = {"observe": 3, "every": 1, "horizon": 1}
         block = {"steps": 6, "save_every": 2, "predictor": "secant", "schedule": schedule} | run
-        setting = Setting(RunConfig.model_validate({**block, "training": training}), config, self.out)
+        setting = TrainerSetup(RunConfig.model_validate({**block, "training": training}), config, self.out)
         self._settings.append(setting)
         return setting
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from next_backends.openrlhf import environment, options
+from next_backends.openrlhf import environment
+from next_backends.openrlhf import known_options as options
 from next_backends.openrlhf.command import Places, Segment, make_command
-from next_backends.openrlhf.config import OpenRlhfConfig
 from next_backends.openrlhf.environment import ask_parser, check_python
-from next_backends.openrlhf.options import check_options
-from next_core.config import RunConfig
+from next_backends.openrlhf.known_options import check_options
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_core.errors import ConfigError
+from next_core.run_config import RunConfig
 
 SEGMENT = Segment(episodes=1, samples=None, seed=3, save_every=None, save_hf=False, save_deepspeed=True, load=False)
 

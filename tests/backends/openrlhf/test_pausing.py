@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from next_backends.openrlhf.backend import OpenRlhfBackend
+from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 from next_backends.openrlhf.pausing import Pausing
 from next_core.errors import BackendError
 from tests.backends.openrlhf.pretending import Pretence
@@ -334,7 +334,7 @@ def test_accuracies_are_named_by_the_way_of_answering(evaluation: str, kind: str
     setting = pretence.setting(training={"evaluation": evaluation})
     backend = OpenRlhfBackend(setting.config)
     backend._setting, found = setting, iter([0.5, None])
-    backend._way = SimpleNamespace(evaluate=lambda split: next(found))  # type: ignore[assignment]
+    backend._mode = SimpleNamespace(evaluate=lambda split: next(found))  # type: ignore[assignment]
     assert backend.accuracies("test") == {kind: 0.5}
     assert backend.accuracies("test") == {}
 

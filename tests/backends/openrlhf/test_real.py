@@ -18,14 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from next_backends.openrlhf.live import LiveTrainer
 from next_backends.openrlhf.process import TrainerProcess, leftovers
-from next_backends.openrlhf.warden import TOKEN
-from next_core.config import RunConfig, make_config
+from next_backends.openrlhf.supervisor import TOKEN
+from next_backends.openrlhf.trainer_client import LiveTrainer
+from next_core.config import make_config
 from next_core.cycle.journal import read_journal
-from next_core.cycle.result import RunResult
 from next_core.cycle.run import run
+from next_core.cycle.run_result import RunResult
 from next_core.errors import BackendError
+from next_core.run_config import RunConfig
 
 pytestmark = pytest.mark.openrlhf
 
@@ -237,7 +238,7 @@ def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path, tokens: l
         assert ours.poll() is None
         assert time.monotonic() < end
         time.sleep(0.5)
-    (held,) = (p for p in psutil.Process(ours.pid).children() if "warden.py" in " ".join(p.cmdline()))
+    (held,) = (p for p in psutil.Process(ours.pid).children() if "supervisor.py" in " ".join(p.cmdline()))
     tokens.append(held.environ()[TOKEN])
     assert len(leftovers(tokens[0])) > 8  # Ray, the actors, the engine
     os.kill(ours.pid, signal.SIGKILL)
@@ -252,11 +253,11 @@ def test_lora_without_the_hook_still_fails_upstream(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook has had its day."""
-    from next_backends.openrlhf.setting import Setting
+    from next_backends.openrlhf.trainer_setup import TrainerSetup
 
-    real = Setting.start
+    real = TrainerSetup.start
     monkeypatch.setattr(
-        Setting, "start", lambda self, options, hooks, control: real(self, options, ["control"], control)
+        TrainerSetup, "start", lambda self, options, hooks, control: real(self, options, ["control"], control)
     )
     with pytest.raises(BackendError, match="no module or parameter named 'base_model'"):
         run(config(), tmp_path / "run")

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
-from next_core.appliers.live import jump_adapters
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import CoefficientUpdate
-from next_core.lowrank import LowRank
+from next_core.live_weights.in_memory import jump_adapters
+from next_core.mathematics.low_rank import LowRank
 
 pytestmark = pytest.mark.trl
 

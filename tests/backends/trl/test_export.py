@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from next_backends.trl import PredictExtendCallback
 from next_core import History, make_applier, make_predictor, open_checkpoints
-from next_core.appliers.live import LiveApplier
+from next_core.live_weights.in_memory import InMemoryApplier
 from tests.backends.trl.conftest import BASE
 
 pytestmark = pytest.mark.trl
@@ -49,7 +49,7 @@ def test_an_export_after_two_jumps_equals_the_live_model(
     make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "adapter")
     make_applier("merged-model").apply(prediction, alpha=1.5, out=tmp_path / "merged")
     before = logits(trainer.model)
-    LiveApplier().apply(prediction, alpha=1.5, out=trainer.model)
+    InMemoryApplier().apply(prediction, alpha=1.5, out=trainer.model)
     live = logits(trainer.model)
 
     assert (live - before).abs().max() > 1e-3
@@ -67,7 +67,7 @@ def test_a_full_parameter_export_equals_the_live_model(make_trainer: Any, logits
     prediction = make_predictor("secant").fit(History(source)).predict(3)
     make_applier("merged-model").apply(prediction, alpha=1.0, out=tmp_path / "merged")
     assert all(len(source.skipped[name]) for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias"))
-    LiveApplier().apply(prediction, alpha=1.0, out=trainer.model)
+    InMemoryApplier().apply(prediction, alpha=1.0, out=trainer.model)
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, logits(trainer.model), atol=1e-5, rtol=1e-5)
 

@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from next_backends.trl.checks import check_arguments
+from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.processes import Failure, digests
 from next_core import open_checkpoints
-from next_core.cycle.guards import Guards
 from next_core.cycle.journal import JOURNAL, read_journal
-from next_core.cycle.schedule import Schedule
 from next_core.errors import BackendError, CheckpointError, Interrupted
-from next_core.manifest import MANIFEST, check_manifest
+from next_core.run_config import Guards, Schedule
+from next_core.storage.manifest import MANIFEST, check_manifest
 from tests.backends.trl.two_processes import Runs
 
 pytestmark = pytest.mark.trl

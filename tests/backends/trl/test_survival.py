@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from next_backends.trl import PredictExtendCallback, TrlBackend
 from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.errors import BackendError, CheckpointError, ConfigError
-from next_core.lowrank import LowRank
-from next_core.manifest import check_manifest
+from next_core.mathematics.low_rank import LowRank
+from next_core.storage.manifest import check_manifest
 from tests.backends.trl.conftest import BASE
 
 pytestmark = pytest.mark.trl

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from next_backends.trl import PredictExtendCallback
-from next_backends.trl.checks import check_whole
+from next_backends.trl.argument_checks import check_whole
 from next_backends.trl.processes import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
-from next_core.lowrank import LowRank
+from next_core.mathematics.low_rank import LowRank
 from tests.backends.trl.conftest import BASE, SMALL_RUN, exact
 
 RANK = int(os.environ.get("RANK", "0"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from next_core import Abstain, CoefficientUpdate, MatrixHistory, matrix_predictor
-from next_core.per_matrix import CoefficientConfig, Outcome
+from next_core.predictor import CoefficientConfig, Outcome
 
 
 @matrix_predictor("last-step", config=CoefficientConfig)

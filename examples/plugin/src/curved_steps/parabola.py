@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from next_core.history import MatrixHistory
+from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.per_matrix import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
 
 
 class ParabolaConfig(CoefficientConfig):
@@ -26,12 +26,12 @@ class ParabolaPredictor(PerMatrixPredictor):
 
     name = "parabola"
     config_class = ParabolaConfig
-    made_for: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
         "schedule": {"observe": 30, "every": 5, "horizon": 10, "jump_every": 30}
     }
     _weights: Mapping[int, float]
 
-    def lacks(self, steps: Sequence[int], horizon: int) -> str | None:
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         wanted = [steps[-1] - 2 * horizon, steps[-1] - horizon]
         missing = [step for step in wanted if step not in steps]
         return f"parabola: no checkpoint of steps {missing}; observed: {list(steps)}" if missing else None

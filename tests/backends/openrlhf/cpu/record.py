@@ -25,10 +25,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from next_backends.openrlhf.config import OpenRlhfConfig
-from next_backends.openrlhf.folders import finished_models
-from next_backends.openrlhf.setting import INSIDE, Setting
-from next_core.config import RunConfig, make_config
+from next_backends.openrlhf.checkpoint_folders import finished_models
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+from next_backends.openrlhf.trainer_setup import TRAINER_SIDE, TrainerSetup
+from next_core.config import make_config
+from next_core.run_config import RunConfig
 
 pytestmark = pytest.mark.openrlhf
 
@@ -90,7 +91,7 @@ def train(
             }
         )
         config = OpenRlhfConfig.model_validate(run.backend.fields)
-        setting = Setting(run, config, tmp_path)
+        setting = TrainerSetup(run, config, tmp_path)
         setting.serve_rewards()
         setting.write_prompts(0, STEPS)
         try:
@@ -127,7 +128,7 @@ def test_lora_zero2(train: Train, openrlhf_backend: Callable[..., dict[str, Any]
     state = tmp_path / "trainer" / "ckpt-000000" / "_actor" / f"global_step{STEPS}"
     shutil.copytree(state, folder / "_actor" / state.name)
     masters, block = folder / "masters.safetensors", openrlhf_backend()
-    command = [block["python"], str(INSIDE / "masters.py"), str(state), str(masters)]
+    command = [block["python"], str(TRAINER_SIDE / "masters.py"), str(state), str(masters)]
     subprocess.run(command, check=True, env={"PATH": "/usr/bin:/bin", **block["env"]})
     trained = {key: value for key, value in load_file(masters).items() if ".lora_" in key}
     assert trained

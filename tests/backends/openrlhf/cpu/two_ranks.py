@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[4]
-sys.path.insert(0, str(ROOT / "backends" / "next_backends" / "openrlhf" / "inside"))
+sys.path.insert(0, str(ROOT / "backends" / "next_backends" / "openrlhf" / "trainer_side"))
 
 import deepspeed  # noqa: E402
 import lora  # noqa: E402

@@ -1,0 +1,245 @@
+"""TRL's GRPO and RLOO trainers as the predict-extend cycle sees them: a live model, watched and moved in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from next_backends.history_folder import HistoryFolder, JumpAdapter
+from next_backends.trl.applied_jump import BEFORE_FILE, StoredApplied, TrlApplied
+from next_backends.trl.argument_checks import steps_of_a_generation
+from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
+from next_core.backend import Backend
+from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.interfaces import Applied, Prediction
+from next_core.live_weights.in_memory import InMemoryApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
+from next_core.run_config import RunConfig
+from next_core.settings import Settings
+from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.storage.atomic import seal, sweep
+
+
+class TrlConfig(Settings):
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of TRL's GRPOConfig or RLOOConfig, passed through"
+    )
+
+
+class TrlBackend(Backend):
+    """Built from a config by ``prepare``, or tied to a running trainer's model by ``attach``."""
+
+    name = "trl"
+    config_class = TrlConfig
+    exact_resume = True
+
+    def __init__(self, config: TrlConfig | None = None) -> None:
+        super().__init__(config)
+        self.trainer: Any = None
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._history = HistoryFolder(Path())
+        self._source: PeftAdapterSource | FullModelSource | None = None
+        self._evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
+        self._resume_from: Path | None = None
+        self._stopping = False
+        self._notes: list[str] = []
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
+        self._writing: Future[None] | None = None
+        self.moved: set[Literal["weights", "moments"]] = set()  # by jumps and rollbacks, since it was last cleared
+
+    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
+        """Build model, LoRA, data, reward and trainer. Returns the step to go on from. Raises ``ConfigError``."""
+        from next_backends.trl.build import build_trainer, last_checkpoint
+
+        self.trainer, self._evaluate = build_trainer(run, self.config.args, out / "trainer")
+        self.attach(self.trainer.model, out)
+        if not resume:
+            return 0
+        for halves in (self._history.checkpoints, self._history.jumps):
+            sweep(halves)  # what a killed process was writing is no damage
+        broken = self._history.first_damaged()
+        self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
+        if broken is not None:
+            self._history.forget_after(step)
+            self._notes.append(f"{broken[1]}; the run went on from step {step}, before it")
+        return step
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._notes
+
+    def attach(
+        self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
+    ) -> None:
+        """Use a live model, and ``folder`` for checkpoints, jumps and metrics."""
+        self._model, self._history = model, HistoryFolder(folder)
+        self._evaluate = evaluate or self._evaluate
+
+    def begin(self, step: int, optimizer: Any) -> None:
+        """Called when training begins or resumes: keep the starting point, or take up the history.
+
+        Everything is checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
+        """
+        self._optimizer = optimizer
+        if not is_peft(self._model):
+            self._refuse_low_precision()
+        if step > 0:
+            self._check_resume(step)
+            self._history.forget_after(step)
+            self._source = None
+        elif is_peft(self._model) and jump_adapters(self._model):
+            raise BackendError("the model was extended by an earlier training; make a new one, or resume")
+        else:
+            self._history.clear()
+            self.observe(0)
+        self.source()  # what cannot be read back (DoRA, no linear layer) is said now, not at the first jump
+
+    def _check_resume(self, step: int) -> None:
+        """Whether the trainer's checkpoint and this folder are of one run."""
+        folder = self._history.path
+        if not self._history.checkpoints.is_dir():
+            raise CheckpointError(
+                f"{folder} holds no history: this run was not watched from its start; resume it without jumps"
+            )
+        standing = self._history.active_adapters(step)
+        found = activate_jumps(self._model) if is_peft(self._model) else []
+        if found != standing:
+            raise CheckpointError(
+                f"resuming at step {step}: the jump adapters {standing} are recorded in {folder}, but the "
+                f"trainer's checkpoint brought {found or 'none'}; resume from a checkpoint of this run"
+            )
+        if not self._history.checkpoint(step).is_dir():
+            return
+        source = self._open()
+        for name, live in live_tensors(self._model):
+            stored = source.stored(name, step)
+            if stored.shape != live.shape or not torch.allclose(live.float().cpu(), stored, atol=1e-6, rtol=1e-5):
+                raise CheckpointError(
+                    f"resuming at step {step}: '{name}' is not what {folder} holds for that step; the trainer's "
+                    "checkpoint is of another run"
+                )
+
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        from next_backends.trl.step_callback import RunIsOver, StepCallback
+
+        callback = StepCallback(self, step_ended)
+        self.trainer.add_callback(callback)
+        try:
+            with contextlib.suppress(RunIsOver):
+                self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
+        finally:
+            self.trainer.remove_callback(callback)
+        if self.trainer.state.global_step < until and not self._stopping:
+            raise BackendError(
+                f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
+            )
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def ends_after(self, step: int, args: Any) -> bool:
+        """Whether training is to end here: it was asked to, and no roll-outs are left over."""
+        return self._stopping and step % steps_of_a_generation(args) == 0
+
+    def observe(self, step: int) -> None:
+        """Copy the trained tensors now, and write them while training goes on."""
+        config = adapter_config(self._model, trained_adapter(self._model)) if is_peft(self._model) else None
+        tensors = {name: value.cpu().clone() for name, value in live_tensors(self._model)}
+        self.flush()
+        self._writing = self._writer.submit(write_checkpoint, self._history.checkpoint(step), tensors, config)
+        if isinstance(self._source, PeftAdapterSource):
+            self._source.remember(step, tensors)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
+        self.flush()
+        self._writing = self._writer.submit(_seal, checkpoint)
+
+    def flush(self) -> None:
+        """Wait for the checkpoint that is being written or sealed. Raises what went wrong with it."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def source(self) -> PeftAdapterSource | FullModelSource:
+        self.flush()
+        if self._source is None:
+            self._source = self._open()
+        else:
+            self._source.refresh()
+        return self._source
+
+    def _open(self) -> PeftAdapterSource | FullModelSource:
+        if is_peft(self._model):
+            return PeftAdapterSource(PeftAdapterSourceConfig(path=self._history.checkpoints))
+        return FullModelSource(FullModelSourceConfig(path=self._history.checkpoints))
+
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
+        folder = self._history.next_jump()  # a damaged history is found before anything moves
+        live = InMemoryApplier().apply(prediction, alpha, out=self._model)
+        applied = TrlApplied(self._model, self._optimizer, live, folder)
+        try:
+            self._history.write_jump(
+                folder,
+                prediction.step,
+                alpha,
+                shift=on_cpu(live.shift),
+                adapter=None if live.adapter is None else self._jump_adapter(live.adapter),
+                more=(lambda there: applied.save(self._model, there / BEFORE_FILE)) if keep else None,
+            )
+        except BaseException:
+            live.rollback()
+            raise
+        self.moved.add("weights")
+        return applied
+
+    def _jump_adapter(self, name: str) -> JumpAdapter:
+        return JumpAdapter(name, adapter_config(self._model, name), on_cpu(adapter_tensors(self._model, name)))
+
+    def rollback(self, applied: Applied, step: int) -> None:
+        assert isinstance(applied, TrlApplied | StoredApplied)
+        self.moved |= {"weights", "moments"}
+        applied.rollback()
+        self._history.withdraw(applied.folder, step)
+
+    def active_jump(self, step: int) -> Applied | None:
+        made = self._history.jump_at(step)
+        if made is None or not (made[0] / BEFORE_FILE).exists():
+            return None
+        return StoredApplied(self._model, self._optimizer, made[0], made[1]["adapter"])
+
+    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
+        return next(iter(self.accuracies(split).values()), None)
+
+    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        return {} if self._evaluate is None else self._evaluate(self._model, split)
+
+    def log(self, step: int, logs: dict[str, Any]) -> None:
+        """Keep what the trainer logs, for predictors that read a metric."""
+        self._history.log(step, logs)
+
+    def _refuse_low_precision(self) -> None:
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f"'{name}' trains in {parameter.dtype}: most of a small jump would be lost in its rounding; "
+                    "load the model in float32 (bf16 autocast is fine), or train LoRA"
+                )
+
+
+def _seal(checkpoint: Path) -> None:
+    for half in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into the same folder
+        half.unlink(missing_ok=True)
+    try:
+        seal(checkpoint)
+    except OSError:
+        if checkpoint.is_dir():  # else the trainer, which keeps the newest only, has removed it
+            raise

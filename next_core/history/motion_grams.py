@@ -1,0 +1,35 @@
+"""Inner products of a run's successive motions: in the adapter's own factors where they exist, else of the deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from next_core.errors import CheckpointError
+from next_core.history.history import History
+from next_core.mathematics.agreement import factor_motion_gram
+from next_core.types import LoraFactors
+
+
+def motion_grams(history: History, points: Sequence[int]) -> Mapping[str, Tensor]:
+    """Per moving matrix the inner products of the motions from each point to the next, fp64, (N, N) of N + 1 points.
+
+    In the adapter's own factors, which a jump moves alike, where they are there; else of the deltas. A first point
+    that is no checkpoint is where RL began. The factors of each point are read once.
+    """
+    starts = [points[0] if points[0] in history.steps else None, *points[1:]]
+    spans = [(now, then) for now, then in zip(points[1:], starts, strict=False)]
+    found = {}
+    for name in history.names:
+        factors = _factors(history, name, points)
+        found[name] = history.inner_products(spans)[name] if factors is None else factor_motion_gram(factors)
+    return found
+
+
+def _factors(history: History, name: str, points: Sequence[int]) -> list[LoraFactors] | None:
+    try:
+        found = [history.source.factors(name, point) for point in points]
+    except CheckpointError:  # step 0 was not kept
+        return None
+    return None if None in found else [factors for factors in found if factors is not None]

@@ -1,0 +1,350 @@
+"""Low-rank matrices as thin factors, and their exact singular triplets; no m x n matrix is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from next_core.errors import NextCoreError
+from next_core.mathematics.gram_svd import LowRankGrams, decompose, reciprocal, refuse_non_finite, svd_of_core
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The matrix ``left @ right``: left (..., m, r), right (..., r, n), same leading batch dims; r may be 0.
+
+    Raises ``NextCoreError`` if the shapes do not fit or a factor is not floating point.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        if not (left.is_floating_point() and right.is_floating_point()):
+            raise NextCoreError(f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}")
+        fits = left.ndim >= 2 and right.ndim >= 2 and left.shape[-1] == right.shape[-2]
+        if not fits or left.shape[:-2] != right.shape[:-2]:
+            raise NextCoreError(
+                f"left {tuple(left.shape)} and right {tuple(right.shape)} do not multiply; "
+                "want (..., m, r) and (..., r, n) with the same leading dimensions"
+            )
+
+    @classmethod
+    def zero(cls, m: int, n: int, batch_shape: Sequence[int] = (), dtype: torch.dtype = torch.float64) -> LowRank:
+        """The zero matrix (*batch_shape, m, n), of rank 0."""
+        return cls(torch.zeros(*batch_shape, m, 0, dtype=dtype), torch.zeros(*batch_shape, 0, n, dtype=dtype))
+
+    @classmethod
+    def stack(cls, parts: Sequence[LowRank]) -> LowRank:
+        """len(parts) matrices of one shape along a new leading dim; smaller ranks are padded with zeros."""
+        _same_shape(parts)
+        rank = max(part.rank for part in parts)
+        pad = torch.nn.functional.pad
+        return cls(
+            torch.stack([pad(part.left, (0, rank - part.rank)) for part in parts]),
+            torch.stack([pad(part.right, (0, 0, 0, rank - part.rank)) for part in parts]),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), without the batch."""
+        return self.left.shape[-2], self.right.shape[-1]
+
+    @property
+    def rank(self) -> int:
+        """r, the width of the factors: an upper bound of the matrix's rank."""
+        return self.left.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The leading dims."""
+        return self.left.shape[:-2]
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (..., m, n), in the factors' (promoted) dtype."""
+        dtype = torch.promote_types(self.left.dtype, self.right.dtype)
+        return self.left.to(dtype) @ self.right.to(dtype)
+
+    def scale(self, alpha: float | Tensor) -> LowRank:
+        """alpha times the matrix; a tensor alpha must broadcast to the batch shape."""
+        if isinstance(alpha, Tensor):
+            try:
+                alpha = alpha.expand(self.batch_shape)[..., None, None]
+            except RuntimeError as error:
+                raise NextCoreError(
+                    f"alpha {tuple(alpha.shape)} does not broadcast to the batch {tuple(self.batch_shape)}"
+                ) from error
+        return LowRank(self.left * alpha, self.right)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """Both factors in another dtype."""
+        return LowRank(self.left.to(dtype), self.right.to(dtype))
+
+    def __neg__(self) -> LowRank:
+        return LowRank(-self.left, self.right)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return concatenate([self, other])
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return concatenate([self, -other])
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Singular triplets: U (..., m, k), S (..., k) descending, V (..., n, k); a zero S has zero columns.
+
+    ``energy`` (...) is the squared Frobenius norm of the whole matrix, not only of the k triplets;
+    ``nuclear`` (...) is the sum of all its singular values, or None where the full spectrum is not known.
+    Raises ``NextCoreError`` if the shapes do not fit.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    energy: Tensor
+    nuclear: Tensor | None
+
+    def __post_init__(self) -> None:
+        batch, k = self.S.shape[:-1], self.S.shape[-1:]
+        fits = all(x.ndim >= 2 and x.shape[:-2] + x.shape[-1:] == batch + k for x in (self.U, self.V))
+        fits = fits and self.energy.shape == batch
+        if not fits or (self.nuclear is not None and self.nuclear.shape != batch):
+            given = {name: None if x is None else tuple(x.shape) for name, x in vars(self).items()}
+            raise NextCoreError(f"singular triplets of unlike shapes: {given}")
+
+    @property
+    def energy_ratio(self) -> Tensor:
+        """sigma_1 / (sum of all sigma), (...): not squared, as in NExt (arXiv 2604.11446); 0 if zero.
+
+        Raises ``NextCoreError`` if the sum is not known.
+        """
+        if self.nuclear is None:
+            raise NextCoreError(
+                "energy_ratio needs the full spectrum, which a partial decomposition does not give; "
+                "use squared_energy_ratio"
+            )
+        return _ratio(self._sigma_1, self.nuclear)
+
+    @property
+    def squared_energy_ratio(self) -> Tensor:
+        """sigma_1^2 / |A|_F^2, (...), the share of the energy in the first component. 0 for a zero matrix."""
+        return _ratio(self._sigma_1.square(), self.energy)
+
+    @property
+    def _sigma_1(self) -> Tensor:
+        return self.S[..., 0].to(self.energy.dtype) if self.S.shape[-1] else torch.zeros_like(self.energy)
+
+    def lowrank(self) -> LowRank:
+        """The rank-k matrix U diag(S) V^T."""
+        return LowRank(self.U * self.S[..., None, :], self.V.mT)
+
+    def batch(self) -> Factors:
+        """The same with a leading dimension of one."""
+        nuclear = None if self.nuclear is None else self.nuclear[None]
+        return Factors(self.U[None], self.S[None], self.V[None], self.energy[None], nuclear)
+
+    def flip(self, signs: Tensor) -> Factors:
+        """U and V columns times signs (..., k) of +1 and -1: the same matrix."""
+        signs = signs.to(self.U.dtype)[..., None, :]
+        return Factors(self.U * signs, self.S, self.V * signs, self.energy, self.nuclear)
+
+
+def concatenate(parts: Sequence[LowRank]) -> LowRank:
+    """The exact sum; ranks add up. Raises ``NextCoreError`` on unlike shapes or batches."""
+    _same_shape(parts)
+    return LowRank(torch.cat([p.left for p in parts], -1), torch.cat([p.right for p in parts], -2))
+
+
+def lora_difference(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor], scaling: float | Tensor) -> LowRank:
+    """scaling (B_t A_t - B_s A_s), float64, of rank 2r; ``later`` is (A_t, B_t), ``earlier`` (A_s, B_s).
+
+    A (..., r, n), B (..., m, r); a tensor scaling broadcasts to the batch. It is written
+    [B_t - B_s, B_s] [A_t; A_t - A_s]: the small numbers are subtracted before any product, so that nothing
+    cancels between neighbouring checkpoints. Raises ``NextCoreError`` on unlike shapes.
+    """
+    (a_later, b_later), (a_earlier, b_earlier) = later, earlier
+    if a_later.shape != a_earlier.shape or b_later.shape != b_earlier.shape:
+        raise NextCoreError(
+            f"LoRA factors of unlike shapes: A {tuple(a_later.shape)}, B {tuple(b_later.shape)} and "
+            f"A {tuple(a_earlier.shape)}, B {tuple(b_earlier.shape)}"
+        )
+    a_later, b_later, a_earlier, b_earlier = (x.detach().double() for x in (a_later, b_later, a_earlier, b_earlier))
+    moved_b = LowRank(b_later - b_earlier, a_later)
+    moved_a = LowRank(b_earlier, a_later - a_earlier)
+    return concatenate([moved_b, moved_a]).scale(scaling)
+
+
+def gram(parts: Sequence[LowRank]) -> Tensor:
+    """All Frobenius inner products of T matrices of one shape: (..., T, T), float64, symmetric.
+
+    <A_i, A_j> = tr((L_i^T L_j)(R_j R_i^T)), all pairs at once: one L^T L, one R R^T, their elementwise
+    product, block sums. Raises ``NextCoreError`` on unlike shapes.
+    """
+    _same_shape(parts)
+    left = torch.cat([part.left.detach().double() for part in parts], -1)
+    right = torch.cat([part.right.detach().double() for part in parts], -2)
+    products = (left.mT @ left) * (right @ right.mT)
+    ranks = torch.tensor([part.rank for part in parts], device=left.device)
+    owner = torch.repeat_interleave(torch.arange(len(parts), device=left.device), ranks)
+    member = torch.nn.functional.one_hot(owner, len(parts)).to(products.dtype)
+    sums = member.mT @ products @ member
+    return (sums + sums.mT) / 2
+
+
+def inner(a: LowRank, b: LowRank) -> Tensor:
+    """The Frobenius inner product <A, B>, (...), float64. Raises ``NextCoreError`` on unlike shapes."""
+    _same_shape([a, b])
+    left = a.left.detach().double().mT @ b.left.detach().double()
+    right = a.right.detach().double() @ b.right.detach().double().mT
+    return (left * right).sum((-2, -1))
+
+
+def norm(a: LowRank) -> Tensor:
+    """The Frobenius norm, (...), float64. Raises ``NextCoreError`` on NaN or Inf.
+
+    From the singular values, not sqrt(inner(a, a)), which loses half the digits where the factors cancel.
+    """
+    return truncated_svd(a, 1).energy.sqrt()
+
+
+def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Factors:
+    """The exact leading singular triplets: ``Factors`` with min(k, m, n) columns, over the batch.
+
+    U, S and V come in ``dtype`` (float32 or float64); the arithmetic, energy and nuclear are float64. Where
+    sigma is zero to rounding (of the products that are summed: a - a is zero) S is exactly 0 and so are the
+    columns of U and V: unit vectors there would be LAPACK's choice, not the data's. Signs are arbitrary; see
+    ``align_signs``. Columns whose norm is below 1e-146 count as zero.
+
+    Gram matrices of the thin factors give the triplets; those matrices of the batch whose factors are too
+    ill-conditioned for that take a QR. Raises ``NextCoreError`` on k < 1, another dtype, NaN or Inf.
+    """
+    if k < 1:
+        raise NextCoreError(f"cannot take {k} singular triplets; ask for at least 1")
+    if dtype not in (torch.float32, torch.float64):
+        raise NextCoreError(f"singular triplets come in float32 or float64, not {dtype}")
+    (m, n), r, batch = a.shape, a.rank, a.batch_shape
+    count, columns, width = batch.numel(), min(k, m, n), min(m, n, r)
+    left = a.left.detach().double().reshape(count, m, r)
+    right = a.right.detach().double().mT.reshape(count, n, r)
+    if count == 0 or width == 0:
+        svd = _Svd(left.new_zeros(count, m, 0), left.new_zeros(count, width), left.new_zeros(count, n, 0))
+    elif r > width:  # Gram matrices of r > m columns are singular
+        svd = _svd_by_qr(left, right, columns)
+    else:
+        svd, sound = _svd_by_gram(left, right, columns)
+        unsound = (~sound).nonzero().flatten()
+        if unsound.numel():
+            for batched, redone in zip(svd, _svd_by_qr(left[unsound], right[unsound], columns), strict=True):
+                batched[unsound] = redone
+    pad = torch.nn.functional.pad
+    U, V = (pad(x, (0, columns - x.shape[-1])).to(dtype) for x in (svd.U, svd.V))
+    S = pad(svd.spectrum, (0, max(0, columns - width)))[:, :columns].to(dtype)
+    energy, nuclear = svd.spectrum.square().sum(-1), svd.spectrum.sum(-1)
+    return Factors(
+        U.reshape(*batch, m, columns),
+        S.reshape(*batch, columns),
+        V.reshape(*batch, n, columns),
+        energy.reshape(batch),
+        nuclear.reshape(batch),
+    )
+
+
+def dense(delta: LowRank | Tensor) -> Tensor:
+    """A delta as a whole matrix, however it is given."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+def concatenate_batches(parts: Sequence[Factors]) -> Factors:
+    """Several batches (N_i, ...) of equal shapes as one; ``nuclear`` is known where every part knows it."""
+    if len(parts) == 1:
+        return parts[0]
+    nuclear = [part.nuclear for part in parts if part.nuclear is not None]
+    return Factors(
+        torch.cat([part.U for part in parts]),
+        torch.cat([part.S for part in parts]),
+        torch.cat([part.V for part in parts]),
+        torch.cat([part.energy for part in parts]),
+        torch.cat(nuclear) if len(nuclear) == len(parts) else None,
+    )
+
+
+def align_signs(factors_over_time: Factors, reference: Factors | None = None) -> Factors:
+    """Choose each component's sign for continuity over the leading dim T, from the newest row backwards.
+
+    Afterwards <u_t, u_t'> + <v_t, v_t'> >= 0 with t' the next row whose component is not zero. The newest
+    such row is aligned with ``reference`` (no dim T), or keeps its sign without one. Zero components stay
+    zero. Raises ``NextCoreError`` if the reference's shape is not that of one row.
+    """
+    U, S, V = factors_over_time.U, factors_over_time.S, factors_over_time.V
+    if reference is not None and (reference.U.shape != U.shape[1:] or reference.V.shape != V.shape[1:]):
+        raise NextCoreError(
+            f"reference U {tuple(reference.U.shape)}, V {tuple(reference.V.shape)} does not fit the rows of "
+            f"U {tuple(U.shape)}, V {tuple(V.shape)}"
+        )
+    if S.shape[0] == 0:
+        return factors_over_time
+    newest_first = range(S.shape[0] - 1, -1, -1)
+    alive = S > 0
+    later = torch.full(S.shape, S.shape[0], device=S.device)  # row T is the reference
+    for t in newest_first[1:]:
+        later[t] = torch.where(alive[t + 1], t + 1, later[t + 1])
+    agreement = torch.zeros_like(S)
+    last_U, last_V = (U[0] * 0, V[0] * 0) if reference is None else (reference.U.to(U), reference.V.to(V))
+    for own, last in ((U, last_U), (V, last_V)):
+        neighbour = torch.cat([own, last[None]]).gather(0, later[..., None, :].expand_as(own))
+        agreement += torch.einsum("...ik,...ik->...k", own, neighbour)
+    turns = torch.where(alive & (agreement < 0), -1.0, 1.0)
+    return factors_over_time.flip(turns.flip(0).cumprod(0).flip(0))
+
+
+class _Svd(NamedTuple):
+    """U (b, m, k), the whole spectrum (b, width) descending, V (b, n, k)."""
+
+    U: Tensor
+    spectrum: Tensor
+    V: Tensor
+
+
+def _svd_by_gram(left: Tensor, right: Tensor, k: int) -> tuple[_Svd, Tensor]:
+    """Triplets of left (b, m, r) @ right (b, n, r)^T with r <= min(m, n), and which are sound (b,)."""
+    grams = LowRankGrams(left.mT @ left, right.mT @ right, noise=left.new_zeros(len(left)))
+    solved = decompose(grams, k)
+    assert solved.spectrum is not None
+    U, V = left @ solved.left, right @ solved.right
+    return _Svd(_unit_columns(U, solved.spectrum), solved.spectrum, _unit_columns(V, solved.spectrum)), solved.sound
+
+
+def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
+    """The same for any r and any conditioning, by a Householder QR of both scaled factors."""
+    norms_l, norms_r = (torch.linalg.vector_norm(x, dim=-2) for x in (left, right))
+    refuse_non_finite(norms_l, norms_r)
+    (Q_l, upper_l), (Q_r, upper_r) = (
+        torch.linalg.qr(x * reciprocal(norms)[:, None, :]) for x, norms in ((left, norms_l), (right, norms_r))
+    )
+    X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
+    return _Svd(_unit_columns(Q_l @ X, spectrum), spectrum, _unit_columns(Q_r @ Y, spectrum))
+
+
+def _unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
+    """Columns of unit norm where sigma is positive, exactly zero elsewhere."""
+    unit = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    return torch.where(spectrum[:, None, : x.shape[-1]] > 0, unit, 0.0)
+
+
+def _same_shape(parts: Sequence[LowRank]) -> None:
+    if not parts:
+        raise NextCoreError("no low-rank matrices were given; their shape is unknown (see LowRank.zero)")
+    shapes = [(*part.batch_shape, *part.shape) for part in parts]
+    for shape in shapes:
+        if shape != shapes[0]:
+            raise NextCoreError(f"low-rank matrices of unlike shapes: {shapes[0]} and {shape}")
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)

@@ -1,0 +1,214 @@
+"""A run's settings as plain data: the schedule, the guards, what is trained and how. No registry, no trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from next_core.errors import ConfigError
+from next_core.history.executor import Executor
+from next_core.predictor import TrajectoryPredictor
+from next_core.settings import Settings
+
+DEFAULT_PREDICTOR = "auto"
+"""What a run extrapolates with where nothing is said; docs/benchmarks/auto.md has the figures."""
+MOST_STEPS = 1_000_000
+"""RL steps of a run; a schedule is checked step by step."""
+
+
+class Choice(BaseModel):
+    """A plug-in by name with its own fields; the bare name alone will do."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(description="The plug-in's registered name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The plug-in's own settings."""
+        return dict(self.model_extra or {})
+
+
+class Schedule(Settings):
+    """All counts are RL steps. A jump costs no step: the counter goes on where it was."""
+
+    observe: int = Field(50, ge=1, description="Steps before the first jump")
+    every: int = Field(5, ge=1, description="Steps between checkpoints")
+    horizon: int = Field(10, ge=1, description="How many steps ahead to predict")
+    alpha: float = Field(1.0, gt=0, description="Scale of the jump; a predictor may damp it per matrix")
+    jump_every: int | None = Field(None, ge=1, description="Steps between jumps; without it there is one jump")
+    jumps: int | None = Field(None, ge=1, description="At most this many jumps; without it as many as fit")
+    settle: int = Field(0, ge=0, description="Last steps of the run, without a jump")
+    average: int | None = Field(
+        None,
+        ge=1,
+        description="At the end, go to the mean of the checkpoints of the last so many steps, or of a half or a "
+        "quarter of them, if validation accuracy rises by it",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("observe", "jump_every"):
+            value = getattr(self, name)
+            if value is not None and value % self.every:
+                raise ValueError(
+                    f"{name} ({value}) must be a multiple of every ({self.every}): a jump starts at a checkpoint"
+                )
+        if self.average is not None and self.average < 2 * self.every:
+            raise ValueError(f"average ({self.average}) must be at least two checkpoints, 2 x every ({2 * self.every})")
+        if self.jump_every is None and (self.jumps or 1) > 1:
+            raise ValueError(f"jumps: {self.jumps} needs jump_every, the steps between them")
+        return self
+
+    @property
+    def limit(self) -> float:
+        """How many jumps at most."""
+        if self.jumps is not None:
+            return self.jumps
+        return 1 if self.jump_every is None else float("inf")
+
+    def observes(self, step: int) -> bool:
+        """Whether a checkpoint is taken after ``step``."""
+        return step % self.every == 0
+
+    def attempts(self, step: int, total: int) -> bool:
+        """Whether a jump is tried after ``step`` of a run of ``total`` steps (the limit not counted)."""
+        if not self.observe <= step <= total - self.settle:
+            return False
+        return step == self.observe if self.jump_every is None else (step - self.observe) % self.jump_every == 0
+
+    def attempt_steps(self, total: int) -> list[int]:
+        """Every step after which a jump is tried."""
+        return [step for step in range(self.observe, total + 1) if self.attempts(step, total)]
+
+    def check_predictor(self, predictor: TrajectoryPredictor, total: int) -> None:
+        """Raise ``ConfigError`` when the checkpoints of this schedule never carry what a predictor needs."""
+        attempts = self.attempt_steps(total)
+        reasons = [predictor.why_not(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
+        if reasons and None not in reasons:
+            raise ConfigError(
+                f"predictor '{predictor.name}' can never act on this schedule; after step {attempts[-1]}: {reasons[-1]}"
+            )
+
+    def check(self, total: int) -> None:
+        """Raise ``ConfigError`` when a run of ``total`` steps leaves no room for a jump."""
+        if not self.attempt_steps(total):
+            raise ConfigError(
+                f"no jump would ever happen: observe ({self.observe}) + settle ({self.settle}) exceed the run's "
+                f"{total} steps; shorten one of them or train longer"
+            )
+
+
+class Guards(Settings):
+    """Bounds on a jump. Whatever is refused is journalled, and the run goes on as a plain one."""
+
+    max_norm_ratio: float | None = Field(
+        10.0, gt=0, description="Bound on the jump's norm over that of the motion in the last `horizon` steps"
+    )
+    time_limit: float | None = Field(
+        3600.0, gt=0, description="Seconds a prediction may take; one that takes longer is ended, and the jump refused"
+    )
+    probe: bool = Field(True, description="Measure accuracy before and after each jump, where the backend can")
+    max_drop: float = Field(0.2, ge=0, le=1, description="Roll back when accuracy falls by more right after the jump")
+    recovery: int | None = Field(
+        None, ge=1, description="RL steps after which accuracy is measured again, and the jump rolled back if it fails"
+    )
+    against: Literal["start", "trend"] = Field(
+        "start", description="What the run must reach after recovery: where it started, or the trend it was on"
+    )
+    tolerance: float = Field(0.02, ge=0, le=1, description="Accuracy that recovery may fall short by (noise)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Guards:
+        if self.recovery is not None and not self.probe:
+            raise ValueError("recovery needs probe: true; there is nothing else to judge the recovery by")
+        return self
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise ``ConfigError`` when a recovery window could not end before the run does."""
+        if self.recovery is not None and schedule.settle < self.recovery:
+            raise ConfigError(
+                f"settle ({schedule.settle}) must be at least guards.recovery ({self.recovery}): the last jump has to "
+                "be judged before the run ends"
+            )
+
+
+class LoraSettings(Settings):
+    """The trained adapter."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is alpha / r")
+    target_modules: str | list[str] = Field("all-linear", description="Which layers, as PEFT names them")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r)")
+
+
+class DataSettings(Settings):
+    """JSON-lines files (or what `datasets` reads), one object a line, with the columns `prompt` and `answer`."""
+
+    train: Path = Field(description="Prompts to train on")
+    validation: Path | None = Field(None, description="Prompts of the probe that guards jumps; default: test")
+    test: Path | None = Field(None, description="Prompts of the accuracies that are reported; default: validation")
+
+
+class TrainingSettings(Settings):
+    """What is trained and how: the same words for every backend."""
+
+    model: Path = Field(description="Folder of the base model, tokenizer included")
+    algorithm: Literal["grpo", "rloo", "reinforce++"] = Field("grpo", description="The RLVR algorithm")
+    lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
+    data: DataSettings
+    reward: Choice = Field(Choice(name="math-verify"), description="A reward's name, or module:function")
+    learning_rate: float = Field(1e-5, gt=0, description="Of the optimizer, before the scheduler")
+    lr_scheduler: str = Field("constant", description="As transformers names it")
+    prompts_per_step: int = Field(16, ge=1, description="Different prompts in one RL step")
+    generations: int = Field(8, ge=2, description="Roll-outs of each prompt")
+    temperature: float = Field(1.0, gt=0, description="Roll-outs are sampled at")
+    max_new_tokens: int = Field(256, ge=1, description="Longest completion")
+    beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference policy")
+    evaluation: Literal["likelihood", "generate"] = Field(
+        "likelihood",
+        description="Accuracy as the exact probability of `answer` and the end token (for tasks with one right "
+        "string), or as the reward of greedy completions",
+    )
+
+
+class RunConfig(Settings):
+    """Everything `next-core run` needs. Paths are relative to the config file."""
+
+    steps: int = Field(ge=1, le=MOST_STEPS, description="RL steps in all")
+    seed: int = Field(0, ge=0, description="Of the adapter's start, the prompts' order and the samples")
+    training: TrainingSettings
+    backend: Choice = Field(Choice(name="trl"), description="The trainer")
+    predictor: Choice = Field(Choice(name=DEFAULT_PREDICTOR), description="Where the weights are going")
+    compressor: Choice | None = Field(
+        None, description="How deltas become rank-k factors; none: exact for LoRA, lanczos for full parameters"
+    )
+    rank: int = Field(1, ge=1, description="Rank k of the factors a predictor reads")
+    executor: Executor = Field(Executor(), description="Where matrices are compressed: local, or ray")
+    schedule: Schedule = Schedule()
+    guards: Guards = Guards()
+    control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between the trainer's own checkpoints, which a run that was ended early goes on from",
+    )
+    measure_every: int | None = Field(
+        None, ge=1, description="Steps between accuracies on the validation and test prompts, for curves"
+    )
+
+    @model_validator(mode="after")
+    def _room_for_jumps(self) -> Self:
+        try:
+            self.schedule.check(self.steps)
+            self.guards.check(self.schedule)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self

@@ -1,0 +1,44 @@
+"""The base of every settings model, and pydantic's errors in the words of a config file."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Settings(BaseModel):
+    """Immutable settings; an unknown key or a number that is not finite is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:
+    """Return one line for each wrong key, with the nearest key of the block it stands in."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            keys = _known_keys(known, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            options = f" Known keys: {', '.join(keys)}." if keys else ""
+            message = f"unknown key{hint}{options}"
+        elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
+            message = f"{message} (got {reprlib.repr(item.get('input'))})"  # bounded: YAML's aliases can nest
+        lines.append(f"{where}{'.' + key if key else ''}: {message}")
+    return "\n".join(lines)
+
+
+def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the block at ``location``, walking through optional and listed blocks."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        model = next((option for option in options if hasattr(option, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,62 @@
+"""Strict JSON, and files that grow by one JSON object a line, each line with its checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from next_core.storage import atomic as storage
+from next_core.storage.reading import parse_checked, with_checksum
+
+
+def json_text(value: Any) -> str:
+    """One line of strict JSON: NaN and Inf, which JSON does not have, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line with its checksum, durably. A torn last line is cut off.
+
+    Raises ``StorageError`` for what the disk refuses; the file is then as it was.
+    """
+    with storage.doing("appending to", path), path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+            file.seek(0)
+            size = file.read().rfind(b"\n") + 1
+            file.truncate(size)
+        line = json_line(record)
+        try:
+            file.write(line[: len(line) // 2])
+            file.flush()
+            storage.failpoint("within appending to", path)
+            file.write(line[len(line) // 2 :])
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), size)  # a full disk may have taken a part of it
+            raise
+
+
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """One JSON object as a line that carries the CRC-32 of the bytes before it, as its last key ``crc32``."""
+    return with_checksum(json_text(dict(record))) + b"\n"
+
+
+def parse_json_line(line: bytes) -> dict[str, Any]:
+    """The record of one line of ``json_line``, with or without its end. Raises ``ValueError`` for any damage."""
+    return parse_checked(line.removesuffix(b"\n"))

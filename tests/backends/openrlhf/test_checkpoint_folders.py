@@ -1,0 +1,95 @@
+"""What of OpenRLHF's folders is whole, and what of it is kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from next_backends.openrlhf.checkpoint_folders import finished_models, newest_state, rotate
+
+PARTS = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def state(folder: Path, start: int, step: int) -> Path:
+    """As DeepSpeed leaves one."""
+    made = folder / f"ckpt-{start:06d}" / "_actor" / f"global_step{step}"
+    made.mkdir(parents=True)
+    for name in PARTS:
+        torch.save({"weight": torch.ones(100)}, made / name)
+    return made
+
+
+def model(folder: Path, start: int, step: int) -> Path:
+    made = folder / f"ckpt-{start:06d}" / f"global_step{step}_hf"
+    made.mkdir(parents=True)
+    (made / "tokenizer_config.json").write_text("{}")
+    return made
+
+
+def test_no_folder_has_no_state(tmp_path: Path) -> None:
+    assert newest_state(tmp_path / "missing") is None
+    assert newest_state(tmp_path) is None
+
+
+def test_the_newest_state_is_found_whatever_latest_says(tmp_path: Path) -> None:
+    state(tmp_path, 0, 4)
+    (state(tmp_path, 0, 10).parent / "latest").write_text("global_step4")
+    assert newest_state(tmp_path) == (0, 10)
+
+
+def test_the_newest_of_several_trainers_counts(tmp_path: Path) -> None:
+    state(tmp_path, 0, 8)
+    state(tmp_path, 10, 12)
+    assert newest_state(tmp_path) == (10, 12)
+
+
+@pytest.mark.parametrize("lost", PARTS)
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+def test_a_torn_state_does_not_count_and_the_one_before_it_does(tmp_path: Path, lost: str, how: str) -> None:
+    state(tmp_path, 0, 4)
+    torn = state(tmp_path, 0, 6) / lost
+    whole = torn.read_bytes()
+    torn.unlink()
+    if how != "missing":
+        torn.write_bytes(whole[:-30] if how == "cut" else b"")
+    assert newest_state(tmp_path) == (0, 4)
+
+
+def test_foreign_folders_do_not_count(tmp_path: Path) -> None:
+    whole = state(tmp_path, 0, 6)
+    for name in ("ckpt-", "ckpt-old", "my-ckpt-000004", "model-000003"):
+        shutil.copytree(whole, tmp_path / name / "_actor" / "global_step9")
+    shutil.copytree(whole, whole.parent / "step9")
+    shutil.copytree(whole, whole.parent / "global_step9_hf")
+    (tmp_path / "ckpt-000007").write_text("a file")
+    assert newest_state(tmp_path) == (0, 6)
+
+
+def test_a_model_is_whole_once_the_tokenizer_is_there(tmp_path: Path) -> None:
+    whole = {step: model(tmp_path, 0, step) for step in (10, 2, 1)}
+    (model(tmp_path, 0, 3) / "tokenizer_config.json").unlink()
+    for foreign in ("global_step_4_hf", "old_hf", "global_step5"):
+        (tmp_path / "ckpt-000000" / foreign).mkdir()
+    found = finished_models(tmp_path / "ckpt-000000")
+    assert found == whole
+    assert list(found) == [1, 2, 10]
+    assert finished_models(tmp_path / "missing") == {}
+
+
+def test_all_but_the_newest_models_are_removed(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        model(tmp_path, 0, step)
+    later = model(tmp_path, 10, 12)
+    writing = model(tmp_path, 10, 14)
+    (writing / "tokenizer_config.json").unlink()
+    (tmp_path / "ckpt-mine").mkdir()
+    foreign = tmp_path / "ckpt-mine" / "global_step1_hf"
+    foreign.mkdir()
+    rotate(tmp_path, 2)
+    left = sorted(path for path in tmp_path.glob("*/*_hf"))
+    assert left == sorted([tmp_path / "ckpt-000000" / "global_step10_hf", later, writing, foreign])
+    rotate(tmp_path, 5)
+    assert sorted(path for path in tmp_path.glob("*/*_hf")) == left

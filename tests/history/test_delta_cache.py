@@ -1,0 +1,170 @@
+"""What was decomposed once is found on disk, as long as what it was made of is the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from next_core.history.delta_cache import DeltaCache, default_folder
+from next_core.history.history import History
+from next_core.sources.memory import MemorySource
+from tests.history.test_history import STEPS, Counting, full_run, lora_run
+
+
+class OnDisk(MemorySource):
+    """A source that says what its weights are made of, as those on disk do."""
+
+    salt = ""
+
+    def fingerprint(self, step: int | None) -> str:
+        return f"{self.salt}{step}"
+
+
+def on_disk(run: MemorySource, salt: str = "") -> OnDisk:
+    run.__class__ = OnDisk
+    assert isinstance(run, OnDisk)
+    run.salt = salt
+    return run
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DeltaCache:
+    return DeltaCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("run", [lora_run, full_run])
+def test_a_second_history_computes_nothing_and_has_the_same_bytes(run: type, cache: DeltaCache) -> None:
+    first, second = Counting(), Counting()
+    wanted = History(on_disk(run()), 2, first, cache=cache)
+    found = History(on_disk(run()), 2, second, cache=cache)
+    for kind in ("global", "local"):
+        expected = wanted.components(kind)  # type: ignore[arg-type]
+        for name, components in found.components(kind).items():  # type: ignore[arg-type]
+            for part in ("U", "S", "V", "energy", "nuclear"):
+                assert torch.equal(getattr(components, part), getattr(expected[name], part))
+    assert first.deltas == 4 * (4 + 3)
+    assert second.deltas == 0
+    assert cache.trouble is None
+
+
+def test_inner_products_are_kept_too(cache: DeltaCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = History(on_disk(lora_run()), cache=cache).grams()
+    again = on_disk(lora_run())
+    history = History(again, cache=cache)
+    monkeypatch.setattr(again, "factors", None)
+    assert all(torch.equal(history.grams()[name], gram) for name, gram in expected.items())
+
+
+def test_a_run_that_grew_computes_only_what_is_new(cache: DeltaCache) -> None:
+    History(on_disk(lora_run(STEPS[:-1])), cache=cache).compress("global", "local")
+    counting = Counting()
+    History(on_disk(lora_run()), 1, counting, cache=cache).compress("global", "local")
+    assert counting.deltas == 4 * (4 + 3)  # another compressor is another answer
+    counting = Counting()
+    History(on_disk(lora_run(STEPS[:-1]), "x"), 1, counting, cache=cache).compress("global", "local")
+    counting.deltas = 0
+    grown = History(on_disk(lora_run(), "x"), 1, counting, cache=cache)
+    grown.compress("global", "local")
+    assert counting.deltas == 4 * 2
+    alone = History(lora_run(), 1, Counting()).components("global")
+    for name, found in grown.components("global").items():
+        torch.testing.assert_close(found.lowrank().dense(), alone[name].lowrank().dense())
+
+
+@pytest.mark.parametrize("change", ["weights", "rank", "spectrum"])
+def test_anything_else_that_decides_the_answer_makes_it_be_computed_again(change: str, cache: DeltaCache) -> None:
+    History(on_disk(lora_run()), 1, Counting(), cache=cache).compress("global")
+    counting = Counting()
+    source = on_disk(lora_run(), "other" if change == "weights" else "")
+    rank = 2 if change == "rank" else 1
+    History(source, rank, counting, spectrum=change == "spectrum", cache=cache).compress("global")
+    assert counting.deltas == 4 * 4
+
+
+def test_what_lives_in_memory_alone_is_not_kept(cache: DeltaCache) -> None:
+    History(lora_run(), cache=cache).compress("global")
+    assert not cache.folder.exists()
+
+
+def test_a_damaged_file_is_computed_again_and_named(cache: DeltaCache) -> None:
+    History(on_disk(lora_run()), 1, Counting(), cache=cache).compress("global")
+    for path in cache.folder.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    counting = Counting()
+    History(on_disk(lora_run()), 1, counting, cache=cache).compress("global")
+    assert counting.deltas == 4 * 4
+    assert cache.trouble is not None
+    assert "computed again" in cache.trouble
+    fresh = DeltaCache(cache.folder.parent)
+    assert History(on_disk(lora_run()), 1, counting, cache=fresh).components("global")
+    assert counting.deltas == 4 * 4
+    assert fresh.trouble is None
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = DeltaCache(tmp_path / "file" / "cache")
+    assert History(on_disk(lora_run()), cache=cache).components("global")
+    assert cache.trouble is not None
+    assert "cannot be written" in cache.trouble
+
+
+def test_the_least_recently_used_are_dropped_above_the_limit(cache: DeltaCache) -> None:
+    History(on_disk(lora_run()), cache=cache).compress("global")
+    files = sorted(cache.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 4
+    os.utime(files[0])
+    small = DeltaCache(cache.folder.parent, limit=3 * files[0].stat().st_size)
+    small.save("f" * 64, small.load(files[0].stem, ["a", "b", "c", "d"]) or {})
+    kept = set(cache.folder.iterdir())
+    assert files[0] in kept
+    assert files[1] not in kept
+    assert sum(path.stat().st_size for path in kept) <= small.limit
+
+
+def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_folder() == Path("/somewhere/next-core")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_folder() == Path.home() / ".cache" / "next-core"
+
+
+def test_what_is_not_the_caches_own_is_never_touched(tmp_path: Path) -> None:
+    strangers = [tmp_path / "model-00001.safetensors", tmp_path / "deltas" / "mine.safetensors"]
+    (tmp_path / "deltas").mkdir()
+    for path in strangers:
+        path.write_bytes(b"0" * 10_000)
+    (tmp_path / ".run.old-999999999").mkdir()
+    cache = DeltaCache(tmp_path, limit=1)
+    History(on_disk(lora_run()), cache=cache).compress("global")
+    assert all(path.exists() for path in [*strangers, tmp_path / ".run.old-999999999"])
+    assert sorted(cache.folder.iterdir()) == [strangers[1]]
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_a_living_one(cache: DeltaCache) -> None:
+    cache.folder.mkdir(parents=True)
+    dead, alive = (cache.folder / f".{'a' * 64}.safetensors.tmp-{pid}" for pid in (2**22 + 1, os.getppid()))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    History(on_disk(lora_run()), cache=cache).compress("global")
+    assert alive.exists()
+    assert not dead.exists()
+
+
+def test_inner_products_of_whole_matrices_are_not_worth_telling_files_apart(cache: DeltaCache) -> None:
+    History(on_disk(full_run()), cache=cache).grams()
+    assert not cache.folder.exists()
+
+
+def test_a_hit_of_a_file_that_cannot_be_marked_as_used_is_a_hit(
+    cache: DeltaCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    History(on_disk(lora_run()), 1, Counting(), cache=cache).compress("global")
+    monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(13, "not yours")))
+    counting = Counting()
+    History(on_disk(lora_run()), 1, counting, cache=cache).compress("global")
+    assert counting.deltas == 0
+    assert cache.trouble is None

@@ -1,0 +1,347 @@
+"""Low-rank arithmetic and its singular triplets agree with dense float64 arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from next_core.errors import NextCoreError
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import (
+    Factors,
+    LowRank,
+    align_signs,
+    concatenate,
+    gram,
+    inner,
+    lora_difference,
+    norm,
+    truncated_svd,
+)
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthonormal(seed: int, m: int, r: int) -> Tensor:
+    Q: Tensor = torch.linalg.qr(noise(seed, m, r)).Q
+    return Q
+
+
+def with_spectrum(sigma: Tensor, m: int, n: int) -> LowRank:
+    return LowRank(orthonormal(1, m, len(sigma)) * sigma, orthonormal(2, n, len(sigma)).T)
+
+
+def assert_triplets_of(dense: Tensor, found: Factors, vectors: int | None = None) -> None:
+    """Sigma to 1e-6 of sigma_1; the first ``vectors`` singular vectors to 1e-5, up to a common sign."""
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    k = found.S.shape[-1]
+    assert (found.S - S[..., :k]).abs().max() <= 1e-6 * S.max()
+    assert (found.energy - dense.square().sum((-2, -1))).abs().max() <= 1e-6 * S.max() ** 2
+    assert found.nuclear is not None
+    assert (found.nuclear - S.sum(-1)).abs().max() <= 1e-6 * S.sum(-1).max()
+    vectors = vectors or k
+    U, V = U[..., :vectors], Vh.mT[..., :vectors]
+    sign = (found.U[..., :vectors] * U).sum(-2, keepdim=True).sign()
+    assert (found.U[..., :vectors] * sign - U).norm(dim=-2).max() <= 1e-5
+    assert (found.V[..., :vectors] * sign - V).norm(dim=-2).max() <= 1e-5
+
+
+@st.composite
+def matrices(draw: st.DrawFn, count: int = 1) -> list[LowRank]:
+    """``count`` matrices of one shape; some with columns of unlike size, zero or repeated columns."""
+    m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    batch = draw(st.sampled_from([(), (2,)]))
+    made = []
+    for _ in range(count):
+        r, seed = draw(st.integers(0, 16)), draw(st.integers(0, 2**31))
+        left, right = noise(seed, *batch, m, r), noise(seed + 1, *batch, r, n)
+        kind = draw(st.sampled_from(["plain", "scaled", "zero column", "repeated column"]))
+        if kind == "scaled":
+            left = left * 10 ** (3 * noise(seed + 2, r))
+        if kind == "zero column" and r:
+            left[..., 0] = 0
+        if kind == "repeated column" and r:
+            left[..., -1] = left[..., 0]
+        made.append(LowRank(left, right))
+    return made
+
+
+any_matrix = matrices().map(lambda made: made[0])
+properties = settings(deadline=None, max_examples=150)
+
+
+@properties
+@given(any_matrix, st.integers(1, 14))
+def test_the_triplets_are_those_of_the_dense_matrix(a: LowRank, k: int) -> None:
+    dense, found = a.dense(), truncated_svd(a, k)
+    m, n = a.shape
+    columns = min(k, m, n)
+    assert found.U.shape == (*a.batch_shape, m, columns)
+    assert found.S.shape == (*a.batch_shape, columns)
+    assert found.V.shape == (*a.batch_shape, n, columns)
+    sigma = torch.linalg.svdvals(dense)
+    scale = sigma.amax(-1, keepdim=True)
+    assert ((found.S - sigma[..., :columns]).abs() <= 1e-6 * scale).all()
+    # Ties and tiny gaps leave single vectors undetermined, but never what they must do: A v = sigma u.
+    for product, wanted in (
+        (dense @ found.V, found.U * found.S[..., None, :]),
+        (dense.mT @ found.U, found.V * found.S[..., None, :]),
+    ):
+        assert ((product - wanted).norm(dim=-2) <= 1e-6 * scale).all()
+    alive = (found.S > 0).double()
+    for vectors in (found.U, found.V):
+        assert torch.allclose(vectors.mT @ vectors, torch.diag_embed(alive), rtol=0, atol=1e-6)
+
+
+@properties
+@given(any_matrix, st.integers(1, 14))
+def test_columns_without_a_singular_value_are_exactly_zero(a: LowRank, k: int) -> None:
+    found = truncated_svd(a, k)
+    gone = found.S == 0
+    assert int((~gone).sum(-1).max()) <= a.rank
+    assert not (found.U * gone[..., None, :]).any()
+    assert not (found.V * gone[..., None, :]).any()
+
+
+@properties
+@given(any_matrix)
+def test_a_matrix_minus_itself_is_exactly_zero(a: LowRank) -> None:
+    found = truncated_svd(a - a, 3)
+    assert found.nuclear is not None
+    assert not any(x.any() for x in (found.U, found.S, found.V, found.energy, found.nuclear))
+    assert not norm(a - a).any()
+    assert not found.energy_ratio.any()
+    assert not found.squared_energy_ratio.any()
+
+
+@properties
+@given(matrices(3))
+def test_inner_products_and_norms_are_those_of_the_dense_matrices(parts: list[LowRank]) -> None:
+    dense = torch.stack([part.dense() for part in parts], -3)
+    wanted = torch.einsum("...tij,...sij->...ts", dense, dense)
+    size = torch.stack([part.left.norm(dim=(-2, -1)) * part.right.norm(dim=(-2, -1)) for part in parts], -1)
+    room = 1e-13 * size[..., :, None] * size[..., None, :]
+    found = gram(parts)
+    assert ((found - wanted).abs() <= room).all()
+    assert torch.equal(found, found.mT)
+    assert ((inner(parts[0], parts[1]) - wanted[..., 0, 1]).abs() <= room[..., 0, 1]).all()
+    assert ((norm(parts[2]) - wanted[..., 2, 2].sqrt()).abs() <= 1e-12 * size[..., 2]).all()
+
+
+@properties
+@given(matrices(2), st.floats(-3, 3))
+def test_arithmetic_is_that_of_the_dense_matrices(parts: list[LowRank], alpha: float) -> None:
+    a, b = parts
+    for found, wanted in (
+        (a + b, a.dense() + b.dense()),
+        (a - b, a.dense() - b.dense()),
+        (-a, -a.dense()),
+        (a.scale(alpha), alpha * a.dense()),
+        (a + LowRank.zero(*a.shape, a.batch_shape), a.dense()),
+        (concatenate([a, b, a]), 2 * a.dense() + b.dense()),
+        (LowRank.stack([a, b]), torch.stack([a.dense(), b.dense()])),
+    ):
+        assert found.shape == wanted.shape[-2:]
+        assert found.batch_shape == wanted.shape[:-2]
+        largest = max(x.abs().max().item() if x.numel() else 0.0 for x in (a.left, b.left))
+        torch.testing.assert_close(found.dense(), wanted, rtol=0, atol=1e-11 * (1 + largest))
+
+
+def test_a_batch_is_scaled_matrix_by_matrix() -> None:
+    a = LowRank(noise(0, 2, 5, 3), noise(1, 2, 3, 4))
+    alpha = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(a.scale(alpha).dense(), alpha[:, None, None] * a.dense())
+    with pytest.raises(NextCoreError, match=r"\(3,\) does not broadcast to the batch \(2,\)"):
+        a.scale(torch.ones(3))
+
+
+@pytest.mark.parametrize("decades", [0, 3, 7])
+def test_a_spread_spectrum_is_found_to_its_end(decades: int) -> None:
+    sigma = torch.logspace(0.3, -decades, 16, dtype=torch.float64)
+    a = with_spectrum(sigma, 200, 150)
+    found = truncated_svd(a, 16)
+    assert_triplets_of(a.dense(), found)
+    torch.testing.assert_close(found.S, sigma, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("decades", [1, 2, 3, 4, 6, 8, 12])
+def test_ill_conditioned_factors_lose_nothing(decades: int) -> None:
+    mix = orthonormal(3, 16, 16) * torch.logspace(0, -decades, 16, dtype=torch.float64) @ orthonormal(4, 16, 16)
+    a = with_spectrum(torch.logspace(0, -1, 16, dtype=torch.float64), 200, 150)
+    ill = LowRank(a.left @ mix, a.right)
+    assert_triplets_of(ill.dense(), truncated_svd(ill, 4), vectors=2)
+
+
+def test_only_the_ill_conditioned_matrices_of_a_batch_take_the_slow_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left, right = noise(5, 3, 40, 4), noise(6, 3, 4, 30)
+    left[1, :, 0] = left[1, :, 1] + 1e-7 * left[1, :, 2]
+    left[2, :, 3] = 0  # as stacking pads it: no reason to be slow
+    redone = []
+
+    def counted(left: Tensor, right: Tensor, k: int) -> lowrank._Svd:
+        redone.append(len(left))
+        return by_qr(left, right, k)
+
+    by_qr = lowrank._svd_by_qr
+    monkeypatch.setattr(lowrank, "_svd_by_qr", counted)
+    assert_triplets_of(left @ right, truncated_svd(LowRank(left, right), 2), vectors=1)
+    assert redone == [1]
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-8])
+def test_a_small_lora_step_does_not_cancel(step: float) -> None:
+    A, B, spread = noise(1, 16, 150), noise(2, 200, 16), torch.logspace(0, -2, 16, dtype=torch.float64)
+    A_t, B_t = A + step * spread[:, None] * noise(3, 16, 150), B + step * noise(4, 200, 16) * spread
+    found = lora_difference((A_t, B_t), (A, B), 0.5)
+    wanted = 0.5 * ((B_t - B) @ A_t + B @ (A_t - A))
+    assert_triplets_of(wanted, truncated_svd(found, 4))
+    exact = 0.5 * (B_t @ A_t - B @ A)
+    assert (found.dense() - exact).abs().max() <= 1e-12
+
+
+def test_a_lora_step_is_taken_in_double_precision() -> None:
+    A, B = noise(1, 4, 9).float(), noise(2, 8, 4).float()
+    A_t, B_t = A * (1 + 2**-20), B * (1 + 2**-21)
+    found = lora_difference((A_t, B_t), (A, B), torch.tensor(2.0))
+    wanted = 2 * (B_t.double() @ A_t.double() - B.double() @ A.double())
+    assert found.left.dtype == found.right.dtype == torch.float64
+    torch.testing.assert_close(found.dense(), wanted, rtol=0, atol=1e-13)
+
+
+def test_more_columns_than_rows_are_no_obstacle() -> None:
+    a = LowRank(noise(0, 2, 20, 64), noise(1, 2, 64, 30))
+    assert_triplets_of(a.dense(), truncated_svd(a, 20), vectors=3)
+
+
+def test_a_deficient_rank_is_found_exactly() -> None:
+    a = LowRank(noise(0, 60, 3) @ noise(1, 3, 10), noise(2, 10, 50))
+    found = truncated_svd(a, 10)
+    assert (found.S > 0).tolist() == [True] * 3 + [False] * 7
+    assert_triplets_of(a.dense(), found, vectors=3)
+    torch.testing.assert_close(found.lowrank().dense(), a.dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_inputs_are_computed_in_double_precision(dtype: torch.dtype) -> None:
+    a = LowRank(noise(0, 3, 60, 8), noise(1, 3, 8, 50)).to(dtype)
+    found = truncated_svd(a, 2)
+    assert found.U.dtype == found.S.dtype == found.V.dtype == torch.float64
+    assert_triplets_of(a.left.double() @ a.right.double(), found, vectors=1)
+
+
+def test_triplets_can_be_had_in_single_precision() -> None:
+    found = truncated_svd(LowRank(noise(0, 9, 3), noise(1, 3, 7)), 2, dtype=torch.float32)
+    assert [x.dtype for x in (found.U, found.S, found.V)] == [torch.float32] * 3
+    assert found.energy.dtype == torch.float64
+    assert found.energy_ratio.dtype == torch.float64
+    with pytest.raises(NextCoreError, match="float16"):
+        truncated_svd(LowRank.zero(3, 3), 1, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("matrix", [LowRank.zero(5, 4), LowRank(torch.zeros(5, 3), noise(0, 3, 4).float())])
+def test_a_zero_matrix_has_no_direction(matrix: LowRank) -> None:
+    found = truncated_svd(matrix, 2)
+    assert found.U.shape == (5, 2)
+    assert not found.U.any()
+    assert not found.V.any()
+    assert found.energy_ratio == 0
+    assert found.squared_energy_ratio == 0
+
+
+@pytest.mark.parametrize("rank", [2, 9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nan_and_infinity_are_refused_by_the_matrix_that_holds_them(side: str, value: float, rank: int) -> None:
+    factors = {"left": noise(0, 3, 6, rank), "right": noise(1, 3, rank, 5)}
+    factors[side][1, 0, 0] = value
+    with pytest.raises(NextCoreError, match=r"matrices \[1\] of a batch of 3"):
+        truncated_svd(LowRank(**factors), 1)
+
+
+def test_energy_ratios_follow_their_formulas() -> None:
+    found = truncated_svd(with_spectrum(torch.tensor([3.0, 1.0], dtype=torch.float64), 6, 5), 1)
+    assert found.energy_ratio.item() == pytest.approx(3 / 4)
+    assert found.squared_energy_ratio.item() == pytest.approx(9 / 10)
+    with pytest.raises(NextCoreError, match="squared_energy_ratio"):
+        _ = Factors(found.U, found.S, found.V, found.energy, None).energy_ratio
+
+
+def drifting(T: int = 6) -> Factors:
+    """Components that turn slowly over time, so that neighbours agree in sign."""
+    a = LowRank(noise(0, 30, 3) + 0.05 * noise(1, T, 30, 3).cumsum(0), noise(2, 3, 20).expand(T, 3, 20))
+    spread = torch.tensor([9.0, 3.0, 1.0], dtype=torch.float64)
+    return align_signs(truncated_svd(LowRank(a.left * spread, a.right), 3))
+
+
+def row(factors: Factors, t: int) -> Factors:
+    return Factors(factors.U[t], factors.S[t], factors.V[t], factors.energy[t], None)
+
+
+@properties
+@given(st.lists(st.lists(st.sampled_from([-1.0, 1.0]), min_size=3, max_size=3), min_size=6, max_size=6))
+def test_alignment_forgets_the_signs_it_was_given(signs: list[list[float]]) -> None:
+    smooth = drifting()
+    aligned = align_signs(smooth.flip(torch.tensor(signs)), reference=row(smooth, -1))
+    assert torch.equal(aligned.U, smooth.U)
+    assert torch.equal(aligned.V, smooth.V)
+    unreferenced = align_signs(smooth.flip(torch.tensor(signs)))
+    assert torch.equal(unreferenced.U, smooth.U * torch.tensor(signs[-1]))
+
+
+def test_aligned_neighbours_agree() -> None:
+    factors = truncated_svd(LowRank(noise(0, 8, 2, 12, 4), noise(1, 8, 2, 4, 10)), 3)
+    aligned = align_signs(factors)
+    agreement = (aligned.U[:-1] * aligned.U[1:]).sum(-2) + (aligned.V[:-1] * aligned.V[1:]).sum(-2)
+    assert agreement.min() >= 0
+    torch.testing.assert_close(aligned.lowrank().dense(), factors.lowrank().dense())
+
+
+@pytest.mark.parametrize("gone", [[2], [2, 3], [5], [4, 5], [0]])
+def test_the_walk_carries_the_last_component_past_zero_ones(gone: list[int]) -> None:
+    smooth = drifting()
+    kept = torch.ones(6, 3, dtype=torch.float64)
+    kept[gone, 1] = 0
+    thinned = Factors(
+        smooth.U * kept[:, None], smooth.S * kept, smooth.V * kept[:, None], smooth.energy, smooth.nuclear
+    )
+    signs = noise(7, 6, 3).sign()
+    aligned = align_signs(thinned.flip(signs), reference=row(smooth, -1))
+    assert torch.equal(aligned.U, thinned.U)
+    assert torch.equal(aligned.V, thinned.V)
+
+
+def test_a_reference_of_another_shape_is_refused() -> None:
+    with pytest.raises(NextCoreError, match=r"\(29, 3\).*\(6, 30, 3\)"):
+        align_signs(drifting(), truncated_svd(LowRank(noise(0, 29, 3), noise(1, 3, 20)), 3))
+
+
+def test_unlike_shapes_are_refused_by_name() -> None:
+    a, b = LowRank.zero(4, 3), LowRank.zero(5, 3)
+    for operation in (lambda: a + b, lambda: a - b, lambda: inner(a, b), lambda: gram([a, b])):
+        with pytest.raises(NextCoreError, match=r"\(4, 3\) and \(5, 3\)"):
+            operation()
+    with pytest.raises(NextCoreError, match=r"\(4, 3\) and \(5, 3\)"):
+        LowRank.stack([a, b])
+    with pytest.raises(NextCoreError, match=r"\(2, 4, 3\) and \(4, 3\)"):
+        concatenate([LowRank.zero(4, 3, (2,)), a])
+    with pytest.raises(NextCoreError, match=r"left \(4, 2\) and right \(3, 5\)"):
+        LowRank(torch.zeros(4, 2), torch.zeros(3, 5))
+    with pytest.raises(NextCoreError, match=r"left \(2, 4, 3\) and right \(3, 5\)"):
+        LowRank(torch.zeros(2, 4, 3), torch.zeros(3, 5))
+    with pytest.raises(NextCoreError, match="int64"):
+        LowRank(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(2, 5))
+    with pytest.raises(NextCoreError, match=r"A \(2, 5\), B \(4, 2\) and A \(3, 5\), B \(4, 3\)"):
+        lora_difference((torch.zeros(2, 5), torch.zeros(4, 2)), (torch.zeros(3, 5), torch.zeros(4, 3)), 1.0)
+    with pytest.raises(NextCoreError, match="unlike shapes"):
+        Factors(torch.zeros(4, 2), torch.zeros(3), torch.zeros(5, 3), torch.zeros(()), None)
+    with pytest.raises(NextCoreError, match="at least 1"):
+        truncated_svd(a, 0)
+    with pytest.raises(NextCoreError, match="no low-rank matrices"):
+        concatenate([])

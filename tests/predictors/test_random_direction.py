@@ -1,0 +1,80 @@
+"""A random direction: as long as the run's own motion, decided by a seed, and factored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics.low_rank import LowRank
+from next_core.plugins import make_predictor
+from next_core.sources.memory import MemorySource
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, history, still
+
+
+def predict(source: MemorySource, horizon: int = 30, **fields: Any) -> Prediction:
+    return make_predictor("random", **fields).fit(history(source)).predict(horizon)
+
+
+def matrix(prediction: Prediction, name: str) -> LowRank:
+    update = prediction.updates[name]
+    assert isinstance(update, LowRankUpdate)
+    return update.matrix
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_is_as_long_as_the_motion_of_the_last_horizon(lora: bool, rank: int) -> None:
+    source = curved_lora_run() if lora else dense_run({"a": curve(1), "b": curve(30)})
+    found = predict(source, rank=rank)
+    assert found.anchor == "newest"
+    for name in ("a", "b"):
+        moved = lowrank.dense(source.delta(name, 100, 70))
+        assert float(matrix(found, name).dense().norm()) == pytest.approx(float(moved.norm()), rel=1e-9)
+        assert int(torch.linalg.matrix_rank(matrix(found, name).dense())) == min(rank, 5)
+
+
+def test_a_horizon_as_long_as_the_run_counts_from_where_rl_began() -> None:
+    source = dense_run({"a": curve(1)})
+    wanted = float(lowrank.dense(source.delta("a", 100)).norm())
+    assert float(matrix(predict(source, 100), "a").dense().norm()) == pytest.approx(wanted)
+
+
+def test_seed_step_and_name_decide_the_direction_and_nothing_else() -> None:
+    both, one = dense_run({"a": curve(1), "b": curve(1)}), dense_run({"b": curve(1)})
+    first = predict(both)
+    torch.testing.assert_close(matrix(first, "b").dense(), matrix(predict(one), "b").dense(), rtol=1e-9, atol=0)
+    assert torch.equal(matrix(first, "b").left, matrix(predict(both), "b").left)
+
+    def cosine(other: LowRank) -> float:
+        ours = matrix(first, "b").dense()
+        return float((ours * other.dense()).sum() / ours.norm() / other.dense().norm())
+
+    earlier = MemorySource({t: both._checkpoints[t] for t in both.steps if t < 100}, both._backbone)
+    for other in (matrix(first, "a"), matrix(predict(both, seed=1), "b"), matrix(predict(earlier), "b")):
+        assert abs(cosine(other)) < 0.9
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    predict(dense_run({"a": curve(1)}))
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_abstains_where_it_cannot_tell_how_far() -> None:
+    source = dense_run({"a": curve(1), "b": still()})
+    missing = predict(source, 35)
+    assert missing.abstention is not None
+    assert missing.abstention.startswith("random: no checkpoint 35 steps before step 100; horizons that are: [10, 20,")
+    assert set(predict(source).abstained) == {"b"}
+
+
+def test_stays_where_a_matrix_came_back_to_where_it_was() -> None:
+    there_and_back = {t: curve(1)(10) * (1.0 if t % 20 else 0.0) for t in range(0, 110, 10)}
+    found = predict(dense_run({"a": lambda t: there_and_back[t]}), 20)
+    assert found.abstained == {"a": "random: it stood still over the last 20 steps"}

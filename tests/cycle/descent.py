@@ -31,6 +31,8 @@ class Descent(Backend):
         self.step, self.calls = 0, 0
         self.checkpoints: dict[int, Any] = {}
         self.shift = torch.zeros(4, 6)
+        self.kept: dict[int, InMemoryApplied] = {}
+        self._stopped = False
         self._accuracy = accuracy or (lambda loss: float(torch.tensor(-loss).exp()))
 
     @property
@@ -42,12 +44,15 @@ class Descent(Backend):
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         self.calls += 1
-        while self.step < until:
+        while self.step < until and not self._stopped:
             self.optimizer.zero_grad()
             ((self.model.weight - self.goal).square().sum() / 2).backward()
             self.optimizer.step()
             self.step += 1
             step_ended(self.step)
+
+    def stop(self) -> None:
+        self._stopped = True
 
     def observe(self, step: int) -> None:
         self.checkpoints[step] = {"weight": self.model.weight.detach().clone() - self.shift}
@@ -59,7 +64,12 @@ class Descent(Backend):
         before = self.model.weight.detach().clone()
         applied = InMemoryApplier().apply(prediction, alpha, out=self.model)
         self.shift += self.model.weight.detach() - before
+        if keep:
+            self.kept[prediction.step] = applied
         return applied
+
+    def active_jump(self, step: int) -> InMemoryApplied | None:
+        return self.kept.get(step)
 
     def rollback(self, applied: Applied, step: int) -> None:
         after = self.model.weight.detach().clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.run import run
 from next_core.errors import ConfigError
+from next_core.interfaces import Prediction
+from next_core.live_weights.in_memory import InMemoryApplied
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
@@ -73,6 +77,59 @@ def test_a_last_step_without_a_checkpoint_gets_one() -> None:
     [record] = [r for r in descend(backend, every=3, observe=9, average=6).records if r["event"] == "average"]
     assert backend.source().steps[-1] == 20
     assert record["tried"]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("readings", "window"),
+    [((0.5, 0.6, 0.9, 0.7), 4), ((0.5, NAN, 0.4, 0.7), 8), ((0.5, 0.5, 0.4, NAN), None), ((NAN,), None)],
+)
+def test_the_window_that_validates_best_is_taken_if_it_is_better(
+    readings: tuple[float, ...], window: int | None
+) -> None:
+    each = iter(readings)
+    backend = Descent(accuracy=lambda loss: next(each))
+    [record] = [r for r in descend(backend).records if r["event"] == "average"]
+    assert record["accepted"] == (window is not None)
+    assert list(each) == []
+    assert record["tried"] == {
+        str(size): None if math.isnan(value) else value for size, value in zip((2, 4, 8), readings[1:], strict=False)
+    }
+    last = [backend.checkpoints[step]["weight"] for step in range(21 - (window or 1), 21)]
+    torch.testing.assert_close(backend.model.weight.detach(), torch.stack(last).mean(0))
+
+
+def test_the_reason_tells_a_blind_run_from_one_that_found_nothing_better() -> None:
+    blind, climbing = Descent(accuracy=lambda loss: None), Descent(lr=0.001)  # type: ignore[arg-type, return-value]
+    swinging = Descent(lr=1.999)
+    reasons = [descend(backend).records[-1]["reason"] for backend in (blind, climbing, swinging)]
+    assert len(set(reasons)) == 3
+    assert re.search(r"\b[248]\b", reasons[2])
+
+
+@pytest.mark.parametrize("fails", [1, 2, 4])
+def test_a_mean_that_cannot_be_taken_leaves_the_run_where_it_is(fails: int) -> None:
+    class Failing(Descent):
+        tries = 0
+
+        def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> InMemoryApplied:
+            self.tries += 1
+            if self.tries == fails:
+                raise ZeroDivisionError
+            return super().apply_jump(prediction, alpha, keep)
+
+    backend, plain = Failing(lr=1.999), Descent(lr=1.999)
+    plain.train(20, lambda step: None)
+    [record] = [r for r in descend(backend).records if r["event"] == "average"]
+    assert record["accepted"] == (fails == 2)  # the first mean was tried, and is better
+    if fails == 2:
+        assert set(record["tried"]) == {"2"}
+        assert backend.loss < plain.loss
+    else:
+        assert "ZeroDivisionError" in record["reason"]
+        assert torch.equal(backend.model.weight, plain.model.weight)
 
 
 @pytest.mark.trl

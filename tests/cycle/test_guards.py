@@ -24,7 +24,7 @@ def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def weights(seed: int, step: int) -> LoraFactors:
+def weights(seed: int, step: float) -> LoraFactors:
     return LoraFactors(A=noise(seed, 2, 5) + step * noise(seed + 1, 2, 5), B=step * noise(seed + 2, 6, 2), scaling=2.0)
 
 
@@ -75,6 +75,12 @@ def test_a_jump_out_of_nothing_is_infinitely_large_and_no_jump_is_none() -> None
     assert JumpNorm(jump=0.0, recent=0.0).ratio == 0.0
 
 
+def test_a_motion_of_much_less_than_one_is_measured_as_it_is() -> None:
+    slow = MemorySource({step: {"a": weights(1, step / 1e6)} for step in (5, 10)})
+    moved = dense(weights(1, 10 / 1e6)) - dense(weights(1, 5 / 1e6))
+    assert recent_motion(History(slow), 5) == pytest.approx(float(moved.norm()), rel=1e-6)
+
+
 def test_where_nothing_moves_there_is_no_recent_motion() -> None:
     still = MemorySource({5: {"a": weights(1, 5)}, 10: {"a": weights(1, 5)}})
     assert recent_motion(History(still), 5) == 0.0
@@ -85,17 +91,38 @@ def test_where_nothing_moves_there_is_no_recent_motion() -> None:
     [
         {"max_norm_ratio": 0},
         {"max_norm_ratio": math.inf},
+        {"time_limit": 0},
         {"max_drop": -0.1},
         {"max_drop": 1.1},
         {"recovery": 0},
         {"against": "hope"},
         {"tolerance": -1},
+        {"tolerance": 1.1},
         {"recovery": 5, "probe": False},
     ],
 )
 def test_bounds_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Guards(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_drop": 0, "tolerance": 0, "recovery": 1, "time_limit": 0.5}, {"max_drop": 1, "tolerance": 1}]
+)
+def test_the_ends_of_every_range_are_allowed(fields: dict[str, Any]) -> None:
+    assert Guards(**fields).model_dump(include=set(fields)) == fields
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    assert Guards().model_dump() == {
+        "max_norm_ratio": 10.0,
+        "time_limit": 3600.0,
+        "probe": True,
+        "max_drop": 0.2,
+        "recovery": None,
+        "against": "start",
+        "tolerance": 0.02,
+    }
 
 
 def test_the_norm_guard_can_be_turned_off() -> None:

@@ -59,10 +59,10 @@ def test_a_torn_last_line_is_dropped_and_the_journal_gone_on_with(tmp_path: Path
 WITHOUT_CHECKSUM = b'{"event": "resume", "step": 2}'
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [b"{", b"5", b"", WITHOUT_CHECKSUM, json_line({"event": "jump"}), json_line({"step": 5}), json_line(resume("x"))],
-)
+WRONG_RECORDS = ({"event": "jump"}, {"step": 5}, {"event": 5, "step": 5}, {"event": "verify", "step": 5}, resume("x"))
+
+
+@pytest.mark.parametrize("bad", [b"{", b"5", b"", WITHOUT_CHECKSUM, *map(json_line, WRONG_RECORDS)])
 @pytest.mark.parametrize("more", [(), (json_line(resume(3)),)], ids=["last", "not last"])
 def test_damage_in_a_whole_line_names_the_line(tmp_path: Path, bad: bytes, more: tuple[bytes, ...]) -> None:
     path = write(tmp_path / "journal.jsonl", json_line(resume(1)), bad.removesuffix(b"\n") + b"\n", *more)
@@ -84,6 +84,12 @@ def test_every_changed_bit_of_a_line_is_noticed(tmp_path: Path) -> None:
 def test_an_empty_journal_has_no_records(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text("")
     assert read_journal(tmp_path / "journal.jsonl") == []
+
+
+def test_a_journal_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_journal(tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_jumps_after_the_step_a_run_was_resumed_at_do_not_count() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.interfaces import Prediction
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
 from tests.cycle.descent import Descent, LaunchedDescent
 
 SCHEDULE = Schedule(observe=20, every=5, horizon=10, jump_every=10, settle=10)
+ONE_JUMP = Schedule(observe=20, every=5, horizon=10, settle=10)
 
 
 def cycle(backend: Descent, total: int = 60, **fields: Any) -> PredictExtendCycle:
@@ -59,7 +63,7 @@ def test_a_launched_trainer_and_a_callback_run_through_the_same_states() -> None
 
 
 def test_one_jump_is_the_schedule_without_jump_every() -> None:
-    made = cycle(Descent(), schedule=Schedule(observe=20, every=5, horizon=10, settle=10))
+    made = cycle(Descent(), schedule=ONE_JUMP)
     made.run()
     assert [jump["step"] for jump in made.journal.jumps()] == [20]
 
@@ -87,6 +91,7 @@ def test_an_abstention_is_journalled_with_its_reason() -> None:
     made.run()
     first, *_, last = made.journal.jumps()
     assert "no checkpoint 40 steps before step 20" in first["reason"]
+    assert (first["predictor"], first["alpha"], first["norm_ratio"]) == ("secant", 1.0, None)
     assert last["accepted"]
 
 
@@ -198,7 +203,8 @@ def test_a_damaged_history_costs_the_jump_and_not_the_run() -> None:
     backend = Damaged()
     made = cycle(backend)
     made.run()
-    assert {jump["reason"] for jump in made.journal.jumps()} == {"step 20 is damaged"}
+    assert not any(jump["accepted"] for jump in made.journal.jumps())
+    assert all("step 20 is damaged" in jump["reason"] for jump in made.journal.jumps())
     assert torch.equal(backend.model.weight, plain().model.weight)
 
 
@@ -210,7 +216,9 @@ def test_a_probe_that_fails_or_is_not_finite_is_journalled_and_judges_nothing() 
         made = cycle(Descent(accuracy=accuracy))
         made.run()
         assert all(jump["accepted"] for jump in made.journal.jumps())
-        assert all("problem" in record for record in made.journal.records if record["event"] == "probe")
+        probes = [record for record in made.journal.records if record["event"] == "probe"]
+        assert len(probes) == 8
+        assert all(record["accuracy"] is None and "problem" in record for record in probes)
 
 
 def test_an_accuracy_that_is_gone_after_the_jump_counts_as_a_fall() -> None:
@@ -236,3 +244,175 @@ def test_diagnostics_cannot_disturb_the_journal() -> None:
     made = PredictExtendCycle(Descent(), lambda: Chatty(), SCHEDULE, Guards(), 60, Journal())
     made.run()
     assert made.journal.jumps()[0]["diagnostics"] == {"step": 3.0, "reason": 1.0}
+
+
+@pytest.mark.parametrize("trainer", [Descent, LaunchedDescent])
+def test_a_run_reports_every_step_and_ends_after_the_last(trainer: type[Descent]) -> None:
+    steps: list[int] = []
+    assert cycle(trainer(), total=58).run(steps.append) == 58
+    assert steps == list(range(1, 59))
+
+
+def test_a_launched_trainer_observes_from_the_first_step_to_the_last() -> None:
+    often = Schedule(observe=2, every=1, horizon=1, jump_every=1)
+    journals = []
+    for backend in (Descent(), LaunchedDescent()):
+        made = cycle(backend, total=4, schedule=often, predictor={"name": "secant", "window": 1})
+        made.run()
+        assert backend.step == 4
+        assert sorted(backend.checkpoints) == [1, 2, 3, 4]
+        journals.append(made.journal.records)
+    assert journals[0] == journals[1]
+
+
+def test_an_interrupted_run_ends_after_its_step() -> None:
+    steps: list[int] = []
+    backend = Descent()
+    assert cycle(backend, interrupted=lambda: len(steps) == 23).run(steps.append) == 23
+    assert backend.step == len(steps) == 23
+
+
+def test_a_run_without_room_for_a_jump_is_refused() -> None:
+    with pytest.raises(ConfigError, match="25 steps"):
+        cycle(Descent(), total=25)
+
+
+def test_a_jump_is_journalled_with_what_was_predicted_and_how_large_it_is() -> None:
+    backend = Descent()
+    made = cycle(backend, total=30, schedule=Schedule(observe=20, every=5, horizon=10, alpha=0.5))
+    made.run()
+    jump = made.journal.jumps()[0]
+    recent = backend.checkpoints[20]["weight"] - backend.checkpoints[10]["weight"]
+    assert jump["predictor"] == "secant"
+    assert (jump["alpha"], jump["horizon"]) == (0.5, 10)
+    assert jump["norm"] == pytest.approx(float(backend.shift.norm()), rel=1e-5)
+    assert jump["norm_ratio"] == pytest.approx(jump["norm"] / float(recent.norm()), rel=1e-5)
+    assert jump["accuracy_after"] > jump["accuracy_before"]
+    assert "1 of 1 matrices" in jump["reason"]
+
+
+@pytest.mark.parametrize(("times", "accepted"), [(1.0, True), (0.999, False), (None, True)])
+def test_a_jump_may_be_as_large_as_the_bound_and_no_larger(times: float | None, accepted: bool) -> None:
+    first = cycle(Descent())
+    first.run()
+    ratio = first.journal.jumps()[0]["norm_ratio"]
+    made = cycle(Descent(), guards=Guards(max_norm_ratio=None if times is None else times * ratio))
+    made.run()
+    jump = made.journal.jumps()[0]
+    assert jump["accepted"] is accepted
+    assert jump["norm_ratio"] == ratio
+
+
+class Secant(type(make_predictor("secant"))):  # type: ignore[misc]
+    """One whose prediction somebody changes."""
+
+    def __init__(self, change: Callable[[Prediction], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def predict(self, horizon: int) -> Any:
+        return self.change(super().predict(horizon))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda made: [made], "list"),
+        (lambda made: dataclasses.replace(made, source=Descent().source()), "source"),
+        (lambda made: dataclasses.replace(made, step=15), "step 15"),
+    ],
+    ids=["nothing of the kind", "another run", "an older checkpoint"],
+)
+def test_a_prediction_that_is_not_of_this_run_now_is_refused(change: Callable[[Prediction], Any], names: str) -> None:
+    backend = Descent()
+    made = PredictExtendCycle(backend, lambda: Secant(change), ONE_JUMP, Guards(), 60, Journal())
+    made.run()
+    [jump] = made.journal.jumps()
+    assert not jump["accepted"]
+    assert jump["predictor"] == "secant"
+    assert names in jump["reason"]
+    assert "Error" not in jump["reason"]
+    assert torch.equal(backend.model.weight, plain().model.weight)
+
+
+def test_no_jump_is_made_from_an_older_checkpoint() -> None:
+    class Forgetful(Descent):
+        def observe(self, step: int) -> None:
+            if step != 20:
+                super().observe(step)
+
+    made = cycle(Forgetful())
+    made.run()
+    first, *_, last = made.journal.jumps()
+    assert not first["accepted"]
+    assert "step 15" in first["reason"]
+    assert last["accepted"]
+
+
+def test_a_predictor_is_given_the_progress_and_the_jumps_tried_so_far() -> None:
+    told: list[str] = []
+    seen: list[tuple[Any, list[int]]] = []
+    ranks: set[int] = set()
+
+    class Curious(type(make_predictor("secant"))):  # type: ignore[misc]
+        def fit(self, history: Any) -> Any:
+            seen.append((self.progress, [jump["step"] for jump in history.jump_log]))
+            ranks.add(history.rank)
+            return super().fit(history)
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append(what)
+
+    PredictExtendCycle(Descent(), Curious, SCHEDULE, Guards(), 60, Journal(), progress=progress).run()
+    assert seen == [(progress, []), (progress, [20]), (progress, [20, 30]), (progress, [20, 30, 40])]
+    assert told
+    assert ranks == {1}
+
+
+def test_only_a_run_that_averages_needs_a_checkpoint_after_its_last_step() -> None:
+    backend = Descent()
+    cycle(backend, total=58).run()
+    assert max(backend.checkpoints) == 55
+
+
+def test_what_fails_while_predicting_or_jumping_costs_the_jump_and_not_the_run() -> None:
+    class Stuck(Descent):
+        def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Any:
+            raise ZeroDivisionError
+
+    def slow(made: Prediction) -> None:
+        while True:
+            pass
+
+    made_once = iter([make_predictor("secant")])
+    for backend, predictor, limit, reason, name in (
+        (Stuck(), lambda: make_predictor("secant"), None, "ZeroDivisionError", "secant"),
+        (Descent(), lambda: Secant(slow), 0.05, "0.05", "secant"),
+        (Descent(), lambda: next(made_once), None, "StopIteration", "?"),
+    ):
+        made = PredictExtendCycle(backend, predictor, ONE_JUMP, Guards(time_limit=limit), 60, Journal())
+        made.run()
+        [jump] = made.journal.jumps()
+        assert (jump["step"], jump["accepted"], jump["predictor"], jump["alpha"]) == (20, False, name, 1.0)
+        assert reason in jump["reason"]
+        assert torch.equal(backend.model.weight, plain().model.weight)
+
+
+def test_the_seconds_are_those_that_the_cycle_took() -> None:
+    def accuracy(loss: float) -> float:
+        time.sleep(0.004)
+        return 0.5
+
+    made = cycle(Descent(accuracy=accuracy))
+    started = time.perf_counter()
+    made.run()
+    assert sum(made.seconds.values()) <= time.perf_counter() - started
+    assert all(seconds > 0 for seconds in made.seconds.values())
+    assert made.seconds["probe"] >= 8 * 0.004
+
+
+def test_a_run_measured_by_nobody_is_the_same_run() -> None:
+    backend, other = Descent(), Descent()
+    cycle(backend, measure_every=5).run()
+    cycle(other).run()
+    assert torch.equal(backend.model.weight, other.model.weight)

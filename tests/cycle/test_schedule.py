@@ -13,6 +13,19 @@ from next_core.errors import ConfigError
 from next_core.run_config import Schedule
 
 
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    assert Schedule().model_dump() == {
+        "observe": 50,
+        "every": 5,
+        "horizon": 10,
+        "alpha": 1.0,
+        "jump_every": None,
+        "jumps": None,
+        "settle": 0,
+        "average": None,
+    }
+
+
 def test_the_papers_schedule_jumps_once() -> None:
     schedule = Schedule(observe=150, every=10, horizon=50, alpha=1.5, jumps=1, settle=100)
     assert schedule.attempt_steps(400) == [150]

@@ -30,7 +30,8 @@ INNER = (
     r"next_backends\.trl",
     r"next_core\.run_config",
     r"next_core\.history\.executor\.Result",
-    r"next_core\.predictor\.Config",
+    r"next_core\.mathematics\.lora_trajectory\.Workspace",
+    r"next_core\.predictor\.(Config|Work)",
     r"next_core\.sources",
     r"next_core\.testing\.backend_case",
 )

@@ -17,12 +17,14 @@ from docs.extensions import api_reference, cli_reference, config_reference
 
 BESIDE = {
     "next_core.plugins": ["Registry", "Entry"],
+    "next_core.mathematics.lora_trajectory": ["LoraTrajectory"],
     "next_core.history.executor": ["Executor"],
     "next_core.history.delta_cache": ["DeltaCache"],
     "next_core.run_config": ["Schedule", "Guards"],
     "next_core.cycle.journal": ["Journal"],
 }
 """What the public names take and give."""
+PREDICTORS = ["TrajectoryPredictor", "PerMatrixPredictor", "CoefficientConfig"]
 INTERFACES = ["types", "settings", "interfaces", "backend"]
 DIAGNOSTICS = ["analyze", "Analysis", "Group", "Figure", "Null", "Series", "with_origin", "learning_rate_factor"]
 DIAGNOSTICS += ["LearningRate", "Precision"]
@@ -36,7 +38,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "api-next-core": lambda: api_reference.module("next_core"),
     "api-errors": lambda: api_reference.module("next_core.errors"),
     "api-interfaces": lambda: "\n\n".join(api_reference.module(f"next_core.{name}") for name in INTERFACES),
-    "api-per-matrix": lambda: api_reference.module("next_core.predictor", ["PerMatrixPredictor", "CoefficientConfig"]),
+    "api-per-matrix": lambda: api_reference.module("next_core.predictor", PREDICTORS),
     "api-parts": lambda: "\n\n".join(api_reference.module(name, only) for name, only in BESIDE.items()),
     "api-diagnostics": lambda: api_reference.module("next_core.diagnostics", DIAGNOSTICS),
     "api-testing": lambda: api_reference.module("next_core.testing"),

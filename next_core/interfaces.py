@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -172,6 +172,8 @@ class Applied(ABC):
 class WeightApplier(Plugin):
     """Resolves the anchor, scales by alpha, writes. All is computed and validated before anything changes."""
 
+    writes_folders: ClassVar[bool] = True
+    """Whether ``apply`` writes a folder; False for an applier that changes a model in memory."""
     progress: Progress | None = None
 
     def report_progress(self, what: str, done: int, total: int) -> None:

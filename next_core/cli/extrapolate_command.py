@@ -51,10 +51,13 @@ def extrapolate_command(
         raise ConfigError(f"--alpha must be a number above 0 (got {alpha:g})")
     if horizon < 1:
         raise ConfigError(f"--horizon must be at least 1 (got {horizon})")
-    if applier == "in-memory":
-        raise ConfigError("the applier 'in-memory' changes a model in memory; use peft-adapter or merged-model")
     made = make_predictor(predictor, **parse_assignments(fields))
     target = make_applier(applier, **parse_assignments(applier_fields))
+    if not target.writes_folders:
+        raise ConfigError(
+            f"the applier '{applier}' changes a model in memory; use peft-adapter or merged-model",
+            kind="config-invalid-value",
+        )
     in_place = getattr(target.config, "in_place", False)
     if out.exists() and not (dry_run or in_place):
         raise ConfigError(f"{out} exists already; choose another folder or remove it")

@@ -51,6 +51,7 @@ class InMemoryApplier(WeightApplier):
     """
 
     name = "in-memory"
+    writes_folders = False
 
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = InMemoryApplied(out)

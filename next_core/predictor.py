@@ -104,8 +104,8 @@ class TrajectoryPredictor(Plugin):
 class PerMatrixPredictor(TrajectoryPredictor):
     """Base of predictors that stand alone on each matrix: write ``predict_matrix``, and ``prepare`` if needed."""
 
-    def __init__(self, config: Settings | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
+        super().__init__(config, **fields)
         self._history: History | None = None
         self.diagnostics: dict[str, float] = {}
         """Figures for ``Prediction.diagnostics``; ``prepare`` fills it."""

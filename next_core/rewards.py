@@ -40,8 +40,8 @@ class MathVerifyReward(Reward):
     name = "math-verify"
     config_class = MathVerifyConfig
 
-    def __init__(self, config: MathVerifyConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: MathVerifyConfig | None = None, /, **fields: Any) -> None:
+        super().__init__(config, **fields)
         try:
             import math_verify  # noqa: F401
         except ImportError:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from next_core.settings import Settings
+from pydantic import ValidationError
+
+from next_core.errors import ConfigError
+from next_core.settings import Settings, explain, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +29,14 @@ class Plugin(ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[Settings]] = Settings
 
-    def __init__(self, config: Settings | None = None) -> None:
-        self.config: Any = config if config is not None else self.config_class()
+    def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
+        """Take a config, or its fields: ``Secant(window=10)``. Raises ``ConfigError`` naming each wrong field."""
+        if config is not None and fields:
+            raise ConfigError(f"{self.name}: pass a config or its fields, not both", kind="config-contradiction")
+        try:
+            self.config: Any = config if config is not None else self.config_class(**fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, self.name, self.config_class), kind=kind_of(error)) from None
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from next_core.appliers.folder_applier import (
     write_texts,
 )
 from next_core.appliers.stream import TensorWriter, header_room
-from next_core.appliers.weight_delta import FactorStep, Resolved, resolved, scaled
 from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.interfaces.prediction import FactorStep, Resolved, resolved, scaled
 from next_core.mathematics.low_rank import LowRank, truncated_svd
 from next_core.settings import Settings
 from next_core.sources.adapter_source import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from next_core.appliers.rounding import Rounder
 from next_core.appliers.rounding_loss import Landed, Share
-from next_core.appliers.weight_delta import BLOCK, Blend, Resolved, merged
 from next_core.errors import GuardError
+from next_core.interfaces.prediction import BLOCK, Blend, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
 

@@ -26,9 +26,9 @@ from next_core.appliers.folder_applier import (
 from next_core.appliers.rounding import Rounder, Rounding
 from next_core.appliers.rounding_loss import Landed
 from next_core.appliers.stream import Entry, TensorWriter, read_entries
-from next_core.appliers.weight_delta import resolved, scaled
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
+from next_core.interfaces.prediction import resolved, scaled
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.full_model import FullModelSource

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from next_core.appliers.weight_delta import jump_norms
 from next_core.history.history import History
 from next_core.interfaces import Prediction
+from next_core.interfaces.prediction import jump_norms
 
 
 @dataclass(frozen=True)

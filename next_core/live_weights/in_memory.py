@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from next_core.appliers.jump_adapter import adapter_settings, balanced
-from next_core.appliers.weight_delta import FactorStep, weight_deltas
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
+from next_core.interfaces.prediction import FactorStep, weight_deltas
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.process.containment import same_random_states
 from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS

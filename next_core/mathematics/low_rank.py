@@ -81,6 +81,10 @@ class LowRank:
                 ) from error
         return LowRank(self.left * alpha, self.right)
 
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm, (...)."""
+        return inner(self, self).clamp_min(0).sqrt()
+
     def to(self, dtype: torch.dtype) -> LowRank:
         """Both factors in another dtype."""
         return LowRank(self.left.to(dtype), self.right.to(dtype))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.appliers.weight_delta import merged, weight_deltas
 from next_core.compressors.exact import ExactCompressor
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Prediction
+from next_core.interfaces.prediction import merged, weight_deltas
 from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank, dense
 from next_core.predictor import TrajectoryPredictor

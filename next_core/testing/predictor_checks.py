@@ -8,10 +8,10 @@ from typing import Final, get_args
 
 import torch
 
-from next_core.appliers.weight_delta import weight_delta
 from next_core.errors import ConfigError, NextCoreError
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.interfaces.prediction import weight_delta
 from next_core.predictor import Needs, TrajectoryPredictor, Work
 from next_core.run_config import Guards
 from next_core.testing.check_runner import expect, raises, register, run_checks

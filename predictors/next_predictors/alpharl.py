@@ -60,7 +60,7 @@ class Series:
     y_target: float
 
 
-class AlphaRlPredictor(PerMatrixPredictor):
+class AlphaRL(PerMatrixPredictor):
     """AlphaRL (arXiv 2510.00553): partial least squares with one component of x_t on y_t, inverted at y*.
 
     Per matrix x_t = alpha(t) S(t) u(t) over its rank-k triplets, side by side, alpha(t) = ||D||_F / ||D_k||_F; signs

@@ -34,7 +34,7 @@ class AutoConfig(Settings):
     per_matrix: bool = Field(False, description="A multiple for each matrix, by its own agreement, not by the median")
 
 
-class AutoPredictor(PerMatrixPredictor):
+class Auto(PerMatrixPredictor):
     """W_hat = W_T + (m - 1) (W_T - W_{T-h}): the last h steps count m times, in the adapter's own factors.
 
     The multiple m is found as training goes on. lambda = <P, D> / <P, P> is measured of each matrix, P and D two

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from pydantic import Field
@@ -158,7 +158,7 @@ class ComponentPredictor(TrajectoryPredictor):
         return groups
 
 
-class NextMlpPredictor(ComponentPredictor):
+class NextMLP(ComponentPredictor):
     """NExt's predictor: the networks read and predict the singular vectors themselves.
 
     Unlike the released code: signs are aligned, frozen matrices are left out, and a negative sigma counts as 0 (how
@@ -169,8 +169,8 @@ class NextMlpPredictor(ComponentPredictor):
     config_class = NextMlpConfig
     network_class = Network
 
-    def __init__(self, config: NextMlpConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: NextMlpConfig | None = None, /, **fields: Any) -> None:
+        super().__init__(config, **fields)
         self.precision = self.config.precision
 
 

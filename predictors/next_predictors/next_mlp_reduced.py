@@ -71,7 +71,7 @@ class Basis:
         return Factors(U, factors.S.double() / self.unit, V, factors.energy, factors.nuclear)
 
 
-class NextMlpReducedPredictor(ComponentPredictor):
+class NextMLPReduced(ComponentPredictor):
     """NExt's idea (arXiv 2604.11446) at a thousandth of the cost: coordinates in place of whole singular vectors.
 
     The u of a matrix's global, local and target components span about twice as many dimensions as there are

@@ -23,7 +23,7 @@ class RandomConfig(Settings):
     rank: int = Field(1, ge=1, description="Rank of the random matrix")
 
 
-class RandomPredictor(PerMatrixPredictor):
+class RandomDirection(PerMatrixPredictor):
     """Per matrix X = |W_T - W_{T-h}| Q / |Q|, Q = L R with L (m, k) and R (k, n) Gaussian: a jump of rank k.
 
     The norm is that of the last h steps' motion (h the horizon), so that whatever another predictor gains over this one

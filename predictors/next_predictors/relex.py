@@ -26,7 +26,7 @@ class RelexConfig(CoefficientConfig):
     )
 
 
-class RelexPredictor(PerMatrixPredictor):
+class Relex(PerMatrixPredictor):
     """RELEX (arXiv 2605.21468): SVD over time of M[t] = vec(W_t - W_0), not centred, then least squares.
 
     From M M^T = Q diag(s^2) Q^T: component i has coefficients c_i = s_i q_i over time along the unit direction

@@ -31,7 +31,7 @@ class RidgeConfig(CoefficientConfig):
         return self
 
 
-class RidgePredictor(PerMatrixPredictor):
+class Ridge(PerMatrixPredictor):
     """Per matrix T_t ~ a G_t + b L_t over the pairs of checkpoints that are ``horizon`` apart; then a G_T + b L_T.
 
     The linear control for NExt (arXiv 2604.11446): the same global and local deltas in, the same target

@@ -9,7 +9,7 @@ from next_core.types import Anchor
 from next_predictors.secant import backbone_weights
 
 
-class RlExtraPredictor(PerMatrixPredictor):
+class RLExtra(PerMatrixPredictor):
     """RL-Extra (arXiv 2601.04537): W_hat = W_0 + beta (W_T - W_0) with beta = (t_T + h) / t_T.
 
     The whole path from the backbone goes on at its mean velocity. Only matrices are extrapolated, so norm layers

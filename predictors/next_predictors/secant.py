@@ -54,7 +54,7 @@ class SecantConfig(CoefficientConfig):
     gate: GateConfig | None = Field(None, description="Scale each matrix by how straight its motion was; none: no gate")
 
 
-class SecantPredictor(PerMatrixPredictor):
+class Secant(PerMatrixPredictor):
     """Linear weight extrapolation (ExPO; RL-Extra, arXiv 2601.04537), from the newest checkpoint or the backbone.
 
     Newest: W_hat = W_T + lambda (h / g) (W_T - W_{T-g}), g the window. Backbone: W_hat = W_0 + (1 + lambda (beta - 1))

@@ -18,7 +18,7 @@ class StayConfig(Settings):
     )
 
 
-class StayPredictor(PerMatrixPredictor):
+class Stay(PerMatrixPredictor):
     """Predicts no motion, on purpose; the score of every other predictor is reported against it."""
 
     name = "stay"

@@ -15,7 +15,7 @@ from next_core.history.history import History
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.memory import MemorySource
-from next_predictors.next_mlp import Network, NextMlpConfig, NextMlpPredictor
+from next_predictors.next_mlp import Network, NextMLP, NextMlpConfig
 
 SHAPES = {"0.down": (12, 24), "0.q": (16, 12), "1.down": (12, 24), "1.q": (16, 12)}
 OBSERVED = tuple(range(10, 160, 10))
@@ -65,7 +65,7 @@ class RandomSigns(ExactCompressor):
 
 
 def predict(past: History, horizon: int = HORIZON, **fields: Any) -> Prediction:
-    return NextMlpPredictor(NextMlpConfig(**fields)).fit(past).predict(horizon)
+    return NextMLP(NextMlpConfig(**fields)).fit(past).predict(horizon)
 
 
 def matrix(prediction: Prediction, name: str) -> LowRank:
@@ -135,7 +135,7 @@ def test_a_second_run_agrees_bit_for_bit_and_leaves_the_global_generator_alone(p
 
 
 def test_each_horizon_is_trained_once(past: History) -> None:
-    predictor = NextMlpPredictor(NextMlpConfig(**QUICK)).fit(past)
+    predictor = NextMLP(NextMlpConfig(**QUICK)).fit(past)
     assert predictor.predict(50) is predictor.predict(50)
     assert not same(predictor.predict(50), predictor.predict(20))
     assert predictor.fit(past).predict(50) is not predictor.fit(past).predict(50)
@@ -257,7 +257,7 @@ def test_bfloat16_agrees_with_itself_bit_for_bit(past: History) -> None:
 
 def test_a_plan_knows_what_training_takes(past: History) -> None:
     """Of a matrix (12, 24) and two epochs: networks of 93 864, 15 * 256 * 12 + 6 * 256 + 7 * 12 and 5 383 weights."""
-    work = NextMlpPredictor(NextMlpConfig(epochs=2)).work({"w": (24, 12)}, OBSERVED, HORIZON, 1)
+    work = NextMLP(NextMlpConfig(epochs=2)).work({"w": (24, 12)}, OBSERVED, HORIZON, 1)
     weights = 93_864 + 47_700 + 5_383
     assert (work.single_flops, work.bytes) == (2 * 6 * weights * 10, 2 * 28 * weights)
 
@@ -309,7 +309,7 @@ def test_it_abstains_when_training_diverges(past: History) -> None:
 
 def test_patience_stops_each_network_when_it_no_longer_improves(past: History) -> None:
     told: list[tuple[str, int, int]] = []
-    predictor = NextMlpPredictor(NextMlpConfig(epochs=400, lr=1e-2, hidden=16, patience=3)).fit(past)
+    predictor = NextMLP(NextMlpConfig(epochs=400, lr=1e-2, hidden=16, patience=3)).fit(past)
     predictor.progress = lambda *facts: told.append(facts)
     figures = predictor.predict(HORIZON).diagnostics
     epochs = {name: count for name, count in figures.items() if name.startswith("epochs/")}
@@ -322,7 +322,7 @@ def test_patience_stops_each_network_when_it_no_longer_improves(past: History) -
 
 def test_progress_is_told_every_few_epochs(past: History) -> None:
     told: list[int] = []
-    predictor = NextMlpPredictor(NextMlpConfig(epochs=25, hidden=4)).fit(past)
+    predictor = NextMLP(NextMlpConfig(epochs=25, hidden=4)).fit(past)
     predictor.progress = lambda what, done, total: told.append(done)
     predictor.predict(HORIZON)
     assert told == [10, 20, 25]
@@ -338,4 +338,4 @@ def test_wrong_settings_are_refused(past: History) -> None:
     with pytest.raises(ConfigError, match="at least 1 step"):
         predict(past, horizon=0)
     with pytest.raises(ConfigError, match="call fit"):
-        NextMlpPredictor().predict(HORIZON)
+        NextMLP().predict(HORIZON)

@@ -15,7 +15,7 @@ from next_core.interfaces import CheckpointSource, LowRankUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
-from next_predictors.next_mlp_reduced import Basis, NextMlpReducedConfig, NextMlpReducedPredictor
+from next_predictors.next_mlp_reduced import Basis, NextMLPReduced, NextMlpReducedConfig
 from tests.predictors.trajectories import curve, dense_run, drift, history, noise, resolve_dense, still, walk
 
 OBSERVED = tuple(range(10, 160, 10))
@@ -43,7 +43,7 @@ def lora_run(steps: tuple[int, ...] = OBSERVED) -> MemorySource:
 
 
 def predict(past: History, horizon: int = HORIZON, **fields: Any) -> Prediction:
-    return NextMlpReducedPredictor(NextMlpReducedConfig(**fields)).fit(past).predict(horizon)
+    return NextMLPReduced(NextMlpReducedConfig(**fields)).fit(past).predict(horizon)
 
 
 def error(prediction: Prediction, truth: CheckpointSource) -> float:
@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused(past: History) -> None:
 
 
 def test_a_plan_knows_what_training_takes() -> None:
-    small = NextMlpReducedPredictor().work(SIZES, OBSERVED, HORIZON, 1)
-    with_a_large_one = NextMlpReducedPredictor().work({**SIZES, "e": (4096, 4096)}, OBSERVED, HORIZON, 1)
+    small = NextMLPReduced().work(SIZES, OBSERVED, HORIZON, 1)
+    with_a_large_one = NextMLPReduced().work({**SIZES, "e": (4096, 4096)}, OBSERVED, HORIZON, 1)
     assert with_a_large_one.single_flops < 2 * small.single_flops
-    assert NextMlpReducedPredictor().work(SIZES, OBSERVED[:5], HORIZON, 1).single_flops == 0
+    assert NextMLPReduced().work(SIZES, OBSERVED[:5], HORIZON, 1).single_flops == 0

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.appliers.weight_delta import merged, weight_delta
 from next_core.backend import Backend
 from next_core.config import make_config
 from next_core.errors import GuardError
 from next_core.interfaces import Applied, Prediction
+from next_core.interfaces.prediction import merged, weight_delta
 from next_core.mathematics.low_rank import dense
 from next_core.run_config import RunConfig
 from next_core.settings import Settings

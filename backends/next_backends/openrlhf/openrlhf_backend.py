@@ -18,11 +18,11 @@ from next_backends.openrlhf.pausing import Pausing
 from next_backends.openrlhf.run_checks import check_run
 from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
-from next_core.appliers.weight_delta import FactorStep, weight_deltas
 from next_core.backend import Backend
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import BackendError, describe
 from next_core.interfaces import Applied, Prediction
+from next_core.interfaces.prediction import FactorStep, weight_deltas
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from next_core import History, make_predictor, registry
-from next_core.appliers.weight_delta import weight_delta
+from next_core.interfaces.prediction import weight_delta
 from next_core.mathematics.low_rank import dense
 from next_core.testing import SyntheticRun, dense_run
 

@@ -1,27 +1,104 @@
-"""A prediction resolved: by how much each parameter moves from the newest checkpoint, anchor and alpha included.
+"""Where a predictor says the weights are going, and by how much each parameter moves to get there.
 
-The one place where an anchor is read, so that a cumulative prediction is never added twice.
+This is the one place that resolves the anchor, so that a cumulative prediction is never added twice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, GuardError, PluginError
-from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
-from next_core.mathematics import low_rank as lowrank
+from next_core.interfaces.checkpoint_source import CheckpointSource
+from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.types import LoraFactors
+from next_core.process.optional_packages import import_optional
+from next_core.types import Anchor, LoraFactors, Space
 
 BLOCK = 2**17
 """Values in a block of rows: it stays in the processor's cache while several passes go over it."""
+
+
+@dataclass(frozen=True)
+class CoefficientUpdate:
+    """A delta over the observed checkpoints: sum_i weights[t_i] G_{t_i}, counted from the anchor.
+
+    In ``space="merged"`` that sum is taken of the deltas themselves. In ``space="factors"`` (LoRA only) the trained
+    A and B are moved each by the same sum of their own past values; step 0 (the adapter as initialised, B = 0) takes
+    what is missing to weights that sum to zero.
+    """
+
+    weights: Mapping[int, float]
+    space: Space = "merged"
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A delta given as a low-rank matrix (m, n), counted from the anchor."""
+
+    matrix: LowRank
+
+
+Update = CoefficientUpdate | LowRankUpdate
+
+
+@dataclass(frozen=True, repr=False)
+class Prediction:
+    """Where a predictor says the weights are going.
+
+    The updates count from ``anchor`` (the newest checkpoint, or the backbone), and only an applier resolves it: a
+    cumulative prediction can never be added twice. A parameter without an update stays where it is, for the
+    reason in ``abstained``; ``abstention`` says why the predictor declines to predict anything.
+    """
+
+    source: CheckpointSource
+    step: int
+    horizon: int
+    anchor: Anchor = "newest"
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    """Per parameter a factor on alpha, finite and 0 or more; 1 where it is not given."""
+    abstained: Mapping[str, str] = field(default_factory=dict)
+    abstention: str | None = None
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    def weight(self, name: str) -> float:
+        """Return the factor on alpha of one parameter."""
+        return self.confidence.get(name, 1.0)
+
+    def delta(self, name: str, alpha: float = 1.0) -> LowRank | Tensor:
+        """Return what one weight matrix (m, n) moves by from the newest checkpoint; zero where nothing is predicted.
+
+        Raises ``GuardError`` when it is not finite, ``PluginError`` for a parameter that the run does not have.
+        """
+        shape = _shape(self.source, name)
+        moved = weight_delta(self, name, alpha)
+        return LowRank.zero(*shape) if moved is None else merged(moved)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame: per parameter its update, confidence and ||delta||_F, or why it abstained."""
+        norms = jump_norms(self, 1.0)
+        rows = [
+            {
+                "parameter": parameter.name,
+                "update": type(self.updates[parameter.name]).__name__ if parameter.name in self.updates else None,
+                "confidence": self.weight(parameter.name) if parameter.name in self.updates else None,
+                "norm": norms.get(parameter.name, 0.0),
+                "abstained": self.abstention or self.abstained.get(parameter.name),
+            }
+            for parameter in self.source.parameters
+        ]
+        return import_optional("pandas", "notebook").DataFrame(rows).set_index("parameter")
+
+    def __repr__(self) -> str:
+        what = self.abstention or f"{len(self.updates)} of {len(self.source.parameters)} matrices move"
+        return f"<Prediction from step {self.step} by {self.horizon} steps: {what}>"
 
 
 @dataclass(frozen=True)
@@ -35,7 +112,7 @@ class FactorStep:
     def merged(self) -> LowRank:
         """scaling * ((B + dB)(A + dA) - B A): what the weight matrix moves by."""
         after = self.at.A.double() + self.dA, self.at.B.double() + self.dB
-        return lowrank.lora_difference(after, (self.at.A, self.at.B), self.at.scaling)
+        return low_rank.lora_difference(after, (self.at.A, self.at.B), self.at.scaling)
 
 
 @dataclass(frozen=True)
@@ -80,7 +157,7 @@ class Blend:
         return math.sqrt(sum(float(torch.linalg.vector_norm(self.rows(rows))) ** 2 for rows in blocks))
 
 
-Displacement = FactorStep | LowRank | Tensor
+WeightDelta = FactorStep | LowRank | Tensor
 Resolved = FactorStep | LowRank | Tensor | Blend
 
 
@@ -116,7 +193,7 @@ def resolved(prediction: Prediction, name: str, alpha: float) -> Resolved | None
     return _validated(prediction, name, moved)
 
 
-def weight_delta(prediction: Prediction, name: str, alpha: float) -> Displacement | None:
+def weight_delta(prediction: Prediction, name: str, alpha: float) -> WeightDelta | None:
     """The same with nothing left to read: a dense parameter's weight_delta is the whole matrix."""
     moved = resolved(prediction, name, alpha)
     return _validated(prediction, name, moved.dense()) if isinstance(moved, Blend) else moved
@@ -136,7 +213,7 @@ def scaled(prediction: Prediction, name: str, moved: Resolved, alpha: float) -> 
     return _validated(prediction, name, moved.scale(alpha) if isinstance(moved, LowRank) else alpha * moved)
 
 
-def weight_deltas(prediction: Prediction, alpha: float) -> Iterator[tuple[str, Displacement]]:
+def weight_deltas(prediction: Prediction, alpha: float) -> Iterator[tuple[str, WeightDelta]]:
     """Every parameter that moves, one at a time."""
     for name in sorted(prediction.updates):
         moved = weight_delta(prediction, name, alpha)
@@ -144,7 +221,7 @@ def weight_deltas(prediction: Prediction, alpha: float) -> Iterator[tuple[str, D
             yield name, moved
 
 
-def merged(moved: Displacement) -> LowRank | Tensor:
+def merged(moved: WeightDelta) -> LowRank | Tensor:
     """A weight_delta as it acts on the weight matrix."""
     return moved.merged() if isinstance(moved, FactorStep) else moved
 
@@ -157,10 +234,7 @@ def jump_norms(prediction: Prediction, alpha: float) -> dict[str, float]:
         if moved is None:
             continue
         delta = moved if isinstance(moved, Blend) else merged(moved)
-        if isinstance(delta, LowRank):
-            found[name] = float(lowrank.inner(delta, delta).clamp_min(0).sqrt())
-        else:
-            found[name] = float(delta.norm())
+        found[name] = float(delta.norm())
     return found
 
 
@@ -206,7 +280,7 @@ def _weighted_sum(prediction: Prediction, name: str, weights: Mapping[int, float
     ]
     factored = [delta.scale(weight) for weight, delta in parts if isinstance(delta, LowRank)]
     if len(factored) == len(parts):
-        return _no_wider_than_needed(lowrank.concatenate(factored))
+        return _no_wider_than_needed(low_rank.concatenate(factored))
     total = torch.zeros(_shape(prediction.source, name), dtype=torch.float64)
     for weight, delta in parts:
         assert isinstance(delta, Tensor)
@@ -231,7 +305,7 @@ def _no_wider_than_needed(matrix: LowRank) -> LowRank:
     """Exactly the same matrix, of rank at most min(m, n)."""
     if matrix.rank <= min(matrix.shape):
         return matrix
-    return lowrank.truncated_svd(matrix, min(matrix.shape)).lowrank()
+    return low_rank.truncated_svd(matrix, min(matrix.shape)).lowrank()
 
 
 def _shape(source: CheckpointSource, name: str) -> tuple[int, int]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.appliers.weight_delta import (
+from next_core.errors import CheckpointError, GuardError, PluginError
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
+from next_core.interfaces.prediction import (
     Blend,
     FactorStep,
     jump_norms,
@@ -18,8 +20,6 @@ from next_core.appliers.weight_delta import (
     weight_delta,
     weight_deltas,
 )
-from next_core.errors import CheckpointError, GuardError, PluginError
-from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.memory import MemorySource
@@ -203,7 +203,7 @@ class RowSource(MemorySource):
 def test_read_by_rows_a_displacement_is_the_same(
     source: MemorySource, update: Update, anchor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("next_core.appliers.weight_delta.row_blocks", lambda shape, _: row_blocks(shape, 10))
+    monkeypatch.setattr("next_core.interfaces.prediction.row_blocks", lambda shape, _: row_blocks(shape, 10))
     backbone = noise(9, 6, 5)
     by_rows = RowSource({step: {"full": backbone + moved(step)} for step in STEPS}, {"full": backbone})
     streamed = Prediction(by_rows, 30, 10, anchor, {"full": update}, {"full": 0.5})  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""What a source of checkpoints promises: the ordered steps of one run, its parameters and their deltas.
+
+Notation: a matrix W is (m, n); T checkpoints were observed at steps t_1 < ... < t_T; W_0 is the backbone;
+G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local one (since the previous checkpoint).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from next_core.mathematics.low_rank import LowRank, dense
+from next_core.types import LoraFactors, Parameter, Plugin
+
+
+class CheckpointSource(Plugin):
+    """The checkpoints of one run, read lazily. Incomplete or damaged ones are found on opening, and named."""
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        """Whether a folder holds checkpoints of this layout."""
+        return False
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """The observed RL steps, ascending."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The weight matrices of the run, the same in every checkpoint."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Parameters that are stored but cannot be extrapolated, each with the reason."""
+        return {}
+
+    @property
+    def naming(self) -> str:
+        """How the folders of the steps are named, with N for the step; empty for what is not in folders."""
+        return ""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of the folder: steps that are missing, damaged folders that were left out, ..."""
+        return ()
+
+    def precision(self, name: str) -> torch.dtype:
+        """The precision a parameter's checkpoints are stored in."""
+        return torch.float32
+
+    def fingerprint(self, step: int | None) -> str | None:
+        """A digest of all that decides the weights at a step (None: where RL began), jumps since included.
+
+        None where it cannot be told, as for what lives in memory alone: nothing computed from it is cached then.
+        """
+        return None
+
+    @abstractmethod
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
+        """W_step - W_since of one parameter; ``since=None`` is where RL began: the backbone, or step 0 if it was kept.
+
+        Low-rank (``LowRank``) where the run is LoRA, else a dense (m, n) tensor. Raises ``CheckpointError`` for
+        values that are not finite.
+        """
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        """Some rows of a dense delta; a source that can read them alone should, to bound the memory of a sweep."""
+        return dense(self.delta(name, step, since))[rows]
+
+    def position(self, name: str, step: int) -> LowRank | Tensor:
+        """W_step minus the backbone as it is on disk, every jump included: where the run stands, not what RL did."""
+        return self.delta(name, step)
+
+    def factors(self, name: str, step: int) -> LoraFactors | None:
+        """The LoRA factors of one parameter at one step; None where the run is not LoRA."""
+        return None
+
+    def start(self, name: str) -> LoraFactors | None:
+        """The adapter that RL began with, where it added anything: ``delta`` without ``since`` counts from it."""
+        return None
+
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        """The trainer's last metrics logged at or before ``step`` and after ``since``; empty when there are none."""
+        return {}

@@ -1,0 +1,32 @@
+"""What a compressor promises: deltas in, their leading singular triplets out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from next_core.mathematics.lora_trajectory import LoraTrajectory
+from next_core.mathematics.low_rank import Factors, LowRank
+from next_core.types import Plugin, Span
+
+
+class Compressor(Plugin):
+    """Deltas of one shape in, their leading singular triplets out."""
+
+    @abstractmethod
+    def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
+        """N deltas of shape (m, n) -> ``Factors`` with a leading dimension N: U (N, m, k), S (N, k), V (N, n, k).
+
+        Zero deltas give zero columns, never arbitrary unit vectors.
+        """
+
+    def compress_trajectory(
+        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+    ) -> Factors:
+        """The same for several deltas of one LoRA matrix, which share their factors; leading dimension len(spans).
+
+        ``spectrum`` asks for the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
+        """
+        return self.compress([path.delta(*span) for span in spans], rank)

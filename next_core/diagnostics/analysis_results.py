@@ -36,7 +36,7 @@ FIGURES: Mapping[str, Described] = {
     "cosine_u_local": Described("|cos u| local", "leading left vectors of successive local deltas"),
     "cosine_v_local": Described("|cos v| local", "leading right vectors of successive local deltas"),
     "msd_exponent": Described("MSD exponent", "1: random walk, 2: straight line"),
-    "straightness": Described("net / path", "net weight_delta over the path's length"),
+    "straightness": Described("net / path", "net displacement over the path's length"),
     "speed_ratio": Described("speed, late/early", "norm per RL step, last third over first"),
 }
 

@@ -112,9 +112,9 @@ def gram_figures(
         at = grid.horizons.index(horizon)
         scalars |= {name: value[..., at] for name, value in forward.items()}
     if len(grid.lags) >= 2:
-        weight_delta = motion.mean_squared_displacement(grams, grid)
-        scalars["msd_exponent"] = motion.displacement_exponent(weight_delta, grid)
-        series["msd"] = linearity.share(weight_delta, weight_delta[..., :1])
+        displacement = motion.mean_squared_displacement(grams, grid)
+        scalars["msd_exponent"] = motion.displacement_exponent(displacement, grid)
+        series["msd"] = linearity.share(displacement, displacement[..., :1])
     return scalars, series
 
 

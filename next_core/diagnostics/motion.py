@@ -1,4 +1,4 @@
-"""How a matrix moves: the angle between successive steps, how fast weight_delta grows, and whether it slows down."""
+"""How a matrix moves: the angle between successive steps, how fast displacement grows, and whether it slows down."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mean_squared_displacement(grams: Tensor, grid: Grid) -> Tensor:
     return apply_forms(grams, forms)
 
 
-def displacement_exponent(weight_delta: Tensor, grid: Grid) -> Tensor:
+def displacement_exponent(displacement: Tensor, grid: Grid) -> Tensor:
     """Slope of log MSD against log lag: 1 for a random walk, 2 for a straight line, (...).
 
     Each lag counts by the number of its pairs, so that unevenly spaced checkpoints need no grid. NaN where some MSD
@@ -36,7 +36,7 @@ def displacement_exponent(weight_delta: Tensor, grid: Grid) -> Tensor:
     weights = weights / weights.sum()
     x = torch.tensor(grid.lags, dtype=torch.float64).log()
     x = x - (weights * x).sum()
-    y = torch.where(weight_delta > 0, weight_delta, torch.nan).log()
+    y = torch.where(displacement > 0, displacement, torch.nan).log()
     slope: Tensor = (y @ (weights * x)) / (weights * x.square()).sum()
     return slope
 

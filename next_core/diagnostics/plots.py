@@ -96,7 +96,7 @@ def _skill(picture: Picture, analysis: Analysis) -> str | None:
 def _displacement(picture: Picture, analysis: Analysis) -> str | None:
     msd = analysis.overall.series.get("msd")
     if not _known(msd):
-        return analysis.missing.get("msd_exponent", "no weight_delta over time")
+        return analysis.missing.get("msd_exponent", "no displacement over time")
     assert msd is not None
     axis = picture.subplots()
     for slope, words in ((1, "slope 1: random walk"), (2, "slope 2: straight line")):
@@ -106,7 +106,7 @@ def _displacement(picture: Picture, analysis: Analysis) -> str | None:
     _null(axis, msd, GREY)
     _line(axis, msd, BLUE, "the run")
     axis.set(
-        xscale="log", yscale="log", xlabel="lag, RL steps", ylabel="mean squared weight_delta / that of the first lag"
+        xscale="log", yscale="log", xlabel="lag, RL steps", ylabel="mean squared displacement / that of the first lag"
     )
     exponent = analysis.overall.figures["msd_exponent"].value
     axis.set_title("Displacement" if exponent is None else f"Displacement grows with exponent {exponent:.2f} (median)")
@@ -185,7 +185,7 @@ def draw_layers(picture: Picture, analysis: Analysis, panels: Sequence[Panel]) -
 PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Analysis], str | None]]] = {
     "energy-ratios": ((WIDTH, 5.8), _energy),
     "skill": ((WIDTH, 4.2), _skill),
-    "weight_delta": ((WIDTH, 4.2), _displacement),
+    "displacement": ((WIDTH, 4.2), _displacement),
     "layers": ((WIDTH, 6.0), _map),
 }
 

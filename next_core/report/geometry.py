@@ -33,7 +33,7 @@ CAPTIONS = {
     "energy-ratios": "Share of the first singular triplet in the motion of a matrix, over the run.",
     "skill": "Skill of a straight line: the share of the squared error of staying put that it removes. Below 0, a jump "
     "along it does harm.",
-    "weight_delta": "How far the weights get in a given number of steps: a random walk diffuses, a line goes on.",
+    "displacement": "How far the weights get in a given number of steps: a random walk diffuses, a line goes on.",
     "layers": "Layers by kinds of matrices.",
     "figures": "Each figure beside what a random walk with the same step lengths has.",
 }
@@ -119,7 +119,7 @@ def _described(name: str, analysis: Analysis) -> str:
     told = {
         "energy-ratios": ("squared_energy_ratio_global", "squared_energy_ratio_local"),
         "skill": ("pinned_skill", "line_skill"),
-        "weight_delta": ("msd_exponent",),
+        "displacement": ("msd_exponent",),
         "layers": ("squared_energy_ratio_global", "cosine_local"),
         "figures": ("c1_r2", "squared_energy_ratio_global", "cosine_local"),
     }[name]

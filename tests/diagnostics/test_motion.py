@@ -1,4 +1,4 @@
-"""Angles, weight_delta and speed, on paths whose answers are known."""
+"""Angles, displacement and speed, on paths whose answers are known."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analys
     assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))
     for path in (tmp_path / "new" / "plots").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "new" / "plots" / "weight_delta.svg").read_text()
+    text = (tmp_path / "new" / "plots" / "displacement.svg").read_text()
     for words in ("lag, RL steps", "slope 2: straight line", "random walk, mean and 95%"):
         assert words in text
 
@@ -44,7 +44,7 @@ def test_the_same_analysis_makes_the_same_files(analysis: Analysis, tmp_path: Pa
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
     told = write_plots(analyze(history(dense_run({"head.weight": drift(0)}, (10,)))), tmp_path)
     assert told["skill"].startswith("not drawn: needs 3 checkpoints")
-    assert told["weight_delta"].startswith("not drawn: needs 4 checkpoints")
+    assert told["displacement"].startswith("not drawn: needs 4 checkpoints")
     assert "which tell layers" in told["layers"]
     assert told["energy-ratios"].endswith(".png")
 

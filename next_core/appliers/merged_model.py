@@ -25,7 +25,7 @@ from next_core.appliers.folder_applier import (
 )
 from next_core.appliers.rounding import Rounder, Rounding
 from next_core.appliers.rounding_loss import Landed
-from next_core.appliers.stream import Entry, TensorWriter, read_entries
+from next_core.appliers.stream import TensorWriter, read_entries
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.interfaces.prediction import resolved, scaled
@@ -37,6 +37,7 @@ from next_core.sources.tensor_files import STORED
 from next_core.sources.tied_weights import tied_names
 from next_core.storage.atomic import atomic_file, changing_in_place, enough_space, seal, sweep_siblings, write_text
 from next_core.storage.manifest import INCOMPLETE
+from next_core.storage.safetensors_header import Entry
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 LIBRARY = "transformers"

@@ -15,7 +15,6 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,45 +23,27 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, NextCoreError
 from next_core.sources.tensor_files import STORED
+from next_core.storage.safetensors_header import Entry, read_header
 
 _BUFFER = 4 * 2**20
 _DIRECT_FROM = 64 * 2**20
 """Files of at least this size bypass the page cache, which costs several times the CPU and evicts what is read."""
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its type as the format calls it, its shape, its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Entry:
-        return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+def entry_of(tensor: Tensor) -> Entry:
+    """Return the header entry of a tensor."""
+    return Entry(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file in the order of their bytes. Raises ``CheckpointError`` naming the file."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
-        found = {name: facts for name, facts in header.items() if name != "__metadata__"}
-        ordered = sorted(found, key=lambda name: (*found[name]["data_offsets"], name))
-        return {
-            name: Entry(
-                found[name]["dtype"],
-                tuple(found[name]["shape"]),
-                found[name]["data_offsets"][1] - found[name]["data_offsets"][0],
-            )
-            for name in ordered
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); restore it") from None
+        return read_header(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); restore it", kind="checkpoint-damaged"
+        ) from None
 
 
 def encoded_header(entries: Mapping[str, Entry], size: int | None = None) -> bytes:
@@ -113,7 +94,7 @@ class TensorWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """One more tensor, whole; for a file whose tensors were not announced."""
-        self._entries[name] = Entry.of(tensor)
+        self._entries[name] = entry_of(tensor)
         self.write(tensor)
 
     def write(self, block: Tensor) -> None:

@@ -7,7 +7,6 @@ import math
 from next_core.diagnostics.analysis_results import Precision
 from next_core.diagnostics.trajectory import FromFirstCheckpoint, measured_steps
 from next_core.history.history import History
-from next_core.sources.full_model import FullModelSource
 from next_core.sources.precision import LOW, rounding_report
 
 
@@ -20,7 +19,7 @@ def read_precision(history: History) -> Precision | None:
     if isinstance(source, FromFirstCheckpoint):
         source = source.inner
     coarse = [name for name in history.names if source.precision(name) in LOW]
-    if len(steps) < 2 or not coarse or not isinstance(source, FullModelSource):
+    if len(steps) < 2 or not coarse or not source.stores_full_weights:
         return None
     components = history.components("local", align=False)
     step, since = steps[-1], steps[-2]

@@ -9,12 +9,35 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from next_core.errors import CheckpointError
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.types import LoraFactors, Parameter, Plugin
+
+
+class StoredModel(Protocol):
+    """The whole weights of one checkpoint as its files store them, read one tensor at a time."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every stored tensor by name."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the precision a tensor is stored in."""
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows, in at least fp32. Raises ``CheckpointError`` for NaN or Inf."""
+
+    def raw(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows, as stored; its values are not checked."""
 
 
 class CheckpointSource(Plugin):
@@ -60,6 +83,36 @@ class CheckpointSource(Plugin):
         None where it cannot be told, as for what lives in memory alone: nothing computed from it is cached then.
         """
         return None
+
+    @property
+    def stores_full_weights(self) -> bool:
+        """Whether checkpoints hold whole weights, read by ``model`` and ``weight``, instead of LoRA factors."""
+        return False
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Maps an output head that is one parameter with the input embedding to the name of that embedding."""
+        return {}
+
+    def model(self, step: int | None) -> StoredModel:
+        """Return the stored weights of a step, or of where RL began (None), without the jumps made since.
+
+        Raises ``CheckpointError`` where the step is not there, or the run does not store full weights.
+        """
+        self._refuse_full_weights()
+
+    def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
+        """Return a weight at a step or where RL began (None), or some of its rows, with later jumps added.
+
+        Raises ``CheckpointError`` as ``model`` does.
+        """
+        self._refuse_full_weights()
+
+    def _refuse_full_weights(self) -> NoReturn:
+        raise CheckpointError(
+            f"the checkpoints of this run ({self.name}) hold no full weights; open checkpoints of whole models",
+            kind="checkpoint-no-full-weights",
+        )
 
     @abstractmethod
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:

@@ -32,8 +32,7 @@ class FullModelSource(CheckpointSource):
 
     def __init__(self, config: FullModelSourceConfig) -> None:
         super().__init__(config)
-        self.tied: Mapping[str, str] = {}
-        """The head's name, where it is one parameter with the embedding that it maps to."""
+        self._tied: Mapping[str, str] = {}
         allow = config.allow_pickle
         self._backbone = ModelFiles(config.backbone, allow) if config.backbone is not None else None
         through = reader(config.masters, allow)
@@ -59,7 +58,7 @@ class FullModelSource(CheckpointSource):
         if tied is not None:
             for model in (*backbone, *models.values()):
                 model.call_one(*tied)
-            self.tied = dict([tied])
+            self._tied = dict([tied])
         first_step, first = next(iter(models.items()), (0, None))
         for model in models.values():
             different = mismatch(first.shapes, model.shapes, f"step {first_step}") if first is not None else None
@@ -67,6 +66,14 @@ class FullModelSource(CheckpointSource):
                 raise CheckpointError(f"{model.folder}: {different}")
         if first is not None and self._backbone is not None:
             self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
+
+    @property
+    def stores_full_weights(self) -> bool:
+        return True
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        return self._tied
 
     @property
     def naming(self) -> str:
@@ -121,10 +128,6 @@ class FullModelSource(CheckpointSource):
     def precision(self, name: str) -> torch.dtype:
         newest = next(reversed(self._run.checkpoints.values()), None)
         return torch.float32 if newest is None else newest.dtype(name)
-
-    def stored_precision(self, name: str, step: int | None) -> torch.dtype:
-        """The precision a parameter is stored in at a step, or where RL began (None)."""
-        return self.model(step).dtype(name)
 
     def fingerprint(self, step: int | None) -> str | None:
         return self._run.digest(self.model(step), step or 0)

@@ -27,7 +27,6 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.sources.full_model import FullModelSource
 from next_core.sources.tied_weights import EMBEDDINGS, HEADS
 from next_core.types import Parameter
 
@@ -92,15 +91,12 @@ def rounding_report(
     about so many rows, spread over the matrix, as if they were all of it; fewer rows show a motion less well. Raises
     ``CheckpointError`` for a source that reads no full checkpoints, or an unknown parameter.
     """
-    if not isinstance(source, FullModelSource):
-        raise CheckpointError(f"'{name}': rounding shows in full checkpoints only, and this run is {source.name}")
     shape = next((p.shape for p in source.parameters if p.name == name), None)
     if shape is None:
-        raise CheckpointError(f"{source.config.path} has no parameter '{name}'")
+        raise CheckpointError(f"the run has no parameter '{name}'", kind="checkpoint-not-found")
     blocks = list(_blocks(shape, most_rows))
     m, n = sum(rows.stop - rows.start for rows in blocks), shape[1]
-    ends = [(source.model(at), source.stored_precision(name, at)) for at in (step, since)]
-    low = [(model, dtype) for model, dtype in ends if dtype in LOW]
+    low = [(model, dtype) for model in map(source.model, (step, since)) if (dtype := model.dtype(name)) in LOW]
     squares = ulps = total = 0.0
     differ = 0
     row_noise, column_squares, column_noise = 0.0, torch.zeros(n).double(), torch.zeros(n).double()
@@ -154,7 +150,7 @@ def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[st
     checkpoints; the lines say how many. Embeddings and heads are the largest and move least like the rest: they are
     looked at only where there is nothing else.
     """
-    if not isinstance(source, FullModelSource) or len(source.steps) < 2:
+    if not source.stores_full_weights or len(source.steps) < 2:
         return []
     low = [p for p in source.parameters if source.precision(p.name) in LOW]
     if not low:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.storage.manifest import check_contents
 from next_core.storage.reading import SMALL, parse_json, read_bytes
+from next_core.storage.safetensors_header import read_header
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -168,13 +168,13 @@ class SafetensorsFile(TensorFile):
         super().__init__(path)
         try:
             self._file: Any = safe_open(path, framework="pt")
-            header = _header(path)
+            entries = read_header(path)
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file ({error}); remove or restore this checkpoint"
             ) from None
-        self.shapes = {key: tuple(facts["shape"]) for key, facts in header.items()}
-        self._stored = {key: str(facts["dtype"]) for key, facts in header.items()}
+        self.shapes = {name: entry.shape for name, entry in entries.items()}
+        self._stored = {name: entry.dtype for name, entry in entries.items()}
 
     def dtype(self, key: str) -> torch.dtype:
         stored = self._stored.get(key)
@@ -188,23 +188,3 @@ class SafetensorsFile(TensorFile):
         self.dtype(key)  # known, and one that torch has
         tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         return tensor
-
-
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a file that safetensors accepts: it checks sizes and offsets, but not that names are unique."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            found: dict[str, dict[str, Any]] = json.loads(file.read(size), object_pairs_hook=_unique)
-        except RecursionError:
-            raise ValueError("its header is nested too deeply") from None
-    found.pop("__metadata__", None)
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
-    return found

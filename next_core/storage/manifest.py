@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 
 from next_core.errors import CheckpointError
 from next_core.storage.reading import LARGE, parse_checked, parse_json, read_bytes, with_checksum
+from next_core.storage.safetensors_header import read_header
 
 MANIFEST = "manifest.json"
 INCOMPLETE = "INCOMPLETE.json"
 """Lies in a folder while its files are replaced one by one: what is there is partly old and partly new."""
-MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header, as the format itself bounds it."""
 
 
 def sha256(path: Path) -> str:
@@ -43,13 +42,10 @@ def _tensors(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return {}
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, MAX_HEADER)))
-        named = {key: facts for key, facts in header.items() if key != "__metadata__"}
-        return {"tensors": {key: {"dtype": facts["dtype"], "shape": facts["shape"]} for key, facts in named.items()}}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}  # somebody else's file, which its reader will refuse
+        entries = read_header(path)
+    except ValueError:
+        return {}  # whoever opens this file will report it
+    return {"tensors": {name: {"dtype": entry.dtype, "shape": list(entry.shape)} for name, entry in entries.items()}}
 
 
 def check_manifest(folder: Path, contents: bool = False) -> None:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core.appliers import stream
-from next_core.appliers.stream import Entry, TensorWriter, encoded_header, header_room, read_entries
+from next_core.appliers.stream import TensorWriter, encoded_header, entry_of, header_room, read_entries
 from next_core.errors import CheckpointError, NextCoreError
+from next_core.storage.safetensors_header import Entry
 from tests.conftest import noise
 
 
@@ -30,7 +31,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def streamed(path: Path, tensors: dict[str, Tensor], rows: int = 2) -> TensorWriter:
-    with TensorWriter(path, {name: Entry.of(tensor) for name, tensor in tensors.items()}) as writer:
+    with TensorWriter(path, {name: entry_of(tensor) for name, tensor in tensors.items()}) as writer:
         for tensor in tensors.values():
             for block in tensor.split(rows) if tensor.ndim else [tensor]:
                 writer.write(block)
@@ -59,7 +60,7 @@ def test_in_the_librarys_own_order_it_is_the_librarys_own_bytes(tensors: dict[st
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     entries = read_entries(tmp_path / "theirs.safetensors")
-    assert {name: Entry.of(tensor) for name, tensor in contiguous.items()} == entries
+    assert {name: entry_of(tensor) for name, tensor in contiguous.items()} == entries
     streamed(tmp_path / "ours.safetensors", {name: contiguous[name] for name in entries})
     ours, theirs = ((tmp_path / f"{who}.safetensors").read_bytes() for who in ("ours", "theirs"))
     size = sum(tensor.nbytes for tensor in contiguous.values())

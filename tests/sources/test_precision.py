@@ -14,6 +14,7 @@ from next_core.errors import CheckpointError
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.precision import _blocks, _largest, rounding_report, rounding_warnings, ulp
 from tests.conftest import LoraRun, noise
+from tests.errors import raises_kind
 from tests.sources.models import adapter
 
 STD = 0.02
@@ -170,7 +171,7 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path, lora_run: LoraRun) -> None:
     lora = open_checkpoints(lora_run.path)
-    with pytest.raises(CheckpointError, match="rounding shows in full checkpoints only, and this run is peft-adapter"):
+    with raises_kind("checkpoint-no-full-weights", "peft-adapter"):
         rounding_report(lora, lora.parameters[0].name, 20, 10)
     assert rounding_warnings(lora) == []
     source = save(tmp_path, {10: {"w": torch.ones(2, 2)}})

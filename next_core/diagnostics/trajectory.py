@@ -248,8 +248,8 @@ class FromFirstCheckpoint(CheckpointSource):
     def factors(self, name: str, step: int) -> LoraFactors | None:
         return self.inner.factors(name, step)
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        return self.inner.metrics(step, since)
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return self.inner.logged_metrics()
 
 
 def with_origin(source: CheckpointSource) -> CheckpointSource:

@@ -138,6 +138,12 @@ class CheckpointSource(Plugin):
         """The adapter that RL began with, where it added anything: ``delta`` without ``since`` counts from it."""
         return None
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        """The trainer's last metrics logged at or before ``step`` and after ``since``; empty when there are none."""
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        """Return everything the trainer logged, by RL step; empty when there are no logs."""
         return {}
+
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        """Return the last metrics logged at or before ``step`` and after ``since``; empty when there are none."""
+        logged = self.logged_metrics()
+        past = [at for at in logged if at <= step and (since is None or at > since)]
+        return logged[max(past)] if past else {}

@@ -235,8 +235,8 @@ class PeftAdapterSource(CheckpointSource):
         folder = self._adapter(step).folder
         return sorted(folder.glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        return self._run.metrics(step, since)
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return self._run.logged_metrics()
 
 
 __all__ = [

@@ -157,5 +157,5 @@ class FullModelSource(CheckpointSource):
         on_disk = self._backbone or self.model(None)  # which need not be where RL began
         return self.weight(name, step).double() - on_disk.read(name)
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        return self._run.metrics(step, since)
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return self._run.logged_metrics()

@@ -10,7 +10,6 @@ from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics import low_rank as lowrank
 from next_core.mathematics.low_rank import LowRank
-from next_core.sources.metrics import metrics_at
 from next_core.types import LoraFactors, Parameter
 
 
@@ -65,8 +64,8 @@ class MemorySource(CheckpointSource):
         assert isinstance(before, Tensor)
         return now.double() - before.double()
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        return metrics_at(self._metrics, step, since)
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return self._metrics
 
 
 def lora_delta(now: LoraFactors, then: LoraFactors | None) -> LowRank:

@@ -64,9 +64,3 @@ def by_step(logged: Sequence[Any]) -> dict[int, dict[str, float]]:
             finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
             metrics.setdefault(record["step"], {}).update(finite)
     return metrics
-
-
-def metrics_at(metrics: Mapping[int, Mapping[str, float]], step: int, since: int | None = None) -> Mapping[str, float]:
-    """The last metrics logged at or before a step, and after ``since``."""
-    past = [logged for logged in metrics if logged <= step and (since is None or logged > since)]
-    return metrics[max(past)] if past else {}

@@ -14,7 +14,7 @@ from next_core.settings import Settings
 from next_core.sources.checkpoint_names import missing_steps
 from next_core.sources.jumps import Shifts
 from next_core.sources.layouts import Found, check_complete, find_checkpoints
-from next_core.sources.metrics import metrics_at, read_metrics
+from next_core.sources.metrics import read_metrics
 from next_core.storage.manifest import file_digest
 
 
@@ -118,11 +118,11 @@ class RunFolder(Generic[T]):
             found = _digest([], [*sorted(checkpoint.settled_by()), *files])
         return found if as_opened() else None  # nor may one be replaced while it is hashed
 
-    def metrics(self, step: int, since: int | None) -> Mapping[str, float]:
-        """The last metrics logged at or before ``step`` and after ``since``."""
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        """Return everything the trainer logged, by step."""
         if self._metrics is None:
             self._metrics = read_metrics({step: checkpoint.folder for step, checkpoint in self.checkpoints.items()})
-        return metrics_at(self._metrics, step, since)
+        return self._metrics
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:

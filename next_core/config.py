@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,24 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError, PluginError, describe
+from next_core.errors import ConfigError, NextCoreError, PluginError, describe
 from next_core.plugins import KINDS, Kind, make_chosen, registry
 from next_core.run_config import DEFAULT_PREDICTOR, Choice, RunConfig
-from next_core.settings import explain
+from next_core.settings import config_error
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read and validate a config file. Raises ``ConfigError`` naming each wrong key, ``PluginError`` for a name."""
+    """Read and validate a config file. Raises ``ConfigError`` naming each wrong key, ``PluginError`` for a plug-in.
+
+    The file's folder goes on ``sys.path``: a reward or plug-in given as ``module:name`` may lie next to the config.
+    """
     file = Path(path)
-    return make_config(load_yaml(file, "see `next-core schema`"), where=str(file), base=file.parent)
+    raw = load_yaml(file, "see `next-core schema`")
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return make_config(raw, where=str(file), base=file.parent)
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None = None) -> RunConfig:
@@ -27,39 +35,63 @@ def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None
     try:
         config = RunConfig.model_validate(_with_recommended(raw))
     except ValidationError as error:
-        said = explain(error, where, RunConfig)
-        contradicts = any(item["type"] == "value_error" for item in error.errors())
-        if contradicts and "predictor" not in raw and ("schedule" in raw or "guards" in raw):
-            said += f"\n{where}: without a predictor it is '{DEFAULT_PREDICTOR}'; what it is made for fills the gaps"
-        raise ConfigError(said) from None
+        raise _with_hint(config_error(error, where, RunConfig), raw, where) from None
+    except ConfigError as error:
+        raise _with_hint(_located(error, where), raw, where) from None
     config = _absolute(config, base or Path(), where)
     for path in _paths(config):
         if not path.exists():
-            raise ConfigError(f"{where}: {path} does not exist")
+            raise ConfigError(f"{where}: {path} does not exist", kind="config-missing-file")
     try:
         check_plugins(config)
     except (ConfigError, PluginError) as error:
-        raise type(error)(
-            "\n".join(f"{where}: {line}" for line in error.message.splitlines()), kind=error.kind
-        ) from None
+        raise _located(error, where) from None
     return config
 
 
+def _located(error: NextCoreError, where: str) -> NextCoreError:
+    """Return the error with ``where`` in front of each line of its message."""
+    return type(error)("\n".join(f"{where}: {line}" for line in error.message.splitlines()), kind=error.kind)
+
+
+def _with_hint(error: NextCoreError, raw: Mapping[str, Any], where: str) -> NextCoreError:
+    """Say where the settings come from that a user's own contradict, if a default predictor filled them in."""
+    contradicts = error.kind in ("config-contradiction", "config-schedule")
+    if not contradicts or "predictor" in raw or not ("schedule" in raw or "guards" in raw):
+        return error
+    return ConfigError(
+        f"{error.message}\n{where}: the default predictor is '{DEFAULT_PREDICTOR}', and its recommended values fill "
+        "the missing fields of schedule and guards",
+        kind=error.kind,
+    )
+
+
 def _with_recommended(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill the schedule and the guards that a config leaves out with those its predictor recommends."""
-    chosen = raw.get("predictor", DEFAULT_PREDICTOR)
-    name = chosen if isinstance(chosen, str) else chosen.get("name") if isinstance(chosen, Mapping) else None
-    if not isinstance(name, str) or name not in registry().names("predictor"):
-        return dict(raw)  # ``check_plugins`` reports it
-    blocks = registry().get("predictor", name).recommended
-    if not isinstance(blocks, Mapping) or not all(isinstance(fields, Mapping) for fields in blocks.values()):
-        raise PluginError(f"predictor '{name}': recommended must map 'schedule' and 'guards' to their fields")
+    """Fill the schedule and guards that a config leaves out with those that its predictor recommends."""
+    blocks = recommended_blocks(raw.get("predictor", DEFAULT_PREDICTOR))
     given = {key: raw.get(key, {}) for key in blocks}
     return {**raw, **{key: {**blocks[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 
 
+def recommended_blocks(chosen: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Return the schedule and guards that a config's predictor recommends; none for one that ``check_plugins`` refuses.
+
+    Raises ``PluginError`` where a predictor's ``recommended`` is not of that form.
+    """
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    try:
+        blocks = registry().get("predictor", name).recommended if isinstance(name, str) else {}
+    except PluginError:
+        return {}
+    if not isinstance(blocks, Mapping) or not all(isinstance(fields, Mapping) for fields in blocks.values()):
+        raise PluginError(
+            f"predictor '{name}': recommended must map 'schedule' and 'guards' to their fields", kind="plugin-invalid"
+        )
+    return blocks
+
+
 def check_plugins(config: RunConfig) -> None:
-    """Raise ``PluginError`` or ``ConfigError`` for a plug-in that is unknown or whose fields are wrong."""
+    """Raise ``PluginError`` or ``ConfigError`` for a plug-in that is unknown or whose settings are wrong."""
     kinds: tuple[Kind, ...] = ("backend", "predictor", "compressor")
     for kind in kinds:
         choice: Choice | None = getattr(config, kind)
@@ -72,12 +104,14 @@ def check_plugins(config: RunConfig) -> None:
 
 
 def absolute_path(base: Path, path: str | Path, where: str) -> Path:
-    """A path of a config, from the folder it counts from. Raises ``ConfigError`` for one that can be none."""
+    """Resolve a path of a config, relative to ``base``. Raises ``ConfigError`` for what cannot be a path."""
     try:
         found = (base / path).resolve()
         found.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a loop of links
-        raise ConfigError(f"{where}: {str(path)[:100]!r} is no path ({describe(error)[:100]})") from None
+        raise ConfigError(
+            f"{where}: {str(path)[:100]!r} is no path ({describe(error)[:100]})", kind="config-invalid-value"
+        ) from None
     return found
 
 
@@ -112,11 +146,14 @@ def json_schema() -> dict[str, Any]:
     for kind in KINDS:
         if kind not in places:
             continue
-        options: list[dict[str, Any]] = [{"type": "string", "enum": registry().names(kind)}]
+        reference = {"type": "string", "pattern": "^[^:]+:[^:]+$", "description": "module:Class"}
+        options: list[dict[str, Any]] = [
+            {"type": "string", "enum": registry().names(kind)},
+            reference,
+            {"type": "object", "properties": {"name": reference}, "required": ["name"]},
+        ]
         if kind == "compressor":
             options.append({"type": "null"})
-        if kind == "reward":
-            options.append({"type": "string", "pattern": "^[^:]+:[^:]+$"})
         for name in registry().names(kind):
             try:
                 fields = registry().get(kind, name).config_class.model_json_schema()
@@ -138,14 +175,12 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not all(key.split(".")):
-            raise ConfigError(f"'{assignment}' is not of the form key=value")
-        block = fields
+            raise ConfigError(f"'{assignment}' is not of the form key=value", kind="config-invalid-value")
+        block: Any = fields
         *parents, last = key.split(".")
         for parent in parents:
-            block = block.setdefault(parent, {})
-            if not isinstance(block, dict):
-                raise ConfigError(f"'{assignment}' contradicts an earlier value of '{parent}'")
-        if last in block:
-            raise ConfigError(f"'{assignment}' contradicts an earlier value of '{last}'")
+            block = block.setdefault(parent, {}) if isinstance(block, dict) else block
+        if not isinstance(block, dict) or last in block:
+            raise ConfigError(f"'{assignment}' contradicts an earlier assignment", kind="config-contradiction")
         block[last] = parse_yaml(value, f"the value of {key}")
     return fields

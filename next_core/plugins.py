@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib
@@ -16,11 +17,12 @@ from pydantic import ValidationError
 
 from next_core import hookspecs
 from next_core.backend import Backend
-from next_core.errors import ConfigError, PluginError, describe
+from next_core.errors import ConfigError, NextCoreError, PluginError, describe
+from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
 from next_core.predictor import TrajectoryPredictor
-from next_core.run_config import Choice
-from next_core.settings import explain
+from next_core.run_config import DEFAULT_PREDICTOR, Choice
+from next_core.settings import config_error
 from next_core.types import Plugin
 
 Kind = Literal["predictor", "compressor", "source", "applier", "reward", "backend"]
@@ -33,6 +35,15 @@ BASES: dict[Kind, type[Plugin]] = {
     "reward": Reward,
     "backend": Backend,
 }
+PredictorLike = (
+    str
+    | Mapping[str, Any]
+    | Choice
+    | TrajectoryPredictor
+    | type[TrajectoryPredictor]
+    | Callable[[], TrajectoryPredictor]
+)
+"""Everything that ``resolve_predictor`` accepts."""
 
 
 @dataclass
@@ -51,41 +62,52 @@ class Entry:
         return "ok" if self.error is None else f"broken: {self.error}"
 
     def load(self) -> type[Plugin]:
-        """The class. Raises ``PluginError`` when it is broken or its lazy import fails."""
+        """Return the class, importing it on first use. Raises ``PluginError`` when it is broken."""
         if self.error is not None:
             raise PluginError(
-                f"{self.kind} '{self.name}' of {self.distribution} {self.version} is broken: {self.error}"
+                f"{self.kind} '{self.name}' of {self.distribution} {self.version} is broken: {self.error}",
+                kind="plugin-broken",
             )
         if isinstance(self.target, str):
             try:
-                self.target = import_object(self.target)
-                self._check()
-            except Exception as error:
-                self.error = describe(error)
+                self.target = check_class(self.kind, import_object(self.target))
+            except (Exception, SystemExit) as error:
+                self.error = _reason(error)
                 raise PluginError(
-                    f"{self.kind} '{self.name}' of {self.distribution} cannot be loaded: {self.error}"
+                    f"{self.kind} '{self.name}' of {self.distribution} cannot be loaded: {self.error}",
+                    kind="plugin-invalid" if isinstance(error, PluginError) else "plugin-broken",
                 ) from error
         assert isinstance(self.target, type)
         return self.target
 
-    def _check(self) -> None:
-        base = BASES[self.kind]  # type: ignore[index]
-        if not (isinstance(self.target, type) and issubclass(self.target, base)):
-            raise TypeError(f"{self.target!r} is not a subclass of {base.__name__}")
-        if not isinstance(getattr(self.target, "name", None), str):
-            raise TypeError(f"{self.target.__name__} has no name")
-        if inspect.isabstract(self.target):
-            raise TypeError(
-                f"{self.target.__name__} leaves abstract: {', '.join(sorted(self.target.__abstractmethods__))}"
-            )
+
+def check_class(kind: str, target: Any) -> type[Plugin]:
+    """Return ``target`` if it is a complete class of this kind, else raise ``PluginError``."""
+    base = BASES[kind]  # type: ignore[index]
+    if not (isinstance(target, type) and issubclass(target, base)):
+        problem = f"{target!r} is not a subclass of {base.__name__}"
+    elif not isinstance(getattr(target, "name", None), str):
+        problem = f"{target.__name__} has no name; set the class attribute `name`"
+    elif inspect.isabstract(target):
+        problem = f"{target.__name__} does not implement {', '.join(sorted(target.__abstractmethods__))}"
+    else:
+        return target
+    raise PluginError(problem, kind="plugin-invalid")
 
 
 def import_object(reference: str) -> Any:
-    """Import ``"module:attribute"``. Raises ``ConfigError`` when it is not of that form."""
+    """Import ``"module:attribute"``. Raises ``ConfigError`` when it is not of that form or cannot be imported."""
     module, _, attribute = reference.partition(":")
     if not module or not attribute:
-        raise ConfigError(f"'{reference}' is not of the form 'module:function'")
-    return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        raise ConfigError(f"'{reference}' is not of the form 'module:attribute'", kind="config-invalid-value")
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        hint = "; put its file next to the config, or its folder on PYTHONPATH" if absent else ""
+        raise ConfigError(
+            f"'{reference}' cannot be imported: {describe(error)}{hint}", kind="config-invalid-value"
+        ) from error
 
 
 class Registry:
@@ -110,7 +132,7 @@ class Registry:
             try:
                 self.add_plugin(point.load(), distribution, version)
             except (Exception, SystemExit) as error:
-                self._broken.append(Entry("plug-in", point.name, None, distribution, version, error=describe(error)))
+                self._broken.append(Entry("plug-in", point.name, None, distribution, version, error=_reason(error)))
 
     def add_plugin(self, plugin: object, distribution: str = "local", version: str = "") -> None:
         """Take what a plug-in's hooks register. Nothing is taken from a plug-in one of whose hooks fails."""
@@ -132,28 +154,35 @@ class Registry:
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 known = ", ".join(f"register_{kind}s" for kind in KINDS)
-                raise PluginError(f"unknown hook '{caller.name}'; known: {known}")
+                raise PluginError(f"unknown hook '{caller.name}'; known: {known}", kind="plugin-invalid")
 
     def add(self, cls: type[Plugin], distribution: str = "local", version: str = "") -> type[Plugin]:
-        """Register one class of this program, without an entry point; usable as a decorator."""
+        """Register one class of this program, without an entry point; usable as a decorator.
+
+        A class that is defined again, as when a notebook cell runs twice, replaces the earlier one.
+        """
         kind = next((kind for kind, base in BASES.items() if issubclass(cls, base)), None)
         if kind is None:
-            raise PluginError(f"{cls.__name__} implements none of next_core's interfaces: {', '.join(KINDS)}")
-        entry = Entry(kind, cls.name, cls, distribution, version)
+            raise PluginError(
+                f"{cls.__name__} implements none of next_core's interfaces: {', '.join(KINDS)}", kind="plugin-invalid"
+            )
+        check_class(kind, cls)
         taken = self._entries.get((kind, cls.name))
-        if taken is not None and taken.target is not cls:
-            raise PluginError(f"{kind} '{cls.name}' is already provided by {taken.distribution}; choose another name")
-        self._entries[kind, cls.name] = entry
+        if taken is not None and not _redefines(cls, taken.target):
+            raise PluginError(
+                f"{kind} '{cls.name}' is already provided by {taken.distribution}; choose another name",
+                kind="plugin-name-taken",
+            )
+        self._entries[kind, cls.name] = Entry(kind, cls.name, cls, distribution, version)
         return cls
 
     def _collector(self, collected: list[Entry], kind: Kind, distribution: str, version: str) -> Callable[..., None]:
         def register(target: type[Plugin] | str, name: str | None = None) -> None:
             if isinstance(target, str) and name is None:
-                raise PluginError(f"register('{target}') needs name=: the name it is to be used by")
-            entry = Entry(kind, name or str(getattr(target, "name", None)), target, distribution, version)
+                raise PluginError(f"register('{target}') needs name=, the plug-in's name", kind="plugin-invalid")
             if not isinstance(target, str):
-                entry._check()
-            collected.append(entry)
+                check_class(kind, target)
+            collected.append(Entry(kind, name or str(getattr(target, "name", None)), target, distribution, version))
 
         return register
 
@@ -183,10 +212,15 @@ class Registry:
         return sorted(name for (k, name), entry in self._entries.items() if k == kind and entry.error is None)
 
     def get(self, kind: Kind, name: str) -> type[Any]:
-        """The class registered as ``name``. Raises ``PluginError`` with the nearest match and the list."""
+        """Return the class registered as ``name``, or the one that ``name`` refers to as ``module:Class``.
+
+        Raises ``PluginError`` with the nearest registered name and the list of all.
+        """
         entry = self._entries.get((kind, name))
         if entry is not None:
             return entry.load()
+        if ":" in name:
+            return Entry(kind, name, name, "this program", "").load()
         for broken in self._broken:
             if broken.name == name:
                 broken.load()
@@ -194,19 +228,33 @@ class Registry:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         known = ", ".join(f"{n} ({self._entries[kind, n].distribution})" for n in self.names(kind)) or "none"
         failed = "".join(f" Plug-in '{b.name}' of {b.distribution} did not load: {b.error}." for b in self._broken)
-        raise PluginError(f"unknown {kind} '{name}'.{hint} Known: {known}.{failed}")
+        raise PluginError(f"unknown {kind} '{name}'.{hint} Known: {known}.{failed}", kind="plugin-unknown")
 
     def make_config(self, kind: Kind, name: str, fields: Mapping[str, Any], where: str | None = None) -> Any:
-        """The validated config of one plug-in. Raises ``ConfigError`` naming each wrong key."""
-        cls = self.get(kind, name)
-        try:
-            return cls.config_class.model_validate(dict(fields))
-        except ValidationError as error:
-            raise ConfigError(explain(error, where or f"{kind} '{name}'", cls.config_class)) from None
+        """Return the validated config of one plug-in. Raises ``ConfigError`` naming each wrong key."""
+        return _settings_of(self.get(kind, name), fields, where or f"{kind} '{name}'")
 
     def make(self, kind: Kind, name: str, /, **fields: Any) -> Any:
-        """An instance of one plug-in with its validated config."""
+        """Return an instance of one plug-in with its validated config."""
         return self.get(kind, name)(self.make_config(kind, name, fields))
+
+
+def _redefines(cls: type[Plugin], earlier: type[Plugin] | str | None) -> bool:
+    """Whether ``cls`` comes from the same place in the program as ``earlier``."""
+    if not isinstance(earlier, type) or cls.__module__ != earlier.__module__:
+        return False
+    return cls.__module__ == "__main__" or cls.__qualname__ == earlier.__qualname__
+
+
+def _settings_of(cls: type[Plugin], fields: Mapping[str, Any], where: str) -> Any:
+    try:
+        return cls.config_class.model_validate(dict(fields))
+    except ValidationError as error:
+        raise config_error(error, where, cls.config_class) from None
+
+
+def _reason(error: BaseException) -> str:
+    return error.message if isinstance(error, NextCoreError) else describe(error)
 
 
 @functools.cache
@@ -238,3 +286,60 @@ def make_compressor(name: str, /, **fields: Any) -> Compressor:
 def make_chosen(kind: Kind, choice: Choice) -> Any:
     """Return the plug-in that a config chose, with its validated settings."""
     return registry().make(kind, choice.name, **choice.fields)
+
+
+def resolve_predictor(given: PredictorLike, /, **fields: Any) -> Callable[[], TrajectoryPredictor]:
+    """Return a function that makes a fresh predictor, for callers that fit one predictor for each jump.
+
+    ``given`` is a registered name, ``"module:Class"``, a mapping such as ``{"name": "secant", "window": 10}``, a class,
+    an instance, or a function without arguments that returns a predictor. ``fields`` are the settings of a predictor
+    given by name or class. An instance is copied for each use, so that no fit sees another; copies share the history
+    that it was fitted on.
+
+    Raises ``PluginError`` for anything else, ``ConfigError`` for wrong settings: at once, not at the first use.
+    """
+    if isinstance(given, Choice):
+        given = {"name": given.name, **given.fields}
+    if isinstance(given, Mapping):
+        fields = {**given, **fields}
+        given = fields.pop("name", DEFAULT_PREDICTOR)
+    make: Callable[[], Any]
+    if isinstance(given, str | type):
+        cls = registry().get("predictor", given) if isinstance(given, str) else check_class("predictor", given)
+        where = given if isinstance(given, str) else cls.name
+        make = functools.partial(cls, _settings_of(cls, fields, f"predictor '{where}'"))
+    elif fields:
+        raise PluginError(
+            f"the settings {', '.join(fields)} have no effect on {given!r}; pass its class, or leave them out",
+            kind="plugin-invalid",
+        )
+    elif isinstance(given, TrajectoryPredictor):
+        make = functools.partial(_copied, given)
+    elif callable(given):
+        make = given
+    else:
+        raise PluginError(
+            f"{given!r} is no predictor; pass a name, 'module:Class', a mapping with a name, a class, an instance, or "
+            "a function without arguments that returns one",
+            kind="plugin-invalid",
+        )
+
+    def made() -> TrajectoryPredictor:
+        try:
+            predictor = make()
+        except NextCoreError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{given!r} makes no predictor: {describe(error)}", kind="plugin-invalid") from error
+        if not isinstance(predictor, TrajectoryPredictor):
+            raise PluginError(f"{given!r} returned {predictor!r}, which is no predictor", kind="plugin-invalid")
+        return predictor
+
+    made()
+    return made
+
+
+def _copied(predictor: TrajectoryPredictor) -> TrajectoryPredictor:
+    """Copy deeply, but for the history, which may hold open files, and the display of progress."""
+    shared = [value for key, value in vars(predictor).items() if key == "progress" or isinstance(value, History)]
+    return copy.deepcopy(predictor, {id(value): value for value in shared})

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from next_core.errors import BackendError, ConfigError, describe
+from next_core.errors import BackendError, ConfigError
 from next_core.interfaces import Reward
 from next_core.plugins import import_object, make_chosen
 from next_core.run_config import Choice
@@ -46,7 +46,8 @@ class MathVerifyReward(Reward):
             import math_verify  # noqa: F401
         except ImportError:
             raise BackendError(
-                "the reward 'math-verify' needs the package math-verify: pip install next-core[trl]"
+                "the reward 'math-verify' needs the package math-verify: pip install next-core[trl]",
+                kind="config-missing-package",
             ) from None
         self._verify = functools.lru_cache(maxsize=100_000)(self._verify_once)
 
@@ -82,17 +83,11 @@ def _text(completion: Any) -> str:
 
 
 def make_reward(choice: Choice) -> RewardFunction:
-    """A reward by name, or ``module:function``. Raises ``ConfigError`` when there is no such function."""
-    if ":" not in choice.name:
+    """Make a reward by name, ``module:Class`` or ``module:function``. Raises ``ConfigError`` for what is neither."""
+    found = import_object(choice.name) if ":" in choice.name else None
+    if found is None or (isinstance(found, type) and issubclass(found, Reward)):
         made: RewardFunction = make_chosen("reward", choice)
         return made
-    try:
-        function = import_object(choice.name)
-    except Exception as error:
-        hint = (
-            "; put it beside the config, or its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        )
-        raise ConfigError(f"the reward '{choice.name}' cannot be imported: {describe(error)}{hint}") from None
-    if not callable(function):
-        raise ConfigError(f"the reward '{choice.name}' is not a function")
-    return functools.partial(function, **choice.fields) if choice.fields else function
+    if not callable(found):
+        raise ConfigError(f"the reward '{choice.name}' is not a function", kind="config-invalid-value")
+    return functools.partial(found, **choice.fields) if choice.fields else found

@@ -94,7 +94,9 @@ class Schedule(Settings):
         reasons = [predictor.why_not(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
         if reasons and None not in reasons:
             raise ConfigError(
-                f"predictor '{predictor.name}' can never act on this schedule; after step {attempts[-1]}: {reasons[-1]}"
+                f"predictor '{predictor.name}' can never act on this schedule; "
+                f"after step {attempts[-1]}: {reasons[-1]}",
+                kind="config-schedule",
             )
 
     def check(self, total: int) -> None:
@@ -102,7 +104,8 @@ class Schedule(Settings):
         if not self.attempt_steps(total):
             raise ConfigError(
                 f"no jump would ever happen: observe ({self.observe}) + settle ({self.settle}) exceed the run's "
-                f"{total} steps; shorten one of them or train longer"
+                f"{total} steps; shorten one of them or train longer",
+                kind="config-schedule",
             )
 
 
@@ -136,7 +139,8 @@ class Guards(Settings):
         if self.recovery is not None and schedule.settle < self.recovery:
             raise ConfigError(
                 f"settle ({schedule.settle}) must be at least guards.recovery ({self.recovery}): the last jump has to "
-                "be judged before the run ends"
+                "be judged before the run ends",
+                kind="config-schedule",
             )
 
 
@@ -206,9 +210,6 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _room_for_jumps(self) -> Self:
-        try:
-            self.schedule.check(self.steps)
-            self.guards.check(self.schedule)
-        except ConfigError as error:
-            raise ValueError(error.message) from None
+        self.schedule.check(self.steps)
+        self.guards.check(self.schedule)
         return self

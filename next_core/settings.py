@@ -1,4 +1,4 @@
-"""The base of every settings model, and pydantic's errors in the words of a config file."""
+"""The base class of every settings model, and pydantic's errors as messages about a config file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from next_core.errors import ConfigError
+
+KINDS = {"extra_forbidden": "config-unknown-key", "value_error": "config-contradiction"}
+"""Kinds of error by pydantic's type; a validator of ours (``value_error``) compares several settings."""
+
 
 class Settings(BaseModel):
     """Immutable settings; an unknown key or a number that is not finite is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def config_error(error: ValidationError, where: str, known: type[BaseModel]) -> ConfigError:
+    """Return pydantic's error as ours, with one line for each wrong key; its kind is that of the first line."""
+    kind = KINDS.get(error.errors()[0]["type"], "config-invalid-value")
+    return ConfigError(explain(error, where, known), kind=kind)
 
 
 def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:

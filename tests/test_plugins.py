@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +17,13 @@ import pytest
 from pydantic import Field
 
 from next_core import plugins
-from next_core.errors import ConfigError, PluginError
+from next_core.history.history import History
 from next_core.hookspecs import Register, hookimpl
-from next_core.plugins import Registry
+from next_core.plugins import Registry, resolve_predictor
 from next_core.predictor import Abstain, PerMatrixPredictor
+from next_core.run_config import Choice
 from next_core.settings import Settings
+from tests.errors import raises_kind
 
 PREDICTOR = """
 from next_core.hookspecs import hookimpl
@@ -117,56 +120,33 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_the_list_and_who_provi
     install: Callable[..., None], load: Callable[[], Registry]
 ) -> None:
     install("their-dist", "their_module", PREDICTOR.format(name="theirs"))
-    with pytest.raises(PluginError) as caught:
+    with raises_kind("plugin-unknown", "'secnat'", "'secant'", "secant (next-core)", "theirs (their-dist)"):
         load().get("predictor", "secnat")
-    message = str(caught.value)
-    assert "unknown predictor 'secnat'. Did you mean 'secant'?" in message
-    assert "secant (next-core)" in message
-    assert "theirs (their-dist)" in message
 
 
 @pytest.mark.parametrize(
     ("source", "error"),
     [
         ("raise OSError('no such library')", "OSError: no such library"),
-        ("import a_package_nobody_has", "ModuleNotFoundError: No module named 'a_package_nobody_has'"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("def broken(:", "SyntaxError: "),
+        (HOOK + "    1 / 0", "ZeroDivisionError"),
+        (HOOK + "    register(dict)", "<class 'dict'>"),
+        (HOOK + "    register(5)", "TrajectoryPredictor"),
+        (HOOK + "    register('their_module:Mine')", "'their_module:Mine'"),
+        (HOOK.replace("(register)", "(registry)") + "    pass", "PluginValidationError"),
+        (HOOK.replace("_predictors(", "_predictor(") + "    pass", "'register_predictor'"),
         (
-            HOOK + "    1 / 0",
-            "ZeroDivisionError",
+            "from next_core.predictor import TrajectoryPredictor\n"
+            "class Half(TrajectoryPredictor):\n    name = 'half'\n" + HOOK + "    register(Half)",
+            "Half does not implement fit, predict",
         ),
         (
-            HOOK + "    register(dict)",
-            "TypeError: <class 'dict'> is not a subclass of TrajectoryPredictor",
-        ),
-        (
-            HOOK + "    register(5)",
-            "TypeError: 5 is not a subclass of TrajectoryPredictor",
-        ),
-        (
-            HOOK + "    register('their_module:Mine')",
-            "PluginError: register('their_module:Mine') needs name=",
-        ),
-        (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictors(registry):\n    pass",
-            "PluginValidationError",
-        ),
-        (
-            "from next_core.hookspecs import hookimpl\n@hookimpl\ndef register_predictor(register):\n    pass",
-            "unknown hook 'register_predictor'",
-        ),
-        (
-            "from next_core.hookspecs import hookimpl\nfrom next_core.predictor import TrajectoryPredictor\n"
-            "class Half(TrajectoryPredictor):\n    name = 'half'\n"
-            "@hookimpl\ndef register_predictors(register):\n    register(Half)",
-            "TypeError: Half leaves abstract: fit, predict",
-        ),
-        (
-            "from next_core.hookspecs import hookimpl\nfrom next_core.predictor import PerMatrixPredictor\n"
+            "from next_core.predictor import PerMatrixPredictor\n"
             "class Nameless(PerMatrixPredictor):\n    def predict_matrix(self, matrix, horizon): ...\n"
-            "@hookimpl\ndef register_predictors(register):\n    register(Nameless)",
-            "TypeError: Nameless has no name",
+            + HOOK
+            + "    register(Nameless)",
+            "Nameless has no name",
         ),
     ],
 )
@@ -181,10 +161,9 @@ def test_a_broken_plugin_is_listed_with_its_error_and_breaks_no_other(
     assert error in (entry.error or "")
     assert entry.status.startswith("broken: ")
     assert {"secant", "theirs"} <= set(registry.names("predictor"))
-    with pytest.raises(PluginError) as caught:
+    with raises_kind("plugin-broken", error):
         registry.get("predictor", "bad")
-    assert error in str(caught.value)
-    with pytest.raises(PluginError, match=r"Plug-in 'bad' of bad-dist did not load"):
+    with raises_kind("plugin-unknown", "'bad' of bad-dist"):
         registry.get("predictor", "half")
 
 
@@ -210,30 +189,22 @@ def test_a_name_claimed_twice_names_both_distributions_and_can_be_used_by_neithe
         ("a-dist", "both a-dist and b-dist provide it; uninstall one"),
         ("b-dist", "both a-dist and b-dist provide it; uninstall one"),
     ]
-    with pytest.raises(PluginError, match="both a-dist and b-dist provide it"):
+    with raises_kind("plugin-broken", "a-dist", "b-dist"):
         plugins.make_predictor("same")
     assert plugins.make_predictor("secant").name == "secant"
 
 
-def test_a_stranger_who_takes_a_first_party_name_is_named_beside_next_core(
-    install: Callable[..., None], load: Callable[[], Registry]
-) -> None:
-    install("aaa-dist", "aaa_module", PREDICTOR.format(name="secant"))
-    with pytest.raises(PluginError, match="both next-core and aaa-dist provide it"):
-        load().get("predictor", "secant")
-
-
 @pytest.mark.parametrize(
-    ("target", "error"),
+    ("target", "kind", "error"),
     [
-        ("a_package_nobody_has:Thing", "ModuleNotFoundError: No module named 'a_package_nobody_has'"),
-        ("json:Thing", "AttributeError: module 'json' has no attribute 'Thing'"),
-        ("json:JSONDecoder", "is not a subclass of CheckpointSource"),
-        ("json", "'json' is not of the form 'module:function'"),
+        ("a_package_nobody_has:Thing", "plugin-broken", "a_package_nobody_has"),
+        ("json:Thing", "plugin-broken", "Thing"),
+        ("json:JSONDecoder", "plugin-invalid", "CheckpointSource"),
+        ("json", "plugin-broken", "'json'"),
     ],
 )
 def test_a_lazy_registration_fails_when_it_is_named_and_disturbs_nothing_until_then(
-    install: Callable[..., None], load: Callable[[], Registry], lora_run: Any, target: str, error: str
+    install: Callable[..., None], load: Callable[[], Registry], lora_run: Any, target: str, kind: str, error: str
 ) -> None:
     source = f"""
     from next_core.hookspecs import hookimpl
@@ -245,13 +216,12 @@ def test_a_lazy_registration_fails_when_it_is_named_and_disturbs_nothing_until_t
     install("lazy-dist", "lazy_module", source)
     registry = load()
     assert "a-lazy" in registry.names("source")
+    with raises_kind(kind, "source 'a-lazy' of lazy-dist", error):
+        registry.get("source", "a-lazy")
+    assert "a-lazy" not in registry.names("source")
     from next_core import open_checkpoints
 
     assert open_checkpoints(lora_run.path).name == "peft-adapter"
-    with pytest.raises(PluginError, match="source 'a-lazy' of lazy-dist") as caught:
-        registry.get("source", "a-lazy")
-    assert error in str(caught.value)
-    assert "a-lazy" not in registry.names("source")
 
 
 def test_a_layout_whose_detection_fails_does_not_keep_other_folders_from_being_opened(
@@ -283,18 +253,24 @@ def test_a_class_of_this_program_is_registered_by_decorating_it() -> None:
     registry = Registry()
     assert registry.add(Greedy) is Greedy
     assert registry.make("predictor", "greedy", window=7).config.window == 7
-    registry.add(Greedy)  # again, as when a notebook cell is run twice
     [entry] = registry.entries()
     assert (entry.kind, entry.name, entry.distribution, entry.status) == ("predictor", "greedy", "local", "ok")
+
+
+@pytest.mark.parametrize(("module", "qualname"), [("__main__", "Greedy"), ("__main__", "Renamed"), ("mine", "Greedy")])
+def test_a_class_that_is_defined_again_replaces_the_earlier_one(module: str, qualname: str) -> None:
+    registry = Registry()
+    registry.add(type("Greedy", (Greedy,), {"__module__": module, "__qualname__": "Greedy"}))
+    again = registry.add(type("Greedy", (Greedy,), {"__module__": module, "__qualname__": qualname}))
+    assert registry.get("predictor", "greedy") is again
 
 
 def test_a_class_of_this_program_cannot_take_a_name_or_lack_an_interface() -> None:
     registry = Registry()
     registry.add(Greedy, "their-dist")
-    other = type("Other", (Greedy,), {})
-    with pytest.raises(PluginError, match="predictor 'greedy' is already provided by their-dist"):
-        registry.add(other)
-    with pytest.raises(PluginError, match="dict implements none of next_core's interfaces: predictor, "):
+    with raises_kind("plugin-name-taken", "'greedy'", "their-dist"):
+        registry.add(type("Other", (Greedy,), {}))
+    with raises_kind("plugin-invalid", "dict", "predictor, compressor"):
         registry.add(dict)  # type: ignore[arg-type]
 
 
@@ -313,21 +289,13 @@ def test_a_plugin_given_as_an_object_is_taken_without_an_entry_point() -> None:
 def test_an_unknown_field_is_a_config_error_whatever_it_is_called(field: str) -> None:
     registry = Registry()
     registry.add(Greedy)
-    with pytest.raises(ConfigError, match=rf"predictor 'greedy'\.{field}: unknown key"):
+    with raises_kind("config-unknown-key", f"predictor 'greedy'.{field}", "window"):
         registry.make("predictor", "greedy", **{field: 1})
-    with pytest.raises(ConfigError, match=rf"predictor 'secant'\.{field}: unknown key"):
-        plugins.make_predictor("secant", **{field: 1})
 
 
-def test_a_wrong_field_is_named_with_what_was_given_and_the_nearest_key() -> None:
-    registry = Registry()
-    registry.add(Greedy)
-    with pytest.raises(
-        ConfigError, match=r"'greedy'\.windw: unknown key; did you mean 'window'\? Known keys: window\."
-    ):
-        registry.make("predictor", "greedy", windw=1)
-    with pytest.raises(ConfigError, match=r"'greedy'\.window: .*greater than or equal to 1 \(got 0\)"):
-        registry.make("predictor", "greedy", window=0)
+def test_a_wrong_value_is_named_with_what_was_given() -> None:
+    with raises_kind("config-invalid-value", "predictor 'secant'.window", "(got 0)"):
+        plugins.make_predictor("secant", window=0)
 
 
 def test_plugins_are_listed_for_people_and_as_json_with_broken_ones_among_them(
@@ -357,8 +325,95 @@ def test_every_registered_plugin_that_comes_with_next_core_loads(load: Callable[
         assert entry.load().name == entry.name
 
 
-def test_import_object_walks_into_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("some_module")
-    module.Thing = Greedy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "some_module", module)
-    assert plugins.import_object("some_module:Thing.name") == "greedy"
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the user's own, with predictors that nobody registered."""
+    module = ModuleType("mine")
+    module.Greedy, module.Inner = Greedy, type("Inner", (), {"Greedy": Greedy})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mine", module)
+    return module
+
+
+@pytest.mark.parametrize("reference", ["mine:Greedy", "mine:Inner.Greedy"])
+def test_a_class_is_named_by_its_module_too(mine: ModuleType, reference: str) -> None:
+    assert plugins.make_predictor(reference, window=4).config == GreedyConfig(window=4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "reason"),
+    [
+        ("mine:Greed", "plugin-broken", "Greed"),
+        ("not_there:Greedy", "plugin-broken", "PYTHONPATH"),
+        ("mine:", "plugin-broken", "module:attribute"),
+        ("json:JSONDecoder", "plugin-invalid", "TrajectoryPredictor"),
+    ],
+)
+def test_a_reference_to_no_predictor_is_refused(mine: ModuleType, reference: str, kind: str, reason: str) -> None:
+    with raises_kind(kind, reference, reason):
+        plugins.make_predictor(reference)
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ("mine:Greedy", {"window": 4}),
+        ({"name": "mine:Greedy", "window": 4}, {}),
+        (Choice.model_validate({"name": "mine:Greedy", "window": 4}), {}),
+        (Greedy, {"window": 4}),
+        (Greedy(GreedyConfig(window=4)), {}),
+        (lambda: Greedy(GreedyConfig(window=4)), {}),
+    ],
+    ids=["reference", "mapping", "choice", "class", "instance", "function"],
+)
+def test_a_predictor_is_given_in_any_form_and_made_anew_each_time(
+    mine: ModuleType, given: Any, fields: dict[str, Any]
+) -> None:
+    make = resolve_predictor(given, **fields)
+    one, other = make(), make()
+    assert one is not other
+    assert one is not given
+    assert isinstance(one, Greedy)
+    assert one.config == other.config == GreedyConfig(window=4)
+
+
+def test_a_fit_of_a_given_instance_does_not_reach_the_next_copy(lora_run: Any) -> None:
+    from next_core import open_checkpoints
+
+    history = History(open_checkpoints(lora_run.path))
+    given = plugins.make_predictor("secant")
+    make = resolve_predictor(given.fit(history))
+    assert make().predict(10).source is history.source  # the history is not copied
+    make().fit(History(open_checkpoints(lora_run.path)))
+    assert make().predict(10).source is history.source
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (5, "5 is no predictor"),
+        (None, "None is no predictor"),
+        (dict, "<class 'dict'>"),
+        (PerMatrixPredictor, "PerMatrixPredictor has no name"),
+        (lambda: Greedy, "returned"),
+        (lambda: 1 / 0, "ZeroDivisionError"),
+        (lambda horizon: Greedy(), "TypeError"),
+        ({"name": 5}, "5 is no predictor"),
+    ],
+)
+def test_what_makes_no_predictor_is_refused_at_once(given: Any, reason: str) -> None:
+    with raises_kind("plugin-invalid", reason):
+        resolve_predictor(given)
+
+
+def test_an_instance_that_cannot_be_copied_is_refused() -> None:
+    given = Greedy()
+    given.lock = threading.Lock()  # type: ignore[attr-defined]
+    with raises_kind("plugin-invalid", "TypeError"):
+        resolve_predictor(given)
+
+
+def test_settings_that_would_be_ignored_are_refused() -> None:
+    with raises_kind("plugin-invalid", "window"):
+        resolve_predictor(Greedy(), window=4)
+    with raises_kind("config-unknown-key", "predictor 'greedy'.windw"):
+        resolve_predictor(Greedy, windw=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ def run_command(path: Path, out: Path, *, overwrite: bool, strict: bool, dry_run
     from next_core.process.quiet import quiet_libraries
 
     config = load_config(path)
-    sys.path.insert(0, str(path.resolve().parent))  # a reward that the config names may lie beside it
     console = Console(stderr=as_json, markup=False, soft_wrap=True, highlight=False)
     if dry_run:
         from next_core.cli.plan_command import show_plan

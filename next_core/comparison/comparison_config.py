@@ -13,9 +13,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
-from next_core.config import absolute_path, make_config
+from next_core.config import absolute_path, make_config, recommended_blocks
 from next_core.errors import ConfigError
-from next_core.plugins import registry
 from next_core.run_config import DEFAULT_PREDICTOR, RunConfig
 from next_core.settings import Settings, explain
 from next_core.storage.yaml_files import load_yaml
@@ -179,16 +178,9 @@ def _judgeable(config: RunConfig, metric: str, where: str) -> RunConfig:
     return config
 
 
-def _recommended(chosen: Any) -> Mapping[str, Mapping[str, Any]]:
-    """What the predictor of a config's block is made for; nothing for a name that is refused later."""
-    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-    known = isinstance(name, str) and name in registry().names("predictor")
-    return registry().get("predictor", str(name)).recommended if known else {}
-
-
 def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
     """The common keys for what has another predictor: the schedule is still the one that the run's is made for."""
-    recommended = dict(_recommended(common.get("predictor", DEFAULT_PREDICTOR)).get("schedule", {}))
+    recommended = dict(recommended_blocks(common.get("predictor", DEFAULT_PREDICTOR)).get("schedule", {}))
     own = common.get("schedule", {})
     recommended.pop("average", None)  # of that predictor alone, unless the run's own keys say so
     return {**common, "schedule": {**recommended, **own} if isinstance(own, Mapping) else own}
@@ -197,7 +189,7 @@ def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
 def _of_arm(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """An arm's keys over the common ones; a predictor that is made for a schedule does not take the common one."""
     if "predictor" in own:
-        replaced = {"predictor", *_recommended(own["predictor"])}
+        replaced = {"predictor", *recommended_blocks(own["predictor"])}
         common = {key: value for key, value in common.items() if key not in replaced}
     return _merged(common, own)
 

@@ -305,7 +305,7 @@ def resolve_predictor(given: PredictorLike, /, **fields: Any) -> Callable[[], Tr
         given = fields.pop("name", DEFAULT_PREDICTOR)
     make: Callable[[], Any]
     if isinstance(given, str | type):
-        cls = registry().get("predictor", given) if isinstance(given, str) else check_class("predictor", given)
+        cls: Any = registry().get("predictor", given) if isinstance(given, str) else check_class("predictor", given)
         where = given if isinstance(given, str) else cls.name
         make = functools.partial(cls, _settings_of(cls, fields, f"predictor '{where}'"))
     elif fields:

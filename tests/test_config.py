@@ -181,8 +181,8 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (folder / "beside.py").write_text(
-        "from next_predictors.secant import SecantConfig, SecantPredictor\n"
-        "class Mine(SecantPredictor):\n    name = 'mine'\n    recommended = {'schedule': {'every': 2}}\n"
+        "from next_predictors.secant import Secant\n"
+        "class Mine(Secant):\n    name = 'mine'\n    recommended = {'schedule': {'every': 2}}\n"
     )
     config = load(predictor={"name": "beside:Mine", "window": 8})
     assert make_chosen("predictor", config.predictor).config.window == 8

@@ -25,12 +25,26 @@ from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourc
 from next_core.sources.jumps import SHIFT_FILE
 from tests.cycle.descent import Descent
 from tests.cycle.test_run import config
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, resolve_dense
 
 
 def test_windows_are_the_whole_a_half_and_a_quarter_of_two_checkpoints_at_least() -> None:
     assert windows(80, 2) == [20, 40, 80]
     assert windows(80, 20) == [40, 80]
     assert windows(8, 4) == [8]
+
+
+def test_the_mean_is_of_the_last_checkpoints_of_each_factor_where_it_is_lora_else_of_the_weights() -> None:
+    lora, whole = curved_lora_run(), dense_run({"a": curve(1)})
+    last = (80, 90, 100)
+    at = [lora.factors("a", step) for step in last]
+    A, B = (torch.stack([getattr(one, side) for one in at]).mean(0) for side in "AB")
+    expected = 2 * B @ A - 2 * at[-1].B @ at[-1].A
+    moved = torch.stack([curve(1)(step) for step in last]).mean(0) - curve(1)(100)
+    for source, wanted in ((lora, expected), (whole, moved)):
+        mean = mean_of_last(source, 30)
+        assert (mean.step, mean.horizon) == (100, 0)
+        torch.testing.assert_close(resolve_dense(mean, "a"), wanted)
 
 
 def test_an_average_of_one_checkpoint_is_refused() -> None:

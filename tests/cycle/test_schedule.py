@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from next_core.errors import ConfigError
+from next_core.plugins import make_predictor
 from next_core.run_config import Schedule
 
 
@@ -64,6 +66,14 @@ def test_a_run_without_room_for_a_jump_is_refused_with_its_numbers(fields: dict[
         Schedule(every=5, **fields).check(total)
 
 
+@pytest.mark.parametrize(("window", "acts"), [(2, True), (3, False)])
+def test_a_predictor_must_find_what_it_needs_in_the_checkpoints_up_to_a_jump(window: int, acts: bool) -> None:
+    schedule, predictor = Schedule(observe=2, every=1), make_predictor("secant", window=window)
+    with contextlib.nullcontext() if acts else pytest.raises(ConfigError, match="after step 2"):
+        schedule.check_predictor(predictor, 10)
+    schedule.check_predictor(predictor, 1)  # without a jump nothing is needed
+
+
 def test_a_run_with_room_for_one_jump_is_taken() -> None:
     Schedule(observe=50, every=5, settle=50).check(100)
 
@@ -76,6 +86,7 @@ def test_a_run_with_room_for_one_jump_is_taken() -> None:
         {"horizon": 0},
         {"alpha": 0},
         {"alpha": float("nan")},
+        {"alpha": float("inf")},
         {"jump_every": 0},
         {"jumps": 0},
         {"settle": -1},

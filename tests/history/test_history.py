@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -167,6 +168,23 @@ def test_with_one_checkpoint_what_is_at_the_backbone_is_frozen() -> None:
     assert history.frozen == {"zero": "did not move since the backbone"}
 
 
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_one_factor_that_moves_is_enough(side: str) -> None:
+    first, later = factors("a", 10), factors("a", 20)
+    moving = dataclasses.replace(first, **{side: getattr(later, side)})
+    assert History(MemorySource({10: {"a": first}, 20: {"a": moving}})).names == ("a",)
+    assert History(MemorySource({10: {"a": first}, 20: {"a": first}})).names == ()
+
+
+def test_an_adapter_that_was_trained_before_is_frozen_where_it_began() -> None:
+    class Trained(MemorySource):
+        def start(self, name: str) -> LoraFactors:
+            return factors(name, 10)
+
+    history = History(Trained({20: {"a": factors("a", 10), "b": factors("b", 20)}}))
+    assert history.names == ("b",)
+
+
 def test_nothing_is_compressed_until_it_is_asked_for_and_then_once(source: MemorySource) -> None:
     counting = Counting()
     history = History(source, 2, counting)
@@ -226,6 +244,12 @@ def test_dense_inner_products_are_summed_over_blocks_of_rows(monkeypatch: pytest
         torch.testing.assert_close(blocked[name], whole[name])
 
 
+def test_a_run_with_some_whole_matrices_is_compressed_as_a_whole_one() -> None:
+    dense = {step: {"a": moved("a", step), "b": factors("b", step)} for step in STEPS}
+    source = MemorySource(dense, {"a": torch.zeros(SHAPES["a"], dtype=torch.float64)})
+    assert History(source).components("global")["a"].nuclear is None  # lanczos
+
+
 def test_the_compressor_suits_what_is_stored() -> None:
     assert History(full_run()).components("global")["a"].nuclear is None  # lanczos
     assert History(full_run(), spectrum=True).components("global")["a"].nuclear is not None
@@ -248,6 +272,7 @@ def test_one_matrix_has_its_own_view(source: MemorySource) -> None:
     history = History(source)
     matrix = history.matrix("b")
     assert (matrix.steps, matrix.shape, history.newest) == (STEPS, (5, 6), 50)
+    assert (list(history.jump_log), history.cache_trouble) == ([], None)
     assert matrix.factored == (source.factors("b", 10) is not None)
     assert torch.equal(matrix.gram(), history.grams()["b"])
     assert torch.equal(matrix.components("local").U, history.components("local")["b"].U)
@@ -280,6 +305,7 @@ def test_a_rank_beyond_the_matrix_gives_as_many_components_as_there_are(source: 
 def test_components_as_the_svd_left_them_can_be_had_after_the_aligned_ones(source: MemorySource) -> None:
     first = {name: found.U.clone() for name, found in History(source).components("local", align=False).items()}
     history = History(source)
-    history.components("local")
+    aligned = {name: found.U.clone() for name, found in history.components("local").items()}
+    assert all(torch.equal(found.U, aligned[name]) for name, found in history.components("local").items())
     for name, found in history.components("local", align=False).items():
         assert torch.equal(found.U, first[name])

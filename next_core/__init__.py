@@ -1,4 +1,7 @@
-"""next-core: watch an RLVR run through its checkpoints, predict where the weights are going, jump, check, go on."""
+"""next-core: watch an RLVR run, predict where its weights are going, jump there, check the jump, continue.
+
+Everything public is an attribute of this package and is imported on first use: ``import next_core as nc``.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,74 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from next_core.checkpoints import open_checkpoints
-    from next_core.errors import NextCoreError
-    from next_core.history.history import History, MatrixHistory
-    from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-    from next_core.mathematics.low_rank import Factors, LowRank
-    from next_core.plugins import make_applier, make_compressor, make_predictor, registry
-    from next_core.predictor import Abstain, matrix_predictor
+    from next_core.checkpoints import open_checkpoints as open_checkpoints
+    from next_core.config import load_config as load_config
+    from next_core.errors import NextCoreError as NextCoreError
+    from next_core.history.history import History as History
+    from next_core.history.history import MatrixHistory as MatrixHistory
+    from next_core.interfaces import CoefficientUpdate as CoefficientUpdate
+    from next_core.interfaces import LowRankUpdate as LowRankUpdate
+    from next_core.interfaces import Prediction as Prediction
+    from next_core.mathematics.low_rank import Factors as Factors
+    from next_core.mathematics.low_rank import LowRank as LowRank
+    from next_core.notebook import RecordedRun as RecordedRun
+    from next_core.notebook import analyze as analyze
+    from next_core.notebook import backtest as backtest
+    from next_core.notebook import extrapolate as extrapolate
+    from next_core.notebook import open_run as open_run
+    from next_core.plugins import make_applier as make_applier
+    from next_core.plugins import make_compressor as make_compressor
+    from next_core.plugins import make_predictor as make_predictor
+    from next_core.plugins import registry as registry
+    from next_core.predictor import Abstain as Abstain
+    from next_core.predictor import PerMatrixPredictor as PerMatrixPredictor
+    from next_core.predictor import TrajectoryPredictor as TrajectoryPredictor
+    from next_core.predictor import matrix_predictor as matrix_predictor
+    from next_core.settings import Settings as Settings
+    from next_predictors.alpharl import AlphaRL as AlphaRL
+    from next_predictors.auto import Auto as Auto
+    from next_predictors.next_mlp import NextMLP as NextMLP
+    from next_predictors.next_mlp_reduced import NextMLPReduced as NextMLPReduced
+    from next_predictors.random_direction import RandomDirection as RandomDirection
+    from next_predictors.relex import Relex as Relex
+    from next_predictors.ridge import Ridge as Ridge
+    from next_predictors.rl_extra import RLExtra as RLExtra
+    from next_predictors.secant import Secant as Secant
+    from next_predictors.stay import Stay as Stay
 
-_WHERE = {
-    "Abstain": "predictor",
-    "CoefficientUpdate": "interfaces",
-    "Factors": "mathematics.low_rank",
-    "History": "history.history",
-    "LowRank": "mathematics.low_rank",
-    "LowRankUpdate": "interfaces",
-    "MatrixHistory": "history.history",
-    "NextCoreError": "errors",
-    "Prediction": "interfaces",
-    "make_applier": "plugins",
-    "make_compressor": "plugins",
-    "make_predictor": "plugins",
-    "matrix_predictor": "predictor",
-    "open_checkpoints": "checkpoints",
-    "registry": "plugins",
+_MODULES = {
+    "next_core.checkpoints": ["open_checkpoints"],
+    "next_core.config": ["load_config"],
+    "next_core.errors": ["NextCoreError"],
+    "next_core.history.history": ["History", "MatrixHistory"],
+    "next_core.interfaces": ["CoefficientUpdate", "LowRankUpdate", "Prediction"],
+    "next_core.mathematics.low_rank": ["Factors", "LowRank"],
+    "next_core.notebook": ["RecordedRun", "analyze", "backtest", "extrapolate", "open_run"],
+    "next_core.plugins": ["make_applier", "make_compressor", "make_predictor", "registry"],
+    "next_core.predictor": ["Abstain", "PerMatrixPredictor", "TrajectoryPredictor", "matrix_predictor"],
+    "next_core.settings": ["Settings"],
+    "next_predictors.alpharl": ["AlphaRL"],
+    "next_predictors.auto": ["Auto"],
+    "next_predictors.next_mlp": ["NextMLP"],
+    "next_predictors.next_mlp_reduced": ["NextMLPReduced"],
+    "next_predictors.random_direction": ["RandomDirection"],
+    "next_predictors.relex": ["Relex"],
+    "next_predictors.ridge": ["Ridge"],
+    "next_predictors.rl_extra": ["RLExtra"],
+    "next_predictors.secant": ["Secant"],
+    "next_predictors.stay": ["Stay"],
 }
-__all__ = [
-    "Abstain",
-    "CoefficientUpdate",
-    "Factors",
-    "History",
-    "LowRank",
-    "LowRankUpdate",
-    "MatrixHistory",
-    "NextCoreError",
-    "Prediction",
-    "make_applier",
-    "make_compressor",
-    "make_predictor",
-    "matrix_predictor",
-    "open_checkpoints",
-    "registry",
-]
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `next-core --help` must not wait for torch."""
-    if name not in _WHERE:
+    """Import a public name on first use: `next-core --help` must not wait for torch."""
+    if name not in _HOME:
         raise AttributeError(f"module 'next_core' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"next_core.{_WHERE[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

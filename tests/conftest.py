@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 STEPS = (10, 20, 30, 40, 50, 60)
-SLOW = ("base_model", "packaging", "ray", "trl")
+SLOW = ("ray", "trl")
 """Markers of tests that take seconds to minutes."""
 
 

@@ -33,6 +33,15 @@ COVERS: dict[str, tuple[str, ...]] = {
         HISTORY,
         "tests/crash",
     ),
+    "test-base": ("examples/arithmetic", "examples/task_kit.py"),
+    "test-packaging": (
+        "pyproject.toml",
+        "examples/plugin",
+        "next_core/plugins.py",
+        "next_core/hookspecs.py",
+        "next_core/testing",
+        "tests/packaging",
+    ),
     "test-openrlhf": ("backends/next_backends/openrlhf", HISTORY, "next_core/cycle", "tests/backends/openrlhf"),
 }
 

@@ -38,10 +38,10 @@ class CutHistory(History):
         super().__init__(
             setting.past(draw, cut),
             whole.rank,
-            whole.compressor,
+            whole._compressor,
             spectrum=whole.spectrum,
-            executor=whole.executor,
-            cache=whole.cache,
+            executor=whole._executor,
+            cache=whole._cache,
         )
 
     def _still(self, name: str, step: int, before: int | None) -> bool:

@@ -51,6 +51,9 @@ class Drawing:
         self._save(text, "svg")
         return text.getvalue()
 
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
     def write(self, folder: Path) -> Path:
         """PNG and SVG in ``folder`` (made if need be), each whole or not at all. Returns the PNG's path."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from sklearn.cross_decomposition import PLSRegression
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import LowRankUpdate
@@ -139,6 +138,8 @@ class AlphaRL(PerMatrixPredictor):
 
 def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain:
     """x* (features,) at which the one-component PLS of x (T, features) on y (T,) reads y_target."""
+    from sklearn.cross_decomposition import PLSRegression  # half a second, and it imports pandas
+
     spread = x.std(0, ddof=1)
     alive = spread > STILL * spread.max()
     standard = (x[:, alive] - x[:, alive].mean(0)) / spread[alive]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,6 @@ from next_core.cli.app import app
 from next_core.comparison.comparison_config import CompareConfig
 from next_core.plugins import KINDS, registry
 from next_core.run_config import Choice, RunConfig
-from tests.docs.blocks import ROOT
 
 
 class Inner(BaseModel):
@@ -132,13 +129,3 @@ def test_a_link_to_a_file_that_is_no_page_becomes_its_name_and_others_stay(tmp_p
     text = ["[a](../../examples/x/README.md#y) [b](../predictors.md#auto) [c](https://x.org/../d) [d](auto.md)"]
     reference.name_files_outside(site, "benchmarks/tasks", text)
     assert text == ["a (`examples/x/README.md`) [b](../predictors.md#auto) [c](https://x.org/../d) [d](auto.md)"]
-
-
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-d", tmp_path / "trees"]
-    built = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    page = (tmp_path / "html" / "config.html").read_text()
-    assert "training.learning_rate" in page
-    index = (tmp_path / "html" / "index.html").read_text()
-    assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css)', index), "a page loads nothing from elsewhere"

@@ -28,6 +28,9 @@ myst_url_schemes = ["http", "https", "mailto"]
 
 INNER = (
     r"next_backends\.trl",
+    r"next_predictors",
+    r"next_core\.notebook",
+    r"next_core\.interfaces\.checkpoint_source",
     r"next_core\.run_config",
     r"next_core\.history\.executor\.Result",
     r"next_core\.mathematics\.lora_trajectory\.Workspace",

@@ -8,13 +8,21 @@ import re
 from collections.abc import Sequence
 
 
+SHOWN: set[object] = set()
+"""What a page of this build has described: a name that is public in two places is described in the first."""
+
+
 def module(name: str, only: Sequence[str] = ()) -> str:
-    """Directives for all names in ``__all__`` (without one: the classes it defines), or for some names only."""
+    """Return directives for all names in ``__all__`` (without one: the classes it defines), or for some names only."""
     found = importlib.import_module(name)
     parts = []
     own = [key for key, value in vars(found).items() if getattr(value, "__module__", None) == name]
     for public in only or getattr(found, "__all__", own):
         value = getattr(found, public)
+        if inspect.isclass(value):
+            if value in SHOWN:
+                continue
+            SHOWN.add(value)
         kind = "autoclass" if inspect.isclass(value) else "autofunction" if callable(value) else "autodata"
         if kind == "autoclass" and issubclass(value, Exception):
             kind = "autoexception"

@@ -50,6 +50,7 @@ def write(app: Sphinx) -> None:
     """Each part into docs/_build/generated, where the pages include it from."""
     folder = Path(app.srcdir) / "_build" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
+    api_reference.SHOWN.clear()
     for name, make in PARTS.items():
         (folder / f"{name}.md").write_text(make() + "\n")
 

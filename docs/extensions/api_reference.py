@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Sequence
 
-
 SHOWN: set[object] = set()
 """What a page of this build has described: a name that is public in two places is described in the first."""
 

@@ -1,31 +1,37 @@
-"""The console script ``next-core``. Nothing heavy is imported until a command runs: ``--help`` answers at once."""
+"""The console script ``next-core``. Heavy imports wait until a command runs, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from next_core.errors import NextCoreError
 
 
 def main() -> None:
-    """Entry point: run the command, and turn our errors into one message and an exit code."""
+    """Run the command. Print an error of ours as one message, and exit with its code."""
     from next_core.cli.app import app
     from next_core.errors import NextCoreError
 
     try:
         app()
     except NextCoreError as error:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # of what a library wrote, or read
-        from next_core.errors import StorageError
+    except OSError as error:  # from a library's reads and writes
         from next_core.storage.atomic import storage_error
 
-        print(storage_error(error.filename or "the disk", error), file=sys.stderr)
-        sys.exit(StorageError.exit_code)
+        _fail(storage_error(error.filename or "the disk", error))
+
+
+def _fail(error: NextCoreError) -> NoReturn:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)

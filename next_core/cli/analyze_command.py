@@ -1,21 +1,22 @@
-"""`next-core analyze`."""
+"""``next-core analyze``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from next_core.cli.console import make_console
-from next_core.cli.options import RunOptions, report
-from next_core.cli.progress import Bars
+from next_core.cli.console import make_console, make_table, progress_bars, shorten
+from next_core.cli.options import Json, RunOptions, expand_options, show_source
 
 if TYPE_CHECKING:
-    from next_core.diagnostics import Analysis, Figure, Group
+    from next_core.diagnostics import Analysis, Figure
 
-TABLES = ("layer", "kind", "matrix")
+GROUPINGS = ("layer", "kind", "matrix")
 COLUMNS = {
     "squared_energy_ratio_global": "s1²/Σs²",
     "c1_r2": "R2(c1~t)",
@@ -24,59 +25,66 @@ COLUMNS = {
     "msd_exponent": "MSD exp.",
     "speed_ratio": "speed",
 }
-"""What the table of layers, kinds or matrices shows, and how it is headed; the other figures are in the JSON."""
-WORDS_FROM = 126
-"""A narrower table has no words beside the figures."""
+"""Figures of the table by layer, kind or matrix, with their headings; the JSON has all figures."""
+ROOM_FOR_MEANINGS = 126
+"""Narrower consoles omit the column that explains each figure."""
 MARKS = {"above": "↑", "below": "↓", None: ""}
 MOST_FROZEN = 8
 
 
-def analyze_command(
+@expand_options
+def analyze(
     run: RunOptions,
-    *,
-    horizon: int | None = None,
-    by: str = "kind",
-    spectrum: bool | None = None,
-    draws: int = 200,
-    seed: int = 0,
-    plots: Path | None = None,
-    as_json: bool = False,
+    horizon: Annotated[
+        int | None,
+        typer.Option(help="Horizon of the out-of-sample figures in RL steps; default: up to a third of the run"),
+    ] = None,
+    by: Annotated[str, typer.Option(help="Rows of the second table: layer, kind or matrix")] = "kind",
+    spectrum: Annotated[
+        bool | None, typer.Option("--spectrum/--no-spectrum", help="Compute all singular values; default: LoRA only")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=20, help="Number of random walks in each null distribution")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks")] = 0,
+    plots: Annotated[Path | None, typer.Option(help="Write plots into this folder (extra `report`)")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Open and measure, show tables, draw ``plots``; ``spectrum`` None means: for LoRA runs only."""
+    """Measure how a run's weights move, and compare each figure with random walks."""
     from next_core.diagnostics import analyze, with_origin
     from next_core.errors import ConfigError
     from next_core.storage.json_lines import json_text
 
-    if by not in TABLES:
-        raise ConfigError(f"--by is one of {', '.join(TABLES)} (got {by!r})")
+    if by not in GROUPINGS:
+        raise ConfigError(f"--by must be one of {', '.join(GROUPINGS)} (got {by!r})", kind="config-invalid-value")
     if spectrum and run.compressor == "lanczos":
-        raise ConfigError("--compressor lanczos does not know the spectrum; leave it out, or leave out --spectrum")
+        raise ConfigError(
+            "--compressor lanczos does not compute the spectrum; omit it or --spectrum", kind="config-contradiction"
+        )
     if plots is not None:
         from next_core.diagnostics.drawing import check_drawing
         from next_core.diagnostics.plots import write_plots
 
-        check_drawing(plots)  # before the work, not after it
+        check_drawing(plots)  # before the work
     console = make_console(as_json=as_json)
     source = run.source()
-    facts = report(run, source, console)
+    facts = show_source(run, source, console)
     full = all(parameter.rank is not None for parameter in source.parameters) if spectrum is None else spectrum
-    with Bars() as bars:
-        history = run.history(with_origin(source), 1, bars, spectrum=full)
-        history.jump_log = _tried(run.checkpoints)
+    with progress_bars() as progress:
+        history = run.history(with_origin(source), 1, progress, spectrum=full)
+        history.jump_log = _recorded_jumps(run.checkpoints)
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
     trouble = [] if history.cache_trouble is None else [history.cache_trouble]
     for note in [*analysis.notes[len(source.notes) :], *trouble]:
         console.print(f"  note: {note}")
-    show(analysis, by, console)
-    drawn = {} if plots is None else write_plots(analysis, plots)
-    for name, told in drawn.items():
-        console.print(f"plot {name}: {told}")
+    _show(analysis, by, console)
+    written = {} if plots is None else write_plots(analysis, plots)
+    for name, outcome in written.items():
+        console.print(f"plot {name}: {outcome}")
     if as_json:
-        print(json_text({**facts, **analysis.as_dict(), "plots": drawn}))
+        print(json_text({**facts, **analysis.as_dict(), "plots": written}))
 
 
-def _tried(checkpoints: list[Path]) -> list[dict[str, Any]]:
-    """The jumps that the journal of a run folder has; none for checkpoints that belong to no run of ours."""
+def _recorded_jumps(checkpoints: list[Path]) -> list[dict[str, Any]]:
+    """Return the jumps in the journal of the run's folder; none for checkpoints from elsewhere."""
     from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
     from next_core.sources.jumps import jump_places
 
@@ -84,84 +92,69 @@ def _tried(checkpoints: list[Path]) -> list[dict[str, Any]]:
     return next((valid_jumps(read_journal(journal)) for journal in journals if journal.exists()), [])
 
 
-def show(analysis: Analysis, by: str, console: Console) -> None:
-    """What was read, all figures of all matrices, the chosen table, what is missing, and the advice."""
+def _show(analysis: Analysis, by: str, console: Console) -> None:
     console.print(
-        f"{'evenly' if analysis.even else 'unevenly'} spaced, counted from step {analysis.origin}; "
-        f"{len(analysis.matrices)} matrices move, {len(analysis.frozen)} do not"
+        f"{'evenly' if analysis.even else 'unevenly'} spaced, deltas count from step {analysis.origin}; "
+        f"{len(analysis.matrices)} matrices changed, {len(analysis.frozen)} did not"
     )
     if analysis.matrices:
-        console.print(_overall(analysis, words=console.width >= WORDS_FROM))
-        console.print(_table(analysis, by))
-    for reason, figures in _by_reason(analysis).items():
-        console.print(f"not measured: {', '.join(figures)}: {reason}")
-    for name, reason in list(analysis.frozen.items())[:MOST_FROZEN]:
-        console.print(f"frozen: {name}: {reason}")
-    if len(analysis.frozen) > MOST_FROZEN:
-        console.print(f"frozen: and {len(analysis.frozen) - MOST_FROZEN} more; --json names all")
+        console.print(_overall(analysis, explain=console.width >= ROOM_FOR_MEANINGS))
+        console.print(_grouped(analysis, by))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in analysis.missing.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        console.print(f"not measured: {', '.join(names)}: {reason}")
+    frozen = [f"frozen: {name}: {reason}" for name, reason in analysis.frozen.items()]
+    for line in shorten(frozen, MOST_FROZEN, "frozen"):
+        console.print(line)
     if analysis.precision is not None and analysis.precision.drowned:
-        console.print(f"drowned in rounding: {', '.join(analysis.precision.drowned[:MOST_FROZEN])}")
+        console.print(f"lost in rounding: {', '.join(analysis.precision.drowned[:MOST_FROZEN])}")
     console.print()
     for sentence in analysis.advice:
         console.print(f"- {sentence}")
 
 
-def _overall(analysis: Analysis, words: bool) -> Table:
+def _overall(analysis: Analysis, *, explain: bool) -> Table:
+    """Return one row for each figure, over all matrices."""
     from next_core.diagnostics.analysis_results import FIGURES, number
 
-    horizon = "" if analysis.horizon is None else f"; out of sample: {analysis.horizon} steps ahead"
-    title = f"All matrices: median (quartiles), beside random walks with the same step lengths{horizon}"
-    table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
-    for column, side in (("figure", "left"), ("run", "right"), ("quartiles", "right"), ("", "left")):
-        table.add_column(column, justify="left" if side == "left" else "right", no_wrap=True)
-    table.add_column("random walk", justify="right", no_wrap=True)
-    table.add_column("95%", justify="right", no_wrap=True)
-    if words:
-        table.add_column("what it is", no_wrap=True)
-    for name, figure in analysis.overall.figures.items():
-        if figure.value is None:
-            continue
-        spread = "" if figure.quartiles is None else " to ".join(map(number, figure.quartiles))
-        null = figure.null
-        cells = (FIGURES[name].heading, number(figure.value), spread, MARKS[figure.outside])
-        walk = ("-", "") if null is None else (number(null.mean), f"{number(null.low)} to {number(null.high)}")
-        table.add_row(*cells, *walk, *([FIGURES[name].words] if words else []))
-    return table
+    def rows() -> Iterator[list[str]]:
+        for name, figure in analysis.overall.figures.items():
+            if figure.value is None:
+                continue
+            spread = "" if figure.quartiles is None else " to ".join(map(number, figure.quartiles))
+            null = figure.null
+            walk = ("-", "") if null is None else (number(null.mean), f"{number(null.low)} to {number(null.high)}")
+            row = [FIGURES[name].heading, number(figure.value), spread, MARKS[figure.outside], *walk]
+            yield [*row, FIGURES[name].words] if explain else row
+
+    ahead = "" if analysis.horizon is None else f"; out-of-sample figures: {analysis.horizon} steps ahead"
+    title = f"All matrices: median and quartiles, against random walks with the same step lengths{ahead}"
+    headings = ["figure", "run", "quartiles", "", "random walk", "95%", *(["meaning"] if explain else [])]
+    return make_table(title, headings, rows(), text=("figure", "meaning"))
 
 
-def _table(analysis: Analysis, by: str) -> Table:
-    groups: dict[str, Group] = {
-        "layer": {str(layer): group for layer, group in analysis.layers.items()},
-        "kind": dict(analysis.kinds),
-        "matrix": {_short(name): group for name, group in analysis.matrices.items()},
-    }[by]
+def _grouped(analysis: Analysis, by: str) -> Table:
+    """Return one row for each layer, kind or matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
     title = f"By {by}: {'' if by == 'matrix' else 'median; '}↑ above, ↓ below the random walk's 95%"
-    table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
-    table.add_column(by, overflow="fold")
-    if by != "matrix":
-        table.add_column("matrices", justify="right", no_wrap=True)
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    for label, group in groups.items():
-        cells = (_marked(group.figures[name]) if name in group.figures else "-" for name in columns)
-        table.add_row(label, *([] if by == "matrix" else [str(len(group.members))]), *cells)
-    return table
+    if by == "matrix":
+        headings, groups = [by], {(_short(name),): group for name, group in analysis.matrices.items()}
+    else:
+        found = analysis.kinds if by == "kind" else analysis.layers
+        headings = [by, "matrices"]
+        groups = {(str(key), str(len(group.members))): group for key, group in found.items()}
+    rows = ([*labels, *(_marked(group.figures.get(name)) for name in columns)] for labels, group in groups.items())
+    return make_table(title, [*headings, *columns.values()], rows, text=(by,))
 
 
 def _short(name: str) -> str:
-    """12.mlp.up_proj for model.layers.12.mlp.up_proj.weight: a narrow terminal has no room for the rest."""
+    """Return 12.mlp.up_proj for model.layers.12.mlp.up_proj.weight, to fit a narrow terminal."""
     return name.removeprefix("model.layers.").removesuffix(".weight")
 
 
-def _marked(figure: Figure) -> str:
+def _marked(figure: Figure | None) -> str:
     from next_core.diagnostics.analysis_results import number
 
-    return "-" if figure.value is None else f"{number(figure.value)}{MARKS[figure.outside] or ' '}"
-
-
-def _by_reason(analysis: Analysis) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, reason in analysis.missing.items():
-        found.setdefault(reason, []).append(name)
-    return found
+    return "-" if figure is None or figure.value is None else f"{number(figure.value)}{MARKS[figure.outside] or ' '}"

@@ -1,113 +1,120 @@
-"""`next-core backtest`."""
+"""``next-core backtest``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
-from rich.table import Table
 
-from next_core.cli.console import make_console
-from next_core.cli.options import RunOptions, report
-from next_core.cli.progress import Bars
+from next_core.cli.console import make_console, make_table, progress_bars, shorten
+from next_core.cli.options import Json, Rank, RunOptions, expand_options, show_source
 
 if TYPE_CHECKING:
     from next_core.diagnostics.backtest_results import Backtest, Judged
 
 MOST_FAILURES = 8
-COLUMNS = ("skill", "95%", "", "null", "null's 95%", "error", "cosine", "norm", "lambda*", "damped", "acted", "s")
+COLUMNS = ("skill", "95%", "", "random walk", "its 95%", "error", "cosine", "norm", "lambda*", "damped", "acted", "s")
 
 
-def backtest_command(
+@expand_options
+def backtest(
     run: RunOptions,
-    *,
-    predictors: str | None = None,
-    horizon: int | None = None,
-    cuts: int | None = None,
-    draws: int = 5,
-    seed: int = 0,
-    rank: int = 1,
-    fields: list[str] | None = None,
-    as_json: bool = False,
+    predictors: Annotated[
+        str | None,
+        typer.Option(metavar="all|A,B,...", help="Predictors to score; default: all that train no network"),
+    ] = None,
+    horizon: Annotated[
+        int | None,
+        typer.Option(help="RL steps ahead; default: the one with the most cuts, at least two checkpoints"),
+    ] = None,
+    cuts: Annotated[
+        int | None, typer.Option(help="Number of steps to predict from, evenly spaced; default: all that fit")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Number of random walks to repeat the backtest on; 0: no null")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks and of the intervals")] = 0,
+    rank: Rank = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.KEY=VALUE", help="A setting of one predictor: secant.window=25"),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Open, replay, show a table, the best first."""
+    """Score predictors on a recorded run by walk-forward backtest, and on random walks; train nothing."""
     from next_core.diagnostics.backtest import backtest
     from next_core.storage.json_lines import json_text
 
-    chosen = parse_predictors(predictors, fields or [])
+    chosen = parse_predictors(predictors, settings or [])
     console = make_console(as_json=as_json)
     source = run.source()
-    facts = report(run, source, console)
-    with Bars() as bars:
+    facts = show_source(run, source, console)
+    with progress_bars() as progress:
         history = run.history(source, rank)
-        found = backtest(history, chosen, horizon=horizon, cuts=cuts, draws=draws, seed=seed, progress=bars)
+        found = backtest(history, chosen, horizon=horizon, cuts=cuts, draws=draws, seed=seed, progress=progress)
     notes = [*found.notes, *([] if history.cache_trouble is None else [history.cache_trouble])]
-    show(found, notes, console)
+    _show(found, notes, console)
     if as_json:
         print(json_text({**facts, **found.as_dict(), "rank": rank, "notes": [*source.notes, *notes]}))
 
 
-def parse_predictors(predictors: str | None, fields: list[str]) -> dict[str, dict[str, Any]] | None:
-    """Names and ``name.key=value`` as predictors with their fields; None where nothing was asked for.
+def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, dict[str, Any]] | None:
+    """Return the settings of each predictor to score, by name; None for the default ones.
 
-    Raises ``ConfigError`` for fields of a predictor that is not judged.
+    Raises ``ConfigError`` for settings of a predictor that is not scored.
     """
     from next_core.config import parse_assignments
     from next_core.diagnostics.backtest import BASELINES, default_predictors
     from next_core.errors import ConfigError
     from next_core.plugins import registry
 
-    given = parse_assignments(fields)
+    given = parse_assignments(settings)
     if predictors == "all":
         names = registry().names("predictor")
     elif predictors is not None:
         names = [name.strip() for name in predictors.split(",") if name.strip()]
-    elif given:  # beside what is judged anyway
+    elif given:
         names = [*default_predictors()[0], *given]
     else:
         return None
     chosen: dict[str, dict[str, Any]] = {name: {} for name in dict.fromkeys([*BASELINES, *names])}
     for name, values in given.items():
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {name}={values}: name the predictor, as in secant.window=10")
+            raise ConfigError(
+                f"--set {name}={values}: name the predictor, as in secant.window=10", kind="config-invalid-value"
+            )
         if name not in chosen:
-            raise ConfigError(f"--set {name}.{next(iter(values))}: '{name}' is not judged; add it to --predictors")
+            raise ConfigError(
+                f"--set {name}.{next(iter(values))}: '{name}' is not scored; add it to --predictors",
+                kind="config-contradiction",
+            )
         chosen[name] = values
     return chosen
 
 
-def show(found: Backtest, notes: list[str], console: Console) -> None:
-    """What was replayed, the table, what failed, and the verdict."""
+def _show(found: Backtest, notes: list[str], console: Console) -> None:
     cuts = found.cuts
-    overlap = f"blocks of {found.block} for the intervals" if found.block > 1 else "which do not overlap"
+    overlap = f"overlapping in blocks of {found.block}" if found.block > 1 else "not overlapping"
     console.print(
-        f"{found.horizon} steps ahead of {len(cuts)} cuts (steps {cuts[0]} to {cuts[-1]}, {overlap}), "
-        f"{found.matrices} matrices, {found.draws} random walks; {found.shared_seconds:.1f} s for what all share"
+        f"{found.horizon} steps ahead from {len(cuts)} cuts (steps {cuts[0]} to {cuts[-1]}, {overlap}), "
+        f"{found.matrices} matrices, {found.draws} random walks; {found.shared_seconds:.1f} s of shared work"
     )
     for note in notes:
         console.print(f"  note: {note}")
-    console.print(_table(found))
+    title = "Skill relative to no jump; ↑ above, ↓ below the skill on random walks; * beats both"
+    rows = (
+        [f"{judged.name}{' *' if judged.useful else ''}", *_cells(judged, len(cuts))]
+        for judged in found.predictors.values()
+    )
+    console.print(make_table(title, ["predictor", *COLUMNS], rows, text=("predictor",)))
     for judged in found.predictors.values():
-        for failure in judged.failures[:MOST_FAILURES]:
-            console.print(f"failed: {judged.name} at step {failure.cut}: {failure.reason}")
-        if len(judged.failures) > MOST_FAILURES:
-            console.print(f"failed: {judged.name}: {len(judged.failures) - MOST_FAILURES} cuts more; --json has all")
+        failures = [f"failed: {judged.name} at step {failure.cut}: {failure.reason}" for failure in judged.failures]
+        for line in shorten(failures, MOST_FAILURES, f"failed: {judged.name}"):
+            console.print(line)
         if not judged.acted and judged.reasons and judged.name != "stay":
             console.print(f"abstained: {judged.name}: {next(iter(judged.reasons))}")
     useful = [judged.name for judged in found.predictors.values() if judged.useful]
     console.print()
-    console.print(f"Better than staying and than its random walks: {', '.join(useful) or 'none'}")
-
-
-def _table(found: Backtest) -> Table:
-    title = "Skill against staying put, ↑ above and ↓ below the same on random walks; a * on what beats both"
-    table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
-    table.add_column("predictor", no_wrap=True)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for judged in found.predictors.values():
-        table.add_row(f"{judged.name}{' *' if judged.useful else ''}", *_cells(judged, len(found.cuts)))
-    return table
+    console.print(f"Better than no jump and than on random walks: {', '.join(useful) or 'none'}")
 
 
 def _cells(judged: Judged, cuts: int) -> list[str]:

@@ -1,130 +1,120 @@
-"""`next-core compare`."""
+"""``next-core compare``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
-from rich.table import Table
 
-from next_core.cli.console import make_console
-from next_core.cli.progress import Bars
-from next_core.storage.json_lines import json_text
+from next_core.cli.console import make_console, make_table, progress_bars
+from next_core.cli.options import Json
 
 if TYPE_CHECKING:
-    from next_core.comparison.comparison_config import Arm, CompareConfig
+    from next_core.comparison.comparison_config import Arm
     from next_core.comparison.races import RacePlan
 
-NOTHING = "-"
 
-
-def compare_command(
-    path: Path,
-    out: Path,
-    *,
-    workers: int,
-    overwrite: bool,
-    keep_checkpoints: bool,
-    dry_run: bool,
-    as_json: bool,
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file of the comparison; see docs/compare.md")],
+    out: Annotated[Path, typer.Option(help="Folder of the results. Run the command again to resume")] = Path(
+        "runs/compare"
+    ),
+    workers: Annotated[int, typer.Option(help="Number of runs at a time, each in its own process")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the runs in --out and start over")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of every run; default: only the figures")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config and list the runs; train nothing")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Load, race what is missing, judge, show."""
+    """Compare predictors with plain RL and with controls: same trainer, same budget, paired seeds."""
     from next_core.comparison import compare, load_comparison
-    from next_core.comparison.execution import COMPARE, check_folder
+    from next_core.comparison.execution import COMPARE, check_folder, is_done
     from next_core.comparison.races import make_plan
     from next_core.errors import ConfigError
     from next_core.process.quiet import quiet_libraries
+    from next_core.storage.json_lines import json_text
 
     if workers < 1:
-        raise ConfigError(f"--workers must be at least 1 (got {workers})")
-    config, arms = load_comparison(path)
-    plan = make_plan(config, arms)
+        raise ConfigError(f"--workers must be at least 1 (got {workers})", kind="config-invalid-value")
+    settings, arms = load_comparison(config)
+    plan = make_plan(settings, arms)
     check_folder(out, plan, overwrite)
     console = make_console(as_json=as_json)
-    _show_plan(plan, config, arms, out, console)
+    done = sum(is_done(race, out) for race in plan.races)
+    _show_plan(plan, arms, len(settings.seeds), done, console)
     if dry_run:
         if as_json:
-            print(json_text(_plan_facts(plan, out)))
+            folders = {race.title: str(out / race.folder) for race in plan.races}
+            counts = {"races": len(plan.races), "done": done, "steps": plan.steps, "shared": plan.shared}
+            print(json_text({**counts, "folders": folders}))
         return
     quiet_libraries()
-    with Bars() as bars:
+    with progress_bars() as progress:
         found = compare(
-            config, arms, out, overwrite=overwrite, workers=workers, keep_checkpoints=keep_checkpoints, progress=bars
+            settings,
+            arms,
+            out,
+            overwrite=overwrite,
+            workers=workers,
+            keep_checkpoints=keep_checkpoints,
+            progress=progress,
         ).as_dict()
-    show(found, console)
-    console.print(f"Figures: {out / COMPARE}; a page of them: next-core report {out}")
+    _show(found, console)
+    console.print(f"Figures: {out / COMPARE}; for an HTML report: next-core report {out}")
     if as_json:
         print(json_text(found))
 
 
-def _show_plan(plan: RacePlan, config: CompareConfig, arms: list[Arm], out: Path, console: Console) -> None:
-    facts, seeds = _plan_facts(plan, out), len(config.seeds)
+def _show_plan(plan: RacePlan, arms: list[Arm], seeds: int, done: int, console: Console) -> None:
     console.print(
-        f"{len(arms)} arms, {seeds} seed{'s' * (seeds > 1)}: {facts['races']} races, {facts['steps']} RL steps; common "
-        f"prefixes save {facts['shared']} more. {facts['done']} races are done."
+        f"{len(arms)} arms x {seeds} seed{'s' * (seeds > 1)}: {len(plan.races)} runs, {plan.steps} RL steps "
+        f"({plan.shared} more are saved by shared prefixes); {done} runs are finished."
     )
     for arm in arms:
         values = [", ".join(f"{key} {value}" for key, value in v.values.items()) for v in arm.variants if v.values]
-        chosen = f"; validation chooses among {' | '.join(values)}" if values else ""
+        chosen = f"; best of {' | '.join(values)} on the validation prompts" if values else ""
         console.print(f"  {arm.name} ({arm.role}): {arm.variants[0].config.predictor.name}{chosen}")
 
 
-def _plan_facts(plan: RacePlan, out: Path) -> dict[str, Any]:
-    from next_core.comparison.execution import is_done
-
-    return {
-        "races": len(plan.races),
-        "done": sum(is_done(race, out) for race in plan.races),
-        "steps": plan.steps,
-        "shared": plan.shared,
-        "folders": {race.title: str(out / race.folder) for race in plan.races},
-    }
-
-
-def show(found: dict[str, Any], console: Console) -> None:
-    """One table: a row for each arm."""
+def _show(found: dict[str, Any], console: Console) -> None:
     metric, seeds = found["metric"], len(found["seeds"])
-    console.print()
-    table = Table(
-        title=f"Accuracy ({metric}) on the test prompts, mean over {seeds} seed{'s' * (seeds > 1)} and 95% intervals",
-        header_style="bold",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("arm", no_wrap=True)
-    columns = ("steps", metric, "- plain", "= plain step", "steps saved", "seconds saved", "ICER", "steps spent")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name, arm in found["arms"].items():
         beyond = "≥ " if arm["beyond"] else ""
-        table.add_row(
-            name,
-            str(arm["steps"]),
-            _interval(arm["test"][metric], ".3f"),
-            _interval(arm["difference"], "+.3f"),
-            beyond + _mean(arm["equals_step"], ".0f"),
-            beyond + _mean(arm["steps_saved"], "+.0f"),
-            beyond + _mean(arm["seconds_saved"], "+.1f"),
-            _mean(arm["icer"], ".1f"),
-            str(arm["spent_steps"]),
+        rows.append(
+            [
+                name,
+                str(arm["steps"]),
+                _interval(arm["test"][metric], ".3f"),
+                _interval(arm["difference"], "+.3f"),
+                beyond + _mean(arm["equals_step"], ".0f"),
+                beyond + _mean(arm["steps_saved"], "+.0f"),
+                beyond + _mean(arm["seconds_saved"], "+.1f"),
+                _mean(arm["icer"], ".1f"),
+                str(arm["spent_steps"]),
+            ]
         )
-    console.print(table)
-    for title, reason in found["failed"].items():
-        console.print(f"failed, and left out: {title}: {reason}")
+    title = f"Accuracy ({metric}) on the test prompts: mean over {seeds} seed{'s' * (seeds > 1)}, 95% intervals"
+    headings = ["arm", "steps", metric, "vs plain", "plain steps", "steps saved", "seconds saved", "ICER", "steps spent"]
+    console.print()
+    console.print(make_table(title, headings, rows, text=("arm",)))
+    for run, reason in found["failed"].items():
+        console.print(f"failed and excluded: {run}: {reason}")
     for name, arm in found["arms"].items():
         if arm["chosen"]:
             values = ", ".join(f"{key} {value}" for key, value in arm["chosen"].items())
-            console.print(f"{name}: validation chose {values} of {len(arm['variants'])}")
+            console.print(f"{name}: {values} was the best of {len(arm['variants'])} on the validation prompts")
 
 
 def _mean(figure: dict[str, Any] | None, form: str) -> str:
-    return NOTHING if figure is None else format(figure["mean"], form)
+    return "-" if figure is None else format(figure["mean"], form)
 
 
 def _interval(figure: dict[str, Any] | None, form: str) -> str:
-    if figure is None:
-        return NOTHING
-    mean = format(figure["mean"], form)
-    return mean if figure["low"] is None else f"{mean} ±{figure['mean'] - figure['low']:.3f}"
+    half = "" if figure is None or figure["low"] is None else f" ±{figure['mean'] - figure['low']:.3f}"
+    return _mean(figure, form) + half

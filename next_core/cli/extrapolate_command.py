@@ -1,42 +1,54 @@
-"""`next-core extrapolate`."""
+"""``next-core extrapolate``."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 
-from next_core.cli.options import RunOptions, report
-from next_core.cli.progress import Bars
+from next_core.cli.console import make_console, progress_bars, shorten
+from next_core.cli.options import (
+    Applier,
+    Json,
+    Predictor,
+    Rank,
+    RunOptions,
+    Set,
+    SetApplier,
+    expand_options,
+    show_source,
+)
 
 if TYPE_CHECKING:
     from next_core.interfaces import Applied
 
-
-MOST_NAMED = 8
-"""Matrices that stay where they are, which people are told by name."""
+MOST_UNCHANGED = 8
 
 
-def extrapolate_command(
+@expand_options
+def extrapolate(
     run: RunOptions,
-    out: Path,
-    *,
-    horizon: int,
-    predictor: str,
-    alpha: float,
-    alphas: str | None,
-    rank: int,
-    applier: str,
-    fields: list[str],
-    applier_fields: list[str],
-    dry_run: bool,
-    strict: bool,
-    as_json: bool,
+    out: Annotated[Path, typer.Option(help="Folder for the extrapolated weights; must not exist")],
+    horizon: Annotated[int, typer.Option(help="RL steps past the newest checkpoint")],
+    predictor: Predictor = "secant",
+    alpha: Annotated[float, typer.Option(help="Factor on the length of the jump")] = 1.0,
+    alphas: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Write one folder into --out for each of these factors")
+    ] = None,
+    rank: Rank = 1,
+    applier: Applier = "peft-adapter",
+    settings: Set = None,
+    applier_settings: SetApplier = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict and print the result; write nothing")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 4 when the predictor abstains for a matrix")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Open, fit, predict, apply; say what moved and what did not."""
-    from next_core.appliers.alpha_sweep import apply_sweep, folder_names, makes_folders
+    """Extrapolate recorded checkpoints and write the predicted weights."""
+    from next_core.appliers.alpha_sweep import apply_sweep, makes_folders
     from next_core.appliers.folder_applier import FolderApplier
     from next_core.config import parse_assignments
     from next_core.cycle.jump_norm import jump_norm
@@ -45,93 +57,102 @@ def extrapolate_command(
     from next_core.sources.precision import rounding_warnings
     from next_core.storage.json_lines import json_text
 
-    if alphas is not None and alpha != 1.0:
-        raise ConfigError("--alpha and --alphas contradict; leave one out")
-    if not 0 < alpha < math.inf:
-        raise ConfigError(f"--alpha must be a number above 0 (got {alpha:g})")
+    scales = _scales(alpha, alphas)
     if horizon < 1:
-        raise ConfigError(f"--horizon must be at least 1 (got {horizon})")
-    made = make_predictor(predictor, **parse_assignments(fields))
-    target = make_applier(applier, **parse_assignments(applier_fields))
+        raise ConfigError(f"--horizon must be at least 1 (got {horizon})", kind="config-invalid-value")
+    made = make_predictor(predictor, **parse_assignments(settings or []))
+    target = make_applier(applier, **parse_assignments(applier_settings or []))
     if not target.writes_folders:
         raise ConfigError(
             f"the applier '{applier}' changes a model in memory; use peft-adapter or merged-model",
             kind="config-invalid-value",
         )
-    in_place = getattr(target.config, "in_place", False)
-    if out.exists() and not (dry_run or in_place):
-        raise ConfigError(f"{out} exists already; choose another folder or remove it")
-    scales = None if alphas is None else parse_alphas(alphas)
-    if scales is not None:  # before the work, not after it
-        folder_names(scales)
-        if not makes_folders(target):
-            raise ConfigError(f"--alphas needs an applier that writes new folders; '{applier}' does not, as it is set")
-    console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True)
+    if alphas is not None and not makes_folders(target):
+        raise ConfigError(
+            f"--alphas needs an applier that writes new folders; '{applier}' with these settings does not",
+            kind="config-contradiction",
+        )
+    console = make_console(as_json=as_json)
     source = run.source()
-    if isinstance(target, FolderApplier):  # what cannot be written is said before the work
-        target.check_source(source, out, dry_run)
-    found = report(run, source, console)
+    if isinstance(target, FolderApplier):
+        target.check_source(source, out, dry_run)  # before the work
+    facts = show_source(run, source, console)
     warnings = rounding_warnings(source)
     for warning in warnings:
         console.print(f"  warning: {warning}")
-    with Bars() as bars:
-        made.progress = bars
-        history = run.history(source, rank, bars)
+    with progress_bars() as progress:
+        made.progress = progress
+        history = run.history(source, rank, progress)
         prediction = made.fit(history).predict(horizon)
     if prediction.abstention is not None:
-        raise CheckpointError(f"{predictor} predicts nothing from {run}: {prediction.abstention}")
+        where = ", ".join(map(str, run.checkpoints))
+        raise CheckpointError(
+            f"{predictor} predicts nothing from {where}: {prediction.abstention}", kind="predictor-abstained"
+        )
     if strict and prediction.abstained:
         name, reason = next(iter(prediction.abstained.items()))
-        raise GuardError(f"{len(prediction.abstained)} matrices abstain, among them '{name}': {reason}")
+        raise GuardError(
+            f"{predictor} abstains for {len(prediction.abstained)} matrices, among them '{name}': {reason}",
+            kind="predictor-abstained",
+        )
     norm = jump_norm(prediction, alpha, history)
     written: dict[float, Applied] = {}
     if not dry_run:
-        with Bars() as bars:
-            target.progress = bars
-            if scales is not None:
-                written = dict(apply_sweep(target, prediction, scales, out))
-            else:
+        with progress_bars() as progress:
+            target.progress = progress
+            if alphas is None:
                 written = {alpha: target.apply(prediction, alpha, out=out)}
-    landed = {f"{a:g}": getattr(applied, "share", None) for a, applied in written.items()}
-    facts: dict[str, Any] = {
-        **found,
-        "warnings": warnings,
-        "predictor": predictor,
-        "horizon": horizon,
-        "alpha": alpha if scales is None else scales,
-        "rank": rank,
-        "moved": len(prediction.updates),
-        "abstained": dict(prediction.abstained),
-        "norm": norm.jump,
-        "norm_ratio": norm.ratio,
-        "diagnostics": dict(prediction.diagnostics),
-        "applier": applier,
-        "out": None if dry_run else str(out),
-        "share_landed": landed,
-    }
+            else:
+                written = dict(apply_sweep(target, prediction, scales, out))
+    remaining = {f"{scale:g}": getattr(applied, "share", None) for scale, applied in written.items()}
     console.print(
-        f"{predictor} moved {len(prediction.updates)} matrices by {horizon} steps, "
-        f"{norm.ratio:.2f} times the recent motion"
+        f"{predictor} extrapolated {len(prediction.updates)} matrices by {horizon} steps; the norm of the jump is "
+        f"{norm.ratio:.2f} times that of the update over the last {horizon} steps"
     )
-    for name, reason in list(prediction.abstained.items())[:MOST_NAMED]:
-        console.print(f"  stays: {name}: {reason}")
-    if len(prediction.abstained) > MOST_NAMED:
-        console.print(f"  and {len(prediction.abstained) - MOST_NAMED} more stay; --json names them all")
+    unchanged = [f"  unchanged: {name}: {reason}" for name, reason in prediction.abstained.items()]
+    for line in shorten(unchanged, MOST_UNCHANGED, "  unchanged"):
+        console.print(line)
     if history.cache_trouble is not None:
         console.print(f"  note: {history.cache_trouble}")
     console.print("nothing written (--dry-run)" if dry_run else f"written: {out} ({applier})")
-    for scale, share in landed.items():
+    for scale, share in remaining.items():
         if share is not None:
-            console.print(f"  alpha {scale}: {share:.1%} of the jump is left after rounding to what is stored")
+            console.print(f"  alpha {scale}: {share:.1%} of the jump remains after rounding to the stored precision")
     if as_json:
+        facts |= {
+            "warnings": warnings,
+            "predictor": predictor,
+            "horizon": horizon,
+            "alpha": alpha if alphas is None else scales,
+            "rank": rank,
+            "moved": len(prediction.updates),
+            "abstained": dict(prediction.abstained),
+            "norm": norm.jump,
+            "norm_ratio": norm.ratio,
+            "diagnostics": dict(prediction.diagnostics),
+            "applier": applier,
+            "out": None if dry_run else str(out),
+            "share_landed": remaining,
+        }
         print(json_text(facts))
 
 
-def parse_alphas(text: str) -> list[float]:
-    """``0.5,1,2`` as numbers. Raises ``ConfigError`` for anything else."""
+def _scales(alpha: float, alphas: str | None) -> list[float]:
+    """Return the factors that ``--alpha`` or ``--alphas`` asks for. Raises ``ConfigError``."""
+    from next_core.appliers.alpha_sweep import folder_names
     from next_core.errors import ConfigError
 
+    if alphas is None:
+        if not 0 < alpha < math.inf:
+            raise ConfigError(f"--alpha must be a number above 0 (got {alpha:g})", kind="config-invalid-value")
+        return [alpha]
+    if alpha != 1.0:
+        raise ConfigError("--alpha and --alphas contradict; omit one of them", kind="config-contradiction")
     try:
-        return [float(part) for part in text.split(",")]
+        scales = [float(part) for part in alphas.split(",")]
     except ValueError:
-        raise ConfigError(f"--alphas takes numbers with commas between them, as 0.5,1,2 (got {text})") from None
+        raise ConfigError(
+            f"--alphas takes numbers separated by commas, such as 0.5,1,2 (got {alphas})", kind="config-invalid-value"
+        ) from None
+    folder_names(scales)
+    return scales

@@ -1,86 +1,64 @@
-"""The options that every command on recorded checkpoints has, and what they open."""
+"""Options that several commands share. Each is declared once, in an alias or in a dataclass of options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from next_core.history.delta_cache import DeltaCache
     from next_core.history.history import History
     from next_core.interfaces import CheckpointSource
     from next_core.types import Progress
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on standard output")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the plug-in, e.g. gate.window=25")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
 ]
 SetApplier = Annotated[
-    list[str] | None,
-    typer.Option("--set-applier", metavar="KEY=VALUE", help="A field of the applier, e.g. rank=16"),
+    list[str] | None, typer.Option("--set-applier", metavar="KEY=VALUE", help="A setting of the applier: rank=16")
 ]
-Checkpoints = Annotated[
-    list[Path],
-    typer.Option(help="Folder of a run's checkpoints; or, given several times, the folders of the checkpoints"),
-]
-Predictor = Annotated[str, typer.Option(help="A predictor's name; see `next-core plugins`")]
-Rank = Annotated[int, typer.Option(help="Rank k of the factors the predictor reads")]
+Predictor = Annotated[str, typer.Option(help="A name from `next-core plugins`, or module:Class")]
+Rank = Annotated[int, typer.Option(help="Rank of the compressed deltas that the predictor reads")]
 Applier = Annotated[str, typer.Option(help="peft-adapter or merged-model")]
-Backbone = Annotated[Path | None, typer.Option(help="The base model's folder")]
-Layout = Annotated[str | None, typer.Option(help="Force a checkpoint layout by its source's name")]
-SkipDamaged = Annotated[
-    bool, typer.Option("--skip-damaged", help="Go on without checkpoints that are incomplete or damaged")
+Checkpoints = Annotated[
+    list[Path], typer.Option(help="Folder with a run's checkpoints. Repeat to list the checkpoints one by one")
 ]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin files too (tensors only: nothing in them is run)")
-]
-Masters = Annotated[
-    bool, typer.Option("--masters", help="fp32 masters from DeepSpeed's states; with --allow-pickle, can run code")
-]
-Compression = Annotated[str | None, typer.Option("--compressor", help="exact or lanczos; default: by what is stored")]
-CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Where decomposed deltas are kept for the next time")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="local, or ray (extra `ray`)")]
-Address = Annotated[
-    str | None, typer.Option(help="A Ray cluster's address, or auto; default: a Ray of its own on this machine")
-]
-Workers = Annotated[int, typer.Option(help="Processes at a time, one thread each")]
+Backbone = Annotated[Path | None, typer.Option(help="Folder of the base model")]
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Recorded checkpoints, as the command line names them."""
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Which recorded checkpoints to read, and how."""
 
-    checkpoints: list[Path]
-    backbone: Path | None = None
-    layout: str | None = None
-    skip_damaged: bool = False
-    allow_pickle: bool = False
-    masters: bool = False
-    compressor: str | None = None
-    cache: Path | None = None
-    no_cache: bool = False
-    executor: str = "local"
-    workers: int = 1
-    address: str | None = None
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.checkpoints))
+    checkpoints: Checkpoints
+    backbone: Backbone = None
+    layout: Annotated[str | None, typer.Option(help="Read this layout instead of detecting it")] = None
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Skip incomplete and damaged checkpoints instead of failing")
+    ] = False
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also read .bin files (tensors only: their code is not run)")
+    ] = False
+    masters: Annotated[
+        bool,
+        typer.Option("--masters", help="Read DeepSpeed's fp32 master weights; with --allow-pickle this may run code"),
+    ] = False
 
     def source(self) -> CheckpointSource:
-        """Open them. Raises ``CheckpointError`` for what is damaged, ``ConfigError`` for what contradicts."""
+        """Open the checkpoints. Raises ``CheckpointError`` for damaged ones."""
         from next_core.checkpoints import open_checkpoints
-        from next_core.errors import ConfigError
 
-        if self.no_cache and self.cache is not None:
-            raise ConfigError("--cache and --no-cache contradict; leave one out")
-        path = self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints
         return open_checkpoints(
-            path,
+            self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints,
             self.backbone,
             self.layout,
             skip_damaged=self.skip_damaged,
@@ -88,14 +66,49 @@ class RunOptions:
             masters=self.masters,
         )
 
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Where decomposed deltas are cached. Raises ``ConfigError`` when the two options contradict."""
+
+    cache: Annotated[Path | None, typer.Option(help="Cache decomposed deltas in this folder")] = None
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Cache nothing")] = False
+
+    def __post_init__(self) -> None:
+        if self.no_cache and self.cache is not None:
+            from next_core.errors import ConfigError
+
+            raise ConfigError("--cache and --no-cache contradict; omit one of them", kind="config-contradiction")
+
+    def open_cache(self, compressor_version: str = "") -> DeltaCache | None:
+        """Return the cache, or None with ``--no-cache``."""
+        from next_core.history.delta_cache import DeltaCache, default_folder
+
+        if self.no_cache:
+            return None
+        return DeltaCache(self.cache or default_folder(), compressor_version=compressor_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(CacheOptions, SourceOptions):
+    """Recorded checkpoints, and how their deltas are decomposed."""
+
+    compressor: Annotated[
+        str | None, typer.Option(help="exact or lanczos; default: exact for LoRA runs, else lanczos")
+    ] = None
+    executor: Annotated[str, typer.Option(help="local, or ray (extra `ray`)")] = "local"
+    workers: Annotated[int, typer.Option(help="Number of processes, one thread each")] = 1
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster, or auto; default: start Ray on this machine")
+    ] = None
+
     def history(
         self, source: CheckpointSource, rank: int, progress: Progress | None = None, *, spectrum: bool = False
     ) -> History:
-        """What predictors and diagnostics read of it."""
+        """Return the history that predictors and diagnostics read."""
         from pydantic import ValidationError
 
         from next_core.errors import ConfigError
-        from next_core.history.delta_cache import DeltaCache, default_folder
         from next_core.history.executor import Executor
         from next_core.history.history import History
         from next_core.plugins import make_compressor, registry
@@ -106,15 +119,44 @@ class RunOptions:
                 {"name": self.executor, "workers": self.workers, "address": self.address}
             )
         except ValidationError as error:
-            raise ConfigError(explain(error, "executor", Executor)) from None
-        version = registry().version("compressor", self.compressor) if self.compressor else ""
-        cache = None if self.no_cache else DeltaCache(self.cache or default_folder(), compressor_version=version)
-        compressor = None if self.compressor is None else make_compressor(self.compressor)
+            raise ConfigError(explain(error, "executor", Executor), kind="config-invalid-value") from None
+        name = self.compressor
+        compressor = None if name is None else make_compressor(name)
+        cache = self.open_cache("" if name is None else registry().version("compressor", name))
         return History(source, rank, compressor, progress, spectrum=spectrum, executor=executor, cache=cache)
 
 
-def report(run: RunOptions, source: CheckpointSource, console: Console) -> dict[str, Any]:
-    """Say what was found and what is odd about it; the same for ``--json``."""
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter of ``command`` that is a dataclass of options by one option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    own = [parameter for parameter in own if parameter.name not in groups]
+    shared = [option for group in groups.values() for option in _parameters(group)]
+    # What is required comes first, then the command's own options.
+    shown = sorted([*shared, *own], key=lambda option: option.default is not option.empty)
+    shown.sort(key=lambda option: option.default is not option.empty and option in shared)
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        made = {key: cls(**{field.name: values.pop(field.name) for field in fields(cls)}) for key, cls in groups.items()}
+        command(**made, **values)
+
+    expanded.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in shown])  # type: ignore[attr-defined]
+    expanded.__annotations__ = {option.name: option.annotation for option in shown}
+    return expanded
+
+
+def _parameters(group: type) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        given = inspect.Parameter.empty if default is MISSING else default
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=hints[field.name])
+
+
+def show_source(options: SourceOptions, source: CheckpointSource, console: Console) -> dict[str, Any]:
+    """Print what was found and what is unusual about it. Return the same facts for ``--json``."""
     steps = source.steps
     span = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
     layout = f"{source.name} ({source.naming})" if source.naming else source.name
@@ -122,7 +164,7 @@ def report(run: RunOptions, source: CheckpointSource, console: Console) -> dict[
     for note in source.notes:
         console.print(f"  note: {note}")
     return {
-        "checkpoints": [str(path) for path in run.checkpoints],
+        "checkpoints": [str(path) for path in options.checkpoints],
         "layout": source.name,
         "naming": source.naming,
         "steps": list(steps),

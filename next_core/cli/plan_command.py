@@ -1,61 +1,87 @@
-"""`next-core plan`."""
+"""``next-core plan``."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from next_core.cli.options import RunOptions
+from next_core.cli.options import (
+    Applier,
+    Checkpoints,
+    Json,
+    Predictor,
+    Rank,
+    Set,
+    SetApplier,
+    SourceOptions,
+    expand_options,
+)
 
 if TYPE_CHECKING:
     from next_core.planning import ResourcePlan
 
 
-def plan_command(
-    config: Path | None,
-    run: RunOptions,
-    out: Path,
-    *,
-    horizon: int | None,
-    predictor: str,
-    rank: int,
-    applier: str,
-    fields: list[str],
-    applier_fields: list[str],
-    as_json: bool,
+@dataclass(frozen=True, kw_only=True)
+class OptionalSource(SourceOptions):
+    """Recorded checkpoints, if any."""
+
+    checkpoints: Checkpoints = field(default_factory=list)
+
+
+@expand_options
+def plan(
+    run: OptionalSource,
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; or name recorded --checkpoints")] = None,
+    out: Annotated[Path, typer.Option(help="Folder that the result would go to")] = Path("runs/run"),
+    horizon: Annotated[int | None, typer.Option(help="RL steps past the newest checkpoint")] = None,
+    predictor: Predictor = "secant",
+    rank: Rank = 1,
+    applier: Applier = "peft-adapter",
+    settings: Set = None,
+    applier_settings: SetApplier = None,
+    as_json: Json = False,
 ) -> None:
-    """The plan of a run config, or of an extrapolation of recorded checkpoints."""
+    """Estimate what a run or an extrapolation would read, compute and write, its memory, disk and time; do nothing."""
     from next_core.config import load_config, parse_assignments
     from next_core.errors import ConfigError
     from next_core.planning import plan_checkpoints, plan_run
     from next_core.plugins import make_predictor, registry
 
     if (config is None) == (not run.checkpoints):
-        raise ConfigError("plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)")
+        raise ConfigError(
+            "plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)",
+            kind="config-contradiction",
+        )
     if config is not None:
         given = {"--horizon": horizon is not None, "--predictor": predictor != "secant", "--rank": rank != 1}
-        given |= {"--set": bool(fields), "--applier": applier != "peft-adapter", "--set-applier": bool(applier_fields)}
-        for option, contradicts in given.items():
-            if contradicts:
-                raise ConfigError(f"{option} is of an extrapolation; a run's plan takes it from its config")
-        plan = plan_run(load_config(config), out)
+        given |= {"--set": settings, "--applier": applier != "peft-adapter", "--set-applier": applier_settings}
+        for option, is_given in given.items():
+            if is_given:
+                raise ConfigError(
+                    f"{option} belongs to --checkpoints; a run takes it from its config", kind="config-contradiction"
+                )
+        found = plan_run(load_config(config), out)
     else:
         if horizon is None:
-            raise ConfigError("--checkpoints needs --horizon, the RL steps to extrapolate")
-        made = make_predictor(predictor, **parse_assignments(fields))
-        target = parse_assignments(applier_fields)
+            raise ConfigError("--checkpoints needs --horizon, the RL steps to extrapolate", kind="config-contradiction")
+        made = make_predictor(predictor, **parse_assignments(settings or []))
+        target = parse_assignments(applier_settings or [])
         registry().make_config("applier", applier, target)
-        plan = plan_checkpoints(run.source(), made, horizon, rank=rank, applier=applier, applier_fields=target, out=out)
-    show_plan(plan, as_json=as_json)
+        found = plan_checkpoints(
+            run.source(), made, horizon, rank=rank, applier=applier, applier_fields=target, out=out
+        )
+    show_plan(found, as_json=as_json)
 
 
 def show_plan(plan: ResourcePlan, *, as_json: bool) -> None:
-    """One table, a section after the other; then what the trainer tells of itself, and the notes."""
+    """Print one table, section by section, then what the trainer adds, and the notes."""
     from next_core.storage.json_lines import json_text
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
@@ -64,14 +90,13 @@ def show_plan(plan: ResourcePlan, *, as_json: bool) -> None:
     table.add_column()
     table.add_column()
     for section, figures in plan.as_dict().items():
-        if section == "notes":
-            continue
-        rows = {name: _figure(section, name, value) for name, value in figures.items() if name != "trainer"}
-        for index, (name, text) in enumerate(rows.items()):
-            table.add_row(section if index == 0 else "", name, escape(text))
+        if section != "notes":
+            names = (name for name in figures if name != "trainer")
+            for index, name in enumerate(names):
+                table.add_row(section if index == 0 else "", name, escape(_figure(section, name, figures[name])))
     console.print(table)
-    for fact, told in plan.compute.get("trainer", {}).items():  # a whole line each: a command is there to be copied
-        text = shlex.join(map(str, told)) if isinstance(told, list | tuple) else str(told)
+    for fact, value in plan.compute.get("trainer", {}).items():  # a line each, so that a command can be copied
+        text = shlex.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         console.print(f"trainer's {fact}: {text}", markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
@@ -83,7 +108,7 @@ def _figure(section: str, name: str, value: Any) -> str:
     from next_core.planning import gib
 
     if value is None:
-        return "not known beforehand"
+        return "unknown"
     if "bytes" in name or name == "free":
         return gib(value)
     if section == "time":
@@ -91,13 +116,8 @@ def _figure(section: str, name: str, value: Any) -> str:
     if name == "flops":
         return f"{value:.3g}"
     if isinstance(value, list | tuple):
-        return _steps(value)
+        shown = value if len(value) <= 8 else [*value[:3], f"... {value[-1]} ({len(value)})"]
+        return ", ".join(map(str, shown)) or "none"
     if isinstance(value, dict):
         return f"{len(value)}" if value else "none"
     return str(value)
-
-
-def _steps(values: list[int] | tuple[int, ...]) -> str:
-    if len(values) <= 8:
-        return ", ".join(map(str, values)) or "none"
-    return f"{', '.join(map(str, values[:3]))}, ... {values[-1]} ({len(values)})"

@@ -1,4 +1,4 @@
-"""`next-core plugins` and `next-core schema`."""
+"""``next-core plugins`` and ``next-core schema``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from next_core.cli.options import Json
 
-def plugins_command(as_json: bool) -> None:
-    """List what is registered, broken plug-ins included."""
+COLUMNS = ("kind", "name", "distribution", "version", "status")
+
+
+def plugins(as_json: Json = False) -> None:
+    """List every plug-in with its kind, name, distribution, version and status."""
     from next_core.plugins import registry
 
     entries = list(registry().entries())
-    table = Table("kind", "name", "distribution", "version", "status", box=None, header_style="bold")
-    for entry in entries:
-        style = None if entry.error is None else "red"
-        cells = (entry.kind, entry.name, entry.distribution, entry.version, entry.status)
-        table.add_row(*map(escape, cells), style=style)
     if as_json:
-        keys = ("kind", "name", "distribution", "version", "status")
-        print(json.dumps({"plugins": [{key: getattr(entry, key) for key in keys} for entry in entries]}))
-    else:
-        Console().print(table)
+        print(json.dumps({"plugins": [{key: getattr(entry, key) for key in COLUMNS} for entry in entries]}))
+        return
+    table = Table(*COLUMNS, box=None, header_style="bold")
+    for entry in entries:
+        table.add_row(*(escape(getattr(entry, key)) for key in COLUMNS), style=None if entry.error is None else "red")
+    Console().print(table)
 
 
-def schema_command() -> None:
-    """The JSON schema of the run config."""
+def schema() -> None:
+    """Print the JSON schema of the run config, with the settings of every installed plug-in."""
     from next_core.config import json_schema
 
     print(json.dumps(json_schema(), indent=2))

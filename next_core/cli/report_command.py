@@ -1,44 +1,44 @@
-"""`next-core report`."""
+"""``next-core report``."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from next_core.cli.console import make_console
-from next_core.cli.progress import Bars
+import typer
+
+from next_core.cli.console import make_console, progress_bars
+from next_core.cli.options import Backbone, CacheOptions, Json, Predictor, expand_options
 
 
-def report_command(
-    folder: Path,
-    *,
-    out: Path | None = None,
-    figures: Path | None = None,
-    geometry: bool = True,
-    predictor: str = "secant",
-    backbone: Path | None = None,
-    cache: Path | None = None,
-    no_cache: bool = False,
-    as_json: bool = False,
+@expand_options
+def report(
+    caching: CacheOptions,
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, of a comparison or of the TRL callback")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report/index.html in the folder")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write each plot into this folder too, as PNG and SVG")] = None,
+    geometry: Annotated[
+        bool, typer.Option("--geometry/--no-geometry", help="Whether to measure the run's checkpoints")
+    ] = True,
+    predictor: Predictor = "secant",
+    backbone: Backbone = None,
+    as_json: Json = False,
 ) -> None:
-    """Read, draw, write; say where the page is and what it says."""
-    from next_core.errors import ConfigError
-    from next_core.history.delta_cache import DeltaCache, default_folder
+    """Write an HTML report of a run or a comparison (extra `report`); --predictor is the one scored by layer."""
     from next_core.report.geometry import GeometryOptions
     from next_core.report.write import write_report
     from next_core.storage.json_lines import json_text
 
-    if no_cache and cache is not None:
-        raise ConfigError("--cache and --no-cache contradict; leave one out")
-    kept = None if no_cache else DeltaCache(cache or default_folder())
-    with Bars() as bars:
-        written = write_report(folder, out, figures, GeometryOptions(geometry, predictor, backbone, kept), bars)
+    options = GeometryOptions(geometry, predictor, backbone, caching.open_cache())
+    with progress_bars() as progress:
+        written = write_report(folder, out, figures, options, progress)
     console = make_console(as_json=as_json)
     for sentence in written.summary:
         console.print(sentence)
-    for what, why in written.missing.items():
-        console.print(f"not in the report: {what}: {why}")
+    for what, reason in written.missing.items():
+        console.print(f"not in the report: {what}: {reason}")
     if figures is not None:
-        console.print(f"{len(written.figures)} pictures, PNG and SVG: {figures}")
+        console.print(f"{len(written.figures)} plots, as PNG and SVG: {figures}")
     console.print(f"report: {written.out}")
     if as_json:
         print(json_text(written.as_dict()))

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from next_core.cli.console import make_console, make_table, progress_bars, shorten
 from next_core.cli.options import Json, RunOptions, expand_options, show_source
+from next_core.errors import ConfigError
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
-    from next_core.diagnostics import Analysis, Figure
+    from next_core.diagnostics import Analysis, Figure, Group
 
 GROUPINGS = ("layer", "kind", "matrix")
 COLUMNS = {
@@ -37,21 +39,19 @@ def analyze(
     run: RunOptions,
     horizon: Annotated[
         int | None,
-        typer.Option(help="Horizon of the out-of-sample figures in RL steps; default: up to a third of the run"),
+        Option(help="Horizon of the out-of-sample figures in RL steps; default: up to a third of the run"),
     ] = None,
-    by: Annotated[str, typer.Option(help="Rows of the second table: layer, kind or matrix")] = "kind",
+    by: Annotated[str, Option(help="Rows of the second table: layer, kind or matrix")] = "kind",
     spectrum: Annotated[
-        bool | None, typer.Option("--spectrum/--no-spectrum", help="Compute all singular values; default: LoRA only")
+        bool | None, Option("--spectrum/--no-spectrum", help="Compute all singular values; default: LoRA only")
     ] = None,
-    draws: Annotated[int, typer.Option(min=20, help="Number of random walks in each null distribution")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks")] = 0,
-    plots: Annotated[Path | None, typer.Option(help="Write plots into this folder (extra `report`)")] = None,
+    draws: Annotated[int, Option(min=20, help="Number of random walks in each null distribution")] = 200,
+    seed: Annotated[int, Option(min=0, help="Seed of the random walks")] = 0,
+    plots: Annotated[Path | None, Option(help="Write plots into this folder (extra `report`)")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how a run's weights move, and compare each figure with random walks."""
     from next_core.diagnostics import analyze, with_origin
-    from next_core.errors import ConfigError
-    from next_core.storage.json_lines import json_text
 
     if by not in GROUPINGS:
         raise ConfigError(f"--by must be one of {', '.join(GROUPINGS)} (got {by!r})", kind="config-invalid-value")
@@ -139,14 +139,17 @@ def _grouped(analysis: Analysis, by: str) -> Table:
     """Return one row for each layer, kind or matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
     title = f"By {by}: {'' if by == 'matrix' else 'median; '}↑ above, ↓ below the random walk's 95%"
-    if by == "matrix":
-        headings, groups = [by], {(_short(name),): group for name, group in analysis.matrices.items()}
-    else:
-        found = analysis.kinds if by == "kind" else analysis.layers
-        headings = [by, "matrices"]
-        groups = {(str(key), str(len(group.members))): group for key, group in found.items()}
-    rows = ([*labels, *(_marked(group.figures.get(name)) for name in columns)] for labels, group in groups.items())
-    return make_table(title, [*headings, *columns.values()], rows, text=(by,))
+    groups: dict[str, Group] = {
+        "layer": {str(layer): group for layer, group in analysis.layers.items()},
+        "kind": dict(analysis.kinds),
+        "matrix": {_short(name): group for name, group in analysis.matrices.items()},
+    }[by]
+    count = [] if by == "matrix" else ["matrices"]
+    rows = (
+        [label, *(str(len(group.members)) for _ in count), *(_marked(group.figures.get(name)) for name in columns)]
+        for label, group in groups.items()
+    )
+    return make_table(title, [by, *count, *columns.values()], rows, text=(by,))
 
 
 def _short(name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Option
 
 from next_core.cli.console import make_console, make_table, progress_bars, shorten
-from next_core.cli.options import Json, Rank, RunOptions, expand_options, show_source
+from next_core.cli.options import Json, Rank, RunOptions, allow_local_modules, expand_options, show_source
+from next_core.errors import ConfigError
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.diagnostics.backtest_results import Backtest, Judged
@@ -22,27 +24,30 @@ def backtest(
     run: RunOptions,
     predictors: Annotated[
         str | None,
-        typer.Option(metavar="all|A,B,...", help="Predictors to score; default: all that train no network"),
+        Option(
+            callback=allow_local_modules,
+            metavar="all|A,B,...",
+            help="Predictors to score, by name or module:Class; default: all that train no network",
+        ),
     ] = None,
     horizon: Annotated[
         int | None,
-        typer.Option(help="RL steps ahead; default: the one with the most cuts, at least two checkpoints"),
+        Option(help="RL steps ahead; default: the one with the most cuts, at least two checkpoints"),
     ] = None,
     cuts: Annotated[
-        int | None, typer.Option(help="Number of steps to predict from, evenly spaced; default: all that fit")
+        int | None, Option(help="Number of steps to predict from, evenly spaced; default: all that fit")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Number of random walks to repeat the backtest on; 0: no null")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random walks and of the intervals")] = 0,
+    draws: Annotated[int, Option(help="Number of random walks to repeat the backtest on; 0: no null")] = 5,
+    seed: Annotated[int, Option(min=0, help="Seed of the random walks and of the intervals")] = 0,
     rank: Rank = 1,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME.KEY=VALUE", help="A setting of one predictor: secant.window=25"),
+        Option("--set", metavar="NAME.KEY=VALUE", help="A setting of one predictor: secant.window=25"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Score predictors on a recorded run by walk-forward backtest, and on random walks; train nothing."""
     from next_core.diagnostics.backtest import backtest
-    from next_core.storage.json_lines import json_text
 
     chosen = parse_predictors(predictors, settings or [])
     console = make_console(as_json=as_json)
@@ -64,7 +69,6 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
     """
     from next_core.config import parse_assignments
     from next_core.diagnostics.backtest import BASELINES, default_predictors
-    from next_core.errors import ConfigError
     from next_core.plugins import registry
 
     given = parse_assignments(settings)

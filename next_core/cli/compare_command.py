@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from next_core.cli.console import make_console, make_table, progress_bars
 from next_core.cli.options import Json
+from next_core.errors import ConfigError
+from next_core.process.quiet import quiet_libraries
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.comparison.comparison_config import Arm
@@ -17,27 +20,20 @@ if TYPE_CHECKING:
 
 
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML file of the comparison; see docs/compare.md")],
-    out: Annotated[Path, typer.Option(help="Folder of the results. Run the command again to resume")] = Path(
-        "runs/compare"
-    ),
-    workers: Annotated[int, typer.Option(help="Number of runs at a time, each in its own process")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the runs in --out and start over")] = False,
+    config: Annotated[Path, Argument(help="YAML file of the comparison; see docs/compare.md")],
+    out: Annotated[Path, Option(help="Folder of the results. Run the command again to resume")] = Path("runs/compare"),
+    workers: Annotated[int, Option(help="Number of runs at a time, each in its own process")] = 1,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the runs in --out and start over")] = False,
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of every run; default: only the figures")
+        bool, Option("--keep-checkpoints", help="Keep the checkpoints of every run; default: only the figures")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the config and list the runs; train nothing")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check the config and list the runs; train nothing")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare predictors with plain RL and with controls: same trainer, same budget, paired seeds."""
     from next_core.comparison import compare, load_comparison
     from next_core.comparison.execution import COMPARE, check_folder, is_done
     from next_core.comparison.races import make_plan
-    from next_core.errors import ConfigError
-    from next_core.process.quiet import quiet_libraries
-    from next_core.storage.json_lines import json_text
 
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1 (got {workers})", kind="config-invalid-value")
@@ -100,9 +96,19 @@ def _show(found: dict[str, Any], console: Console) -> None:
             ]
         )
     title = f"Accuracy ({metric}) on the test prompts: mean over {seeds} seed{'s' * (seeds > 1)}, 95% intervals"
-    headings = ["arm", "steps", metric, "vs plain", "plain steps", "steps saved", "seconds saved", "ICER", "steps spent"]
+    headings = [
+        "arm",
+        "steps",
+        metric,
+        "vs plain",
+        "plain steps",
+        "steps saved",
+        "seconds saved",
+        "ICER",
+        "steps spent",
+    ]
     console.print()
-    console.print(make_table(title, headings, rows, text=("arm",)))
+    console.print(make_table(title, ["arm", *headings], rows, text=("arm",)))
     for run, reason in found["failed"].items():
         console.print(f"failed and excluded: {run}: {reason}")
     for name, arm in found["arms"].items():

@@ -21,9 +21,7 @@ def make_console(*, as_json: bool) -> Console:
     return Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
 
 
-def make_table(
-    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[str] = ()
-) -> Table:
+def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[str] = ()) -> Table:
     """Return a table. Columns whose heading is in ``text`` hold words and may wrap; the others hold numbers."""
     table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
     for heading in headings:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from next_core.cli.console import make_console, progress_bars, shorten
 from next_core.cli.options import (
@@ -20,6 +20,8 @@ from next_core.cli.options import (
     expand_options,
     show_source,
 )
+from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.interfaces import Applied
@@ -30,21 +32,19 @@ MOST_UNCHANGED = 8
 @expand_options
 def extrapolate(
     run: RunOptions,
-    out: Annotated[Path, typer.Option(help="Folder for the extrapolated weights; must not exist")],
-    horizon: Annotated[int, typer.Option(help="RL steps past the newest checkpoint")],
+    out: Annotated[Path, Option(help="Folder for the extrapolated weights; must not exist")],
+    horizon: Annotated[int, Option(help="RL steps past the newest checkpoint")],
     predictor: Predictor = "secant",
-    alpha: Annotated[float, typer.Option(help="Factor on the length of the jump")] = 1.0,
+    alpha: Annotated[float, Option(help="Factor on the length of the jump")] = 1.0,
     alphas: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Write one folder into --out for each of these factors")
+        str | None, Option(metavar="A,B,...", help="Write one folder into --out for each of these factors")
     ] = None,
     rank: Rank = 1,
     applier: Applier = "peft-adapter",
     settings: Set = None,
     applier_settings: SetApplier = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict and print the result; write nothing")] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 4 when the predictor abstains for a matrix")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Predict and print the result; write nothing")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 4 when the predictor abstains for a matrix")] = False,
     as_json: Json = False,
 ) -> None:
     """Extrapolate recorded checkpoints and write the predicted weights."""
@@ -52,10 +52,8 @@ def extrapolate(
     from next_core.appliers.folder_applier import FolderApplier
     from next_core.config import parse_assignments
     from next_core.cycle.jump_norm import jump_norm
-    from next_core.errors import CheckpointError, ConfigError, GuardError
     from next_core.plugins import make_applier, make_predictor
     from next_core.sources.precision import rounding_warnings
-    from next_core.storage.json_lines import json_text
 
     scales = _scales(alpha, alphas)
     if horizon < 1:
@@ -140,7 +138,6 @@ def extrapolate(
 def _scales(alpha: float, alphas: str | None) -> list[float]:
     """Return the factors that ``--alpha`` or ``--alphas`` asks for. Raises ``ConfigError``."""
     from next_core.appliers.alpha_sweep import folder_names
-    from next_core.errors import ConfigError
 
     if alphas is None:
         if not 0 < alpha < math.inf:

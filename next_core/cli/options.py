@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import typer
+from typer import Option
+
+from next_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,20 +22,30 @@ if TYPE_CHECKING:
     from next_core.interfaces import CheckpointSource
     from next_core.types import Progress
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on standard output")]
+
+def allow_local_modules(names: str | None) -> str | None:
+    """Let ``module:Class`` name a module in the current folder, as ``python -m`` does."""
+    if names is not None and ":" in names and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return names
+
+
+Json = Annotated[bool, Option("--json", help="Print the result as one line of JSON on standard output")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
 ]
 SetApplier = Annotated[
-    list[str] | None, typer.Option("--set-applier", metavar="KEY=VALUE", help="A setting of the applier: rank=16")
+    list[str] | None, Option("--set-applier", metavar="KEY=VALUE", help="A setting of the applier: rank=16")
 ]
-Predictor = Annotated[str, typer.Option(help="A name from `next-core plugins`, or module:Class")]
-Rank = Annotated[int, typer.Option(help="Rank of the compressed deltas that the predictor reads")]
-Applier = Annotated[str, typer.Option(help="peft-adapter or merged-model")]
+Predictor = Annotated[
+    str, Option(callback=allow_local_modules, help="A name from `next-core plugins`, or module:Class")
+]
+Rank = Annotated[int, Option(help="Rank of the compressed deltas that the predictor reads")]
+Applier = Annotated[str, Option(help="peft-adapter or merged-model")]
 Checkpoints = Annotated[
-    list[Path], typer.Option(help="Folder with a run's checkpoints. Repeat to list the checkpoints one by one")
+    list[Path], Option(help="Folder with a run's checkpoints. Repeat to list the checkpoints one by one")
 ]
-Backbone = Annotated[Path | None, typer.Option(help="Folder of the base model")]
+Backbone = Annotated[Path | None, Option(help="Folder of the base model")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +54,16 @@ class SourceOptions:
 
     checkpoints: Checkpoints
     backbone: Backbone = None
-    layout: Annotated[str | None, typer.Option(help="Read this layout instead of detecting it")] = None
+    layout: Annotated[str | None, Option(help="Read this layout instead of detecting it")] = None
     skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Skip incomplete and damaged checkpoints instead of failing")
+        bool, Option("--skip-damaged", help="Skip incomplete and damaged checkpoints instead of failing")
     ] = False
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also read .bin files (tensors only: their code is not run)")
+        bool, Option("--allow-pickle", help="Also read .bin files (tensors only: their code is not run)")
     ] = False
     masters: Annotated[
         bool,
-        typer.Option("--masters", help="Read DeepSpeed's fp32 master weights; with --allow-pickle this may run code"),
+        Option("--masters", help="Read DeepSpeed's fp32 master weights; with --allow-pickle this may run code"),
     ] = False
 
     def source(self) -> CheckpointSource:
@@ -71,13 +84,11 @@ class SourceOptions:
 class CacheOptions:
     """Where decomposed deltas are cached. Raises ``ConfigError`` when the two options contradict."""
 
-    cache: Annotated[Path | None, typer.Option(help="Cache decomposed deltas in this folder")] = None
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Cache nothing")] = False
+    cache: Annotated[Path | None, Option(help="Cache decomposed deltas in this folder")] = None
+    no_cache: Annotated[bool, Option("--no-cache", help="Cache nothing")] = False
 
     def __post_init__(self) -> None:
         if self.no_cache and self.cache is not None:
-            from next_core.errors import ConfigError
-
             raise ConfigError("--cache and --no-cache contradict; omit one of them", kind="config-contradiction")
 
     def open_cache(self, compressor_version: str = "") -> DeltaCache | None:
@@ -93,13 +104,13 @@ class CacheOptions:
 class RunOptions(CacheOptions, SourceOptions):
     """Recorded checkpoints, and how their deltas are decomposed."""
 
-    compressor: Annotated[
-        str | None, typer.Option(help="exact or lanczos; default: exact for LoRA runs, else lanczos")
-    ] = None
-    executor: Annotated[str, typer.Option(help="local, or ray (extra `ray`)")] = "local"
-    workers: Annotated[int, typer.Option(help="Number of processes, one thread each")] = 1
+    compressor: Annotated[str | None, Option(help="exact or lanczos; default: exact for LoRA runs, else lanczos")] = (
+        None
+    )
+    executor: Annotated[str, Option(help="local, or ray (extra `ray`)")] = "local"
+    workers: Annotated[int, Option(help="Number of processes, one thread each")] = 1
     address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster, or auto; default: start Ray on this machine")
+        str | None, Option(help="Address of a Ray cluster, or auto; default: start Ray on this machine")
     ] = None
 
     def history(
@@ -108,7 +119,6 @@ class RunOptions(CacheOptions, SourceOptions):
         """Return the history that predictors and diagnostics read."""
         from pydantic import ValidationError
 
-        from next_core.errors import ConfigError
         from next_core.history.executor import Executor
         from next_core.history.history import History
         from next_core.plugins import make_compressor, registry
@@ -139,7 +149,9 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
-        made = {key: cls(**{field.name: values.pop(field.name) for field in fields(cls)}) for key, cls in groups.items()}
+        made = {
+            key: cls(**{field.name: values.pop(field.name) for field in fields(cls)}) for key, cls in groups.items()
+        }
         command(**made, **values)
 
     expanded.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in shown])  # type: ignore[attr-defined]
@@ -158,7 +170,8 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
 def show_source(options: SourceOptions, source: CheckpointSource, console: Console) -> dict[str, Any]:
     """Print what was found and what is unusual about it. Return the same facts for ``--json``."""
     steps = source.steps
-    span = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
+    count = f"{len(steps)} checkpoint{'s' * (len(steps) > 1)}"
+    span = f"{count}, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
     layout = f"{source.name} ({source.naming})" if source.naming else source.name
     console.print(f"{layout}: {span}; {len(source.parameters)} matrices")
     for note in source.notes:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from next_core.cli.options import (
     Applier,
@@ -23,6 +23,8 @@ from next_core.cli.options import (
     SourceOptions,
     expand_options,
 )
+from next_core.errors import ConfigError
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.planning import ResourcePlan
@@ -38,9 +40,9 @@ class OptionalSource(SourceOptions):
 @expand_options
 def plan(
     run: OptionalSource,
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; or name recorded --checkpoints")] = None,
-    out: Annotated[Path, typer.Option(help="Folder that the result would go to")] = Path("runs/run"),
-    horizon: Annotated[int | None, typer.Option(help="RL steps past the newest checkpoint")] = None,
+    config: Annotated[Path | None, Argument(help="YAML file of a run; or name recorded --checkpoints")] = None,
+    out: Annotated[Path, Option(help="Folder that the result would go to")] = Path("runs/run"),
+    horizon: Annotated[int | None, Option(help="RL steps past the newest checkpoint")] = None,
     predictor: Predictor = "secant",
     rank: Rank = 1,
     applier: Applier = "peft-adapter",
@@ -50,7 +52,6 @@ def plan(
 ) -> None:
     """Estimate what a run or an extrapolation would read, compute and write, its memory, disk and time; do nothing."""
     from next_core.config import load_config, parse_assignments
-    from next_core.errors import ConfigError
     from next_core.planning import plan_checkpoints, plan_run
     from next_core.plugins import make_predictor, registry
 
@@ -60,10 +61,16 @@ def plan(
             kind="config-contradiction",
         )
     if config is not None:
-        given = {"--horizon": horizon is not None, "--predictor": predictor != "secant", "--rank": rank != 1}
-        given |= {"--set": settings, "--applier": applier != "peft-adapter", "--set-applier": applier_settings}
-        for option, is_given in given.items():
-            if is_given:
+        given: list[tuple[str, object, object]] = [
+            ("--horizon", horizon, None),
+            ("--predictor", predictor, "secant"),
+            ("--rank", rank, 1),
+            ("--applier", applier, "peft-adapter"),
+            ("--set", settings, None),
+            ("--set-applier", applier_settings, None),
+        ]
+        for option, value, default in given:
+            if value != default:
                 raise ConfigError(
                     f"{option} belongs to --checkpoints; a run takes it from its config", kind="config-contradiction"
                 )
@@ -82,7 +89,6 @@ def plan(
 
 def show_plan(plan: ResourcePlan, *, as_json: bool) -> None:
     """Print one table, section by section, then what the trainer adds, and the notes."""
-    from next_core.storage.json_lines import json_text
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)

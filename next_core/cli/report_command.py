@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from next_core.cli.console import make_console, progress_bars
 from next_core.cli.options import Backbone, CacheOptions, Json, Predictor, expand_options
+from next_core.storage.json_lines import json_text
 
 
 @expand_options
 def report(
     caching: CacheOptions,
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, of a comparison or of the TRL callback")],
-    out: Annotated[Path | None, typer.Option(help="HTML file; default: report/index.html in the folder")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Write each plot into this folder too, as PNG and SVG")] = None,
+    folder: Annotated[Path, Argument(help="Folder of a run, of a comparison or of the TRL callback")],
+    out: Annotated[Path | None, Option(help="HTML file; default: report/index.html in the folder")] = None,
+    figures: Annotated[Path | None, Option(help="Write each plot into this folder too, as PNG and SVG")] = None,
     geometry: Annotated[
-        bool, typer.Option("--geometry/--no-geometry", help="Whether to measure the run's checkpoints")
+        bool, Option("--geometry/--no-geometry", help="Whether to measure the run's checkpoints")
     ] = True,
     predictor: Predictor = "secant",
     backbone: Backbone = None,
@@ -27,7 +28,6 @@ def report(
     """Write an HTML report of a run or a comparison (extra `report`); --predictor is the one scored by layer."""
     from next_core.report.geometry import GeometryOptions
     from next_core.report.write import write_report
-    from next_core.storage.json_lines import json_text
 
     options = GeometryOptions(geometry, predictor, backbone, caching.open_cache())
     with progress_bars() as progress:

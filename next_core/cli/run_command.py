@@ -6,24 +6,25 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from next_core.cli.console import make_console, make_table, progress_bars
 from next_core.cli.options import Json
+from next_core.errors import Interrupted
+from next_core.process.quiet import quiet_libraries
+from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.cycle.run_result import RunResult
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run; see `next-core schema`")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, jumps, journal and result")] = Path("runs/run"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop with exit code 4 when a jump is refused")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the config and print the plan; train nothing")
-    ] = False,
+    config: Annotated[Path, Argument(help="YAML file of the run; see `next-core schema`")],
+    out: Annotated[Path, Option(help="Folder for checkpoints, jumps, journal and result")] = Path("runs/run"),
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete an earlier run in --out")] = False,
+    strict: Annotated[bool, Option("--strict", help="Stop with exit code 4 when a jump is refused")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check the config and print the plan; train nothing")] = False,
     as_json: Json = False,
 ) -> None:
     """Train with jumps on a real trainer and, if the config asks for it, once more without them.
@@ -31,7 +32,6 @@ def run(
     Run the same command again to resume an interrupted run from its last checkpoint.
     """
     from next_core.config import load_config
-    from next_core.storage.json_lines import json_text
 
     loaded = load_config(config)
     if dry_run:
@@ -44,8 +44,6 @@ def run(
     from next_core.cycle.run_result import RESULT
     from next_core.cycle.signals import Signals
     from next_core.diagnostics.learning_rate import run_advice
-    from next_core.errors import Interrupted
-    from next_core.process.quiet import quiet_libraries
 
     quiet_libraries()
     console = make_console(as_json=as_json)
@@ -70,12 +68,12 @@ def run(
             ) from None
     if finished:
         console.print(f"{out} already holds this finished run; --overwrite runs it again.")
-    _show(result, console)
+    show_result(result, console)
     if as_json:
         print(json_text(result.as_dict()))
 
 
-def _show(result: RunResult, console: Console) -> None:
+def show_result(result: RunResult, console: Console) -> None:
     """Print accuracies, jumps, the time spent and hints."""
     accuracy, control = result.accuracy, result.control
     keys = ("start", "before_jump", "after_jump", "final")
@@ -93,9 +91,8 @@ def _show(result: RunResult, console: Console) -> None:
     if result.average is not None:
         outcome = "used" if result.average["accepted"] else "not used"
         before = _figure(accuracy.get("before_average"))
-        console.print(
-            f"Average of the last checkpoints: {outcome}: {result.average['reason']} (test accuracy without it: {before})."
-        )
+        console.print(f"Average of the last checkpoints {outcome}: {result.average['reason']}")
+        console.print(f"Test accuracy without the average: {before}")
     seconds = result.seconds
     parts = [
         f"RL {seconds['rl']:.1f}",

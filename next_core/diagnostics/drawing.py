@@ -1,4 +1,4 @@
-"""Pictures in one style, as SVG text or as PNG and SVG files. Needs matplotlib: the extra ``report``."""
+"""Figures in one style, as SVG text or as PNG and SVG files. Needs matplotlib: the extra ``report``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from next_core.errors import ConfigError, PluginError
 from next_core.storage.atomic import atomic_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Picture
 
-# Okabe and Ito's colours, which the colour-blind tell apart; nulls are grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; nulls are grey.
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
 COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 WIDTH = 5.4
-"""Inches of a picture that stays legible on a phone."""
+"""Width in inches at which a figure stays legible on a phone."""
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -32,7 +33,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "next-core",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names are anybody's, and $ is a character
+    "text.parse_math": False,  # names come from users, and may contain $
 }
 FORMATS = ("png", "svg")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -40,13 +41,13 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that was drawn."""
+    """A drawn figure and its name, which becomes its file name."""
 
     name: str
     picture: Picture
 
     def svg(self) -> str:
-        """The picture as an SVG document, the same for the same figures."""
+        """Return an SVG document; the same data give the same bytes."""
         text = io.StringIO()
         self._save(text, "svg")
         return text.getvalue()
@@ -55,7 +56,7 @@ class Drawing:
         return self.svg()
 
     def write(self, folder: Path) -> Path:
-        """PNG and SVG in ``folder`` (made if need be), each whole or not at all. Returns the PNG's path."""
+        """Write PNG and SVG atomically into ``folder``, which is created if missing. Return the PNG's path."""
         folder.mkdir(parents=True, exist_ok=True)
         for kind in FORMATS:
             with atomic_file(folder / f"{self.name}.{kind}") as scratch:
@@ -69,7 +70,7 @@ class Drawing:
 
 
 def draw(name: str, size: tuple[float, float], paint: Callable[..., str | None], *facts: Any) -> Drawing | str:
-    """A picture of ``size`` inches, filled by ``paint(picture, *facts)``, or why ``paint`` answers it cannot be."""
+    """Return a figure of ``size`` inches that ``paint(picture, *facts)`` fills, or the reason why it cannot."""
     from matplotlib.figure import Figure as Picture
 
     with _styled():
@@ -79,17 +80,35 @@ def draw(name: str, size: tuple[float, float], paint: Callable[..., str | None],
 
 
 def check_drawing(folder: Path | None = None) -> None:
-    """Raise ``PluginError`` without matplotlib, ``ConfigError`` if the folder for pictures is a file."""
+    """Raise ``PluginError`` without matplotlib, ``ConfigError`` if ``folder`` is a file."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise PluginError(f"plots need matplotlib ({error}); pip install next-core[report]") from error
+        raise PluginError(
+            f"plots need matplotlib ({error}); pip install next-core[report]", kind="config-missing-package"
+        ) from error
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder for the plots")
+        raise ConfigError(f"{folder} is a file; name a folder for the plots", kind="config-invalid-value")
+
+
+def add_grid(axis: Axes, along: Literal["x", "y"] = "y") -> None:
+    """Draw a light grid behind the data."""
+    axis.grid(axis=along, color="#e6e9ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def add_legend(picture: Picture, entries: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Put a legend below the axes; ``entries`` are labels with the style of their lines, default: what was plotted."""
+    from matplotlib.lines import Line2D
+
+    given = (
+        {} if entries is None else {"handles": [Line2D([], [], label=key, **style) for key, style in entries.items()]}
+    )
+    picture.legend(**given, loc="outside lower left", ncols=2, fontsize=8.5)
 
 
 def label(text: str, most: int = 28) -> str:
-    """A name as a picture can show it: one line, not too long, nothing that XML or a legend does not take."""
+    """Return a name in one short line, without characters that XML or a legend cannot hold."""
     words = " ".join(CONTROL.sub(" ", text).split())
     short = words if len(words) <= most else f"{words[: most - 1]}…"
     return f" {short}" if short.startswith("_") else short or "(no name)"
@@ -100,6 +119,6 @@ def _styled() -> Iterator[None]:
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # In an SVG the reader's font has the glyph.
+        # In an SVG the reader's own font has the glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         yield

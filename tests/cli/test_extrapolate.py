@@ -1,0 +1,251 @@
+"""``next-core extrapolate``, and the options that every command on recorded checkpoints has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from next_core.plugins import registry
+from tests.cli.conftest import assert_fails, facts
+from tests.conftest import STEPS, LoraRun, Outcome
+
+WEIGHTS = "adapter_model.safetensors"
+FROZEN = "model.layers.1.self_attn.k_proj.weight"
+QUICK = {"next-mlp": ("--set", "epochs=60", "--set", "lr=1e-3"), "next-mlp-reduced": ("--set", "epochs=5")}
+PREDICTORS = [name for name in registry().names("predictor") if name != "stay"]
+
+
+@pytest.fixture(scope="module")
+def trained(lora_run: LoraRun) -> dict[str, torch.Tensor]:
+    return load_file(lora_run.folder(60) / WEIGHTS)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_every_predictor_writes_another_adapter(
+    predictor: str, extrapolate: Callable[..., Outcome], trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    found = facts(extrapolate("--json", *QUICK.get(predictor, ()), predictor=predictor))
+    assert found["predictor"] == predictor
+    assert (found["layout"], found["steps"], found["horizon"]) == ("peft-adapter", list(STEPS), 10)
+    assert (found["moved"], list(found["abstained"])) == (13, [FROZEN])
+    assert found["norm"] > 0
+    jumped = load_file(tmp_path / "out" / WEIGHTS)
+    assert jumped.keys() == trained.keys()
+    assert all(value.isfinite().all() for value in jumped.values())
+    assert any(not torch.equal(value, trained[key]) for key, value in jumped.items())
+
+
+def test_the_adapter_loads_in_peft(
+    extrapolate: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path, logits: Callable[[Any], torch.Tensor]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def load(folder: Path) -> torch.Tensor:
+        return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(lora_run.base), folder))
+
+    assert extrapolate().code == 0
+    assert (load(tmp_path / "out") - load(lora_run.folder(60))).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_too_few_checkpoints_for_a_predictor_fail_and_nothing_is_written(
+    predictor: str, extrapolate: Callable[..., Outcome], own_lora_run: LoraRun, tmp_path: Path
+) -> None:
+    for step in (0, *STEPS[1:]):
+        shutil.rmtree(own_lora_run.folder(step))
+    out = tmp_path / "elsewhere" / "out"
+    outcome = extrapolate("--json", checkpoints=own_lora_run.path, out=out, predictor=predictor)
+    if predictor in ("rl-extra", "random"):  # these need only the base model and one checkpoint
+        assert outcome.code == 0, outcome.err
+        return
+    assert outcome.code == 3, outcome.err
+    assert outcome.err.endswith("[predictor-abstained]\n")
+    assert predictor in outcome.err
+    assert not out.parent.exists()
+
+
+def test_settings_reach_the_predictor_and_the_applier(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+    settings = ("--set", "space=merged", "--set", "window=20", "--set-applier", "rank=2")
+    assert extrapolate(*settings, alpha=2, rank=3).code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (2, {})
+    assert {min(tensor.shape) for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {2}
+
+
+def test_a_merged_model_is_written_with_the_share_that_rounding_leaves(
+    extrapolate: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path
+) -> None:
+    found = facts(extrapolate("--json", applier="merged-model", backbone=lora_run.base))
+    assert (found["applier"], found["out"]) == ("merged-model", str(tmp_path / "out"))
+    assert found["share_landed"]["1"] == pytest.approx(1.0, abs=1e-3)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_dry_run_writes_nothing(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+    found = facts(extrapolate("--dry-run", "--json", out=tmp_path / "deep" / "out"))
+    assert found["out"] is None
+    assert found["norm_ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_output_names_what_moved_what_did_not_and_the_folder_as_it_is(
+    extrapolate: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "[bold]a[" / "b]"
+    shown = extrapolate(out=out).out
+    for words in ("peft-adapter (checkpoint-N): 6 checkpoints, steps 10 to 60", "13 matrices", FROZEN, str(out)):
+        assert words in shown
+    closing = tmp_path / "[" / "red]"
+    assert_fails(extrapolate(checkpoints=closing), 3, "checkpoint", closing)
+
+
+def test_several_alphas_write_several_adapters(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+    merged = ("--set", "space=merged")
+    assert facts(extrapolate("--alphas", "0.5,1,2", *merged, "--json"))["alpha"] == [0.5, 1.0, 2.0]
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["alpha-0.5", "alpha-1", "alpha-2"]
+    assert extrapolate(*merged, "--alpha", 2, out=tmp_path / "alone").code == 0
+    alone, swept = (load_file(tmp_path / folder / WEIGHTS) for folder in ("alone", "out/alpha-2"))
+    for key, value in alone.items():
+        torch.testing.assert_close(swept[key], value)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "kind", "names"),
+    [
+        (("--alpha", "0"), 2, "config-invalid-value", ("--alpha", "0")),
+        (("--alpha", "nan"), 2, "config-invalid-value", ("--alpha", "nan")),
+        (("--alpha", "inf"), 2, "config-invalid-value", ("--alpha", "inf")),
+        (("--alphas", "0.5,two"), 2, "config-invalid-value", ("--alphas", "two")),
+        (("--alphas", "0.5,-1"), 2, "config", ("-1",)),
+        (("--alphas", "0.5,0.5"), 2, "config", ("alpha-0.5",)),
+        (("--alphas", "0.5", "--alpha", "2"), 2, "config-contradiction", ("--alpha", "--alphas")),
+        (("--horizon", "0"), 2, "config-invalid-value", ("--horizon", "0")),
+        (("--rank", "0"), 2, "config", ("rank", "0")),
+        (("--workers", "0"), 2, "config-invalid-value", ("workers",)),
+        (("--executor", "dask"), 2, "config-invalid-value", ("local", "ray")),
+        (("--cache", "kept", "--no-cache"), 2, "config-contradiction", ("--cache", "--no-cache")),
+        (("--set", "windw=3"), 2, "config", ("secant", "windw", "window")),
+        (("--set", "window"), 2, "config", ("window",)),
+        (("--set", "window=0"), 2, "config", ("window", "0")),
+        (("--set-applier", "rnk=3"), 2, "config", ("peft-adapter", "rnk", "rank")),
+        (("--applier", "in-memory"), 2, "config-invalid-value", ("in-memory", "merged-model")),
+        (("--applier", "merged-model"), 2, "config", ("--backbone",)),
+        (("--layout", "memory"), 2, "config", ("memory",)),
+        (("--backbone", "nowhere"), 3, "checkpoint", ("nowhere",)),
+        (("--layout", "full-model"), 3, "checkpoint", ("model.safetensors",)),
+        (("--set", "window=7"), 3, "predictor-abstained", ("secant", "step 60")),
+        (("--predictor", "stay"), 3, "predictor-abstained", ("stay",)),
+        (("--strict",), 4, "predictor-abstained", (FROZEN,)),
+        (("--predictor", "secnat"), 5, "plugin", ("secnat", "secant")),
+        (("--applier", "peft-adaptor"), 5, "plugin", ("peft-adaptor", "peft-adapter")),
+        (("--layout", "nothing"), 5, "plugin", ("nothing",)),
+    ],
+)
+def test_a_mistake_has_its_exit_code_and_kind_and_writes_nothing(
+    extrapolate: Callable[..., Outcome],
+    tmp_path: Path,
+    more: tuple[str, ...],
+    code: int,
+    kind: str,
+    names: tuple[str, ...],
+) -> None:
+    assert_fails(extrapolate("--json", *more), code, kind, *names)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_cannot_be_written_fails_before_anything_is_decomposed(
+    extrapolate: Callable[..., Outcome],
+    lora_run: LoraRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("next_core.cli.options.RunOptions.history", None)
+    for step in (10, 20):
+        shutil.copytree(lora_run.base, tmp_path / "full" / f"checkpoint-{step}")
+    merged = ("--applier", "merged-model", "--backbone", lora_run.base)
+    in_place = ("--set-applier", "in_place=true")
+    for arguments, folders, name in (
+        (("--applier", "peft-adapter"), {"checkpoints": tmp_path / "full"}, "merged-model"),
+        (merged, {"out": lora_run.base / "new"}, lora_run.base),
+        ((), {"out": lora_run.path / "new"}, lora_run.path),
+        ((*merged, *in_place), {"out": tmp_path / "none"}, tmp_path / "none"),
+        *([] if more else [((), {"out": tmp_path / "full"}, tmp_path / "full")]),
+    ):
+        outcome = extrapolate("--json", *arguments, *more, **folders)
+        assert outcome.code == 2, outcome.err
+        assert str(name) in outcome.err
+
+
+def test_a_folder_that_cannot_be_created_is_exit_code_7(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    outcome = extrapolate("--json", out=tmp_path / "file" / "out")
+    assert outcome.code == 7
+    assert str(tmp_path / "file") in outcome.err
+
+
+def test_a_second_predictor_reads_the_first_ones_cache(
+    extrapolate: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    assert extrapolate("--predictor", "alpharl", "--cache", kept).code == 0
+    first = load_file(tmp_path / "out" / WEIGHTS)
+    assert len(list(kept.rglob("*.safetensors"))) == len(STEPS) + 1  # and the update of the last steps
+    monkeypatch.setattr("next_core.history.matrix_tasks.Compress.__call__", None)
+    again = extrapolate("--predictor", "alpharl", "--cache", kept, out=tmp_path / "again")
+    assert again.code == 0, again.err
+    for key, value in load_file(tmp_path / "again" / WEIGHTS).items():
+        assert torch.equal(value, first[key])
+    with pytest.raises(TypeError):  # without the cache it has to be computed
+        extrapolate("--predictor", "alpharl", "--no-cache", out=tmp_path / "anew")
+
+
+def test_without_ray_the_extra_is_named(extrapolate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    outcome = extrapolate("--json", "--predictor", "alpharl", "--executor", "ray")
+    assert_fails(outcome, 2, "config", "next-core[ray]")
+
+
+def test_checkpoints_can_be_listed_one_by_one(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> None:
+    listed = [word for step in (40, 50, 60) for word in ("--checkpoints", lora_run.folder(step))]
+    found = facts(cli("extrapolate", *listed, "--out", tmp_path / "out", "--horizon", 10, "--json"))
+    assert (found["steps"], found["naming"]) == ([40, 50, 60], "checkpoint-N")
+
+
+def test_damaged_checkpoints_fail_or_are_skipped_by_name(
+    extrapolate: Callable[..., Outcome], own_lora_run: LoraRun, tmp_path: Path
+) -> None:
+    file = own_lora_run.folder(30) / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    refused = extrapolate("--json", checkpoints=own_lora_run.path)
+    assert refused.code == 3
+    assert str(file) in refused.err
+    found = facts(extrapolate("--skip-damaged", "--json", checkpoints=own_lora_run.path))
+    assert found["steps"] == [10, 20, 40, 50, 60]
+    assert any("checkpoint-30" in note for note in found["notes"])
+
+
+def test_a_tensor_that_is_not_finite_is_named(
+    extrapolate: Callable[..., Outcome], own_lora_run: LoraRun, tmp_path: Path
+) -> None:
+    weights = own_lora_run.folder(60) / WEIGHTS
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, weights)
+    outcome = extrapolate(checkpoints=own_lora_run.path)
+    assert outcome.code == 3
+    assert "checkpoint-60/adapter_model.safetensors" in outcome.err
+    assert name in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,54 @@
+"""``next-core plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import assert_fails, facts
+from tests.conftest import STEPS, LoraRun, Outcome
+
+
+def test_a_plan_of_checkpoints_writes_nothing(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> None:
+    arguments = ("--checkpoints", lora_run.path, "--horizon", 20, "--predictor", "next-mlp", "--out", tmp_path / "out")
+    outcome = cli("plan", *arguments, "--json")
+    found = facts(outcome)
+    assert found["read"]["steps"] == list(STEPS)
+    assert found["compute"]["predictor"] == "next-mlp"
+    assert found["write"]["bytes"] > 0
+    assert found["time"]["compress"] > 0
+    assert not (tmp_path / "out").exists()
+    assert "bytes a checkpoint" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "name"),
+    [
+        ((), 2, "config-contradiction", "--checkpoints"),
+        (("--checkpoints", "RUN"), 2, "config-contradiction", "--horizon"),
+        (("CONFIG", "--checkpoints", "RUN"), 2, "config-contradiction", "--checkpoints"),
+        (("CONFIG", "--horizon", 50), 2, "config-contradiction", "--horizon"),
+        (("CONFIG", "--predictor", "relex"), 2, "config-contradiction", "--predictor"),
+        (("CONFIG", "--set", "window=5"), 2, "config-contradiction", "--set"),
+        (("--checkpoints", "RUN", "--horizon", 0), 2, "config", "horizon"),
+        (("--checkpoints", "RUN", "--horizon", 10, "--predictor", "secnat"), 5, "plugin", "secant"),
+        (("--checkpoints", "RUN", "--horizon", 10, "--applier", "merged-model"), 2, "config", ""),
+        (("--checkpoints", "nowhere", "--horizon", 10), 3, "checkpoint", "nowhere"),
+        (("none.yaml",), 2, "config", "none.yaml"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_fails_with_its_kind(
+    arguments: tuple[object, ...],
+    code: int,
+    kind: str,
+    name: str,
+    cli: Callable[..., Outcome],
+    lora_run: LoraRun,
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 100\n")
+    given = {"CONFIG": config, "RUN": lora_run.path}
+    assert_fails(cli("plan", *(given.get(str(word), word) for word in arguments)), code, kind, name)

@@ -249,3 +249,20 @@ def test_a_tensor_that_is_not_finite_is_named(
     assert "checkpoint-60/adapter_model.safetensors" in outcome.err
     assert name in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+MODULE = """
+from next_predictors.secant import Secant
+
+class Mine(Secant):
+    name = "mine"
+"""
+
+
+def test_a_predictor_can_be_a_class_in_the_current_folder(
+    extrapolate: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_predictors.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert facts(extrapolate("--json", predictor="own_predictors:Mine"))["moved"] == 13

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -28,12 +29,15 @@ def noise(seed: str, *shape: int) -> Tensor:
 
 
 def factors(name: str, step: int) -> LoraFactors:
-    """Both factors move, the motion bends, and ``d`` has another rank than the rest."""
+    """Both factors move, the motion bends, ``d`` has another rank than the rest, and the first row of ``c`` is zero."""
     m, n = SHAPES[name]
     r = 3 if name == "d" else 2
     t = 30 if name == "still" else step
     A = noise(name + "A", r, n) + 0.01 * t * noise(name + "dA", r, n)
-    return LoraFactors(A, 0.01 * t * noise(name + "B", m, r) + 0.02 * noise(f"{name}{t}", m, r), scaling=2.0)
+    B = 0.01 * t * noise(name + "B", m, r) + 0.02 * noise(f"{name}{t}", m, r)
+    if name == "c":
+        B[0] = 0
+    return LoraFactors(A, B, scaling=2.0)
 
 
 def moved(name: str, step: int | None) -> Tensor:
@@ -116,6 +120,19 @@ def test_signs_follow_the_newest_global_delta_backwards(source: MemorySource, ki
             u, v = components.U[row, :, 0], components.V[row, :, 0]
 
 
+def test_the_reference_for_signs_is_the_newest_global_delta_where_directions_turn() -> None:
+    def at(step: int) -> Tensor:
+        angle = torch.tensor(step * math.pi / 36)  # 5 degrees a step: 200 between the first and the newest
+        direction = torch.stack([angle.cos(), angle.sin()]).double()
+        return step * torch.outer(direction, direction.flip(0))
+
+    history = History(MemorySource({step: {"a": at(step)} for step in STEPS}, {"a": at(0)}))
+    reference = history.components("global")["a"]
+    for kind, horizon in (("local", None), ("target", 20)):
+        found = history.components(kind, horizon)["a"]  # type: ignore[arg-type]
+        assert (found.U[-1] * reference.U[-1]).sum() + (found.V[-1] * reference.V[-1]).sum() > 0
+
+
 def test_without_alignment_the_triplets_are_the_compressors_up_to_sign(source: MemorySource) -> None:
     history = History(source)
     for name, raw in history.components("global", align=False).items():
@@ -162,10 +179,21 @@ def test_what_did_not_move_is_frozen_with_the_reason_and_never_compressed(source
 
 
 def test_with_one_checkpoint_what_is_at_the_backbone_is_frozen() -> None:
-    zero = LoraFactors(noise("A", 2, 5), torch.zeros(6, 2, dtype=torch.float64), 2.0)
-    history = History(MemorySource({10: {"a": factors("a", 10), "zero": zero}}))
-    assert history.names == ("a",)
-    assert history.frozen == {"zero": "did not move since the backbone"}
+    A, B = noise("A", 2, 5), noise("B", 6, 2)
+    sparse = LoraFactors(A * torch.eye(2, 5), B * torch.eye(6, 2), 2.0)
+    no_B, no_A = LoraFactors(A, 0 * B, 2.0), LoraFactors(0 * A, B, 2.0)
+    history = History(MemorySource({10: {"sparse": sparse, "no B": no_B, "no A": no_A}}))
+    assert history.names == ("sparse",)
+    assert set(history.frozen) == {"no A", "no B"}
+    assert "the backbone" in history.frozen["no A"]
+
+
+def test_one_entry_that_moves_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("next_core.history.history.BLOCK_BYTES", 1)  # a block for each row
+    still = torch.zeros(6, 5)
+    moving = still.clone()
+    moving[5, 4] = 1
+    assert History(MemorySource({10: {"a": still, "b": still}, 20: {"a": moving, "b": still}})).names == ("a",)
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -201,6 +229,8 @@ def test_nothing_is_compressed_until_it_is_asked_for_and_then_once(source: Memor
     history.components("target", 20)
     assert counting.deltas == 8 * len(STEPS) + 4 * 2 + 4 * 2
     history.components("target", 10, align=False)
+    assert counting.deltas == 8 * len(STEPS) + 4 * 2 + 4 * 2
+    history.compress("global", "local", "target", horizon=10)
     assert counting.deltas == 8 * len(STEPS) + 4 * 2 + 4 * 2
     assert counting.ranks == {2}
 

@@ -339,8 +339,15 @@ def test_unlike_shapes_are_refused_by_name() -> None:
         LowRank(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(2, 5))
     with pytest.raises(NextCoreError, match=r"A \(2, 5\), B \(4, 2\) and A \(3, 5\), B \(4, 3\)"):
         lora_difference((torch.zeros(2, 5), torch.zeros(4, 2)), (torch.zeros(3, 5), torch.zeros(4, 3)), 1.0)
-    with pytest.raises(NextCoreError, match="unlike shapes"):
-        Factors(torch.zeros(4, 2), torch.zeros(3), torch.zeros(5, 3), torch.zeros(()), None)
+    A, B = torch.zeros(2, 5), torch.zeros(4, 2)
+    for earlier in ((torch.zeros(2, 1), B), (A, torch.zeros(1, 2))):  # which would broadcast
+        with pytest.raises(NextCoreError, match="LoRA factors of unlike shapes"):
+            lora_difference((A, B), earlier, 1.0)
+    U, S, V, one = torch.zeros(4, 2), torch.zeros(2), torch.zeros(5, 2), torch.zeros(())
+    wrong = torch.zeros(3)
+    for shapes in ((U, wrong, V, one, None), (U, S, wrong, one, None), (U, S, V, wrong, None), (U, S, V, one, wrong)):
+        with pytest.raises(NextCoreError, match="unlike shapes"):
+            Factors(*shapes)
     with pytest.raises(NextCoreError, match="at least 1"):
         truncated_svd(a, 0)
     with pytest.raises(NextCoreError, match="no low-rank matrices"):

@@ -205,7 +205,7 @@ def test_a_bare_name_stands_for_a_plugin_with_its_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("steps: 10\nsteps: 20\n", "the key 'steps' is there twice"),
+        ("steps: 10\nsteps: 20\n", "the key 'steps' appears twice"),
         ("steps: [1, 2\n", "is not valid YAML"),
         ("steps: 1\n\tseed: 2\n", "is not valid YAML"),
         ("a: *nobody\n", "found undefined alias 'nobody'"),
@@ -215,7 +215,7 @@ def test_a_bare_name_stands_for_a_plugin_with_its_defaults() -> None:
         ("a: !!int many\n", "is not valid YAML"),
         ("a: !!bool maybe\n", "is not valid YAML"),
         ("a: !!timestamp soon\n", "is not valid YAML"),
-        ("a: &x [*x]\n", "an alias stands within what it names"),
+        ("a: &x [*x]\n", "an alias refers to what contains it"),
         ("a: \x00\n", "is not valid YAML"),
         ("a: 1\n---\nb: 2\n", "is not valid YAML"),
         ("[" * 5000, "is not valid YAML"),
@@ -277,10 +277,10 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
         load_config(folder / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot be read: it is not a regular file"):
         load_config(folder)
     (folder / "latin.yaml").write_bytes(b"steps: 1 # \xe9\n")
-    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml cannot be read: it is not UTF-8 text"):
         load_config(folder / "latin.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old state or the new one, never a half. Nothing else in the project renames."""
+"""Atomic writes: a reader sees the old state or the new one, never a part of either. No other module renames."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from next_core.storage.manifest import INCOMPLETE, MANIFEST, manifest_text
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _NUMBERED = r"\.(tmp|old)-(\d+)"
+"""Suffix of a temporary sibling: a half-written file or folder, or one moved aside, and the process that did it."""
 
 
 def failpoint(what: str, path: Path) -> None:
-    """Called before and after every write, rename and removal: a test puts something here that ends the process."""
+    """Do nothing; called around every write, rename and removal so that tests can stop the process there."""
 
 
 @contextlib.contextmanager
-def doing(what: str, path: Path) -> Iterator[None]:
-    """One step of ours on the disk. Raises ``StorageError`` with the remedy in place of ``OSError``."""
+def disk_operation(what: str, path: Path) -> Iterator[None]:
+    """Run one operation on the disk; an ``OSError`` becomes a ``StorageError`` that names the path and the remedy."""
     failpoint(f"before {what}", path)
     try:
         yield
@@ -36,21 +37,22 @@ def doing(what: str, path: Path) -> Iterator[None]:
     failpoint(f"after {what}", path)
 
 
-def storage_error(doing: str, error: OSError) -> StorageError:
-    """What the disk refused, as an error that names the remedy."""
+def storage_error(operation: str, error: OSError) -> StorageError:
+    """Return the ``StorageError`` for a disk operation that failed."""
     if error.errno in FULL:
-        reason = "the disk is full; free some space, and run the same command again"
+        kind, reason = "storage-full", "the disk is full; free some space, and run the same command again"
     elif error.errno in FORBIDDEN:
-        reason = f"it may not be written ({error.strerror}); choose another folder, or give yourself the right to"
+        kind = "storage-not-writable"
+        reason = f"it is not writable ({error.strerror}); change its permissions, or choose another folder"
     else:
-        reason = str(error.strerror or error)
-    made = StorageError(f"{doing}: {reason}")
-    made.errno = error.errno
-    return made
+        kind, reason = "storage-failed", str(error.strerror or error)
+    converted = StorageError(f"{operation}: {reason}", kind=kind)
+    converted.errno = error.errno
+    return converted
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of a full disk; some libraries keep no more of it than the words."""
+    """Return whether a full disk caused an error; some libraries keep only the text of the original one."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in FULL) or "No space left on device" in str(error):
             return True
@@ -70,16 +72,19 @@ def _fsync(path: Path) -> None:
 def new_directory(
     target: Path, overwrite: bool = False, digests: Mapping[str, str] | None = None, manifest: bool = True
 ) -> Iterator[Path]:
-    """A temporary sibling of ``target`` to write into; on success it becomes ``target``, else it is gone.
+    """Yield a temporary sibling of ``target`` to write into; it becomes ``target`` on success and is removed otherwise.
 
-    A manifest is written last, unless the folder is one that grows. ``digests`` may name the sha256 of files by their
-    path in the folder, filled in while they are written: those are not read again. Raises ``ConfigError`` if ``target``
-    exists and ``overwrite`` is false, ``StorageError`` for what the disk refuses, and whatever the body raises.
+    A manifest is written last, unless ``manifest`` is false because the folder will grow. ``digests`` maps paths in the
+    folder to their sha256; the body may fill it while it writes, and those files are not read again. Raises
+    ``ConfigError`` if ``target`` exists and ``overwrite`` is false, ``StorageError`` if the disk refuses, and whatever
+    the body raises.
     """
     if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists already; choose another folder or remove it")
+        raise ConfigError(
+            f"{target} exists already; choose another folder or remove it", kind="config-folder-not-empty"
+        )
     scratch = _sibling(target, "tmp")
-    with doing("making a folder", target):
+    with disk_operation("making a folder", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_siblings(target)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -88,13 +93,13 @@ def new_directory(
         yield scratch
         if manifest:
             seal(scratch, digests)
-        with doing("renaming a folder", target):
+        with disk_operation("renaming a folder", target):
             if not target.exists():
                 scratch.rename(target)
             elif not _exchange(scratch, target):
                 _replace(scratch, target)
             _fsync(target.parent)
-        shutil.rmtree(scratch, ignore_errors=True)  # what was exchanged
+        shutil.rmtree(scratch, ignore_errors=True)  # the old folder, if they were exchanged
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -105,7 +110,7 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names in one system call; return False where the system or the file system has no such call."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -115,7 +120,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _replace(scratch: Path, target: Path) -> None:
-    """The same in two steps: a process killed between them leaves the old one aside, and ``recover`` puts it back."""
+    """Replace a folder by two renames. After a kill between them, ``sweep_siblings`` puts the old folder back."""
     old = _sibling(target, "old")
     target.rename(old)
     failpoint("between two renames", target)
@@ -128,12 +133,12 @@ def _replace(scratch: Path, target: Path) -> None:
 
 
 def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
-    """Make all files of a folder durable, and then its manifest, which says that it is complete.
+    """Flush all files of a folder to disk, then write its manifest, which marks it as complete.
 
-    ``digests`` as for ``new_directory``. A folder that somebody else has written is sealed so as well.
+    ``digests`` is that of ``new_directory``. Other programs' folders can be sealed too.
     """
-    with doing("writing", folder / MANIFEST):
-        sweep_siblings(folder / MANIFEST)  # of a killed process: it must not be listed
+    with disk_operation("writing", folder / MANIFEST):
+        sweep_siblings(folder / MANIFEST)  # a killed process may have left one, which must not be listed
         for path in (path for path in sorted(folder.rglob("*")) if path.exists()):
             _fsync(path)
     write_text(folder / MANIFEST, manifest_text(folder, digests))
@@ -141,46 +146,49 @@ def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
 
 @contextlib.contextmanager
 def changing_in_place(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
-    """Marks a folder as ``INCOMPLETE`` while the body replaces its files; after an error the mark stays.
+    """Mark a folder as ``INCOMPLETE`` while the body replaces its files; after an error the mark stays.
 
-    ``facts`` are written into the mark. The old manifest goes first, for it no longer holds.
+    The mark contains ``facts``. The old manifest, which no longer holds, is removed first.
     """
     write_text(folder / INCOMPLETE, json.dumps(dict(facts), indent=1))
-    with doing("removing", folder / MANIFEST):
+    with disk_operation("removing", folder / MANIFEST):
         (folder / MANIFEST).unlink(missing_ok=True)
     yield
-    with doing("removing", folder / INCOMPLETE):
+    with disk_operation("removing", folder / INCOMPLETE):
         (folder / INCOMPLETE).unlink()
         _fsync(folder)
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk of a folder, or of the nearest one above it that exists."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextlib.contextmanager
 def enough_space(target: Path, needed: int) -> Iterator[None]:
-    """Refuse to begin what the disk has no room for, and name the file when it fills up all the same.
+    """Check that ``needed`` bytes fit before the body writes ``target``.
 
-    Raises ``StorageError`` with the bytes needed and the bytes free, before the body or in place of its ``OSError``.
+    Raises ``StorageError`` with the bytes needed and free: before the body, or in place of its ``OSError`` if the disk
+    fills up meanwhile.
     """
     free = free_bytes(target)
     if free < needed:
         raise StorageError(
             f"{target} needs {_megabytes(needed)} but the disk has {_megabytes(free)} free; nothing was written: free "
-            "some space, or choose a folder on another disk"
+            "some space, or choose a folder on another disk",
+            kind="storage-full",
         )
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        where = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
         raise StorageError(
-            f"the disk was full while {where} of {target} was written; {_megabytes(needed)} were needed and "
-            f"{_megabytes(free)} free at the start: free some space, or choose a folder on another disk"
+            f"the disk filled up while {name} of {target} was written; {_megabytes(needed)} were needed and "
+            f"{_megabytes(free)} free at the start: free some space, or choose a folder on another disk",
+            kind="storage-full",
         ) from error
 
 
@@ -190,14 +198,14 @@ def _megabytes(count: int) -> str:
 
 @contextlib.contextmanager
 def fresh_directory(target: Path, commit: str) -> Iterator[None]:
-    """An empty ``target``; what was there is put back when the body fails, and removed when it succeeds.
+    """Make an empty ``target``; an existing one is put back if the body fails, and removed if it succeeds.
 
-    ``commit`` is a file that the body writes: once it is there, a killed process leaves the new folder and not the old
-    one (``recover``).
+    ``commit`` is a file that the body writes: if the process is killed, ``recover`` keeps the new folder if that file
+    exists, else the old one.
     """
     aside = _sibling(target, "old")
     recover(target, commit)
-    with doing("making a folder", target):
+    with disk_operation("making a folder", target):
         if target.exists():
             target.rename(aside)
             failpoint("between two renames", target)
@@ -213,10 +221,10 @@ def fresh_directory(target: Path, commit: str) -> Iterator[None]:
 
 
 def recover(target: Path, commit: str) -> None:
-    """After a process was killed in ``fresh_directory``: the new folder if it was committed, else the old one."""
-    for kind, path in _left_behind(target):
+    """Clean up after a process was killed in ``fresh_directory``."""
+    for kind, path in _leftovers(target):
         if kind == "old" and not (target / commit).exists():
-            with doing("putting back", target):
+            with disk_operation("putting back", target):
                 shutil.rmtree(target, ignore_errors=True)
                 path.rename(target)
         else:
@@ -224,35 +232,35 @@ def recover(target: Path, commit: str) -> None:
 
 
 def move_directory(source: Path, target: Path) -> None:
-    """Give a folder another name on the same disk, durably."""
-    with doing("renaming a folder", target):
+    """Rename a folder on the same disk, durably."""
+    with disk_operation("renaming a folder", target):
         source.rename(target)
         _fsync(target.parent)
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a folder so that a crash leaves all of it, or nothing by its name."""
+    """Remove a folder; after a crash it is whole, or gone under its name."""
     if folder.exists():
-        doomed = _sibling(folder, "tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        with doing("removing", folder):
-            folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        scratch = _sibling(folder, "tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        with disk_operation("removing", folder):
+            folder.rename(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written or half-removed in ``folder``; put back what they put aside."""
+    """Remove what killed processes left half-written or half-removed in a folder; put back what they moved aside."""
     targets = {match[1] for path in _hidden(folder) if (match := re.fullmatch(rf"\.(.+){_NUMBERED}", path.name))}
     for name in targets:
         sweep_siblings(folder / name)
 
 
 def sweep_siblings(target: Path) -> None:
-    """The same beside one ``target``, and nothing else.
+    """Sweep the temporary siblings of one ``target`` only.
 
-    Only a process of this machine is known to be dead: one target is not to be written from two machines at once.
+    Only processes of this machine are known to be dead, so two machines must not write one target at the same time.
     """
-    for kind, path in _left_behind(target):
+    for kind, path in _leftovers(target):
         if kind == "old" and not target.exists():
             path.rename(target)
         elif path.is_dir() and not path.is_symlink():
@@ -261,8 +269,8 @@ def sweep_siblings(target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _left_behind(target: Path) -> Iterator[tuple[str, Path]]:
-    """What dead processes, and this one, left beside a target: ``tmp`` is a half, ``old`` what was put aside."""
+def _leftovers(target: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the temporary siblings that dead processes, or this one, left: their kind (tmp, old) and path."""
     numbered = re.compile(rf"\.{re.escape(target.name)}{_NUMBERED}")
     for path in _hidden(target.parent):
         match = numbered.fullmatch(path.name)
@@ -275,24 +283,24 @@ def _hidden(folder: Path) -> list[Path]:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine is alive, as far as can be told."""
+    """Return whether a process of this machine may be alive."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True  # somebody else's, or no number of a process
+        return True  # another user's process, or not a valid process number
     return True
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write; on success it replaces ``path``, durably, else it is gone."""
+    """Yield a temporary sibling of ``path`` to write; it replaces ``path`` on success and is removed otherwise."""
     scratch = _sibling(path, "tmp")
     sweep_siblings(path)
     try:
         yield scratch
-        with doing("writing", path):
+        with disk_operation("writing", path):
             _fsync(scratch)
             failpoint("before renaming", path)
             scratch.replace(path)
@@ -303,6 +311,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Replace one file atomically; ``errors`` as ``str.encode`` has it, for text that was read with the same."""
-    with atomic_file(path) as scratch, doing("writing", path):
+    """Replace a text file atomically; ``errors`` is that of ``str.encode``."""
+    with atomic_file(path) as scratch, disk_operation("writing", path):
         scratch.write_text(text, encoding="utf-8", errors=errors)

@@ -1,4 +1,4 @@
-"""Strict JSON, and files that grow by one JSON object a line, each line with its checksum."""
+"""Strict JSON, and files that grow by one JSON object a line, each with its checksum."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from next_core.storage import atomic as storage
+from next_core.storage import atomic
 from next_core.storage.reading import parse_checked, with_checksum
 
 
 def json_text(value: Any) -> str:
-    """One line of strict JSON: NaN and Inf, which JSON does not have, become null."""
+    """Return one line of strict JSON; NaN and Inf, which JSON does not have, become null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -28,11 +28,11 @@ def _finite(value: Any) -> Any:
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line with its checksum, durably. A torn last line is cut off.
+    """Append a JSON object as a line with its checksum, durably. A torn last line is cut off first.
 
-    Raises ``StorageError`` for what the disk refuses; the file is then as it was.
+    Raises ``StorageError`` if the disk refuses; the file is then unchanged.
     """
-    with storage.doing("appending to", path), path.open("ab+") as file:
+    with atomic.disk_operation("appending to", path), path.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
             file.seek(0)
@@ -42,21 +42,21 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
         try:
             file.write(line[: len(line) // 2])
             file.flush()
-            storage.failpoint("within appending to", path)
+            atomic.failpoint("within appending to", path)
             file.write(line[len(line) // 2 :])
             file.flush()
             os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), size)  # a full disk may have taken a part of it
+                os.ftruncate(file.fileno(), size)  # a full disk may have stored a part of the line
             raise
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
-    """One JSON object as a line that carries the CRC-32 of the bytes before it, as its last key ``crc32``."""
+    """Return a JSON object as a line whose last key ``crc32`` is the CRC-32 of the bytes before it."""
     return with_checksum(json_text(dict(record))) + b"\n"
 
 
 def parse_json_line(line: bytes) -> dict[str, Any]:
-    """The record of one line of ``json_line``, with or without its end. Raises ``ValueError`` for any damage."""
+    """Return the record of a line of ``json_line``, with or without its end. Raises ``ValueError`` for any damage."""
     return parse_checked(line.removesuffix(b"\n"))

@@ -1,43 +1,55 @@
-"""One process at a time in one folder."""
+"""A lock that keeps a second process out of a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
 
 from next_core.errors import ConfigError
-from next_core.storage.atomic import doing
+from next_core.storage.atomic import disk_operation
 from next_core.storage.reading import read_text
 
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """No second process on one folder. Raises ``ConfigError`` naming the other; a killed one holds nothing."""
-    lock = target.parent / f".{target.name}.lock"  # not within: the folder itself may be replaced
-    with doing("locking", target):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquired(lock)
-    if file is None:
-        raise ConfigError(
-            f"{target} is in use by process {_text(lock) or '?'}; wait for it, end it, or choose another folder"
-        )
-    with file:
+    """Lock a folder for this process; the operating system releases the lock of a killed one.
+
+    Raises ``ConfigError`` with the number of the process that holds the lock. On a file system without locks it locks
+    nothing.
+    """
+    path = target.parent / f".{target.name}.lock"  # not inside: the folder itself may be replaced
+    lock = FileLock(path, thread_local=False)
+    with disk_operation("locking", target):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+            lock.acquire(timeout=0.2)  # a holder that is just releasing it is gone by then
+            path.write_text(str(os.getpid()))
+        except Timeout:
+            raise ConfigError(
+                f"{target} is in use by process {_holder(path)}; wait for it, stop it, or choose another folder",
+                kind="config-folder-in-use",
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 _HELD: dict[Path, contextlib.ExitStack] = {}
 
 
 def hold(target: Path) -> None:
-    """``locked`` until ``release``, or until this process ends; what it holds already it goes on to hold."""
+    """Lock a folder until ``release`` or the end of this process; holding it twice does nothing more."""
     if target.absolute() not in _HELD:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(target))
@@ -45,33 +57,11 @@ def hold(target: Path) -> None:
 
 
 def release(target: Path) -> None:
-    """Let other processes have what this one holds, if it does."""
+    """Release a folder that this process holds, if it does."""
     _HELD.pop(target.absolute(), contextlib.ExitStack()).close()
 
 
-def _acquired(lock: Path) -> Any:
-    """The lock's open file, held; None where another process holds it."""
-    while True:
-        file = lock.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                file.close()
-                raise  # else a file system without locks, where nobody can be kept out
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
-                return file
-        file.close()  # its last holder has removed it since it was opened
-
-
-def _text(path: Path) -> str:
+def _holder(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
-        return read_text(path)
-    return ""
+        return read_text(path) or "?"
+    return "?"

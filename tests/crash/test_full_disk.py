@@ -68,7 +68,7 @@ def test_a_disk_that_is_read_only_is_named_before_anything_is_done(whole_run: Wh
     stopped = whole_run.go(out, BEFORE_ANYTHING, Remount(disk))
     assert stopped.code == 7, stopped
     assert str(out) in stopped.error
-    assert "may not be written (Read-only file system); choose another folder" in stopped.error
+    assert "is not writable (Read-only file system)" in stopped.error
     assert list(disk.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_may_write_no_more_says_so_and_goes_on_when_it_may(whole_run:
     stopped = whole_run.go(out, FULL["at the journal"], Forbid(out))
     assert stopped.code == 7, stopped
     assert str(out) in stopped.error
-    assert "may not be written (Permission denied)" in stopped.error
+    assert "is not writable (Permission denied)" in stopped.error
     assert damages(out) == []
     for path in (out, *out.rglob("*")):
         path.chmod(path.stat().st_mode | 0o200)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from next_core.errors import ConfigError
 from next_core.storage.locking import hold, locked, release
+from tests.errors import raises_kind
 
 HOLD = """
 import sys, time
@@ -21,32 +20,32 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_by_the_number_of_the_first_until_that_is_gone(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_the_number_of_the_first_until_that_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=rf"run is in use by process {first.pid}; wait for it"), locked(folder):
+        with raises_kind("config-folder-in-use", folder, first.pid), locked(folder):
             pass
         first.kill()
     with locked(folder):
-        assert not folder.exists(), "the folder itself is the holder's affair"
+        assert not folder.exists()
     assert list(folder.parent.iterdir()) == []
 
 
-def test_the_lock_can_be_taken_again_once_it_is_given_back(tmp_path: Path) -> None:
+def test_a_lock_can_be_taken_again_after_its_release_and_does_not_block_other_folders(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path / "run"):
-            with pytest.raises(ConfigError), locked(tmp_path / "run"):
+            with raises_kind("config-folder-in-use", os.getpid()), locked(tmp_path / "run"):
                 pass
             with locked(tmp_path / "other"):
                 pass
 
 
-def test_what_a_process_holds_it_can_go_on_to_hold_until_it_lets_go(tmp_path: Path) -> None:
+def test_a_folder_can_be_held_twice_and_released_twice(tmp_path: Path) -> None:
     for _ in range(2):
         hold(tmp_path / "run")
-        with pytest.raises(ConfigError), locked(tmp_path / "run"):
+        with raises_kind("config-folder-in-use"), locked(tmp_path / "run"):
             pass
     for _ in range(2):
         release(tmp_path / "run")

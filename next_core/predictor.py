@@ -195,7 +195,7 @@ class PerMatrixPredictor(TrajectoryPredictor):
         self, name: str, update: CoefficientUpdate, confidence: float
     ) -> tuple[Update, float] | Abstain:
         source = self.history.source
-        if source.factors(name, self.history.newest) is None:
+        if self.history.ranks[name] is None:
             return dataclasses.replace(update, space="merged"), confidence
         weights = update.weights.values()
         missing = sum(weights) - (1.0 if self.anchor == "backbone" else 0.0)

@@ -101,7 +101,7 @@ class _Replay:
     def judge(self, notes: Sequence[str]) -> Backtest:
         """Measure the motion, predict at every cut of the run and of its walks, measure the predictions."""
         setting, begin = self.setting, time.perf_counter()
-        self.grams = self._map("read motion", MeasureMotion(setting), self.whole._executor)
+        self.grams = self._map("read motion", MeasureMotion(setting), self.whole.executor)
         kept = self._keeps_step_0()
         self.coordinates = {cut: Coordinates(setting, cut, kept) for cut in setting.cuts}
         walks = 1 + setting.draws

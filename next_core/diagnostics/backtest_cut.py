@@ -38,10 +38,10 @@ class CutHistory(History):
         super().__init__(
             setting.past(draw, cut),
             whole.rank,
-            whole._compressor,
+            whole.compressor,
             spectrum=whole.spectrum,
-            executor=whole._executor,
-            cache=whole._cache,
+            executor=whole.executor,
+            cache=whole.cache,
         )
 
     def _still(self, name: str, step: int, before: int | None) -> bool:

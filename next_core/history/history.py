@@ -60,10 +60,10 @@ class History:
         self.names = tuple(sorted(name for name in self.shapes if name not in self.frozen))
         dense = any(rank is None for rank in self.ranks.values())
         # The exact one takes minutes for one large dense matrix; only it knows the whole spectrum.
-        self._compressor = compressor or (LanczosCompressor() if dense and not spectrum else ExactCompressor())
+        self.compressor = compressor or (LanczosCompressor() if dense and not spectrum else ExactCompressor())
         self._progress = progress
-        self._executor = executor if executor is not None else Executor()
-        self._cache = cache
+        self.executor = executor if executor is not None else Executor()
+        self.cache = cache
         self.jump_log: Sequence[Mapping[str, Any]] = ()
         """The jumps tried so far, as the journal of the run has them; none for a recorded run."""
         self._grams: dict[tuple[Span, ...], dict[str, Tensor]] = {}
@@ -78,7 +78,7 @@ class History:
     @property
     def cache_trouble(self) -> str | None:
         """Why something could not be read from the cache or kept in it; None when all went well."""
-        return None if self._cache is None else self._cache.trouble
+        return None if self.cache is None else self.cache.trouble
 
     def matrix(self, name: str) -> MatrixHistory:
         """The view of one matrix."""
@@ -112,18 +112,18 @@ class History:
             # From whole matrices they cost no more than telling whether the files are the same.
             dense = any(self.ranks[name] is None for name in self.names)
             key = None if dense else self._key(chosen, "inner products")
-            found = None if self._cache is None else self._cache.load_tensors(key, self.names)
+            found = None if self.cache is None else self.cache.load_tensors(key, self.names)
             if found is None:
                 found = self._map("inner products", InnerProducts(self.source, chosen))
-                if self._cache is not None:
-                    self._cache.save_tensors(key, found)
+                if self.cache is not None:
+                    self.cache.save_tensors(key, found)
             self._grams[chosen] = found
         return self._grams[chosen]
 
     def _map(self, what: str, task: Task[Result]) -> dict[str, Result]:
         """A task of every matrix that moves."""
         made: dict[str, Result] = {}
-        for name, value in zip(self.names, self._executor.map(task, self.names), strict=True):
+        for name, value in zip(self.names, self.executor.map(task, self.names), strict=True):
             made[name] = value
             if self._progress is not None:
                 self._progress(what, len(made), len(self.names))
@@ -183,16 +183,16 @@ class History:
 
     def _decompose(self, spans: Sequence[Span]) -> dict[str, Factors]:
         """The triplets of every matrix, one row a span; what the cache has is not computed again."""
-        version = "" if self._cache is None else self._cache.compressor_version
-        keys = {span: self._key([span], *how(self._compressor, self.rank, self.spectrum, version)) for span in spans}
+        version = "" if self.cache is None else self.cache.compressor_version
+        keys = {span: self._key([span], *how(self.compressor, self.rank, self.spectrum, version)) for span in spans}
         known = {span: found for span in spans if (found := self._cached(keys[span])) is not None}
         todo = tuple(span for span in spans if span not in known)
         made: dict[str, Factors] = {}
         if todo:
-            made = self._map("compress", Compress(self.source, self._compressor, todo, self.rank, self.spectrum))
-        if self._cache is not None:
+            made = self._map("compress", Compress(self.source, self.compressor, todo, self.rank, self.spectrum))
+        if self.cache is not None:
             for row, span in enumerate(todo):
-                self._cache.save(keys[span], {name: _rows(found, [row]) for name, found in made.items()})
+                self.cache.save(keys[span], {name: _rows(found, [row]) for name, found in made.items()})
         if not known:
             return made
         where = {span: row for row, span in enumerate(todo)}
@@ -204,10 +204,10 @@ class History:
         }
 
     def _cached(self, key: str | None) -> dict[str, Factors] | None:
-        return None if self._cache is None else self._cache.load(key, self.names)
+        return None if self.cache is None else self.cache.load(key, self.names)
 
     def _key(self, spans: Sequence[Span], *more: object) -> str | None:
-        return None if self._cache is None else spans_key(self.source, spans, *more)
+        return None if self.cache is None else spans_key(self.source, spans, *more)
 
     def _find_frozen(self) -> dict[str, str]:
         newest = self.steps[-1]

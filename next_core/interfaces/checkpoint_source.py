@@ -114,6 +114,13 @@ class CheckpointSource(Plugin):
             kind="checkpoint-no-full-weights",
         )
 
+    def as_of(self, step: int) -> CheckpointSource:
+        """Return the run as it stood when ``step`` was reached: only jumps made before then are counted.
+
+        Later checkpoints are still there. Returns the same source where no later jump changes a delta.
+        """
+        return self
+
     @abstractmethod
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
         """W_step - W_since of one parameter; ``since=None`` is where RL began: the backbone, or step 0 if it was kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,25 @@ class PeftAdapterSource(CheckpointSource):
         self._cache = TensorCache()
         self._counted: dict[tuple[str, int], tuple[Shift, ...]] = {}  # which jumps a cached tensor has in it
         self._beside: dict[int, list[AdapterFiles]] = {}
+        self._as_of: int | None = None
         self.refresh()
 
     @classmethod
     def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
         return holds(path, ADAPTER_FILES, folders)
 
-    def __reduce__(self) -> tuple[type[PeftAdapterSource], tuple[PeftAdapterSourceConfig]]:
-        return type(self), (self.config,)  # another process opens the folder for itself
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self.config, self._as_of)  # another process opens the folder for itself
+
+    def as_of(self, step: int) -> PeftAdapterSource:
+        shifts = self._shifts.as_of(step)
+        if shifts is self._shifts:
+            return self
+        found = copy.copy(self)
+        found._run, found._shifts, found._as_of = copy.copy(self._run), shifts, step
+        found._run.shifts = shifts
+        found._cache, found._counted, found._beside = TensorCache(), {}, {}
+        return found
 
     def refresh(self) -> None:
         """Take in the checkpoints that were written since the folder was opened."""
@@ -237,6 +249,11 @@ class PeftAdapterSource(CheckpointSource):
 
     def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
         return self._run.logged_metrics()
+
+
+def _reopen(cls: type[PeftAdapterSource], config: PeftAdapterSourceConfig, as_of: int | None) -> PeftAdapterSource:
+    source = cls(config)
+    return source if as_of is None else source.as_of(as_of)
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -61,6 +62,15 @@ class Shifts:
                     check_manifest(file.parent)
                 self._shifts[key] = step, Shift(file, self._cache)
         self._shifts = {key: self._shifts[key] for key in present}
+
+    def as_of(self, step: int) -> Shifts:
+        """Return the jumps made before a step: these very ones where none was made at or after it."""
+        earlier = {key: (made, shift) for key, (made, shift) in self._shifts.items() if made < step}
+        if len(earlier) == len(self._shifts):
+            return self
+        found = copy.copy(self)
+        found._shifts = earlier
+        return found
 
     def made_after(self, step: int) -> list[Shift]:
         """The shifts of the jumps made right after a step, undone later or not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_jumps_add_up_and_reading_twice_counts_them_once(own_lora_run: LoraRun, 
         assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
         assert_moved(source.factors(NAME, 40), plain.factors(NAME, 40), second)
         assert_moved(source.factors(NAME, 60), plain.factors(NAME, 60))
+
+
+def test_a_run_as_of_a_step_counts_only_the_jumps_made_before_it(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+    plain, first, second = opened(lora_run), moved("s"), moved("t")
+    jump(own_lora_run, 1, 30, first)
+    jump(own_lora_run, 2, 50, second)
+    source = opened(own_lora_run)
+    assert source.as_of(60) is source
+    for _ in range(2):  # the cache of one is not the other's
+        assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
+        assert_moved(source.as_of(50).factors(NAME, 20), plain.factors(NAME, 20), first)
+        assert torch.equal(source.as_of(30).factors(NAME, 20).B, plain.factors(NAME, 20).B)
+    sent = pickle.loads(pickle.dumps(source.as_of(50)))
+    assert torch.equal(sent.factors(NAME, 20).B, source.as_of(50).factors(NAME, 20).B)
+    assert source.as_of(50).fingerprint(20) != source.fingerprint(20)
 
 
 def test_a_delta_across_a_jump_is_what_rl_did(own_lora_run: LoraRun, lora_run: LoraRun) -> None:

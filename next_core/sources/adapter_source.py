@@ -68,7 +68,8 @@ class PeftAdapterSource(CheckpointSource):
         shifts = self._shifts.as_of(step)
         if shifts is self._shifts:
             return self
-        found = copy.copy(self)
+        found = object.__new__(type(self))  # copy.copy would open the folder again, as another process does
+        found.__dict__.update(self.__dict__)
         found._run, found._shifts, found._as_of = copy.copy(self._run), shifts, step
         found._run.shifts = shifts
         found._cache, found._counted, found._beside = TensorCache(), {}, {}

@@ -164,6 +164,7 @@ def test_probes_can_be_switched_off() -> None:
     made = cycle(Descent(accuracy=never), guards=Guards(probe=False))
     made.run()
     assert made.journal.jumps()[0]["accuracy_before"] is None
+    assert {record["event"] for record in made.journal.records} == {"jump"}
 
 
 def test_milestones_surround_the_first_jump_that_is_made() -> None:
@@ -301,6 +302,17 @@ def test_a_jump_may_be_as_large_as_the_bound_and_no_larger(times: float | None, 
     jump = made.journal.jumps()[0]
     assert jump["accepted"] is accepted
     assert jump["norm_ratio"] == ratio
+
+
+def test_a_matrix_that_is_damped_to_nothing_is_not_counted_as_moved() -> None:
+    def damped(made: Prediction) -> Prediction:
+        return dataclasses.replace(made, confidence={"weight": 0.0})
+
+    made = PredictExtendCycle(Descent(), lambda: Secant(damped), ONE_JUMP, Guards(), 60, Journal())
+    made.run()
+    [jump] = made.journal.jumps()
+    assert (jump["accepted"], jump["norm"]) == (True, 0.0)
+    assert "0 of 1" in jump["reason"]
 
 
 class Secant(type(make_predictor("secant"))):  # type: ignore[misc]

@@ -60,9 +60,9 @@ def test_a_jump_that_was_rolled_back_does_not_count_towards_the_number_of_jumps(
 
 
 def test_strict_makes_a_failed_recovery_an_error_and_a_good_one_none() -> None:
-    cycle(Descent(), guards=RECOVERY, strict=True).run()
+    cycle(Descent(), guards=RECOVERY, schedule=ONE_JUMP, strict=True).run()
     with pytest.raises(GuardError, match="step 30"):
-        cycle(Descent(accuracy=reading(0.75, 0.75, 0.1)), guards=RECOVERY, strict=True).run()
+        cycle(Descent(accuracy=reading(0.75, 0.75, 0.1)), guards=RECOVERY, schedule=ONE_JUMP, strict=True).run()
 
 
 def test_without_a_measure_no_recovery_is_judged() -> None:
@@ -89,6 +89,14 @@ def test_without_an_earlier_measure_the_trend_is_flat() -> None:
     )
     made.run()
     assert verdicts(made.journal) == [(10, True)]
+
+
+def test_the_trend_is_that_of_accuracies_before_jumps() -> None:
+    accuracy = reading(0.5, 0.6, 0.7, 0.75, 0.75, 0.87)
+    made = cycle(Descent(accuracy=accuracy), guards=Guards(recovery=10, against="trend"))
+    made.run()
+    # From 0.6 before the jump at step 20 to 0.75 at step 30: 0.9 at step 40, less the tolerance.
+    assert verdicts(made.journal)[:2] == [(20, True), (30, False)]
 
 
 def test_a_probe_that_failed_is_made_again_where_it_is_needed() -> None:
@@ -142,8 +150,12 @@ def test_a_launched_trainer_stands_still_wherever_something_is_measured(average:
 
 @pytest.mark.parametrize("trainer", [Descent, LaunchedDescent])
 @pytest.mark.parametrize("against", ["start", "trend"])
-@pytest.mark.parametrize("step", [8, 19, 20, 25, 30, 35])
-@pytest.mark.parametrize("readings", [(), (0.5, 0.6, 0.65, 0.5)], ids=["recovers", "fails"])
+@pytest.mark.parametrize("step", [8, 19, 25, 30, 40, 45])
+@pytest.mark.parametrize(
+    "readings",
+    [(), (0.5, 0.6, 0.65, 0.5), (0.5, float("nan"), 0.6, 0.6, 0.75, 0.75, 0.8)],
+    ids=["recovers", "fails", "has a probe that failed"],
+)
 def test_a_resumed_run_decides_what_the_run_that_was_not_interrupted_decides(
     trainer: type[Descent], step: int, against: Any, readings: tuple[float, ...]
 ) -> None:

@@ -174,7 +174,10 @@ def test_ill_conditioned_factors_lose_nothing(decades: int) -> None:
     mix = orthonormal(3, 16, 16) * torch.logspace(0, -decades, 16, dtype=torch.float64) @ orthonormal(4, 16, 16)
     a = with_spectrum(torch.logspace(0, -1, 16, dtype=torch.float64), 200, 150)
     ill = LowRank(a.left @ mix, a.right)
-    assert_triplets_of(ill.dense(), truncated_svd(ill, 4), vectors=2)
+    found = truncated_svd(ill, 4)
+    assert_triplets_of(ill.dense(), found, vectors=2)
+    for vectors in (found.U, found.V):
+        assert (vectors.norm(dim=-2) - 1).abs().max() <= 1e-14
 
 
 def test_only_the_ill_conditioned_matrices_of_a_batch_take_the_slow_way(
@@ -295,6 +298,11 @@ def test_alignment_forgets_the_signs_it_was_given(signs: list[list[float]]) -> N
     assert torch.equal(unreferenced.U, smooth.U * torch.tensor(signs[-1]))
 
 
+def test_a_history_without_rows_is_aligned_as_it_is() -> None:
+    nothing = truncated_svd(LowRank.zero(6, 5, (0,)), 2)
+    assert align_signs(nothing).U.shape == (0, 6, 2)
+
+
 def test_aligned_neighbours_agree() -> None:
     factors = truncated_svd(LowRank(noise(0, 8, 2, 12, 4), noise(1, 8, 2, 4, 10)), 3)
     aligned = align_signs(factors)
@@ -335,6 +343,9 @@ def test_unlike_shapes_are_refused_by_name() -> None:
         LowRank(torch.zeros(4, 2), torch.zeros(3, 5))
     with pytest.raises(NextCoreError, match=r"left \(2, 4, 3\) and right \(3, 5\)"):
         LowRank(torch.zeros(2, 4, 3), torch.zeros(3, 5))
+    for left, right in ((torch.zeros(2), torch.zeros(2, 5)), (torch.zeros(4, 2), torch.zeros(2))):
+        with pytest.raises(NextCoreError, match="do not multiply"):
+            LowRank(left, right)
     with pytest.raises(NextCoreError, match="int64"):
         LowRank(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(2, 5))
     with pytest.raises(NextCoreError, match=r"A \(2, 5\), B \(4, 2\) and A \(3, 5\), B \(4, 3\)"):

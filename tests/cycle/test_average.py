@@ -115,6 +115,16 @@ def test_the_window_that_validates_best_is_taken_if_it_is_better(
     torch.testing.assert_close(backend.model.weight.detach(), torch.stack(last).mean(0))
 
 
+def test_a_mean_has_to_be_better_than_what_a_jump_after_the_last_step_reached() -> None:
+    each = iter([0.5, 0.7, 0.8, 0.75, 0.6, 0.6])
+    journal = Journal()
+    schedule = Schedule(observe=20, every=1, horizon=1, average=8)
+    backend = Descent(accuracy=lambda loss: next(each))
+    PredictExtendCycle(backend, lambda: make_predictor("stay"), schedule, Guards(), 20, journal).run()
+    record = journal.records[-1]
+    assert (record["accuracy_before"], record["accepted"]) == (0.8, False)
+
+
 def test_the_reason_tells_a_blind_run_from_one_that_found_nothing_better() -> None:
     blind, climbing = Descent(accuracy=lambda loss: None), Descent(lr=0.001)  # type: ignore[arg-type, return-value]
     swinging = Descent(lr=1.999)

@@ -171,14 +171,13 @@ def every_rate(found: By) -> str:
                     mean(ours),
                     interval([a - b for a, b in zip(ours, bare, strict=True)]),
                     interval([a - b for a, b in zip(ours, averaged, strict=True)]),
-                    f"{statistics.mean(auto[seed]['jumps'] for seed in seeds):.0f}",
                     f"{statistics.median(advised):.2g}" if advised else "",
                     f"{best / rate:.2g}",
                     str(len(seeds)),
                 ]
             )
     headings = "task|learning rate|plain|plain, mean at the end|auto|auto - plain, 95%|auto - plain with mean, 95%"
-    return table([*headings.split("|"), "jumps", "advised factor", "best rate / this", "seeds"], rows)
+    return table([*headings.split("|"), "advised factor", "best rate / this", "seeds"], rows)
 
 
 def conservative(found: By) -> str:
@@ -198,68 +197,29 @@ def conservative(found: By) -> str:
 
 
 def tuned(found: By) -> str:
-    """Aims (b) and (c): `auto` at each rate beside the best plain constant rate, and the best schedule."""
+    """Aims (b) and (c): `auto` at each rate beside the best constant rate, schedule, and mean at the end."""
     rows = []
     for task in TASKS:
-        plain = plain_finals(found, task)
-        best = best_rate(found, task)
-        rivals = {f"constant {best:g}": plain.get(best, {})}
-        for rate in ARM_RATES["linear"]:
-            rivals[f"linear decay from {rate:g}"] = {
-                seed: row["final"] for seed, row in found.get((task, rate, "linear"), {}).items()
-            }
-        for rate in ARM_RATES["plain"]:
-            if rate >= 1e-3:
-                rivals[f"constant {rate:g}, mean at the end"] = {
-                    seed: row["final"] for seed, row in found.get((task, rate, "plain"), {}).items()
-                }
-        for name, finals in rivals.items():
-            if not finals:
+        kinds = {"constant {:g}": plain_finals(found, task)}
+        for name, arm, rates in (
+            ("linear decay from {:g}", "linear", ARM_RATES["linear"]),
+            ("constant {:g}, mean at the end", "plain", [rate for rate in ARM_RATES["plain"] if rate >= 1e-3]),
+        ):
+            runs = {rate: found.get((task, rate, arm), {}) for rate in rates}
+            kinds[name] = {rate: {seed: row["final"] for seed, row in of.items()} for rate, of in runs.items() if of}
+        for name, by_rate in kinds.items():
+            if not by_rate:
                 continue
-            cells = [task, name, mean(list(finals.values()))]
-            for rate in (1e-4, 3e-4, 1e-3):
+            best = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate].values()))
+            finals = by_rate[best]
+            cells = [task, name.format(best), mean(list(finals.values()))]
+            for rate in (1e-4, 1e-3):
                 auto = found.get((task, rate, "auto"), {})
                 seeds = sorted(finals.keys() & auto.keys())
                 cells.append(interval([auto[s]["final"] - finals[s] for s in seeds]) if seeds else "")
             rows.append([*cells, str(len(finals))])
-    headings = ["task", "plain run", "its accuracy", *(f"auto at {rate:g} - this, 95%" for rate in (1e-4, 3e-4, 1e-3))]
-    return table([*headings, "seeds"], rows)
-
-
-def per_matrix(found: By) -> str:
-    """One multiple for all matrices beside one for each."""
-    rows = []
-    for task in TASKS:
-        for rate in sorted(ARM_RATES["per matrix"]):
-            auto, each = (found.get((task, rate, arm), {}) for arm in ("auto", "per matrix"))
-            seeds = sorted(auto.keys() & each.keys())
-            if seeds:
-                finals = [[runs[seed]["final"] for seed in seeds] for runs in (auto, each)]
-                differences = [after - before for before, after in zip(*finals, strict=True)]
-                jumps = [f"{statistics.mean(runs[seed]['jumps'] for seed in seeds):.0f}" for runs in (auto, each)]
-                rows.append([task, f"{rate:g}", *map(mean, finals), interval(differences), *jumps, str(len(seeds))])
-    headings = ["task", "learning rate", "auto", "per_matrix", "difference, 95%", "jumps", "its jumps", "seeds"]
-    return table(headings, rows)
-
-
-def other_settings(rows: list[Row]) -> str:
-    """The arithmetic task with other gradients, adapters and algorithms."""
-    cells = []
-    for setting in SETTINGS:
-        found = by_arm(rows, setting)
-        for rate in SETTING_RATES:
-            plain, auto = (found.get(("arithmetic", rate, arm), {}) for arm in ("plain", "auto"))
-            seeds = sorted(plain.keys() & auto.keys())
-            if not seeds:
-                continue
-            bare, averaged = ([plain[seed][key] for seed in seeds] for key in ("before_average", "final"))
-            ours = [auto[seed]["final"] for seed in seeds]
-            advised = [row["factor"] for row in plain.values() if row["factor"] is not None]
-            advice = f"{statistics.median(advised):.2g}" if advised else ""
-            jumps = f"{statistics.mean(auto[seed]['jumps'] for seed in seeds):.0f}"
-            cells.append([setting, f"{rate:g}", *map(mean, (bare, averaged, ours)), jumps, advice, str(len(seeds))])
-    headings = ["setting", "learning rate", "plain", "plain, mean at the end", "auto", "jumps", "advised factor"]
-    return table([*headings, "seeds"], cells)
+    headings = ["task", "best plain run of its kind", "its accuracy"]
+    return table([*headings, *(f"auto at {rate:g} - this, 95%" for rate in (1e-4, 1e-3)), "seeds"], rows)
 
 
 def tables(rows: list[Row]) -> str:
@@ -269,8 +229,6 @@ def tables(rows: list[Row]) -> str:
         "Every rate, next to plain RL at the same rate": every_rate(found),
         "A conservative rate: 250 steps against 400": conservative(found),
         "Tuned runs: best constant rate, schedule, mean at the end": tuned(found),
-        "One multiple per matrix (`per_matrix: true`)": per_matrix(found),
-        "Other settings on arithmetic": other_settings(rows),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())
 

@@ -38,19 +38,8 @@ def load(results: Path) -> list[Facts]:
 
 def render(results: list[Facts]) -> str:
     """All tables, under their headings."""
-    parts = [
-        "### Cost\n",
-        _cost(results),
-        "\n### Floors\n",
-        _floors(results),
-        "\n### Errors\n",
-        _errors(results),
-        "\n### Growth\n",
-        _growth(results),
-        "\n### Machine\n",
-        _machines(results),
-    ]
-    return "\n".join(parts)
+    parts = ["### Cost\n", _cost(results), "\n### Errors\n", _errors(results), "\n### Growth\n", _growth(results)]
+    return "\n".join([*parts, "\n### Machine\n", _machines(results)])
 
 
 def _rows(results: list[Facts]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -63,23 +52,13 @@ def _cost(results: list[Facts]) -> str:
         if "skipped" in row:
             cells.append([stage, row["what"], f"not run: {row['skipped']}", *["-"] * 6])
             continue
-        reference = row.get("reference", {})
+        reference, floor = row.get("reference", {}), row.get("floor", {})
         times = _number(reference["cpu_s"] / row["cpu_s"]) if reference else "-"
-        cells.append(
-            [
-                stage,
-                row["what"],
-                _number(row["cpu_s"]),
-                _number(row.get("target_cpu_s")),
-                _number(row["wall_s"]),
-                _memory(row),
-                _number(reference.get("cpu_s")),
-                "; ".join(reference[key] for key in ("what", "how") if key in reference) or "-",
-                times,
-            ]
-        )
-    heads = ["stage", "what", "CPU-s", "target", "wall s", "own memory, GiB", "ref. CPU-s", "reference", "speed-up"]
-    return _table(heads, cells)
+        floors = [_number(floor.get("seconds")), f"{floor['ratio']:.3g}" if floor else "-"]
+        cost = [_number(row["cpu_s"]), _number(row.get("target_cpu_s")), *floors, _memory(row)]
+        cells.append([stage, row["what"], *cost, _number(reference.get("cpu_s")), times])
+    heads = ["stage", "what", "CPU-s", "target", "floor, s", "CPU-s / floor", "own memory, GiB", "reference CPU-s"]
+    return _table([*heads, "speed-up"], cells)
 
 
 def _memory(row: dict[str, Any]) -> str:
@@ -89,44 +68,22 @@ def _memory(row: dict[str, Any]) -> str:
     return f"{row['own_gib']:.2f}{limit}"
 
 
-def _floors(results: list[Facts]) -> str:
-    cells = [
-        [
-            stage,
-            row["what"],
-            _number(row["floor"]["gflop"] or None),
-            row["floor"]["dtype"] if row["floor"]["gflop"] else "-",
-            _number(row["floor"]["gb"]),
-            _number(row["floor"]["seconds"]),
-            _number(row["cpu_s"]),
-            f"{row['floor']['ratio']:.3g}",
-        ]
-        for stage, row in _rows(results)
-        if "floor" in row
-    ]
-    return _table(["stage", "what", "GFLOP", "in", "GB moved", "floor, s", "CPU-s", "measured / floor"], cells)
-
-
 def _errors(results: list[Facts]) -> str:
+    """The sine of the angle of u, ours and the reference's."""
     cells = []
     for stage, row in _rows(results):
-        ours = {"what": row["what"], "errors": row.get("errors", {})}
-        for each in (ours, row.get("reference", {}), *row.get("others", [])):
-            errors = each.get("errors", {})
-            if "u" in errors:
-                figures = [f"{errors[key]:.1e}" for key in ("sigma", "u", "v")]
-                cells.append([stage, each["what"], *figures, _number(each.get("cpu_s", row["cpu_s"]))])
-    return _table(["stage", "what", "sigma, relative", "sine of u's angle", "of v's", "CPU-s"], cells)
+        theirs = [each for each in (row.get("reference", {}), *row.get("others", [])) if "u" in each.get("errors", {})]
+        if "u" in row.get("errors", {}):
+            others = "; ".join(f"{each['what']}: {each['errors']['u']:.0e}" for each in theirs)
+            cells.append([stage, row["what"], f"{row['errors']['u']:.0e}", others])
+    return _table(["stage", "what", "sine of u's angle", "others"], cells)
 
 
 def _growth(results: list[Facts]) -> str:
-    cells = []
-    for facts in results:
-        for series in facts.get("series", []):
-            points = ", ".join(f"{p['x']}: {_number(p['cpu_s'])}" for p in series["points"])
-            exponents = (f"{series[key]:.2f}" for key in ("exponent", "deltas"))
-            cells.append([series["what"], points, *exponents])
-    return _table(["varied", "value: CPU-s", "exponent of the cost", "of the number of deltas"], cells)
+    """The exponent of the cost in what is varied."""
+    every = [series for facts in results for series in facts.get("series", [])]
+    found = [f"{one['what']} {one['exponent']:.2f}" for one in every]
+    return f"Cost grows with these exponents: {', '.join(found)}."
 
 
 def _machines(results: list[Facts]) -> str:

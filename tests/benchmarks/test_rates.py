@@ -41,8 +41,8 @@ def rows() -> list[dict[str, Any]]:
 def test_every_rate_stands_beside_its_plain_run_the_advice_beside_what_would_have_been_right(rates: Any) -> None:
     small, right = rates.every_rate(rates.by_arm(rows())).splitlines()[2:]
     assert small.startswith("| arithmetic | 0.0001 | 0.500 | 0.510 | 0.750 | +0.250 (+0.250 to +0.250) | +0.240 ")
-    assert small.endswith("| 3 | 13 | 10 | 2 |")
-    assert right.endswith("| +0.030 | +0.010 | 3 |  | 1 | 1 |")
+    assert small.endswith("| 13 | 10 | 2 |")
+    assert right.endswith("| +0.030 | +0.010 |  | 1 | 1 |")
 
 
 def test_rivals_are_the_best_constant_rate_schedules_and_means(rates: Any) -> None:
@@ -50,7 +50,6 @@ def test_rivals_are_the_best_constant_rate_schedules_and_means(rates: Any) -> No
     assert [line.split(" | ")[1] for line in lines] == [
         "constant 0.001",
         "linear decay from 0.001",
-        "constant 0.001, mean at the end",
         "constant 0.002, mean at the end",
     ]
     assert "| -0.050 |" in lines[0]
@@ -70,4 +69,4 @@ def test_the_committed_results_make_the_tables(rates: Any) -> None:
     import json
 
     text = rates.tables(json.loads(rates.FILE.read_text())["rows"])
-    assert text.count("| arithmetic |") >= 8
+    assert text.count("| arithmetic |") >= 7

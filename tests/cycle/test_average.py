@@ -120,7 +120,7 @@ def test_a_mean_has_to_be_better_than_what_a_jump_after_the_last_step_reached() 
     journal = Journal()
     schedule = Schedule(observe=20, every=1, horizon=1, average=8)
     backend = Descent(accuracy=lambda loss: next(each))
-    PredictExtendCycle(backend, lambda: make_predictor("stay"), schedule, Guards(), 20, journal).run()
+    PredictExtendCycle(backend, lambda: make_predictor("secant", window=1), schedule, Guards(), 20, journal).run()
     record = journal.records[-1]
     assert (record["accuracy_before"], record["accepted"]) == (0.8, False)
 

@@ -1,7 +1,7 @@
-"""Checks for plug-ins: whether a predictor, source, applier or backend keeps what its interface promises.
+"""Checks for plug-ins: whether a predictor, source, applier or backend keeps the promises of its interface.
 
-One call runs them all and raises one error with all that failed; under pytest, ``parametrize_with_checks`` makes a test
-of each::
+One call runs all checks and raises one error that lists every failure; under pytest, ``parametrize_with_checks`` makes
+each check a test::
 
     from next_core.testing import check_predictor, parametrize_with_checks
 
@@ -11,22 +11,32 @@ of each::
     def test_it_keeps_the_contract(plugin, check):
         check(plugin)
 
-The runs that the checks need are made here, from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``,
+The kit makes the runs that the checks need from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``,
 ``write_model_run``). Only ``parametrize_with_checks`` needs pytest.
 """
 
 from __future__ import annotations
 
-from next_core.testing import predictor_invariance, source_file_checks  # noqa: F401 - they register checks
 from next_core.testing.applier_checks import ApplierCase, check_applier
-from next_core.testing.backend_case import BackendCase
-from next_core.testing.backend_checks import check_backend
-from next_core.testing.check_runner import Check, CheckError, ContractError, DoesNotApply, checks_of
-from next_core.testing.parametrize import parametrize_with_checks
+from next_core.testing.backend_checks import BackendCase, check_backend
+from next_core.testing.check_runner import (
+    Check,
+    CheckError,
+    ContractError,
+    DoesNotApply,
+    checks_of,
+    parametrize_with_checks,
+)
 from next_core.testing.predictor_checks import check_predictor
 from next_core.testing.source_checks import check_source
-from next_core.testing.synthetic_folders import write_base, write_lora_run, write_model_run
-from next_core.testing.synthetic_runs import SyntheticRun, dense_run, lora_run
+from next_core.testing.synthetic_runs import (
+    SyntheticRun,
+    dense_run,
+    lora_run,
+    write_base,
+    write_lora_run,
+    write_model_run,
+)
 
 __all__ = [
     "ApplierCase",

@@ -1,11 +1,15 @@
-"""Tiny runs in memory for the checks, made from a seed: they drift, bend and are noisy, and one matrix stands still."""
+"""Tiny seeded runs, in memory or on disk: they drift, bend and are noisy, and one matrix never moves."""
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core.sources.memory import MemorySource
@@ -27,7 +31,7 @@ Weight = LoraFactors | Tensor
 
 
 class SyntheticRun(MemorySource):
-    """A run whose step 0, where it was kept, can be read but is no observation: as the sources on disk have it."""
+    """A run in memory. Its step 0, where it was kept, can be read but is not among ``steps``, as on disk."""
 
     def __init__(
         self,
@@ -44,22 +48,22 @@ class SyntheticRun(MemorySource):
 
     @property
     def weights(self) -> Mapping[int, Mapping[str, Weight]]:
-        """All that is kept, step 0 included."""
+        """The weights of every kept step, step 0 included."""
         return self._checkpoints
 
     def only(self, steps: Sequence[int]) -> SyntheticRun:
-        """The same run with these checkpoints alone."""
+        """Return the run with these checkpoints only."""
         return SyntheticRun({step: self._checkpoints[step] for step in steps}, *self._given)
 
     def mapped(self, change: Callable[[Weight], Weight], names: Sequence[str] | None = None) -> SyntheticRun:
-        """The run with every stored value changed, its matrices in the order of ``names``."""
+        """Return the run with every stored value changed, its matrices in the order of ``names``."""
         order = list(self._checkpoints[self.steps[-1]]) if names is None else list(names)
         return SyntheticRun(
             {step: {name: change(at[name]) for name in order} for step, at in self._checkpoints.items()}, *self._given
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of it, by a name of its own; not copies."""
+        """Return every stored tensor under a unique name; the tensors are not copies."""
         found = {f"backbone/{name}": value for name, value in self._backbone.items()}
         for step, at in self._checkpoints.items():
             for name, value in at.items():
@@ -77,9 +81,9 @@ def lora_run(
     start: bool = True,
     moves: bool = True,
 ) -> SyntheticRun:
-    """LoRA checkpoints, fp32, with s = step / last step: A = A_0 + s a / 4, B = s b + curvature s^2 c, and noise.
+    """Return LoRA checkpoints, fp32: A = A_0 + s a / 4, B = s b + curvature s^2 c, plus noise; s = step / last step.
 
-    ``start`` keeps step 0; without ``moves`` every matrix stands still. The metrics ``reward`` and ``accuracy`` rise.
+    ``start`` keeps step 0; without ``moves`` no matrix moves. The metrics ``reward`` and ``accuracy`` rise.
     """
     last = steps[-1]
     drawn = {
@@ -110,7 +114,7 @@ def dense_run(
     noise: float = 0.02,
     moves: bool = True,
 ) -> SyntheticRun:
-    """Full-parameter checkpoints, fp32: W = W_0 + s D + curvature s^2 E and noise, s = step / last step."""
+    """Return full-parameter checkpoints, fp32: W = W_0 + s D + curvature s^2 E plus noise; s = step / last step."""
     last = steps[-1]
     backbone = {name: _gauss(seed, name, "W", *shape).float() for name, shape in SHAPES.items()}
     drawn = {name: [_gauss(seed, name, what, *shape) for what in "DE"] for name, shape in SHAPES.items()}
@@ -126,8 +130,51 @@ def dense_run(
     return SyntheticRun({t: {name: at(name, t) for name in SHAPES} for t in steps}, backbone, _metrics(steps))
 
 
+def write_lora_run(folder: str | Path, run: SyntheticRun | None = None, name: str = "checkpoint-{}") -> SyntheticRun:
+    """Write PEFT adapters, one ``checkpoint-N`` per kept step, with the trainer's log. Returns the run.
+
+    All factors of ``run`` need the same rank, and the scaling ``SCALING``, as those of ``lora_run`` have.
+    """
+    run, folder = run or lora_run(), Path(folder)
+    for step, at in run.weights.items():
+        tensors: dict[str, Tensor] = {}
+        rank = 0
+        for parameter, value in at.items():
+            assert isinstance(value, LoraFactors)
+            rank = value.A.shape[0]
+            module = parameter.removesuffix(".weight")
+            for side, tensor in (("A", value.A), ("B", value.B)):
+                tensors[f"base_model.model.{module}.lora_{side}.weight"] = tensor.contiguous()
+        modules = sorted({parameter.removesuffix(".weight").rpartition(".")[2] for parameter in at})
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": int(SCALING * rank)}
+        target = _new(folder / name.format(step))
+        _write_json(target / "adapter_config.json", config | {"target_modules": modules})
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_log(target, run, step)
+    return run
+
+
+def write_model_run(folder: str | Path, run: SyntheticRun | None = None, name: str = "checkpoint-{}") -> SyntheticRun:
+    """Write full models, one ``checkpoint-N`` per kept step, and the base model to ``folder.parent / "base"``."""
+    run, folder = run or dense_run(), Path(folder)
+    write_base(folder.parent / "base", run)
+    for step, at in run.weights.items():
+        target = _new(folder / name.format(step))
+        _write_model(target, {parameter: value for parameter, value in at.items() if isinstance(value, Tensor)})
+        _write_log(target, run, step)
+    return run
+
+
+def write_base(folder: str | Path, run: SyntheticRun | None = None) -> dict[str, Tensor]:
+    """Write a base model with the matrices of the synthetic runs. Returns the matrices."""
+    run = run or dense_run()
+    matrices = {name.removeprefix("backbone/"): v for name, v in run.tensors().items() if name.startswith("backbone/")}
+    _write_model(_new(Path(folder)), matrices)
+    return matrices
+
+
 def _metrics(steps: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Logged after each checkpoint but before the next; they rise, not quite evenly."""
+    """Return metrics logged at each checkpoint; they rise, though not quite evenly."""
     found = {}
     for index, step in enumerate(steps):
         rise = step / steps[-1] + 0.01 * (-1) ** index
@@ -138,3 +185,22 @@ def _metrics(steps: Sequence[int]) -> dict[int, dict[str, float]]:
 def _gauss(seed: int, name: str, what: object, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{what}".encode()))
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _write_model(folder: Path, matrices: Mapping[str, Tensor]) -> None:
+    _write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": False})
+    save_file({k: v.contiguous() for k, v in matrices.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_log(folder: Path, run: SyntheticRun, step: int) -> None:
+    logged = [{"step": at, **run.metrics(at)} for at in run.steps if at <= step]
+    _write_json(folder / "trainer_state.json", {"global_step": step, "log_history": logged})
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1), encoding="utf-8")

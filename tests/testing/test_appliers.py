@@ -1,7 +1,8 @@
-"""Every applier that is installed with next-core keeps the contract, for each kind of run that it can write."""
+"""Every installed applier keeps the contract, and each check of appliers fails on an applier that breaks it."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from next_core import make_applier, open_checkpoints, registry
-from next_core.interfaces import CheckpointSource
+from next_core.interfaces import CheckpointSource, Prediction
+from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
 from next_core.testing import (
     ApplierCase,
     Check,
+    check_applier,
     checks_of,
     dense_run,
     lora_run,
@@ -24,7 +27,9 @@ from next_core.testing import (
     write_lora_run,
     write_model_run,
 )
+from next_core.testing.synthetic_runs import FROZEN
 from tests.conftest import STEPS, LoraRun
+from tests.testing.breaking import COMMON, fails
 
 Make = Callable[[Path, LoraRun], ApplierCase]
 
@@ -50,9 +55,9 @@ def live_adapter(folder: Path, run: LoraRun) -> ApplierCase:
 
 
 def live_model(folder: Path, run: LoraRun) -> ApplierCase:
-    """All weights of a module."""
+    """A module all of whose weights train."""
     source = dense_run()
-    backbone = {k.removeprefix("backbone/"): v for k, v in source.tensors().items() if k.startswith("backbone/")}
+    backbone = {name: value for name, value in source.tensors().items() if name.startswith("backbone/")}
 
     def target() -> nn.Module:
         model = nn.Module()
@@ -68,13 +73,13 @@ def live_model(folder: Path, run: LoraRun) -> ApplierCase:
         return model
 
     def read(model: nn.Module) -> Mapping[str, Tensor]:
-        return {name: value.double() - backbone[name] for name, value in model.named_parameters()}
+        return {name: value.double() - backbone[f"backbone/{name}"] for name, value in model.named_parameters()}
 
     return ApplierCase(make_applier("in-memory"), source, target, read)
 
 
 def fresh(folder: Path) -> Callable[[], Path]:
-    """Folders that are not there yet."""
+    """Yield folders that do not exist."""
     numbers = itertools.count()
     return lambda: folder / f"out-{next(numbers)}" / "written"
 
@@ -83,14 +88,14 @@ def adapter_folder(folder: Path, run: LoraRun) -> ApplierCase:
     write_lora_run(folder / "checkpoints")
 
     def read(out: Path) -> Mapping[str, Tensor]:
-        source = open_checkpoints(Path(write_as_checkpoint(out)))
+        source = open_checkpoints(write_as_checkpoint(out))
         return {p.name: source.delta(p.name, 1).dense() for p in source.parameters}  # type: ignore[union-attr]
 
     return ApplierCase(make_applier("peft-adapter"), open_checkpoints(folder / "checkpoints"), fresh(folder), read)
 
 
 def write_as_checkpoint(out: Path) -> Path:
-    """A folder whose only checkpoint, of step 1, is what was written."""
+    """Return a folder whose only checkpoint, of step 1, is what was written."""
     place = out.parent / "as-run"
     place.mkdir()
     (place / "checkpoint-1").symlink_to(out)
@@ -128,15 +133,123 @@ CASES: dict[str, tuple[str, Make]] = {
 
 @pytest.mark.parametrize("check", checks_of("applier").values(), ids=checks_of("applier"))
 @pytest.mark.parametrize("case", CASES)
-def test_it_keeps_the_contract(case: str, check: Check, tmp_path: Path, lora_run: LoraRun) -> None:
+def test_an_installed_applier_keeps_the_contract(case: str, check: Check, tmp_path: Path, lora_run: LoraRun) -> None:
     check(CASES[case][1](tmp_path, lora_run))
 
 
-def test_every_installed_applier_has_a_case_to_be_checked_on() -> None:
+def test_every_installed_applier_is_checked_on_some_run() -> None:
     assert set(registry().names("applier")) <= {applier for applier, _ in CASES.values()}
 
 
-def test_the_kit_reads_what_is_live_without_gradients(tmp_path: Path, lora_run: LoraRun) -> None:
+def test_positions_are_read_without_gradients(tmp_path: Path, lora_run: LoraRun) -> None:
     with torch.enable_grad():
         case = live_adapter(tmp_path, lora_run)
         assert not any(value.requires_grad for value in case.after(case.prediction({})).values())
+
+
+def apply_that(
+    prediction: Callable[[Prediction], Prediction] = lambda given: given,
+    alpha: Callable[[float], float] = lambda given: given,
+    also: Callable[[InMemoryApplied, Prediction, Any], object] = lambda applied, prediction, out: None,
+) -> Any:
+    """Return an ``apply`` that changes the prediction or alpha it is given, or does something more at the end."""
+
+    def apply(self: Any, given: Prediction, strength: float = 1.0, *, out: Any) -> InMemoryApplied:
+        applied = InMemoryApplier.apply(self, prediction(given), alpha(strength), out=out)
+        also(applied, given, out)
+        return applied
+
+    return apply
+
+
+def eager(refused: str) -> Any:
+    """Return an ``apply`` that has written something already when it refuses an update for one reason."""
+
+    def apply(self: Any, given: Prediction, strength: float = 1.0, *, out: Any) -> InMemoryApplied:
+        try:
+            return InMemoryApplier.apply(self, given, strength, out=out)
+        except Exception as error:
+            if refused in str(error):
+                dict(out.named_parameters())[min(given.updates)].data.add_(1.0)
+            raise
+
+    return apply
+
+
+def kind_doubled(space: str) -> Callable[[Prediction], Prediction]:
+    """Return a change that doubles the coefficients of one space."""
+
+    def double(update: Any) -> Any:
+        if getattr(update, "space", None) != space:
+            return update
+        return dataclasses.replace(update, weights={step: 2 * weight for step, weight in update.weights.items()})
+
+    return lambda given: dataclasses.replace(given, updates={name: double(u) for name, u in given.updates.items()})
+
+
+def write(name: str, by: float) -> Callable[..., None]:
+    """Return a step that also moves one parameter."""
+    return lambda applied, given, out: (
+        given.updates
+        and applied.write(name, (at := dict(out.named_parameters())[name]), torch.full_like(at, by).double())
+    )
+
+
+def scribble(applied: Any, given: Prediction, out: Any) -> None:
+    source: Any = given.source
+    source.weights[given.step][min(given.updates)].add_(1.0)
+
+
+def without_unknown(given: Prediction) -> Prediction:
+    known = {parameter.name for parameter in given.source.parameters}
+    return dataclasses.replace(given, updates={name: u for name, u in given.updates.items() if name in known})
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    (
+        "no_update_and_alpha_zero_keep_the_newest_checkpoint",
+        {"apply": apply_that(also=lambda applied, given, out: next(out.parameters()).data.add_(1.0))},
+    ),
+    ("no_update_and_alpha_zero_keep_the_newest_checkpoint", {"apply": apply_that(alpha=lambda given: given or 0.1)}),
+    ("updates_count_from_their_anchor", {"apply": apply_that(kind_doubled("merged"))}),
+    (
+        "updates_count_from_their_anchor",
+        {"apply": apply_that(lambda given: dataclasses.replace(given, anchor="newest"))},
+    ),
+    ("factor_space_moves_the_factors", {"apply": apply_that(kind_doubled("factors"))}),
+    ("alpha_and_confidence_scale_the_delta", {"apply": apply_that(alpha=lambda given: given * abs(given))}),
+    (
+        "alpha_and_confidence_scale_the_delta",
+        {"apply": apply_that(lambda given: dataclasses.replace(given, confidence={}))},
+    ),
+    ("unpredicted_parameters_do_not_change", {"apply": apply_that(also=write(FROZEN, 1e-6))}),
+    (
+        "rollback_restores_every_bit",
+        {"apply": apply_that(also=lambda applied, given, out: applied.kept.pop())},
+    ),
+    ("bad_updates_change_nothing", {"apply": eager("is not finite")}),
+    ("bad_updates_change_nothing", {"apply": eager("the parameter (")}),
+    ("bad_updates_change_nothing", {"apply": eager("no parameter")}),
+    ("bad_updates_change_nothing", {"apply": apply_that(without_unknown)}),
+    ("changes_only_its_target", {"apply": apply_that(also=scribble)}),
+    ("changes_only_its_target", {"apply": apply_that(also=lambda *_: torch.rand(1))}),
+    ("changes_only_its_target", {"apply": lambda self, given, alpha=1.0, *, out: self.progress("apply", 3, 2)}),
+]
+
+
+def case(overrides: Mapping[str, Any]) -> ApplierCase:
+    right = live_model(Path(), None)  # type: ignore[arg-type]
+    return dataclasses.replace(right, plugin=type("Wrong", (InMemoryApplier,), dict(overrides))())
+
+
+def test_what_is_right_passes() -> None:
+    check_applier(case({}))
+
+
+@pytest.mark.parametrize(("check", "overrides"), WRONG, ids=[check for check, _ in WRONG])
+def test_a_check_fails_on_an_applier_that_breaks_it(check: str, overrides: Mapping[str, Any]) -> None:
+    assert fails(check, "applier", case(overrides))
+
+
+def test_every_check_has_an_applier_that_breaks_it() -> None:
+    assert {name for name, _ in WRONG} | COMMON == set(checks_of("applier"))

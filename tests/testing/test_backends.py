@@ -1,19 +1,35 @@
-"""The backends keep the contract: the real TRL on a tiny run. OpenRLHF's tests are in ``tests/backends/openrlhf``."""
+"""TRL keeps the contract on a tiny run, and each check of backends fails on a backend that breaks it.
+
+OpenRLHF's tests are in ``tests/backends/openrlhf``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
+from torch import Tensor
 
 from next_core import registry
+from next_core.backend import Backend
 from next_core.config import make_config
-from next_core.testing import BackendCase, Check, checks_of
+from next_core.errors import GuardError
+from next_core.interfaces import Applied, Prediction
+from next_core.mathematics.low_rank import dense
+from next_core.run_config import RunConfig
+from next_core.settings import Settings
+from next_core.sources.memory import MemorySource
+from next_core.testing import BackendCase, Check, check_backend, checks_of
+from tests.testing.breaking import COMMON, fails
 
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 ELSEWHERE = {
-    "openrlhf": "a run takes minutes, in an environment of its own; its pretended trainer has one matrix and one prompt"
+    "openrlhf": "a run takes minutes, in its own environment; its simulated trainer has one matrix and one prompt"
 }
 """Backends that are not checked here, and why."""
 
@@ -22,22 +38,25 @@ def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.strip() == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
+def run_config(**training: Any) -> RunConfig:
+    training = {"model": ARITHMETIC / "base", "data": {"train": ARITHMETIC / "train.jsonl"}} | training
+    schedule = {"observe": 2, "every": 1, "horizon": 1, "jump_every": 1}
+    return make_config({"steps": 4, "save_every": 2, "training": training, "predictor": "secant", "schedule": schedule})
+
+
 @pytest.fixture(scope="module")
 def trl(tmp_path_factory: pytest.TempPathFactory) -> BackendCase:
     folder = tmp_path_factory.mktemp("trl")
     validation = folder / "validation.jsonl"
     validation.write_text("".join((ARITHMETIC / "validation.jsonl").read_text().splitlines(keepends=True)[:8]))
-    training = {
-        "model": ARITHMETIC / "base",
-        "data": {"train": ARITHMETIC / "train.jsonl", "validation": validation},
-        "reward": f"{__name__}:exact",
-        "learning_rate": 1e-3,
-        "prompts_per_step": 4,
-        "generations": 4,
-        "max_new_tokens": 4,
-    }
-    schedule = {"observe": 2, "every": 1, "horizon": 1, "jump_every": 1}
-    run = make_config({"steps": 4, "save_every": 2, "training": training, "predictor": "secant", "schedule": schedule})
+    run = run_config(
+        data={"train": ARITHMETIC / "train.jsonl", "validation": validation},
+        reward=f"{__name__}:exact",
+        learning_rate=1e-3,
+        prompts_per_step=4,
+        generations=4,
+        max_new_tokens=4,
+    )
     return BackendCase(registry().make("backend", "trl"), run, folder)
 
 
@@ -47,5 +66,191 @@ def test_trl_keeps_the_contract(check: Check, trl: BackendCase) -> None:
     check(trl)
 
 
-def test_every_installed_backend_is_checked_or_it_is_said_why_not() -> None:
+def test_every_installed_backend_is_checked_or_listed_with_a_reason() -> None:
     assert set(registry().names("backend")) == {"trl", *ELSEWHERE}
+
+
+SHAPES = {"a": (4, 3), "b": (3, 4), "c": (4, 4)}
+Weights = dict[str, Tensor]
+
+
+class Source(MemorySource):
+    """Its positions include the jumps, which its deltas do not."""
+
+    jumped: Mapping[str, Tensor]
+
+    def position(self, name: str, step: int) -> Tensor:
+        return dense(self.delta(name, step)) + self.jumped[name].double()
+
+
+@dataclasses.dataclass
+class Kept(Applied):
+    """A jump after a step, and the weights from before it."""
+
+    backend: Right
+    step: int
+    before: Weights
+
+    def rollback(self) -> None:
+        self.backend.rollback(self, self.backend.at)
+
+
+class Right(Backend):
+    """Gradient descent in memory, W -= lr (W - goal); saves its state every ``save_every`` steps."""
+
+    name = "right"
+    exact_resume = True
+    lr = 0.1
+
+    def __init__(self, config: Settings | None = None) -> None:
+        super().__init__(config)
+        random = torch.Generator().manual_seed(0)
+        self.backbone = {name: torch.randn(*shape, generator=random) for name, shape in SHAPES.items()}
+        self.goal = {name: torch.randn(*shape, generator=random) for name, shape in SHAPES.items()}
+        self.weights = dict(self.backbone)
+        self.kept: dict[int, Weights] = {}
+        self.jumps: dict[int, Weights] = {}
+        self.undoing: dict[int, Applied] = {}
+        self.at = 0
+
+    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
+        self.run, self.file = run, out / "state.pt"
+        if resume and self.file.exists():
+            self.at, self.weights, self.kept = torch.load(self.file)
+        return self.at
+
+    def train(self, until: int, step_ended: Callable[[int], None]) -> None:
+        while self.at < until:
+            self.at += 1
+            self.weights = {n: w - self.lr * (w - self.goal[n]) for n, w in self.weights.items()}
+            step_ended(self.at)
+            if self.run.save_every and self.at % self.run.save_every == 0:
+                torch.save((self.at, self.weights, self.kept), self.file)
+
+    def observe(self, step: int) -> None:
+        self.kept[step] = dict(self.weights)
+
+    def shift(self, name: str, step: int) -> Tensor:
+        """Return the jumps made at a step or later, which its checkpoint is shifted by."""
+        moves = [move[name] for made, move in self.jumps.items() if made >= step and name in move]
+        return sum(moves, torch.zeros(SHAPES[name]))
+
+    def source(self) -> Source:
+        shifted = {step: {n: w + self.shift(n, step) for n, w in kept.items()} for step, kept in self.kept.items()}
+        found = Source(shifted, {name: value + self.shift(name, 0) for name, value in self.backbone.items()})
+        found.jumped = {name: self.shift(name, 0) for name in SHAPES}
+        return found
+
+    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
+        moves = {name: dense(prediction.delta(name, alpha)).float() for name in prediction.updates}
+        kept = Kept(self, prediction.step, dict(self.weights))
+        self.jumps[prediction.step] = moves
+        self.weights = {n: w + moves[n] if n in moves else w for n, w in self.weights.items()}
+        if keep:
+            self.undoing[prediction.step] = kept
+        return kept
+
+    def rollback(self, applied: Applied, step: int) -> None:
+        assert isinstance(applied, Kept)
+        self.weights = dict(applied.before)
+        del self.jumps[applied.step]
+        if step > applied.step:
+            self.kept.clear()
+
+    def active_jump(self, step: int) -> Applied | None:
+        return self.undoing.get(step)
+
+    def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
+        return math.exp(-sum(float((w - self.goal[n]).square().sum()) for n, w in self.weights.items()))
+
+
+class Launched(Right):
+    """A trainer that is driven by segments."""
+
+    in_process = False
+
+
+def closes_once(self: Any) -> None:
+    if getattr(self, "closed", False):
+        raise ValueError("closed already")
+    self.closed = True
+
+
+def stutter(self: Any, until: int, step_ended: Callable[[int], None]) -> None:
+    """Report the last step twice."""
+    Right.train(self, until, step_ended)
+    step_ended(until)
+
+
+def with_the_start(self: Any) -> Source:
+    """Return the checkpoints with the backbone as one of them."""
+    self.kept = {0: self.backbone} | self.kept
+    return Right.source(self)
+
+
+def imprecise(self: Any) -> Source:
+    found: Any = Right.source(self)
+    found.precision = lambda name: torch.int64
+    return found
+
+
+def swallow(self: Any, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
+    """Ignore a jump that is not finite."""
+    try:
+        return Right.apply_jump(self, prediction, alpha, keep)
+    except GuardError:
+        return Kept(self, prediction.step, dict(self.weights))
+
+
+def rollback_and(act: Callable[[Any, Weights], None]) -> Any:
+    """Return a ``rollback`` that does something more; it gets the checkpoints from before."""
+
+    def rollback(self: Any, applied: Applied, step: int) -> None:
+        kept = dict(self.kept)
+        Right.rollback(self, applied, step)
+        act(self, kept)
+
+    return rollback
+
+
+def in_one_checkpoint(self: Any, name: str, step: int) -> Tensor:
+    """Shift only the checkpoint that a jump was made from, and none before it."""
+    return Right.shift(self, name, step) if step == 0 else self.jumps.get(step, {}).get(name, torch.zeros(SHAPES[name]))
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("prepares_describes_and_closes", {"describe": lambda self, run, out: out.mkdir() or {}}),
+    ("prepares_describes_and_closes", {"prepare": lambda self, *given: Right.prepare(self, *given) or 1}),
+    ("prepares_describes_and_closes", {"close": closes_once}),
+    ("prepares_describes_and_closes", {"notes": "a note"}),
+    ("observed_steps_become_checkpoints", {"train": stutter}),
+    ("observed_steps_become_checkpoints", {"source": with_the_start}),
+    ("observed_steps_become_checkpoints", {"source": imprecise}),
+    ("observed_steps_become_checkpoints", {"lr": 0.0}),
+    (
+        "a_jump_moves_the_weights_and_not_the_history",
+        {"apply_jump": lambda self, prediction, alpha, keep=False: Right.apply_jump(self, prediction, 1.0, keep)},
+    ),
+    ("a_jump_moves_the_weights_and_not_the_history", {"shift": in_one_checkpoint}),
+    ("an_immediate_rollback_undoes_the_jump", {"rollback": rollback_and(lambda self, _: setattr(self, "lr", 0.05))}),
+    ("a_later_rollback_restarts_the_history", {"rollback": rollback_and(lambda self, kept: self.kept.update(kept))}),
+    ("a_bad_jump_changes_nothing", {"apply_jump": swallow}),
+    ("active_jumps_are_those_that_were_kept", {"active_jump": lambda self, step: None}),
+    ("accuracies_are_shares", {"evaluate": lambda self, split="validation": 50.0}),
+    ("resumes_from_the_last_save", {"prepare": lambda self, run, out, resume: Right.prepare(self, run, out)}),
+]
+
+
+@pytest.mark.parametrize("cls", [Right, Launched])
+def test_what_is_right_passes(cls: type[Right], tmp_path: Path) -> None:
+    check_backend(BackendCase(cls(), run_config(), tmp_path))
+
+
+@pytest.mark.parametrize(("check", "overrides"), WRONG, ids=[check for check, _ in WRONG])
+def test_a_check_fails_on_a_backend_that_breaks_it(check: str, overrides: Mapping[str, Any], tmp_path: Path) -> None:
+    wrong = type("Wrong", (Right,), dict(overrides))
+    assert fails(check, "backend", BackendCase(wrong(), run_config(), tmp_path))
+
+
+def test_every_check_has_a_backend_that_breaks_it() -> None:
+    assert {name for name, _ in WRONG} | COMMON == set(checks_of("backend"))

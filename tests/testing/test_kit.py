@@ -1,14 +1,15 @@
-"""The kit itself: what is right passes, each check is failed by what is wrong in just this, and the report says so."""
+"""The kit's plumbing: the checks of every plug-in, the report, expected failures, test ids and synthetic runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
+from pydantic import ConfigDict, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from next_core.errors import ConfigError
+from next_core.mathematics.low_rank import dense
 from next_core.settings import Settings
 from next_core.testing import (
     ContractError,
@@ -18,88 +19,97 @@ from next_core.testing import (
     lora_run,
     parametrize_with_checks,
 )
-from tests.testing.wrong_predictors import WRONG, Right
-
-BESIDES = {
-    "abstains_on_too_few_checkpoints": {"accounts_for_every_matrix", "lacks_agrees_with_what_happens"},
-    "does_not_depend_on_the_svds_signs": {"does_not_depend_on_the_order_of_rank_components"},
-}
-"""Checks that look at some of the same things, and so may fail with another."""
+from tests.errors import raises_kind
+from tests.testing.breaking import COMMON, fails
+from tests.testing.test_predictors import Right, fit_that, raise_if
 
 
-@pytest.fixture(autouse=True)
-def gradients() -> Iterator[None]:
-    """One of the wrong predictors turns them off."""
-    with torch.enable_grad():
-        yield
+class TwoRanks(Right):
+    fit = fit_that(lambda _, history: raise_if(history.rank > 2))
 
 
-def failures(plugin: Any) -> set[str]:
-    try:
-        check_predictor(plugin)
-    except ContractError as error:
-        return set(error.failed)
-    return set()
+class Drifting(Settings):
+    x: int = 0
+
+    @field_validator("x")
+    @classmethod
+    def one_more(cls, value: int) -> int:
+        return value + 1
 
 
-def test_what_is_right_passes() -> None:
-    check_predictor(Right)
-    check_predictor(Right())
+class Hidden(Settings):
+    x: Annotated[int, SkipJsonSchema()] = 0
 
 
-@pytest.mark.parametrize("name", checks_of("predictor"))
-def test_what_is_wrong_in_one_thing_fails_its_check_and_no_other(name: str) -> None:
-    found = failures(WRONG[name])
-    assert name in found
-    assert found - {name} <= BESIDES.get(name, set())
+class Mutable(Settings):
+    model_config = ConfigDict(frozen=False)
 
 
-def test_the_error_says_what_was_promised_expected_and_seen() -> None:
-    with pytest.raises(ContractError) as caught:
-        check_predictor(WRONG["refuses_a_horizon_below_one"])
-    assert str(caught.value).splitlines() == [
-        f"predictor 'right' fails 1 of {len(checks_of('predictor'))} checks",
-        "- refuses_a_horizon_below_one: A horizon of 0 or less is a mistake of the caller: `ConfigError`, and not an "
-        "abstention",
-        "    expected: predict(0) raises ConfigError",
-        "    seen: no error; the answer was a Prediction",
-    ]
+class Lenient(Settings):
+    model_config = ConfigDict(extra="ignore")
 
 
-def test_an_exception_of_the_plugin_is_shown_with_its_place() -> None:
-    with pytest.raises(
-        ContractError, match=r"expected: no exception\n +seen: ValueError: too many \(.*:\d+\)"
-    ) as caught:
-        check_predictor(WRONG["takes_every_rank"])
-    assert isinstance(caught.value.__cause__, ValueError)
-
-
-def test_a_failure_that_is_expected_with_its_reason_is_none() -> None:
-    check_predictor(WRONG["takes_every_rank"], expected_failures={"takes_every_rank": "it knows two"})
-
-
-def test_a_failure_that_was_expected_and_does_not_come_is_one() -> None:
-    expected = {"takes_every_rank": "it knows two", "pickles": "it holds a file"}
-    with pytest.raises(ContractError) as caught:
-        check_predictor(WRONG["takes_every_rank"], expected_failures=expected)
-    assert (caught.value.failed, caught.value.passed_unexpectedly) == ({}, {"pickles": "it holds a file"})
-    assert "take it out of the expected failures:\n- pickles: it holds a file" in str(caught.value)
-    assert "failed as expected:\n- takes_every_rank: it knows two" in str(caught.value)
+class Infinite(Settings):
+    model_config = ConfigDict(allow_inf_nan=True)
 
 
 @pytest.mark.parametrize(
-    ("expected", "message"),
-    [({"takes_any_rank": "x"}, "did you mean 'takes_every_rank'"), ({"pickles": " "}, "needs a reason")],
+    ("check", "overrides"),
+    [
+        ("has_a_name", {"name": "two words"}),
+        ("settings_survive_a_round_trip", {"config_class": Drifting}),
+        ("settings_survive_a_round_trip", {"config_class": Hidden}),
+        ("settings_are_strict", {"config_class": Mutable}),
+        ("settings_are_strict", {"config_class": Lenient}),
+        ("settings_are_strict", {"config_class": Infinite}),
+    ],
 )
-def test_an_expected_failure_names_a_check_and_has_a_reason(expected: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_a_check_of_every_plugin_fails_on_one_that_breaks_it(check: str, overrides: dict[str, Any]) -> None:
+    assert fails(check, "predictor", type("Wrong", (Right,), overrides))
+
+
+@pytest.mark.parametrize("kind", ["predictor", "source", "applier", "backend"])
+def test_every_kind_of_plugin_has_the_common_checks(kind: Any) -> None:
+    assert set(checks_of(kind)) > COMMON
+
+
+def test_the_report_names_the_promise_and_the_place_of_an_exception() -> None:
+    with pytest.raises(ContractError) as caught:
+        check_predictor(TwoRanks)
+    report = str(caught.value)
+    for part in ("1 of", "takes_every_rank", checks_of("predictor")["takes_every_rank"].promise, "ValueError", ".py:"):
+        assert part in report
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_expected_failure_with_a_reason_is_accepted() -> None:
+    check_predictor(TwoRanks, expected_failures={"takes_every_rank": "it knows two"})
+
+
+def test_an_expected_failure_that_passes_is_reported() -> None:
+    expected = {"takes_every_rank": "it knows two", "pickles": "it holds a file"}
+    with pytest.raises(ContractError) as caught:
+        check_predictor(TwoRanks, expected_failures=expected)
+    assert (caught.value.failed, caught.value.passed_unexpectedly) == ({}, {"pickles": "it holds a file"})
+    assert all(reason in str(caught.value) for reason in expected.values())
+
+
+@pytest.mark.parametrize(
+    ("expected", "kind", "name"),
+    [
+        ({"takes_any_rank": "x"}, "config-unknown-key", "takes_every_rank"),
+        ({"pickles": " "}, "config-invalid-value", "pickles"),
+    ],
+)
+def test_an_expected_failure_names_a_check_and_has_a_reason(expected: dict[str, str], kind: str, name: str) -> None:
+    with raises_kind(kind, name):
         check_predictor(Right, expected_failures=expected)
-    with pytest.raises(ConfigError, match=message):
+    with raises_kind(kind, name):
         parametrize_with_checks([Right], expected_failed_checks=lambda plugin: expected)
 
 
 def test_each_plugin_and_check_is_a_test_with_a_readable_id() -> None:
-    plugins = [Right, Right(Right.config_class(space="factors"))]  # type: ignore[call-arg]
+    plugins = [Right, Right(space="factors")]
     expected = {"pickles": "it holds a file"}
     mark = parametrize_with_checks(plugins, expected_failed_checks=lambda plugin: expected if plugin is Right else {})
     names, parameters = mark.args
@@ -110,13 +120,13 @@ def test_each_plugin_and_check_is_a_test_with_a_readable_id() -> None:
     assert marks["right(space=factors)-pickles"] == []
 
 
-def test_what_there_are_no_checks_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match="neither a class nor an instance"):
+def test_what_is_not_a_plugin_is_refused() -> None:
+    with raises_kind("config-invalid-value", "Settings"):
         parametrize_with_checks([Settings])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("make", [lora_run, dense_run])
-def test_the_synthetic_runs_are_those_of_their_seed(make: Any) -> None:
+def test_the_synthetic_runs_follow_from_their_seed(make: Any) -> None:
     one, same, other = (make(seed=seed).tensors() for seed in (0, 0, 1))
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert not any(torch.equal(value, other[name]) for name, value in one.items() if value.any())
@@ -127,6 +137,5 @@ def test_a_part_of_a_synthetic_run_has_the_values_of_the_whole(make: Any) -> Non
     whole = make()
     part = whole.only([step for step in whole.weights if step in (0, 10, 20)])
     assert part.steps == (10, 20)
-    for name in (parameter.name for parameter in part.parameters):
-        one, same = (run.delta(name, 20, 10) for run in (part, whole))
-        assert torch.equal(*(x if isinstance(x, torch.Tensor) else x.dense() for x in (one, same)))
+    for parameter in part.parameters:
+        assert torch.equal(*(dense(run.delta(parameter.name, 20, 10)) for run in (part, whole)))

@@ -1,18 +1,28 @@
-"""Every predictor that is installed with next-core keeps the contract; a new one is checked without being named."""
+"""Every installed predictor keeps the contract, and each check of predictors fails on a predictor that breaks it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from next_core import registry
-from next_core.predictor import TrajectoryPredictor
-from next_core.testing import Check, parametrize_with_checks
+from next_core.history.history import MatrixHistory
+from next_core.interfaces import CoefficientUpdate, LowRankUpdate
+from next_core.mathematics.low_rank import LowRank
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor, TrajectoryPredictor, Work
+from next_core.settings import Settings
+from next_core.testing import Check, ContractError, check_predictor, checks_of, parametrize_with_checks
+from next_core.testing.synthetic_runs import FROZEN, SHAPES
+from tests.testing.breaking import COMMON, fails
 
 QUICK = {"epochs": 4, "hidden": 8, "lr": 1e-2}
-"""Settings of networks that train in milliseconds, and still far enough to predict something."""
+"""Settings of networks that train in milliseconds and still predict something."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "alpharl": [{"metric": "reward", "anchor": "newest"}],
     "auto": [{"per_matrix": True}],
@@ -21,11 +31,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "secant": [{"anchor": "backbone"}, {"gate": {"window": 10}}],
     "stay": [{"jump": True}],
 }
-"""Settings under which a predictor does another thing than by default."""
+"""Settings that make a predictor take other paths than its defaults do."""
 
 
 def predictors() -> list[TrajectoryPredictor]:
     ours = [e.name for e in registry().entries() if e.kind == "predictor" and e.distribution == "next-core"]
+    assert set(VARIANTS) <= set(ours)
     found = []
     for name in ours:
         cls = registry().get("predictor", name)
@@ -35,19 +46,152 @@ def predictors() -> list[TrajectoryPredictor]:
 
 
 def expected(predictor: TrajectoryPredictor) -> Mapping[str, str]:
-    if predictor.name != "stay":
-        return {}
-    reasons = {"predicts_on_its_schedule": "it is the control: it moves nothing, on purpose"}
-    if predictor.config.jump:
-        reasons["takes_a_full_parameter_run"] = "its jumps are of length zero, on purpose"
-    return reasons
+    reason = {"predicts_on_its_schedule": "it is the control: by design it moves nothing"}
+    return reason if predictor.name == "stay" else {}
 
 
 @parametrize_with_checks(predictors(), expected_failed_checks=expected)
-def test_it_keeps_the_contract(plugin: TrajectoryPredictor, check: Check) -> None:
+def test_an_installed_predictor_keeps_the_contract(plugin: TrajectoryPredictor, check: Check) -> None:
     check(plugin)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_are_of_predictors_that_there_are(name: str) -> None:
-    assert name in registry().names("predictor")
+class Right(PerMatrixPredictor):
+    """Repeats the motion of the last interval, times ``factor``."""
+
+    name = "right"
+    config_class: type[Settings] = CoefficientConfig
+
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
+        return "needs two checkpoints" if len(steps) < 2 else None
+
+    def factor(self, matrix: MatrixHistory, horizon: int) -> float:
+        return 1.0
+
+    def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
+        before, newest = matrix.steps[-2:]
+        c = self.factor(matrix, horizon) * horizon / (newest - before)
+        return CoefficientUpdate({newest: c, before: -c}, getattr(self.config, "space", "merged"))
+
+
+def fit_that(act: Any) -> Any:
+    """A ``fit`` that does something first."""
+
+    def fit(self: Right, history: Any) -> Any:
+        act(self, history)
+        return PerMatrixPredictor.fit(self, history)
+
+    return fit
+
+
+def with_changes(change: Any) -> Any:
+    """A ``predict`` that changes fields of the right prediction."""
+    return lambda self, horizon: dataclasses.replace(
+        found := PerMatrixPredictor.predict(self, horizon), **change(found)
+    )
+
+
+def raise_if(wrong: bool) -> None:
+    if wrong:
+        raise ValueError("not this run")
+
+
+def newest_a(matrix: MatrixHistory) -> torch.Tensor:
+    at = matrix.history.source.factors(matrix.name, matrix.steps[-1])
+    return torch.ones(1, 1) if at is None else at.A
+
+
+def unaligned_svd(self: Right, matrix: MatrixHistory, horizon: int) -> Outcome:
+    found = matrix.components("global", align=False)
+    # u and v of one delta have a common sign; those of two deltas do not.
+    signs = torch.sign((found.V[0] * found.V[-1]).sum(0) * (found.U[0] * found.U[-1]).sum(0) ** 2)
+    return LowRankUpdate(LowRank(found.U[-1] * found.S[-1] * signs, found.V[-1].mT))
+
+
+def move_the_frozen_matrix(found: Any) -> Mapping[str, Any]:
+    m, n = SHAPES[FROZEN]
+    ones = LowRankUpdate(LowRank(torch.ones(m, 1), torch.ones(1, n)))
+    return {"updates": {**found.updates, FROZEN: ones}, "abstained": {}} if found.updates else {}
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("recommends_a_schedule_it_can_act_on", {"recommended": {"guards": {"no_such_guard": True}}}),
+    ("recommends_a_schedule_it_can_act_on", {"why_not": lambda self, steps, horizon: "never acts"}),
+    ("declares_what_it_reads_and_costs", {"factor": lambda self, matrix, _: float(matrix.gram().sum())}),
+    ("declares_what_it_reads_and_costs", {"work": lambda self, *_: Work(flops=float("nan"))}),
+    ("why_not_agrees_with_predict", {"why_not": lambda self, steps, _: None if isinstance(steps, list) else "list?"}),
+    (
+        "why_not_agrees_with_predict",
+        {
+            "why_not": lambda self, steps, _: "needs four checkpoints" if len(steps) < 4 else None,
+            "_prepare": lambda self, _: Abstain("one") if len(self.history.steps) < 2 else None,
+        },
+    ),
+    ("refuses_wrong_calls", {"predict": lambda self, h: PerMatrixPredictor.predict(self, max(h, 1))}),
+    ("refuses_wrong_calls", {"history": property(lambda self: self._history)}),
+    ("predicts_on_its_schedule", {"predict_matrix": lambda self, matrix, _: Abstain("not today")}),
+    ("predicts_on_its_schedule", {"fit": lambda self, history: copy.copy(PerMatrixPredictor.fit(self, history))}),
+    ("predicts_on_its_schedule", {"fit": fit_that(lambda self, _: self.progress and self.progress("fit", 3, 2))}),
+    ("describes_its_prediction", {"predict": with_changes(lambda found: {"source": copy.copy(found.source)})}),
+    ("describes_its_prediction", {"predict": with_changes(lambda found: {"diagnostics": {"mood": "good"}})}),
+    ("describes_its_prediction", {"predict": with_changes(lambda found: {"abstained": {}})}),
+    ("describes_its_prediction", {"fit": fit_that(lambda _, history: raise_if(len(history.steps) == 1))}),
+    ("describes_its_prediction", {"fit": fit_that(lambda _, h: raise_if(len(set(np.diff(h.steps))) > 1))}),
+    (
+        "updates_fit_the_run",
+        {"predict": with_changes(lambda found: {"confidence": dict.fromkeys(found.updates, -0.5)})},
+    ),
+    ("updates_fit_the_run", {"predict_matrix": lambda *_: CoefficientUpdate({1_000: 1.0, 5: -1.0})}),
+    (
+        "updates_fit_the_run",  # in factor space, weights that do not sum to zero need step 0
+        {
+            "predict_matrix": lambda self, matrix, _: CoefficientUpdate({matrix.steps[-1]: 1.0}, self.config.space),
+            "_in_factor_space": lambda self, name, update, confidence: (update, confidence),
+        },
+    ),
+    ("leaves_frozen_matrices_alone", {"predict": with_changes(move_the_frozen_matrix)}),
+    ("leaves_frozen_matrices_alone", {"fit": fit_that(lambda _, history: raise_if(not history.names))}),
+    ("takes_every_rank", {"fit": fit_that(lambda _, history: raise_if(history.rank > 2))}),
+    ("is_deterministic", {"factor": lambda *_: 1.0 + torch.initial_seed() % 7}),
+    ("is_deterministic", {"fit": lambda self, h: self if self._history else PerMatrixPredictor.fit(self, h)}),
+    ("is_deterministic", {"factor": lambda self, *_: setattr(self, "n", getattr(self, "n", 0.0) + 1) or self.n}),
+    ("changes_nothing_else", {"fit": fit_that(lambda *_: torch.rand(1))}),
+    ("changes_nothing_else", {"fit": fit_that(lambda *_: torch.set_grad_enabled(False))}),
+    ("changes_nothing_else", {"factor": lambda self, matrix, _: 1.0 + 0.0 * float(matrix.gram().add_(1.0).sum())}),
+    (
+        "changes_nothing_else",
+        {"fit": fit_that(lambda _, h: next(iter(h.source.tensors().values())).add_(1.0))},
+    ),
+    ("does_not_depend_on_signs_and_order", {"predict_matrix": unaligned_svd}),
+    ("does_not_depend_on_signs_and_order", {"factor": lambda self, m, _: 1.0 + float(newest_a(m).sum() > 0)}),
+    ("does_not_depend_on_signs_and_order", {"factor": lambda self, m, _: float(newest_a(m)[0].abs().sum())}),
+    (
+        "does_not_depend_on_signs_and_order",
+        {"factor": lambda self, m, _: 1.0 + [p.name for p in m.history.source.parameters].index(m.name)},
+    ),
+    ("pickles", {}),  # a class made on the spot, which another process cannot import
+]
+
+
+def wrong(overrides: Mapping[str, Any]) -> type[Right]:
+    return type("Wrong", (Right,), {"name": "wrong", **overrides})
+
+
+def test_what_is_right_passes() -> None:
+    check_predictor(Right)
+    check_predictor(Right())
+
+
+@pytest.mark.parametrize(("check", "overrides"), WRONG, ids=[check for check, _ in WRONG])
+def test_a_check_fails_on_a_predictor_that_breaks_it(check: str, overrides: Mapping[str, Any]) -> None:
+    with torch.enable_grad():
+        assert fails(check, "predictor", wrong(overrides))
+
+
+def test_every_check_has_a_predictor_that_breaks_it() -> None:
+    assert {name for name, _ in WRONG} | COMMON == set(checks_of("predictor"))
+
+
+def test_only_the_broken_promise_is_reported() -> None:
+    with pytest.raises(ContractError) as caught:
+        check_predictor(wrong({"factor": lambda *_: 1.0 + torch.initial_seed() % 7}))
+    assert set(caught.value.failed) == {"is_deterministic", "pickles"}  # made on the spot, so no process can import it

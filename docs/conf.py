@@ -36,7 +36,6 @@ INNER = (
     r"next_core\.mathematics\.lora_trajectory\.Workspace",
     r"next_core\.predictor\.(Config|Work)",
     r"next_core\.sources",
-    r"next_core\.testing\.backend_case",
 )
 """Where bases and types of public names live that are no public names themselves."""
 nitpicky = True

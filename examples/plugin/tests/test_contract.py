@@ -1,4 +1,4 @@
-"""Both predictors keep the contract of next-core's predictors."""
+"""Both predictors pass every check of next-core's conformance kit."""
 
 from __future__ import annotations
 

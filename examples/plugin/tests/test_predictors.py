@@ -1,4 +1,4 @@
-"""What the two predictors compute, on runs whose future is known."""
+"""The predictions of both predictors on runs whose future is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from next_core import History, make_predictor, registry
-from next_core.interfaces.prediction import weight_delta
 from next_core.mathematics.low_rank import dense
 from next_core.testing import SyntheticRun, dense_run
 
@@ -15,15 +14,13 @@ NAME = "model.layers.0.up_proj.weight"
 
 
 def moved(run: SyntheticRun, name: str, horizon: int, **settings: float) -> Tensor:
-    """By how much the matrix NAME is predicted to move."""
-    predictor = make_predictor(name, **settings).fit(History(run))
-    found = weight_delta(predictor.predict(horizon), NAME, 1.0)
-    assert isinstance(found, Tensor)
-    return found
+    """Return the predicted motion of the matrix NAME."""
+    prediction = make_predictor(name, **settings).fit(History(run)).predict(horizon)
+    return dense(prediction.delta(NAME))
 
 
 def future(run: SyntheticRun, horizon: int) -> tuple[SyntheticRun, Tensor]:
-    """The run without its last checkpoints, and what the matrix NAME moves by in them."""
+    """Return the run without its last ``horizon`` steps, and the motion of the matrix NAME in them."""
     newest = run.steps[-1] - horizon
     motion = dense(run.delta(NAME, run.steps[-1], newest))
     return run.only([step for step in run.steps if step <= newest]), motion

@@ -1,4 +1,4 @@
-"""Registers the predictors of this package with next-core, each imported when a config names it."""
+"""Register this package's predictors with next-core; each is imported when a config names it."""
 
 from __future__ import annotations
 

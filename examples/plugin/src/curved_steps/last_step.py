@@ -1,4 +1,4 @@
-"""A predictor as a function of one matrix: its own history decides, and nothing else."""
+"""A predictor as a function of one matrix and its history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from next_core.predictor import CoefficientConfig, Outcome
 
 @matrix_predictor("last-step", config=CoefficientConfig)
 def last_step(matrix: MatrixHistory, horizon: int, config: CoefficientConfig) -> Outcome:
-    """The motion of the last interval, continued."""
+    """Continue the motion of the last interval."""
     if len(matrix.steps) < 2:
         return Abstain("last-step: needs two checkpoints")
     before, newest = matrix.steps[-2:]

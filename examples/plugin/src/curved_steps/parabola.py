@@ -1,4 +1,4 @@
-"""A predictor as a class: settings of its own, and something that is decided once for the whole run."""
+"""A predictor as a class, with its own settings and weights that are computed once for the whole run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPr
 class ParabolaConfig(CoefficientConfig):
     """Settings of the parabola."""
 
-    damping: float = Field(0.5, ge=0, le=1, description="Share of the curvature that goes on: 0 is a straight line")
+    damping: float = Field(0.5, ge=0, le=1, description="Share of the curvature to continue: 0 is a straight line")
 
 
 class ParabolaPredictor(PerMatrixPredictor):
-    """The parabola through the newest checkpoint and those one and two horizons before it, read a horizon ahead.
+    """Extrapolate the parabola through the newest checkpoint and those one and two horizons before it.
 
     With D_1 = W_T - W_{T-h} and D_2 = W_{T-h} - W_{T-2h}: W_hat = W_T + D_1 + damping (D_1 - D_2).
     """
@@ -34,7 +34,7 @@ class ParabolaPredictor(PerMatrixPredictor):
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         wanted = [steps[-1] - 2 * horizon, steps[-1] - horizon]
         missing = [step for step in wanted if step not in steps]
-        return f"parabola: no checkpoint of steps {missing}; observed: {list(steps)}" if missing else None
+        return f"parabola: needs checkpoints of steps {missing}; observed: {list(steps)}" if missing else None
 
     def prepare(self, horizon: int) -> Abstain | None:
         newest, c = self.history.newest, self.config.damping

@@ -1,4 +1,4 @@
-"""What a report is made from: the files of a run or of a comparison, read strictly. Damage names the file."""
+"""The files that a report reads: those of a run or of a comparison, validated strictly. Errors name the file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CHECKPOINTS = "checkpoints"
 MOST_PROBLEMS = 3
 Number = Annotated[float, AllowInfNan(False)]
 Accuracies = dict[str, Number | None]
-"""By the way of answering: sampled, greedy."""
+"""Accuracy by how answers were taken: sampled, greedy."""
 
 
 class Part(BaseModel):
-    """A part of a file; what is not known is left alone, so that newer files can be read."""
+    """A part of a file. Unknown keys are ignored, so that files of newer versions can be read."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 class Interval(Part):
-    """A mean over seeds with its 95% interval, which one seed does not have, and each seed's value."""
+    """A mean over seeds, its 95% interval (None for one seed), and each seed's value."""
 
     mean: Number
     low: Number | None = None
@@ -41,7 +41,7 @@ class Interval(Part):
 
 
 class Jump(Part):
-    """A jump that was tried."""
+    """An attempted jump."""
 
     step: int
     accepted: bool
@@ -56,7 +56,7 @@ class Jump(Part):
 
 
 class Line(Part):
-    """A mean at each step of a curve, with its interval."""
+    """Means along a curve, with their intervals."""
 
     mean: list[Number | None]
     low: list[Number | None] | None = None
@@ -64,7 +64,7 @@ class Line(Part):
 
 
 class Curve(Part):
-    """Accuracies along a run, by the way of answering."""
+    """Accuracies along the runs of an arm, by kind."""
 
     steps: list[int]
     seconds: list[Number | None]
@@ -72,17 +72,17 @@ class Curve(Part):
     validation: dict[str, Line] = {}
 
     @model_validator(mode="after")
-    def _of_one_length(self) -> Self:
+    def _check_lengths(self) -> Self:
         count = len(self.steps)
         lines = [*self.test.values(), *self.validation.values()]
         columns = [self.seconds, *(column for line in lines for column in (line.mean, line.low, line.high))]
         if any(column is not None and len(column) != count for column in columns):
-            raise ValueError(f"not every column has the {count} points that steps has")
+            raise ValueError(f"every column must have {count} points, as many as steps")
         return self
 
 
 class Variant(Part):
-    """One of the settings among which was chosen on the validation prompts."""
+    """One of the settings that an arm chose from on the validation prompts."""
 
     values: dict[str, Any]
     validation: Interval | None = None
@@ -91,7 +91,7 @@ class Variant(Part):
 
 
 class Arm(Part):
-    """One way of training, over all seeds."""
+    """One way of training, over all seeds; docs/compare.md describes each figure."""
 
     role: Literal["plain", "control", "arm"]
     predictor: str
@@ -115,7 +115,7 @@ class Arm(Part):
 
     @property
     def jump_log(self) -> list[Jump]:
-        """The jumps of all seeds."""
+        """Return the jumps of all seeds."""
         return [jump for jumps in self.jumps.values() for jump in jumps]
 
 
@@ -137,7 +137,7 @@ class Comparison(Part):
 
 
 class Point(Part):
-    """Accuracies after a step, and the seconds of training until then."""
+    """Accuracies after a step, and the seconds of training up to then."""
 
     step: int
     seconds: Number | None = None
@@ -155,7 +155,7 @@ class Control(Part):
 
 
 class Result(Part):
-    """``result.json`` of a run that ended."""
+    """``result.json`` of a finished run."""
 
     steps: int
     seconds: dict[str, Number] = {}
@@ -171,7 +171,7 @@ class Result(Part):
 
 
 class Verdict(Part):
-    """What became of a jump some steps later."""
+    """The check of a jump after its recovery window."""
 
     jump_step: int
     accepted: bool
@@ -179,20 +179,16 @@ class Verdict(Part):
     accuracy: Number | None
 
 
-class _Jumps(Part):
+class _Events(Part):
+    """The records of a journal that a report reads."""
+
     jumps: list[Jump]
-
-
-class _Verdicts(Part):
     verdicts: list[Verdict]
-
-
-class _Points(Part):
     points: list[Point]
 
 
 class Recorded:
-    """A run's folder: ``journal.jsonl``, and what else is there of config, result, metrics and checkpoints."""
+    """A run's folder: its journal and, where they exist, its config, result, metrics and checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -201,27 +197,28 @@ class Recorded:
         self.result = _load(folder / RESULT, Result) if os.path.lexists(folder / RESULT) else None
         journal = folder / JOURNAL
         records = read_journal(journal) if os.path.lexists(journal) else []
-        verdicts = [record for record in records if record["event"] == "verify"]
-        _validated(_Verdicts, {"verdicts": verdicts}, journal)
         self.events = counted_records(records)
         self.records = valid_jumps(records)
-        """The jumps as the journal has them."""
-        known = {"jumps": self.records}
-        self.jumps = _validated(_Jumps, known, journal).jumps if records or self.result is None else self.result.jumps
-        points = [record for record in self.events if record["event"] == CURVE]
-        measured = _validated(_Points, {"points": points}, journal).points
-        self.curve = measured if self.result is None else self.result.curve
+        """The journal's records of jumps."""
+        found = {
+            "jumps": self.records,
+            "verdicts": [record for record in records if record["event"] == "verify"],
+            "points": [record for record in self.events if record["event"] == CURVE],
+        }
+        events = _validated(_Events, found, journal)
+        self.jumps = events.jumps if records or self.result is None else self.result.jumps
+        self.curve = events.points if self.result is None else self.result.curve
         self.metrics = dict(sorted(by_step(read_log(folder / METRICS)).items()))
 
     @property
     def predictor(self) -> str:
-        """By the result, or else by the jumps."""
+        """Return the predictor's name, from the result or from the jumps."""
         named = None if self.result is None else self.result.settings.get("predictor")
         return str(named or next((jump.predictor for jump in self.jumps if jump.predictor), "unknown"))
 
     @property
     def backbone(self) -> Path | None:
-        """The base model that the config of a full-parameter run names, where it is still there."""
+        """Return the base model in the config of a full-parameter run, if it still exists."""
         values = parse_yaml(self.config or "", CONFIG)
         training = values.get("training") if isinstance(values, dict) else None
         if not isinstance(training, dict) or training.get("lora", "an adapter") is not None:
@@ -231,17 +228,17 @@ class Recorded:
 
     @property
     def started(self) -> dict[str, Any]:
-        """The facts of the journal's first record."""
+        """Return the journal's first record."""
         return next((record for record in self.events if record["event"] == "start"), {})
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """Return the last step of the journal or the metrics."""
         steps = [record["step"] for record in self.events if isinstance(record["step"], int)]
         return max([*steps, *self.metrics, 0])
 
     def accuracy(self, milestone: str) -> float | None:
-        """On the test prompts, at the start, around the first jump, or at the end."""
+        """Return the accuracy on the test prompts at the start, around the first jump, or at the end."""
         if self.result is not None:
             return self.result.accuracy.get(milestone)
         found = [r for r in self.events if r["event"] == "accuracy" and r.get("milestone") == milestone]
@@ -250,19 +247,21 @@ class Recorded:
 
 
 def open_folder(folder: Path) -> Comparison | Recorded:
-    """What lies in a folder. Raises ``ConfigError`` where it is neither, ``CheckpointError`` where it is damaged."""
+    """Read a run or a comparison. Raises ``ConfigError`` if there is neither, ``CheckpointError`` if it is damaged."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; name the folder of a run, or of a comparison")
+        raise ConfigError(
+            f"{folder} is not a folder; name the folder of a run or of a comparison", kind="report-unknown-folder"
+        )
     if os.path.lexists(folder / COMPARE):
         return _load(folder / COMPARE, Comparison)
     if _is_run(folder):
         return Recorded(folder)
-    near = (other for other in (folder.parent, folder / "next-core") if _is_run(other))
-    right = next(near, None)
-    hint = "" if right is None else f"; did you mean {right}?"
+    near = next((other for other in (folder.parent, folder / "next-core") if _is_run(other)), None)
+    hint = "" if near is None else f"; did you mean {near}?"
     raise ConfigError(
-        f"{folder} is neither a run (no {JOURNAL} or {RESULT}) nor a comparison (no {COMPARE}); name the --out "
-        f"folder of `next-core run` or `next-core compare`, or the folder of the TRL callback{hint}"
+        f"{folder} holds neither a run (no {JOURNAL} or {RESULT}) nor a comparison (no {COMPARE}); name the --out "
+        f"folder of `next-core run` or `next-core compare`, or the folder of the TRL callback{hint}",
+        kind="report-unknown-folder",
     )
 
 
@@ -275,9 +274,9 @@ T = TypeVar("T", bound=BaseModel)
 
 def _load(path: Path, model: type[T]) -> T:
     try:
-        value = parse_json(read_bytes(path, LARGE), finite=False)  # the model says which is not
+        value = parse_json(read_bytes(path, LARGE), finite=False)  # the model names the number that is not finite
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
+        raise _damaged(path, f"it cannot be read ({error})") from None
     return _validated(model, value, path)
 
 
@@ -286,17 +285,17 @@ def _validated(model: type[T], value: Any, path: Path) -> T:
         return model.model_validate(value)
     except ValidationError as error:
         lines = explain(error, path.name, model).splitlines()
-        more = f"\nand {len(lines) - MOST_PROBLEMS} more" if len(lines) > MOST_PROBLEMS else ""
-        told = "\n".join(lines[:MOST_PROBLEMS])
-        raise CheckpointError(f"{path} is damaged; {_remedy(path)}\n{told}{more}") from None
+        more = f" (and {len(lines) - MOST_PROBLEMS} more)" if len(lines) > MOST_PROBLEMS else ""
+        raise _damaged(path, "; ".join(lines[:MOST_PROBLEMS]) + more) from None
 
 
-def _remedy(path: Path) -> str:
-    if path.name == COMPARE:
-        return "restore it, or compare again"
-    if path.name == RESULT:
-        return "restore it, or remove it: the journal has most of what it says"
-    return "restore it"
+def _damaged(path: Path, problem: str) -> CheckpointError:
+    remedies = {
+        COMPARE: "restore it, or run the comparison again",
+        RESULT: "restore it, or remove it, because the journal has most of its content",
+    }
+    kind = "checkpoint-journal-damaged" if path.name == JOURNAL else "report-damaged-file"
+    return CheckpointError(f"{path} is damaged: {problem}; {remedies.get(path.name, 'restore it')}", kind=kind)
 
 
 def _text(path: Path) -> str | None:
@@ -305,4 +304,4 @@ def _text(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); restore it") from None
+        raise ConfigError(f"{path} cannot be read ({error}); restore it", kind="config-missing-file") from None

@@ -1,16 +1,17 @@
-"""What a page is made of, and how it becomes HTML. Whatever text comes from a run is escaped by the template."""
+"""A page: what its template shows, and how it becomes one self-contained HTML file."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from next_core.diagnostics.drawing import Drawing
 from next_core.errors import PluginError
+from next_core.report import formatting
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,178 +20,72 @@ if TYPE_CHECKING:
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
 UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""What HTML, or UTF-8, does not take."""
+"""Characters that HTML or UTF-8 cannot hold."""
 DROPPED = (f"{{{SVG}}}metadata", f"{{{SVG}}}style")
+WIDE = 7
+"""A wider drawing, in inches, takes the whole width of the page."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; an ``aside`` is smaller, for what explains."""
-
-    text: str
-    aside: bool = False
-    kind: Literal["text"] = "text"
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """Sentences that stand beside each other."""
-
-    items: Sequence[str]
-    kind: Literal["bullets"] = "bullets"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a table shows at one place: a figure, and its interval or a remark in small. ``share`` draws a bar."""
-
-    text: str
-    small: str = ""
-    share: float | None = None
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under headings; the columns whose heading is in ``words`` hold words, the others numbers."""
-
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    words: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    kind: Literal["table"] = "table"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawing, its caption, and what it shows in words for who cannot see it."""
-
-    drawing: Drawing
-    caption: str
-    description: str
-    kind: Literal["picture"] = "picture"
-
-    @property
-    def wide(self) -> bool:
-        """Whether it needs the whole width."""
-        return bool(self.drawing.picture.get_figwidth() > 7)
-
-    @property
-    def markup(self) -> Markup:
-        from markupsafe import Markup
-
-        return Markup(inline(self.drawing.svg(), self.drawing.name, self.description))
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text as it was written, such as a config."""
-
-    text: str
-    caption: str
-    kind: Literal["code"] = "code"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Names with their values."""
-
-    items: Sequence[tuple[str, str]]
-    kind: Literal["facts"] = "facts"
-
-
-@dataclass(frozen=True)
-class Missing:
-    """One line on what could not be made, and why."""
-
-    what: str
-    why: str
-    kind: Literal["missing"] = "missing"
-
-
-Single = Text | Bullets | Table | Picture | Code | Facts | Missing
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What stands in two columns where there is room, filled from the top left."""
-
-    blocks: Sequence[Single]
-    kind: Literal["columns"] = "columns"
-
-
-Block = Single | Columns
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
-
-    name: str
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One main figure, large."""
-
-    figure: str
-    words: str
-
-
-@dataclass(frozen=True)
+@dataclass
 class Page:
-    """A whole report."""
+    """The values that a template shows; ``missing`` names what could not be made, with the reason."""
 
+    template: str
     title: str
     subtitle: str
     summary: Sequence[str]
-    sections: Sequence[Section]
-    tiles: Sequence[Tile] = ()
+    tiles: Sequence[tuple[str, str]]
+    """The main figures, each with its label."""
+    sections: Mapping[str, str]
+    """Ids and titles."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    drawings: dict[str, Drawing] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
-    def blocks(self) -> Iterator[Single]:
-        """Everything below the headings, in order."""
-        for section in self.sections:
-            for block in section.blocks:
-                yield from block.blocks if isinstance(block, Columns) else (block,)
-
-    def drawings(self) -> list[Drawing]:
-        """Every picture, in order."""
-        return [block.drawing for block in self.blocks() if isinstance(block, Picture)]
-
-    def missing(self) -> dict[str, str]:
-        """What could not be made, and why."""
-        return {block.what: block.why for block in self.blocks() if isinstance(block, Missing)}
+    def draw(self, name: str, drawn: Drawing | str, what: str | None = None) -> None:
+        """Keep a drawing; in place of one, its reason becomes the reason why ``what`` is missing."""
+        if isinstance(drawn, Drawing):
+            self.drawings[name] = drawn
+        elif what is not None:
+            self.missing[what] = drawn
 
     def html(self) -> str:
-        """The page, complete in itself. Raises ``PluginError`` without jinja2."""
-        text = _environment().get_template("page.html").render(page=self, version=version("next-core"))
+        """Return the page. Raises ``PluginError`` without jinja2."""
+        values = vars(self) | self.facts | {"version": version("next-core")}
+        text = make_environment().get_template(self.template).render(values)
         return UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def check_html() -> None:
-    """Raise ``PluginError`` without jinja2."""
-    _environment()
-
-
-def _environment() -> Environment:
+def make_environment() -> Environment:
+    """Return the templates and the functions that they use. Raises ``PluginError`` without jinja2."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise PluginError(f"a report needs jinja2 ({error}); pip install next-core[report]") from error
-    return Environment(
+        raise PluginError(
+            f"a report needs jinja2 ({error}); pip install next-core[report]", kind="config-missing-package"
+        ) from error
+    made = Environment(
         loader=PackageLoader("next_core.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals |= {name: value for name, value in vars(formatting).items() if callable(value)}
+    made.globals |= {"NONE": formatting.NONE, "markup": markup}
+    made.globals["is_wide"] = lambda drawing: drawing.picture.get_figwidth() > WIDE
+    return made
+
+
+def markup(drawing: Drawing, description: str) -> Markup:
+    """Return a drawing as an element of a page; ``description`` tells what it shows to those who cannot see it."""
+    from markupsafe import Markup
+
+    return Markup(inline(drawing.svg(), drawing.name, description))
 
 
 def inline(svg: str, name: str, description: str) -> str:
-    """An SVG document as an element of a page: ids are its own, size is the page's, nothing points outside."""
+    """Return an SVG document as an element: its ids begin with ``name``, the page sets its size, it links nowhere."""
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ET.fromstring(svg)

@@ -1,57 +1,67 @@
-"""The page of one run."""
+"""The page of a run."""
 
 from __future__ import annotations
 
-from next_core.diagnostics.drawing import Drawing
-from next_core.report.compare_pictures import Over
-from next_core.report.geometry import GeometryOptions, geometry_sections
-from next_core.report.inputs import Recorded, Result
-from next_core.report.page import (
-    Block,
-    Cell,
-    Code,
-    Columns,
-    Facts,
-    Missing,
-    Page,
-    Picture,
-    Section,
-    Single,
-    Table,
-    Text,
-    Tile,
-)
-from next_core.report.run_jumps import jump_blocks
-from next_core.report.run_pictures import draw_progress, draw_reward
-from next_core.report.words import NOTHING, counted, figure, mean, seconds, whole
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from next_core.report.compare_pictures import draw_multiples
+from next_core.report.formatting import counted, decimal, mean, one_digit, reasons, seconds, steps_text
+from next_core.report.geometry import GeometryOptions, add_geometry
+from next_core.report.inputs import Jump, Recorded, Result
+from next_core.report.page import Page
+from next_core.report.run_pictures import draw_effects, draw_progress, draw_reward
 from next_core.types import Progress
 
+SECTIONS = {
+    "accuracy": "Accuracy",
+    "jumps": "Jumps and guards",
+    "geometry": "How the weights move",
+    "layers": "Which layers can be predicted",
+    "time": "Time spent",
+    "setup": "Setup",
+}
 PARTS = {
     "setup": "starting the trainer",
     "rl": "RL steps",
-    "ours_observe": "next-core: checkpoints",
+    "ours_observe": "next-core: reading checkpoints",
     "ours_predict": "next-core: predicting",
     "ours_extend": "next-core: writing jumps",
-    "ours_probe": "next-core: probes of the guards",
+    "ours_probe": "next-core: evaluating jumps",
     "measuring": "measuring accuracy",
 }
+MOST_ROWS = 30
+"""More jumps than these are shown in groups."""
+GROUPS = 12
+NAMES = ("start", "before_jump", "after_jump", "final")
 
 
-def run_page(recorded: Recorded, title: str, settings: GeometryOptions, progress: Progress | None = None) -> Page:
-    """Everything that a run's folder says, for a colleague to read."""
-    return Page(
-        title=title,
-        subtitle=_subtitle(recorded),
-        summary=_summary(recorded),
-        tiles=_tiles(recorded),
-        sections=[
-            Section("accuracy", "Accuracy", _accuracy(recorded)),
-            Section("jumps", "Jumps and guards", jump_blocks(recorded)),
-            *geometry_sections(recorded, settings, progress),
-            Section("time", "Where the time went", _time(recorded)),
-            Section("setup", "Setup", _setup(recorded)),
-        ],
-    )
+def run_page(recorded: Recorded, title: str, options: GeometryOptions, progress: Progress | None = None) -> Page:
+    """Return everything that a run's folder says."""
+    page = Page("run.html", title, _subtitle(recorded), _summary(recorded), _tiles(recorded), SECTIONS)
+    result = recorded.result
+    _add_curves(page, recorded)
+    _add_jumps(page, recorded)
+    add_geometry(page, recorded, options, progress)
+    if "Geometry" in page.missing:
+        page.sections = {id_: title for id_, title in SECTIONS.items() if id_ != "layers"}
+    if result is None or not result.seconds:
+        page.missing["Time"] = "it is recorded only when a run made from a config ends"
+    if recorded.config is None:
+        page.missing["Config"] = "the folder has no config.yaml, because a script made the run"
+    schedule = recorded.started.get("schedule")
+    page.facts |= {
+        "recorded": recorded,
+        "result": result,
+        "control": None if result is None else result.control,
+        "seed": _seed(recorded),
+        "steps": recorded.last_step if result is None else result.steps,
+        "accuracies": [recorded.accuracy(name) for name in NAMES],
+        "schedule": schedule if isinstance(schedule, dict) else {},
+        "parts": [] if result is None else _parts(result),
+    }
+    return page
 
 
 def _seed(recorded: Recorded) -> str:
@@ -66,8 +76,8 @@ def _subtitle(recorded: Recorded) -> str:
         ended = any(record["event"] == "end" for record in recorded.events)
         state = "ended" if ended else f"last known step {recorded.last_step}"
         return f"Run without a result: {state}, predictor {recorded.predictor}"
-    algorithm = str(result.settings.get("algorithm", "RL"))
-    return f"Run of {result.steps} {algorithm.upper()} steps, predictor {recorded.predictor}, seed {_seed(recorded)}"
+    algorithm = str(result.settings.get("algorithm", "RL")).upper()
+    return f"Run of {result.steps} {algorithm} steps, predictor {recorded.predictor}, seed {_seed(recorded)}"
 
 
 def _plain_end(recorded: Recorded) -> float | None:
@@ -76,155 +86,126 @@ def _plain_end(recorded: Recorded) -> float | None:
 
 
 def _summary(recorded: Recorded) -> list[str]:
-    told = []
-    start, end, plain = recorded.accuracy("start"), recorded.accuracy("final"), _plain_end(recorded)
-    result = recorded.result
-    if result is not None and start is not None and end is not None:
-        beside = (
-            ""
-            if plain is None
-            else f"; the plain run of the same seed ended at {figure(plain)}, {figure(abs(end - plain))} "
-            f"{'below' if end >= plain else 'above'} it. One seed says little about small differences"
-        )
-        told.append(f"In {result.steps} RL steps test accuracy went from {figure(start)} to {figure(end)}{beside}.")
-        told += _greedy(result)
-    elif result is None:
-        told.append(
-            f"There is no result: the run goes on, was stopped, or was driven by the TRL callback. What follows is "
-            f"what is known up to step {recorded.last_step}."
-        )
+    result, start, end, plain = (
+        recorded.result,
+        recorded.accuracy("start"),
+        recorded.accuracy("final"),
+        _plain_end(recorded),
+    )
+    if result is None:
+        found = [
+            "There is no result: the run is still going, was stopped, or was driven by the TRL callback. This page "
+            f"shows what is known up to step {recorded.last_step}."
+        ]
+    elif start is None or end is None:
+        found = [f"The run of {result.steps} RL steps has ended; no accuracy was measured."]
     else:
-        told.append(f"The run of {result.steps} RL steps has ended; no accuracy was measured.")
+        against = ""
+        if plain is not None:
+            against = (
+                f"; the plain run with the same seed ended at {decimal(plain)}, {decimal(abs(end - plain))} "
+                f"{'below' if end >= plain else 'above'} it. One seed says little about small differences"
+            )
+        moved = f"test accuracy went from {decimal(start)} to {decimal(end)}"
+        found = [f"In {result.steps} RL steps {moved}{against}.", *_greedy(result)]
     made = [jump for jump in recorded.jumps if jump.accepted]
-    refused = len(recorded.jumps) - len(made)
     if not recorded.jumps:
-        told.append("No jump was tried.")
-    else:
-        norm = mean([jump.norm_ratio for jump in made])
-        size = "" if norm is None else f", on average {figure(norm, 1)} times as long as the motion just before"
-        told.append(
-            f"{counted(len(recorded.jumps), 'jump')} tried: {len(made)} made{size}; {refused or 'none'} refused."
-        )
-    return told
+        return [*found, "No jump was attempted."]
+    norm = mean([jump.norm_ratio for jump in made])
+    size = "" if norm is None else f", on average {one_digit(norm)} times as long as the update just before"
+    refused = len(recorded.jumps) - len(made) or "none"
+    return [*found, f"{counted(len(recorded.jumps), 'jump')} attempted: {len(made)} made{size}; {refused} refused."]
 
 
 def _greedy(result: Result) -> list[str]:
-    """The accuracy of greedy answers where it was measured too: it need not go the same way."""
-    if not result.curve:
+    """Return the change in greedy accuracy, where it was measured: it can differ from that of sampled answers."""
+    if not result.curve or "sampled" not in result.curve[-1].test:
         return []
     start, end = (result.curve[place].test.get("greedy") for place in (0, -1))
-    if start is None or end is None or "sampled" not in result.curve[-1].test:
+    if start is None or end is None:
         return []
     curve = [] if result.control is None else result.control.curve
     plain = curve[-1].test.get("greedy") if curve else None
-    beside = "" if plain is None else f"; that of the plain run ended at {figure(plain)}"
-    return [
-        f"This is of sampled answers. The accuracy of greedy ones went from {figure(start)} to {figure(end)}{beside}."
-    ]
+    against = "" if plain is None else f"; the plain run ended at {decimal(plain)}"
+    return [f"This is with sampled answers. Greedy accuracy went from {decimal(start)} to {decimal(end)}{against}."]
 
 
-def _tiles(recorded: Recorded) -> list[Tile]:
-    tiles = []
-    for value, words in (
+def _tiles(recorded: Recorded) -> list[tuple[str, str]]:
+    accuracies = (
         (recorded.accuracy("start"), "test accuracy at the start"),
         (recorded.accuracy("final"), "at the end"),
         (_plain_end(recorded), "plain run, same seed"),
-    ):
-        if value is not None:
-            tiles.append(Tile(figure(value), words))
-    made = sum(jump.accepted for jump in recorded.jumps)
-    tiles.append(Tile(f"{made} of {len(recorded.jumps)}", "jumps made of those tried"))
+    )
+    tiles = [(decimal(value), label) for value, label in accuracies if value is not None]
+    tiles.append((f"{sum(jump.accepted for jump in recorded.jumps)} of {len(recorded.jumps)}", "attempted jumps made"))
     if recorded.result is not None and "total" in recorded.result.seconds:
-        tiles.append(Tile(seconds(recorded.result.seconds["total"]), "in all"))
+        tiles.append((seconds(recorded.result.seconds["total"]), "in total"))
     return tiles
 
 
-def _accuracy(recorded: Recorded) -> list[Block]:
-    blocks: list[Block] = []
-    names = ("start", "before_jump", "after_jump", "final")
-    values = [recorded.accuracy(name) for name in names]
-    if any(value is not None for value in values):
-        steps = recorded.result.steps if recorded.result is not None else recorded.last_step
-        rows: list[list[Cell | str]] = [["with jumps", whole(steps), *(figure(value) for value in values)]]
-        result = recorded.result
-        if result is not None and result.control is not None:
-            control = result.control
-            end = control.accuracy.get("final")
-            rows.append(["plain, same seed", whole(control.steps), figure(values[0]), NOTHING, NOTHING, figure(end)])
-        headings = ["run", "RL steps", "start", "before first jump", "right after", "end"]
-        blocks.append(Table("Accuracy on the test prompts", headings, rows, words=["run"]))
-    else:
-        blocks.append(Missing("Accuracy on the test prompts", "none was measured"))
-    pictures: list[Single] = []
-    overs: tuple[Over, ...] = ("steps", "seconds")
-    for over in overs:
-        drawn = draw_progress(recorded, over)
-        if isinstance(drawn, Drawing):
-            ticks = " Ticks: jumps made; crosses: refused." if over == "steps" and recorded.jumps else ""
-            what = "RL steps" if over == "steps" else "seconds of training (measuring left out)"
-            pictures.append(Picture(drawn, f"Test accuracy over {what}.{ticks}", _curve_words(recorded, what)))
-        elif over == "steps":
-            blocks.append(Missing("Accuracy along the run", drawn))
-    if not pictures:
-        reward = draw_reward(recorded)
-        if isinstance(reward, Drawing):
-            logged = [numbers["reward"] for numbers in recorded.metrics.values() if "reward" in numbers]
-            told = f"Reward over RL steps, from {figure(logged[0])} to {figure(logged[-1])}"
-            ticks = " Ticks: jumps made; crosses: refused." if recorded.jumps else ""
-            pictures.append(Picture(reward, f"Reward of the roll-outs, as the trainer logged it.{ticks}", told))
-        else:
-            blocks.append(Missing("Reward along the run", reward))
-    if pictures:
-        blocks.append(Columns(pictures))
-    return blocks
+def _add_curves(page: Page, recorded: Recorded) -> None:
+    if all(recorded.accuracy(name) is None for name in NAMES):
+        page.missing["Accuracy on the test prompts"] = "none was measured"
+    page.draw("accuracy-over-steps", draw_progress(recorded, "steps"), "Accuracy along the run")
+    page.draw("accuracy-over-seconds", draw_progress(recorded, "seconds"))
+    rewards = [numbers["reward"] for numbers in recorded.metrics.values() if "reward" in numbers]
+    if not page.drawings:
+        page.draw("reward", draw_reward(recorded), "Reward along the run")
+    page.facts |= {"rewards": rewards}
 
 
-def _curve_words(recorded: Recorded, over: str) -> str:
-    first, last = recorded.curve[0], recorded.curve[-1]
-    ways = [
-        f"{way} from {figure(first.test.get(way))} at step {first.step} to {figure(value)} at step {last.step}"
-        for way, value in last.test.items()
-    ]
-    return f"Test accuracy over {over}: {'; '.join(ways)}"
+def _add_jumps(page: Page, recorded: Recorded) -> None:
+    """Add every jump, or groups of neighbours, the outcomes with their reasons, and what the jumps did."""
+    jumps = recorded.jumps
+    if not jumps:
+        page.missing["Jumps"] = "none was attempted"
+    page.draw("jump-effects", draw_effects(jumps))
+    page.draw("multiples", draw_multiples({recorded.predictor: [jumps]}))
+    outcomes = {"made": [j for j in jumps if j.accepted], "refused": [j for j in jumps if not j.accepted]}
+    page.facts |= {
+        "jumps": jumps,
+        "groups": [] if len(jumps) <= MOST_ROWS else _groups(jumps),
+        "recovered": any(jump.accuracy_recovered is not None for jump in jumps),
+        "outcomes": [
+            (outcome, len(alike), steps_text(alike), reason)
+            for outcome, some in outcomes.items()
+            for reason, alike in reasons(some)
+        ],
+        "changes": [
+            jump.accuracy_after - jump.accuracy_before
+            for jump in jumps
+            if jump.accuracy_before is not None and jump.accuracy_after is not None
+        ],
+        "highest_multiple": max((jump.diagnostics.get("multiple") or 0.0 for jump in jumps), default=0.0),
+    }
 
 
-def _time(recorded: Recorded) -> list[Block]:
-    if recorded.result is None or not recorded.result.seconds:
-        return [Missing("Time", "only a run that ended, and that a config made, has it")]
-    spent = recorded.result.seconds
-    parts = [(words, spent[part]) for part, words in PARTS.items() if part in spent]
-    control = recorded.result.control
-    if control is not None and control.seconds is not None:
-        parts.append(("the plain run", control.seconds))
-    total = spent.get("total", sum(value for _, value in parts))
+def _groups(jumps: Sequence[Jump]) -> list[dict[str, Any]]:
+    """Return at most ``GROUPS`` rows of neighbouring jumps."""
+    size = math.ceil(len(jumps) / GROUPS)
+    rows = []
+    for some in (jumps[first : first + size] for first in range(0, len(jumps), size)):
+        made = [jump for jump in some if jump.accepted]
+        rows.append(
+            {
+                "steps": steps_text(some),
+                "attempted": len(some),
+                "made": len(made),
+                "norm": mean([jump.norm_ratio for jump in made]),
+                "before": mean([jump.accuracy_before for jump in some]),
+                "after": mean([jump.accuracy_after for jump in some]),
+            }
+        )
+    return rows
+
+
+def _parts(result: Result) -> list[tuple[str, float, float]]:
+    """Return what took time, with its seconds and its share of the total."""
+    parts = [(label, result.seconds[part]) for part, label in PARTS.items() if part in result.seconds]
+    if result.control is not None and result.control.seconds is not None:
+        parts.append(("the plain run", result.control.seconds))
+    total = result.seconds.get("total", sum(value for _, value in parts))
     rest = total - sum(value for _, value in parts)
     if rest > 0.005 * total:
         parts.append(("everything else, such as starting the plain run", rest))
-    rows: list[list[Cell | str]] = [[words, seconds(value), _share(value, total)] for words, value in parts]
-    rows.append(["in all", Cell(seconds(total), strong=True), ""])
-    return [Table("Wall-clock time of the run", ["what", "time", "share"], rows, words=["what"])]
-
-
-def _share(value: float, total: float) -> Cell:
-    share = min(max(value / total, 0.0), 1.0) if total > 0 else 0.0
-    return Cell(f"{100 * share:.1f}%", share=share)
-
-
-def _setup(recorded: Recorded) -> list[Block]:
-    facts = [("predictor", recorded.predictor), ("seed", _seed(recorded))]
-    result = recorded.result
-    if result is not None and result.resumed_from is not None:
-        facts.append(("resumed from step", str(result.resumed_from)))
-    if result is not None:
-        facts += [("hardware", result.hardware or "not recorded"), *sorted(result.versions.items())]
-    blocks: list[Block] = [Facts(facts)]
-    schedule = recorded.started.get("schedule")
-    if isinstance(schedule, dict):
-        blocks.append(Facts([(str(key), NOTHING if value is None else str(value)) for key, value in schedule.items()]))
-    if result is not None:
-        blocks += [Text(f"Note: {note}.") for note in result.notes]
-    if recorded.config is None:
-        blocks.append(Missing("Config", "the folder has no config.yaml: the run was made by a script"))
-    else:
-        blocks.append(Code(recorded.config, "config.yaml, every setting resolved"))
-    return blocks
+    return [(label, value, min(max(value / total, 0.0), 1.0) if total > 0 else 0.0) for label, value in parts]

@@ -1,4 +1,4 @@
-"""What the tests of the report share: pages as a reader of HTML sees them."""
+"""Shared by the tests of the report: pages as a reader of HTML sees them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINKS = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
 
 @dataclass
 class Seen(HTMLParser):
-    """A page, read once: text, links, ids, pictures, and whatever is not closed in order."""
+    """A parsed page: its text, links, ids and tags, and the tags that are not closed in order."""
 
     page: str
     stack: list[str] = field(default_factory=list)
@@ -58,17 +58,17 @@ class Seen(HTMLParser):
 
     @property
     def words(self) -> str:
-        """The text, white space made even."""
+        """The text with even white space."""
         return " ".join(self.text.split())
 
     @property
     def pictures(self) -> list[str]:
-        """What each picture says to who cannot see it."""
+        """The descriptions of the plots."""
         return [str(attributes["aria-label"]) for tag, attributes in self.tags if tag == "svg"]
 
 
 def read_page(path: Path) -> Seen:
-    """Read a page, and check what holds for every page: whole, of its own, and open to all readers."""
+    """Read a page and assert what holds for every page: well-formed, self-contained and accessible."""
     seen = Seen(path.read_text(encoding="utf-8"))
     assert seen.problems == []
     assert len(seen.ids) == len(set(seen.ids))

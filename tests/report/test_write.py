@@ -1,8 +1,7 @@
-"""`next-core report` from the command line: where the page goes, what is refused, and that nothing else is needed."""
+"""``next-core report``: where the page goes, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,60 +13,60 @@ import pytest
 
 from next_core.diagnostics.drawing import Drawing, draw, label
 from next_core.report.page import inline
+from tests.cli.conftest import assert_fails, facts
 from tests.conftest import Outcome
 from tests.report.conftest import read_page
-from tests.report.made import comparison, write_comparison
+from tests.report.made import arm, comparison, write_comparison
 
 
 @pytest.fixture
 def race(tmp_path: Path) -> Path:
-    return write_comparison(tmp_path / "race", comparison(seeds=2))
+    found = comparison(seeds=1)
+    return write_comparison(tmp_path / "race", found | {"arms": {"plain": arm({0: 0.5}, {0: 0.5}, role="plain")}})
 
 
 def test_the_page_goes_into_the_folder_and_the_command_says_where(cli: Callable[..., Outcome], race: Path) -> None:
     done = cli("report", race)
     assert done.code == 0
-    assert "beat plain RL" in done.out
-    assert f"report: {race / 'report' / 'index.html'}" in done.out
+    assert str(race / "report" / "index.html") in done.out
+    assert "not in the report: Jumps" in done.out
     assert [path.name for path in (race / "report").iterdir()] == ["index.html"]
     read_page(race / "report" / "index.html")
 
 
-def test_out_and_figures_and_json(cli: Callable[..., Outcome], race: Path, tmp_path: Path) -> None:
-    done = cli("report", race, "--out", tmp_path / "new" / "a.html", "--figures", tmp_path / "pictures", "--json")
-    assert done.code == 0
-    told = json.loads(done.out)
-    assert told["kind"] == "comparison"
-    assert told["out"] == str(tmp_path / "new" / "a.html")
-    names = {"curves-over-steps", "curves-over-seconds", "differences", "multiples"}
-    assert set(told["figures"]) == names
-    files = {path.name for path in (tmp_path / "pictures").iterdir()}
+def test_out_figures_and_json(cli: Callable[..., Outcome], race: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "a.html"
+    found = facts(cli("report", race, "--out", out, "--figures", tmp_path / "plots", "--json"))
+    assert found.keys() == {"kind", "out", "summary", "figures", "missing"}
+    assert (found["kind"], found["out"]) == ("comparison", str(out))
+    names = {"curves-over-steps", "curves-over-seconds"}
+    assert set(found["figures"]) == names
+    files = {path.name for path in (tmp_path / "plots").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert out.exists()
     assert not (race / "report").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "kind", "name"),
     [
-        (("{there}", "--out", "{there}"), "ends in .html"),
-        (("{there}", "--out", "{there}/compare.json"), "ends in .html"),
-        (("{there}", "--figures", "{there}/compare.json"), "name a folder for the plots"),
-        (("{there}/nowhere",), "is not a folder"),
-        (("{there}/empty",), "neither a run"),
-        (("{there}/run/checkpoints",), "did you mean {there}/run?"),
-        (("{there}", "--cache", "x", "--no-cache"), "contradict"),
+        (("{there}", "--out", "{there}"), "config-invalid-value", "{there}"),
+        (("{there}", "--out", "{there}/compare.json"), "config-invalid-value", "{there}/compare.json"),
+        (("{there}", "--figures", "{there}/compare.json"), "config-invalid-value", "{there}/compare.json"),
+        (("{there}/nowhere",), "report-unknown-folder", "{there}/nowhere"),
+        (("{there}/empty",), "report-unknown-folder", "{there}/empty"),
+        (("{there}/run/checkpoints",), "report-unknown-folder", "did you mean {there}/run?"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_remedy(
-    cli: Callable[..., Outcome], race: Path, arguments: tuple[str, ...], told: str
+def test_a_mistake_has_its_kind_and_changes_nothing(
+    cli: Callable[..., Outcome], race: Path, arguments: tuple[str, ...], kind: str, name: str
 ) -> None:
     (race / "empty").mkdir()
     (race / "run" / "checkpoints").mkdir(parents=True)
     (race / "run" / "journal.jsonl").write_text("")
     before = (race / "compare.json").read_text()
     done = cli("report", *(argument.format(there=race) for argument in arguments))
-    assert done.code == 2
-    assert told.format(there=race) in done.err
+    assert_fails(done, 2, kind, name.format(there=race))
     assert (race / "compare.json").read_text() == before
 
 
@@ -76,17 +75,15 @@ def test_without_the_extra_the_error_names_it(
     cli: Callable[..., Outcome], race: Path, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    done = cli("report", race)
-    assert done.code == 5
-    assert "pip install next-core[report]" in done.err
+    assert_fails(cli("report", race), 5, "config-missing-package", "next-core[report]")
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
     cli: Callable[..., Outcome], race: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli("report", race).code == 0
     page = race / "report" / "index.html"
-    before = page.read_bytes()
+    page.parent.mkdir()
+    page.write_text("old")
 
     def full(self: Path, text: str, *_: object, **__: object) -> int:
         self.write_bytes(text[:100].encode())
@@ -94,18 +91,19 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr(Path, "write_text", full)
     assert cli("report", race).code == 7
-    assert page.read_bytes() == before
+    assert page.read_bytes() == b"old"
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 
 
-def test_names_are_fit_for_a_picture() -> None:
-    assert label("a\x00\x1b b\n") == "a b"
-    assert label("_hidden from legends") == " _hidden from legends"
-    assert label("x" * 100) == "x" * 27 + "…"
-    assert label("") == "(no name)"
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a\x00\x1b b\n", "a b"), ("_hidden from legends", " _hidden from legends"), ("x" * 100, "x" * 27 + "…")],
+)
+def test_names_are_made_fit_for_a_plot(name: str, shown: str) -> None:
+    assert label(name) == shown
 
 
-def test_an_inlined_picture_has_ids_of_its_own_and_points_to_them() -> None:
+def test_an_inlined_plot_has_its_own_ids_and_refers_to_them() -> None:
     def paint(picture: object) -> None:
         from matplotlib.figure import Figure
 
@@ -115,10 +113,9 @@ def test_an_inlined_picture_has_ids_of_its_own_and_points_to_them() -> None:
 
     drawn = [draw(name, (3, 2), paint) for name in ("a", "b")]
     texts = [inline(one.svg(), one.name, "what <it> shows") for one in drawn if isinstance(one, Drawing)]
-    assert len(texts) == 2
-    ids = [set(re.findall(r' id="([^"]+)"', text)) for text in texts]
-    assert ids[0]
-    assert not ids[0] & ids[1]
+    first, second = ({*re.findall(r' id="([^"]+)"', text)} for text in texts)
+    assert first
+    assert not first & second
     for text in texts:
         assert "what &lt;it&gt; shows" in text
         assert 'id="x" $\\bad$' in text
@@ -132,9 +129,8 @@ def test_a_browser_shows_it(cli: Callable[..., Outcome], race: Path, tmp_path: P
     shot = tmp_path / "shot.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     page = (race / "report" / "index.html").as_uri()
-    done = subprocess.run(
-        ["chromium", *flags, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=False
-    )
+    command = ["chromium", *flags, f"--screenshot={shot}", page]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     assert shot.read_bytes().startswith(b"\x89PNG")
     assert b"Content Security Policy" not in done.stderr

@@ -1,0 +1,126 @@
+"""Numbers, counts and jumps as text; the templates use these functions too."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from next_core.report.inputs import Interval, Jump
+
+NONE = "–"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+LONGEST_REASON = 240
+MOST_VARIANTS = 3
+"""Reasons that differ only in their numbers are listed up to this many; of more, one is shown as an example."""
+Format = Callable[[float | None], str]
+
+
+def decimal(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """Return 0.123 or −0.123; a dash for None and for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Return +0.123 or −0.123."""
+    return decimal(value, digits, "+")
+
+
+def whole(value: float | None) -> str:
+    """Return 1,234."""
+    return decimal(value, 0)
+
+
+def signed_whole(value: float | None) -> str:
+    """Return +1,234."""
+    return decimal(value, 0, "+")
+
+
+def one_digit(value: float | None) -> str:
+    """Return 1,234.5."""
+    return decimal(value, 1)
+
+
+def seconds(value: float | None) -> str:
+    """Return 12.3 s below two minutes, then minutes, then hours."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    size, unit = (1, "s") if abs(value) < 120 else (60, "min") if abs(value) < 7200 else (3600, "h")
+    scaled = value / size
+    return f"{decimal(scaled, 2 if abs(scaled) < 1 else 1 if abs(scaled) < 100 else 0)} {unit}"
+
+
+def span(interval: Interval | None, form: Format = decimal) -> str:
+    """Return ``0.71 to 0.78`` or ``0.71 or more``; nothing where a single seed gives no interval."""
+    if interval is None or interval.low is None:
+        return ""
+    return (
+        f"{form(interval.low)} or more" if interval.high is None else f"{form(interval.low)} to {form(interval.high)}"
+    )
+
+
+def with_span(interval: Interval | None) -> str:
+    """Return +0.12 (95% +0.08 to +0.16)."""
+    if interval is None:
+        return NONE
+    between = span(interval, signed)
+    return signed(interval.mean) + (f" (95% {between})" if between else "")
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Return ``a, b and c``."""
+    quoted = [f"“{name}”" if "," in name else name for name in names]
+    shown = [*quoted[:most], f"{len(names) - most} more"] if len(names) > most else quoted
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return ``1 jump`` or ``2 jumps``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def reasons(jumps: Sequence[Jump]) -> list[tuple[str, list[Jump]]]:
+    """Group jumps by their reason, the most frequent first. Reasons that differ only in their numbers are alike."""
+    groups: dict[str, list[Jump]] = {}
+    for jump in jumps:
+        groups.setdefault(NUMBER.sub("#", jump.reason), []).append(jump)
+    found = []
+    for alike in groups.values():
+        different = list(dict.fromkeys(jump.reason for jump in alike))
+        if len(different) <= MOST_VARIANTS:
+            found += [(_short(reason), [jump for jump in alike if jump.reason == reason]) for reason in different]
+        else:
+            found.append((f"for example: {_short(different[-1])}", alike))
+    return sorted(found, key=lambda one: -len(one[1]))
+
+
+def _short(reason: str) -> str:
+    text = reason or "no reason was given"
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Return ``training.learning_rate = 0.001``."""
+    return ", ".join(f"{key} = {value}" for key, value in values.items()) or "as configured"
+
+
+def steps_text(jumps: Sequence[Jump]) -> str:
+    """Return ``50``, or ``50 to 90``; a dash without jumps."""
+    steps = sorted({jump.step for jump in jumps})
+    return NONE if not steps else f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def as_yaml(value: Mapping[str, Any]) -> str:
+    """Return a config as one would write it."""
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=100)

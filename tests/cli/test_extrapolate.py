@@ -129,7 +129,6 @@ def test_several_alphas_write_several_adapters(extrapolate: Callable[..., Outcom
         (("--alphas", "0.5,-1"), 2, "config", ("-1",)),
         (("--alphas", "0.5,0.5"), 2, "config", ("alpha-0.5",)),
         (("--alphas", "0.5", "--alpha", "2"), 2, "config-contradiction", ("--alpha", "--alphas")),
-        (("--horizon", "0"), 2, "config-invalid-value", ("--horizon", "0")),
         (("--rank", "0"), 2, "config", ("rank", "0")),
         (("--workers", "0"), 2, "config-invalid-value", ("workers",)),
         (("--executor", "dask"), 2, "config-invalid-value", ("local", "ray")),

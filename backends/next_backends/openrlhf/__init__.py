@@ -1,4 +1,4 @@
-"""OpenRLHF, run in an environment of its own and driven from outside."""
+"""OpenRLHF in an environment of its own, driven from outside."""
 
 from __future__ import annotations
 

@@ -1,124 +1,122 @@
-"""From a run config to OpenRLHF's command line."""
+"""From a run config to OpenRLHF's command line. What OpenRLHF or this backend cannot do is refused here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from next_backends.openrlhf.known_options import check_extra
 from next_core.errors import ConfigError
 from next_core.sources.tensor_files import read_json
 
 if TYPE_CHECKING:
     from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-    from next_core.run_config import LoraSettings, RunConfig, TrainingSettings
+    from next_core.run_config import RunConfig, TrainingSettings
 
+Options = dict[str, tuple[str, Any]]
+"""By option: what sets it, as an error names it, and the value. None and False leave it out, True is a flag."""
+
+FIELDS = {
+    "--actor.adam.lr": "training.learning_rate",
+    "--actor.gradient_checkpointing_enable": "backend.deepspeed.gradient_checkpointing",
+    "--actor.lr_scheduler": "training.lr_scheduler",
+    "--actor.num_gpus_per_node": "backend.gpus",
+    "--actor.num_nodes": "backend.nodes",
+    "--algo.kl.init_coef": "training.beta",
+    "--ds.adam_offload": "backend.deepspeed.adam_offload",
+    "--ds.attn_implementation": "backend.deepspeed.attention",
+    "--ds.enable_sleep": "backend.vllm.sleep",
+    "--ds.param_dtype": "backend.deepspeed.dtype",
+    "--ds.zero_stage": "backend.deepspeed.zero_stage",
+    "--ref.num_gpus_per_node": "backend.gpus",
+    "--ref.num_nodes": "backend.nodes",
+    "--rollout.batch_size": "training.prompts_per_step",
+    "--rollout.max_new_tokens": "training.max_new_tokens",
+    "--rollout.n_samples_per_prompt": "training.generations",
+    "--rollout.temperature": "training.temperature",
+    "--vllm.enable_prefix_caching": "backend.vllm.prefix_caching",
+    "--vllm.enable_sleep": "backend.vllm.sleep",
+    "--vllm.enforce_eager": "backend.vllm.eager",
+    "--vllm.gpu_memory_utilization": "backend.vllm.gpu_memory",
+    "--vllm.num_engines": "backend.vllm.engines",
+    "--vllm.sync_backend": "backend.vllm.sync",
+    "--vllm.tensor_parallel_size": "backend.vllm.tensor_parallel",
+}
+"""Options that have the value of a field of the run config."""
+REFUSED = {
+    "--actor.freeze_visual_encoder": "the backend does not train on images",
+    "--actor.optim": "jumps know Adam's state only",
+    "--critic.": "no estimator of this backend has a critic",
+    "--data.input_template": "accuracy is measured without it; write the template into the data",
+    "--data.max_images_per_prompt": "the backend does not train on images",
+    "--ds.load_in_4bit": "the engines need base weights and adapter merged, which 4 bits cannot hold",
+    "--ds.tensor_parallel_size": "jumps cannot write weights where DeepSpeed splits each matrix; use ZeRO",
+    "--ds.use_universal_ckpt": "universal checkpoints cannot be read back",
+    "--local_rank": "Ray assigns the ranks",
+    "--reward.model_name_or_path": "rewards are verifiable: set training.reward or backend.reward_file",
+    "--rollout.vllm_generate_batch_size": "a step generates exactly training.prompts_per_step prompts",
+    "--train.agent_func_path": "an agent would replace training.reward",
+    "--train.async_enable": "weights would change while rollouts of the old ones are in flight",
+    "--train.enable_ema": "it saves an average instead of the weights that a jump changes",
+    "--train.partial_rollout_enable": "weights would change while rollouts of the old ones are in flight",
+}
+"""Options that the backend cannot work with, or how their names begin, and why."""
+NEUTRAL = {"--actor.optim": "adam", "--data.max_images_per_prompt": "0", "--ds.tensor_parallel_size": "1"}
+"""Values of refused options that change nothing."""
 ESTIMATORS = {"grpo": ("group_norm", "dr_grpo"), "rloo": ("rloo",), "reinforce++": ("reinforce_baseline", "reinforce")}
 """Advantage estimators of each algorithm, the default first."""
+MOST_RESTARTS = 20
+"""With more, starting trainers would take longer than jumping saves."""
 
 
-@dataclass(frozen=True)
-class Places:
-    """What a trainer reads and where it writes; ``reward_url`` is a Python file or an http address."""
+def make_command(run: RunConfig, config: OpenRlhfConfig, trainer: Options) -> list[str]:
+    """Return OpenRLHF's options, without the program; ``trainer`` holds those of one trainer process.
 
-    model: Path
-    data: Path
-    reward_url: str
-    checkpoints: Path
-    output: Path
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What one trainer process is to do; ``samples`` is the number of prompts of an episode (None: all)."""
-
-    episodes: int
-    samples: int | None
-    seed: int
-    save_every: int | None
-    save_hf: bool
-    save_deepspeed: bool
-    load: bool
-    keep: int = 3
-    """States that are kept."""
-    chat: bool = False
-    """Whether prompts are conversations."""
-
-
-def make_command(run: RunConfig, config: OpenRlhfConfig, places: Places, segment: Segment) -> list[str]:
-    """OpenRLHF's options, without the program. Raises ``ConfigError`` for what OpenRLHF or this backend cannot do."""
-    extra = check_extra(config)
-    training = run.training
-    for path, separators in ((str(places.data), ",@"), (places.reward_url, ",")):
+    Raises ``ConfigError`` for what OpenRLHF or this backend cannot do.
+    """
+    for option, separators in (("--data.prompt_dataset", ",@"), ("--reward.remote_url", ",")):
+        path = str(trainer[option][1])
         if set(path) & set(separators):
-            raise ConfigError(f"{path}: OpenRLHF takes {' and '.join(separators)} in it for a separator; rename it")
-    if segment.samples is not None and segment.samples % training.prompts_per_step:
-        raise ConfigError(
-            f"{segment.samples} prompts are no whole number of steps of {training.prompts_per_step}; OpenRLHF would "
-            "train the last of them on a part of the prompts, and leave its update for the next"
-        )
-    micro_batch = _micro_batch(training, config, extra.get("--ds.ring_attn_size", 1))
-    vllm, deepspeed = config.vllm, config.deepspeed
-    options: dict[str, Any] = {
-        "--actor.model_name_or_path": places.model,
-        "--actor.num_nodes": config.nodes,
-        "--actor.num_gpus_per_node": config.gpus,
-        "--ref.num_nodes": config.nodes,
-        "--ref.num_gpus_per_node": config.gpus,
-        "--train.colocate_actor_ref": config.colocate != "none",
-        "--train.colocate_all": config.colocate == "all",
-        "--vllm.num_engines": vllm.engines,
-        "--vllm.tensor_parallel_size": vllm.tensor_parallel,
-        "--vllm.gpu_memory_utilization": vllm.gpu_memory,
-        "--vllm.sync_backend": vllm.sync,
-        "--vllm.enforce_eager": vllm.eager,
-        "--vllm.enable_prefix_caching": vllm.prefix_caching,
-        "--vllm.enable_sleep": vllm.sleep,
-        "--ds.enable_sleep": vllm.sleep,
-        "--ds.zero_stage": deepspeed.zero_stage,
-        "--ds.param_dtype": deepspeed.dtype,
-        "--ds.attn_implementation": deepspeed.attention,
-        "--ds.adam_offload": deepspeed.adam_offload,
-        "--actor.gradient_checkpointing_enable": deepspeed.gradient_checkpointing,
-        "--actor.adam.lr": training.learning_rate,
-        "--actor.lr_scheduler": training.lr_scheduler,
-        "--actor.lr_warmup_ratio": 0,
-        "--rollout.batch_size": training.prompts_per_step,
-        "--rollout.n_samples_per_prompt": training.generations,
+            raise ConfigError(
+                f"{path}: OpenRLHF reads {' and '.join(separators)} in it as a separator; rename it",
+                kind="config-invalid-value",
+            )
+    training, blocks = run.training, SimpleNamespace(training=run.training, backend=config)
+    micro_batch = "backend.micro_batch", _micro_batch(training, config)
+    in_loss = training.algorithm == "grpo" and training.beta > 0  # arXiv 2402.03300, eq. 3; else in the reward
+    options: Options = {
+        **{option: (field, attrgetter(field)(blocks)) for option, field in FIELDS.items()},
+        "--algo.advantage.estimator": ("backend.estimator", _estimator(training, config)),
+        "--algo.kl.estimator": ("training.algorithm", "k3" if in_loss else "k1"),
+        "--algo.kl.use_loss": ("training.algorithm", in_loss),
+        "--ckpt.best_metric_key": ("save_every", "none"),  # a resumed run needs the newest state, not the best
+        "--data.input_key": ("training.data", "prompt"),
+        "--data.label_key": ("training.data", "answer"),
+        "--data.max_len": ("backend.max_length", _max_length(training, config)),
         "--rollout.micro_batch_size": micro_batch,
-        "--rollout.temperature": training.temperature,
-        "--rollout.max_new_tokens": training.max_new_tokens,
-        "--train.batch_size": training.prompts_per_step * training.generations,
+        "--train.batch_size": (
+            "training.prompts_per_step and training.generations",
+            training.prompts_per_step * training.generations,
+        ),
+        "--train.colocate_actor_ref": ("backend.colocate", config.colocate != "none"),
+        "--train.colocate_all": ("backend.colocate", config.colocate == "all"),
         "--train.micro_batch_size": micro_batch,
-        "--train.num_episodes": segment.episodes,
-        "--train.seed": segment.seed,
-        "--data.prompt_dataset": places.data,
-        "--data.input_key": "prompt",
-        "--data.label_key": "answer",
-        "--data.max_len": _max_length(training, config),
-        "--data.max_samples": segment.samples,
-        "--reward.remote_url": places.reward_url,
-        "--algo.advantage.estimator": _estimator(training, config),
-        "--ckpt.path": places.checkpoints,
-        "--ckpt.output_dir": places.output,
-        "--ckpt.save_steps": -1 if segment.save_every is None else segment.save_every,
-        "--ckpt.save_hf": segment.save_hf,
-        "--ckpt.max_num": segment.keep,
-        "--data.apply_chat_template": segment.chat,
-        "--ckpt.best_metric_key": "none",  # the newest state is the one to go on from, not the best
-        "--ckpt.disable_ds": not segment.save_deepspeed,
-        "--ckpt.load_enable": segment.load,
-        **_kl(training),
-        **(_lora(training.lora) if training.lora else {}),
+        **_lora(training),
+        **trainer,
     }
-    return [*_words(options), *config.extra_args]
+    _check_extra(config, options)
+    words = ["--actor.lr_warmup_ratio", "0"]  # extra_args may replace it
+    for option, (_, value) in options.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [option, *map(str, values)]
+    return [*words, *config.extra_args]
 
 
 def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
-    """GPUs of actor, reference and engines together, as OpenRLHF asks Ray for them."""
+    """Return the GPUs of actor, reference and engines together, as OpenRLHF asks Ray for them."""
     actor, engines = config.nodes * config.gpus, config.vllm.engines * config.vllm.tensor_parallel
     if config.colocate == "all":
         return actor
@@ -126,58 +124,140 @@ def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
     return actor + reference + engines
 
 
+def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
+    """Raise ``ConfigError`` for what OpenRLHF, or ``backend.jump``, does not support."""
+    training, merge, another = run.training, config.jump == "merge", "use swap or restart"
+    restarts = 0 if config.jump == "swap" else min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
+    no_accuracy = f"backend.jump: merge cannot measure accuracy; {another}"
+    _refuse(
+        (
+            not merge and config.ray.address is not None,
+            f"backend.ray.address: with jump: {config.jump} the trainer runs on this machine; leave out the address",
+        ),
+        (
+            training.evaluation == "likelihood" and _ring(config) > 1,
+            "training.evaluation: likelihood is not computed on rings; use generate",
+        ),
+        (
+            restarts > MOST_RESTARTS,
+            f"backend.jump: {config.jump} starts a trainer, which takes a minute, at each of the {restarts} jumps of "
+            "this schedule; use swap, or a predictor and a schedule with fewer jumps",
+        ),
+        (merge and run.measure_every is not None, f"measure_every: {no_accuracy}"),
+        (merge and run.schedule.average is not None, f"schedule.average: {no_accuracy}"),
+        (merge and run.guards.recovery is not None, f"guards.recovery: {no_accuracy}"),
+        (
+            merge and training.lora is not None,
+            f"backend.jump: merge trains full parameters only, as LoRA needs a hook (OpenRLHF issue 1349); {another}",
+        ),
+        (
+            merge and training.lr_scheduler != "constant",
+            f"backend.jump: merge restarts the schedule '{training.lr_scheduler}' at each jump; {another}, or "
+            "lr_scheduler: constant",
+        ),
+    )
+
+
+def _refuse(*cases: tuple[bool, str]) -> None:
+    for found, message in cases:
+        if found:
+            raise ConfigError(message, kind="backend-unsupported")
+
+
+def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
+    """Raise ``ConfigError`` for an extra option that we set ourselves or cannot work with, abbreviated or not."""
+    for option, value in _extra(config).items():
+        ours, refused = _completed(option, options), _completed(option, REFUSED)
+        if option.startswith("--critic."):
+            refused = "--critic."
+        if ours is not None:
+            raise ConfigError(f"backend.extra_args: {option} is set by {options[ours][0]}", kind="config-contradiction")
+        _refuse(
+            (
+                refused is not None and value != NEUTRAL.get(refused),
+                f"backend.extra_args: {option} is not supported: {REFUSED.get(refused or '')}",
+            ),
+            (
+                config.jump == "merge" and "--algo.dynamic_filtering_enable".startswith(option),
+                f"backend.extra_args: {option} uses more prompts than `jump: merge` plans for a step",
+            ),
+        )
+
+
+def _completed(option: str, names: Iterable[str]) -> str | None:
+    """Return the first name that OpenRLHF's parser may take ``option`` for: it accepts abbreviations."""
+    return next((name for name in names if name.startswith(option)), None)
+
+
+def _extra(config: OpenRlhfConfig) -> dict[str, str]:
+    """Return what follows each option of ``backend.extra_args``. OpenRLHF's parser checks it, before a run starts."""
+    found: dict[str, str] = {}
+    option = None
+    for word in config.extra_args:
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            found[option] = value
+        elif option is not None:
+            found[option] = f"{found[option]} {word}".strip()
+    return found
+
+
+def _ring(config: OpenRlhfConfig) -> int:
+    """Return the GPUs of a ring, which share the rollouts of one data-parallel rank."""
+    size = next((value for option, value in _extra(config).items() if "--ds.ring_attn_size".startswith(option)), "1")
+    return int(size) if size.isdigit() else 1
+
+
 def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:
     allowed = ESTIMATORS[training.algorithm]
     if config.estimator is not None and config.estimator not in allowed:
         raise ConfigError(
-            f"backend.estimator: {config.estimator} is no estimator of training.algorithm: {training.algorithm}, which "
-            f"takes {' or '.join(allowed)}"
+            f"backend.estimator: {config.estimator} does not belong to training.algorithm: {training.algorithm}, which "
+            f"takes {' or '.join(allowed)}",
+            kind="config-contradiction",
         )
     return config.estimator or allowed[0]
 
 
-def _kl(training: TrainingSettings) -> dict[str, Any]:
-    """GRPO has the divergence in its loss (arXiv 2402.03300, eq. 3), the others in the reward."""
-    if training.beta == 0 or training.algorithm != "grpo":
-        return {"--algo.kl.init_coef": training.beta, "--algo.kl.estimator": "k1"}
-    return {"--algo.kl.init_coef": training.beta, "--algo.kl.use_loss": True, "--algo.kl.estimator": "k3"}
-
-
-def _lora(lora: LoraSettings) -> dict[str, Any]:
-    if lora.rslora:
-        raise ConfigError("training.lora.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)")
-    if lora.alpha != int(lora.alpha):
-        raise ConfigError(f"training.lora.alpha: OpenRLHF takes whole numbers (got {lora.alpha:g})")
+def _lora(training: TrainingSettings) -> Options:
+    lora, key = training.lora, "training.lora"
+    if lora is None:
+        return {f"--ds.lora.{name}": (key, None) for name in ("rank", "alpha", "target_modules")}
     targets: str | list[str] | None = lora.target_modules
-    if targets == "all-linear":
-        targets = None  # OpenRLHF's default; given as an option it becomes a list, which PEFT takes for a module's name
-    elif isinstance(targets, str) and not re.fullmatch(r"\w+", targets):
-        raise ConfigError(
-            f"training.lora.target_modules: OpenRLHF takes names of modules, no regular expression ('{targets}'); "
-            "list the names, or leave it at all-linear"
-        )
-    elif targets == []:
-        raise ConfigError("training.lora.target_modules: the list is empty; name modules, or leave it at all-linear")
+    _refuse(
+        (lora.rslora, f"{key}.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)"),
+        (lora.alpha != int(lora.alpha), f"{key}.alpha: OpenRLHF takes whole numbers only, not {lora.alpha:g}"),
+        (targets == [], f"{key}.target_modules: the list is empty; name modules, or leave it at all-linear"),
+        (
+            isinstance(targets, str) and not re.fullmatch(r"all-linear|\w+", targets),
+            f"{key}.target_modules: OpenRLHF takes names of modules but no regular expression ('{targets}'); list the "
+            "names, or leave it at all-linear",
+        ),
+    )
+    if isinstance(targets, str):
+        # all-linear is OpenRLHF's default; as an option it would become a list, which PEFT takes for a module's name.
+        targets = None if targets == "all-linear" else [targets]
     return {
-        "--ds.lora.rank": lora.rank,
-        "--ds.lora.alpha": int(lora.alpha),
-        "--ds.lora.target_modules": [targets] if isinstance(targets, str) else targets,
+        "--ds.lora.rank": (f"{key}.rank", lora.rank),
+        "--ds.lora.alpha": (f"{key}.alpha", int(lora.alpha)),
+        "--ds.lora.target_modules": (f"{key}.target_modules", targets),
     }
 
 
-def _micro_batch(training: TrainingSettings, config: OpenRlhfConfig, ring: int) -> int:
-    """The largest micro-batch allowed that divides the roll-outs that a data-parallel rank has in a step."""
-    rollouts = training.prompts_per_step * training.generations
-    gpus = config.nodes * config.gpus
+def _micro_batch(training: TrainingSettings, config: OpenRlhfConfig) -> int:
+    """Return the largest allowed micro-batch that divides the rollouts of a data-parallel rank in a step."""
+    rollouts, gpus, ring = training.prompts_per_step * training.generations, config.nodes * config.gpus, _ring(config)
     if ring < 1 or gpus % ring:
         raise ConfigError(
-            f"backend.extra_args: --ds.ring_attn_size {ring} does not divide the {gpus} GPUs of the actor"
+            f"backend.extra_args: --ds.ring_attn_size {ring} does not divide the {gpus} GPUs of the actor",
+            kind="config-contradiction",
         )
     share, left = divmod(rollouts, gpus // ring)
     if left or not share:
         raise ConfigError(
-            f"the {rollouts} roll-outs of a step (training.prompts_per_step * training.generations) cannot be shared "
-            f"among {gpus // ring} data-parallel ranks (backend.nodes * backend.gpus); make them a multiple"
+            f"the {rollouts} rollouts of a step (training.prompts_per_step * training.generations) cannot be shared "
+            f"among {gpus // ring} data-parallel ranks (backend.nodes * backend.gpus); make them a multiple",
+            kind="config-contradiction",
         )
     return next(size for size in range(min(config.micro_batch, share), 0, -1) if share % size == 0)
 
@@ -190,18 +270,8 @@ def _max_length(training: TrainingSettings, config: OpenRlhfConfig) -> int:
     longest = config.max_length or longest
     if longest <= training.max_new_tokens:
         raise ConfigError(
-            f"backend.max_length: {longest} tokens leave no room for a prompt beside training.max_new_tokens "
-            f"({training.max_new_tokens})"
+            f"backend.max_length: {longest} tokens leave no room for a prompt next to training.max_new_tokens "
+            f"({training.max_new_tokens})",
+            kind="config-contradiction",
         )
     return longest
-
-
-def _words(options: Mapping[str, Any]) -> list[str]:
-    """None and False leave an option out, True is a flag, a list is several values."""
-    words = []
-    for option, value in options.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [option, *map(str, values)]
-    return words

@@ -11,22 +11,22 @@ from next_core.settings import Settings
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()  # links are kept: a virtual environment's python is one
+    return path.expanduser().absolute()  # not resolved: a virtual environment's python is a link
 
 
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class VllmSettings(Settings):
-    """The engines that generate the roll-outs."""
+    """The engines that generate rollouts."""
 
-    engines: int = Field(1, ge=1, description="vLLM engines")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs of each engine")
-    gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that an engine takes")
+    engines: int = Field(1, ge=1, description="Number of vLLM engines")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory for an engine")
     sync: Literal["nccl", "gloo"] = Field("nccl", description="How new weights reach the engines")
-    eager: bool = Field(False, description="No CUDA graphs: a quicker start, slower roll-outs")
-    prefix_caching: bool = Field(False, description="Keep the key-value cache of prompts that begin alike")
-    sleep: bool = Field(False, description="Free an engine's memory while the actor trains; with `colocate: all`")
+    eager: bool = Field(False, description="No CUDA graphs: starts faster, generates slower")
+    prefix_caching: bool = Field(False, description="Keep the key-value cache of common prompt prefixes")
+    sleep: bool = Field(False, description="Free an engine's memory while the actor trains; needs `colocate: all`")
 
 
 class DeepSpeedSettings(Settings):
@@ -34,56 +34,56 @@ class DeepSpeedSettings(Settings):
 
     zero_stage: int = Field(2, ge=1, le=3, description="What ZeRO shards: optimizer (1), gradients (2), weights (3)")
     dtype: Literal["bf16"] = Field(
-        "bf16", description="Precision beside the fp32 masters; OpenRLHF's vLLM engines take weights in bf16 only"
+        "bf16", description="Precision next to the fp32 masters; OpenRLHF's vLLM engines take bf16 weights only"
     )
     attention: str = Field("flash_attention_2", description="Attention, as transformers names it")
-    adam_offload: bool = Field(False, description="Keep the optimizer in the CPU's memory")
-    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass")
+    adam_offload: bool = Field(False, description="Keep the optimizer in CPU memory")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
 
 
 class RaySettings(Settings):
     """The Ray cluster that the trainer runs in."""
 
     address: str | None = Field(None, description="A running cluster, as ray.init takes it; none: start a local one")
-    num_gpus: int | None = Field(None, ge=0, description="GPUs that a local Ray is told it has; none: those it finds")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs that a local Ray is told it has; none: those it finds")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs to declare to a local Ray; none: those it finds")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs to declare to a local Ray; none: those it finds")
     object_store_mib: int | None = Field(None, ge=80, description="Object store of a local Ray; none: Ray's default")
 
 
 class OpenRlhfConfig(Settings):
-    """OpenRLHF, run in an environment of its own."""
+    """OpenRLHF in an environment of its own."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     python: FilePath = Field(
-        description="Interpreter of the environment that OpenRLHF is installed in; from the working directory"
+        description="Interpreter of the environment with OpenRLHF, relative to the working directory"
     )
     jump: Literal["swap", "restart", "merge"] = Field(
         "swap",
-        description="How training goes on from a jump: new weights in the running trainer, a new trainer that takes "
-        "them up, or a new trainer on a merged model",
+        description="How training continues from a jump: new weights in the running trainer, a new trainer that loads "
+        "them, or a new trainer on a merged model",
     )
     estimator: Literal["group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce"] | None = Field(
-        None, description="Advantage estimator; none: the one of training.algorithm"
+        None, description="Advantage estimator; none: the default of training.algorithm"
     )
     reward_file: FilePath | None = Field(
-        None, description="Python file with OpenRLHF's reward_func(queries, prompts, labels), for training.reward"
+        None, description="Python file with OpenRLHF's reward_func(queries, prompts, labels); replaces training.reward"
     )
-    gpus: int = Field(1, ge=1, description="GPUs per node of the actor, and of the reference model")
-    nodes: int = Field(1, ge=1, description="Nodes of the actor, and of the reference model")
+    gpus: int = Field(1, ge=1, description="GPUs per node for the actor, and for the reference model")
+    nodes: int = Field(1, ge=1, description="Nodes for the actor, and for the reference model")
     colocate: Literal["none", "actor_ref", "all"] = Field(
         "none", description="Models that share GPUs: none, actor and reference, or these and the engines"
     )
     vllm: VllmSettings = VllmSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     micro_batch: int = Field(
-        8, ge=1, description="Most roll-outs of a GPU in one pass; lowered to a divisor of those it has in a step"
+        8, ge=1, description="Maximum rollouts of a GPU in one pass; lowered to a divisor of its rollouts in a step"
     )
     max_length: int | None = Field(
-        None, ge=2, description="Longest prompt and completion in tokens; none: 1024 + max_new_tokens, if the model can"
+        None, ge=2, description="Maximum tokens of prompt and completion; none: 1024 + max_new_tokens, if the model can"
     )
     ray: RaySettings = RaySettings()
-    env: dict[str, str] = Field(default_factory=dict, description="Further environment of the trainer and its workers")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the trainer's processes")
     save_hf: bool = Field(False, description="Also save models as OpenRLHF does (global_stepN_hf), at save_every")
     keep_hf: int = Field(2, ge=1, description="How many of these to keep")
     masters: bool = Field(
@@ -92,19 +92,19 @@ class OpenRlhfConfig(Settings):
     max_vllm_kl: float | None = Field(
         0.03,
         gt=0,
-        description="Most divergence of engines and actor in the first step after new weights, where the trainer logs "
-        "vllm_kl",
+        description="Bound on vllm_kl, the divergence of engines and actor, in the first step after new weights; "
+        "checked if the trainer logs it",
     )
     extra_args: list[str] = Field(
-        default_factory=list, description="Further options of OpenRLHF, as on its command line; one item a word"
+        default_factory=list, description="Other OpenRLHF options, as on its command line; one item per word"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.reward_file is not None and self.reward_file.suffix != ".py":
-            raise ValueError(f"reward_file: {self.reward_file} is not a .py file, which is what OpenRLHF loads")
+            raise ValueError(f"reward_file: {self.reward_file} is not a .py file, which OpenRLHF needs")
         if self.vllm.sleep and self.colocate != "all":
-            raise ValueError("vllm.sleep: engines sleep only where they share GPUs with the actor; set colocate: all")
+            raise ValueError("vllm.sleep: engines sleep only if they share GPUs with the actor; set colocate: all")
         actor, engines = self.nodes * self.gpus, self.vllm.engines * self.vllm.tensor_parallel
         if self.colocate == "all" and actor != engines:
             raise ValueError(
@@ -112,6 +112,3 @@ class OpenRlhfConfig(Settings):
                 f"(vllm.engines * vllm.tensor_parallel = {engines})"
             )
         return self
-
-
-__all__ = ["DeepSpeedSettings", "OpenRlhfConfig", "RaySettings", "VllmSettings"]

@@ -1,23 +1,18 @@
-"""What every trainer process of one run has in common: its data, its rewards, its command line, its log."""
+"""What all trainer processes of one run share: prompts, rewards, command line, launch settings."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from next_backends.data import is_chat, read_rows, read_splits
 from next_backends.history_folder import HistoryFolder
-from next_backends.openrlhf.command import Places, Segment, gpus_needed, make_command
-from next_backends.openrlhf.environment import environment
-from next_backends.openrlhf.known_options import check_options
-from next_backends.openrlhf.log import LogReader
+from next_backends.openrlhf.command import gpus_needed, make_command
+from next_backends.openrlhf.environment import TRAINER_SIDE, variables
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_backends.openrlhf.process import TrainerProcess
 from next_backends.openrlhf.reward_server import RewardServer, special_tokens
@@ -28,16 +23,16 @@ from next_core.storage.atomic import write_text
 if TYPE_CHECKING:
     from next_core.run_config import RunConfig
 
-TRAINER_SIDE = Path(__file__).parent / "trainer_side"
 LOG = "trainer.log"
 SETTINGS = "launch.json"
 PROMPTS = "prompts.jsonl"
-TICK = 0.05
-"""Seconds between looks at the trainer."""
 
 
 class TrainerSetup:
-    """Raises ``ConfigError`` for data or a reward that cannot be read. ``folder`` is the trainer's own."""
+    """Prepares the trainers of a run, which work in ``folder``.
+
+    Raises ``ConfigError`` for data that cannot be read or is too little.
+    """
 
     def __init__(self, run: RunConfig, config: OpenRlhfConfig, out: Path) -> None:
         self.run, self.config, self.folder = run, config, out / "trainer"
@@ -46,8 +41,9 @@ class TrainerSetup:
         self.splits = read_splits(run.training)
         if len(self.rows) < run.training.prompts_per_step:
             raise ConfigError(
-                f"{run.training.data.train} has {len(self.rows)} prompts, fewer than the "
-                f"{run.training.prompts_per_step} of one step"
+                f"{run.training.data.train} has {len(self.rows)} prompts, but one step needs "
+                f"{run.training.prompts_per_step}; add prompts or lower training.prompts_per_step",
+                kind="config-invalid-value",
             )
         self.rewards: RewardServer | None = None
         self.updates = 1
@@ -55,18 +51,18 @@ class TrainerSetup:
         self.step_ended: Callable[[int], None] = lambda step: None
 
     def serve_rewards(self) -> None:
-        """Make the reward of the run config reachable, unless the config names a file of OpenRLHF's kind."""
-        if self.config.reward_file is not None:
-            return
-        if self.config.ray.address is not None:
-            raise ConfigError(
-                "backend.ray.address: a cluster's nodes cannot ask for rewards here; name a Python file that they can "
-                "read in backend.reward_file"
-            )
-        self.rewards = RewardServer(make_reward(self.run.training.reward), special_tokens(self.run.training.model))
+        """Serve the reward of the run config, unless the config names a reward file for OpenRLHF."""
+        if self.config.reward_file is None:
+            if self.config.ray.address is not None:
+                raise ConfigError(
+                    "backend.ray.address: the nodes of a cluster cannot ask next-core for rewards; name a Python file "
+                    "that they can read in backend.reward_file",
+                    kind="backend-unsupported",
+                )
+            self.rewards = RewardServer(make_reward(self.run.training.reward), special_tokens(self.run.training.model))
 
     def states(self, start: int) -> Path:
-        """Where a trainer that began at ``start`` keeps its own checkpoints."""
+        """Return the folder of the checkpoints of a trainer that began at ``start``."""
         return self.folder / f"ckpt-{start:06d}"
 
     def options(
@@ -76,43 +72,35 @@ class TrainerSetup:
         model: Path | None = None,
         steps: int | None = None,
         load: bool = False,
-        watched: bool = True,
+        observed: bool = True,
     ) -> list[str]:
-        """OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends by itself after as many.
+        """Return OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends after as many.
 
-        What it saves is what will be read: with ``jump: merge``, each observed step of a run that is ``watched``.
+        It saves what will be read: with ``jump: merge`` the model of each step that is ``observed``.
         """
-        run = self.run
-        batch = run.training.prompts_per_step
-        episodes, samples = run.steps, len(self.rows) // batch * batch
-        if steps is not None:
-            episodes, samples = 1, steps * batch
+        run, batch, merge = self.run, self.run.training.prompts_per_step, self.config.jump == "merge"
+        save_every = (run.schedule.every if observed else None) if merge else run.save_every
         reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
-        places = Places(
-            model=model or run.training.model,
-            data=self.folder / PROMPTS,
-            reward_url=str(reward),
-            checkpoints=self.states(start),
-            output=self.folder / "final",
-        )
-        merging = self.config.jump == "merge"
-        segment = Segment(
-            episodes=episodes,
-            samples=samples,
-            seed=run.seed + start,  # other samples, and in a new trainer another order of the prompts
-            save_every=(run.schedule.every if watched else None) if merging else run.save_every,
-            save_hf=merging or self.config.save_hf,
-            save_deepspeed=not merging or self.config.masters,
-            load=load,
-            keep=10**6 if merging else 3,  # those of a merging run are removed here, once they are taken over
-            chat=is_chat(self.rows),
-        )
-        options = make_command(run, self.config, places, segment)
-        check_options(options)
-        return options
+        options = {
+            "--actor.model_name_or_path": ("training.model", model or run.training.model),
+            "--ckpt.disable_ds": ("save_every", merge and not self.config.masters),
+            "--ckpt.load_enable": ("`next-core run`", load),
+            "--ckpt.max_num": ("save_every", 10**6 if merge else 3),  # MergeMode removes what it has read
+            "--ckpt.output_dir": ("`next-core run --out`", self.folder / "final"),
+            "--ckpt.path": ("`next-core run --out`", self.states(start)),
+            "--ckpt.save_hf": ("backend.save_hf", merge or self.config.save_hf),
+            "--ckpt.save_steps": ("save_every", -1 if save_every is None else save_every),
+            "--data.apply_chat_template": ("training.data", is_chat(self.rows)),
+            "--data.max_samples": ("steps", (len(self.rows) // batch if steps is None else steps) * batch),
+            "--data.prompt_dataset": ("training.data.train", self.folder / PROMPTS),
+            "--reward.remote_url": ("training.reward", reward),
+            "--train.num_episodes": ("steps", run.steps if steps is None else 1),
+            "--train.seed": ("seed", run.seed + start),  # a new trainer draws other samples, in another order
+        }
+        return make_command(run, self.config, options)
 
     def write_prompts(self, start: int, steps: int | None = None) -> None:
-        """The training prompts, those of step ``start`` first; with ``steps``, as many as these need."""
+        """Write the training prompts, those of step ``start`` first; with ``steps``, as many as these need."""
         batch = self.run.training.prompts_per_step
         count = len(self.rows) if steps is None else steps * batch
         rows = (self.rows[(start * batch + number) % len(self.rows)] for number in range(count))
@@ -120,23 +108,13 @@ class TrainerSetup:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PROMPTS, "".join(lines))
 
-    def start(
-        self, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None, offset: int = 0
-    ) -> Watch:
-        """Start OpenRLHF with these options and hooks; ``offset`` is added to the steps that it logs."""
-        scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short: the paths of Ray's sockets have a limit
-        try:
-            return Watch(self, self._start(scratch, options, hooks, control), offset)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-
-    def _start(
+    def launch(
         self, scratch: Path, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None
     ) -> TrainerProcess:
+        """Start OpenRLHF with hooks that connect to ``control``; ``scratch`` is for files that end with it."""
         workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         settings = {
-            "ray": _ray(self.config, scratch),
+            "ray": _ray(self.config, scratch / "ray"),
             "env": workers | self.config.env,
             "gpus": gpus_needed(self.run, self.config),
             "hooks": list(hooks),
@@ -147,69 +125,35 @@ class TrainerSetup:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds a key
             json.dump(settings, file)
         command = [str(self.config.python), str(TRAINER_SIDE / "launch.py"), str(path), *options]
-        env = environment(self.config.python, self.config.env)
-        return TrainerProcess.start(command, env, self.folder / LOG, scratch)
+        return TrainerProcess(command, variables(self.config), self.folder / LOG, scratch)
 
-    def logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
-        """What a trainer said of one step. Raises ``BackendError`` where its engines sample from other weights and
-        this is to be ``check``-ed.
+    def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
+        """Record the metrics of a step. Raises ``BackendError`` if the engines should be ``check``-ed and sample from
+        other weights than the actor's.
         """
         self.history.log(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
         self.step_ended(step)
         bound, found = self.config.max_vllm_kl, metrics.get("vllm_kl")
         if check and bound is not None and found is not None and not abs(found) <= bound:
             raise BackendError(
-                f"step {step}: the engines' probabilities are off from the actor's by vllm_kl {found:.2g}, bound "
-                f"{bound:g}: they sample from other weights. If that is their precision, raise backend.max_vllm_kl"
+                f"step {step}: vllm_kl is {found:.2g}, above the bound {bound:g}: the engines sample from other "
+                "weights than the actor's. If the cause is their precision, raise backend.max_vllm_kl",
+                kind="backend-failed",
             )
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop serving rewards."""
         if self.rewards is not None:
             self.rewards.close()
             self.rewards = None
 
 
-class Watch:
-    """A trainer's process, whose rewards are served while one waits, and whose log is read on demand."""
-
-    def __init__(self, setting: TrainerSetup, process: TrainerProcess, offset: int) -> None:
-        self.process = process
-        self._setting, self._offset = setting, offset
-        self._log = LogReader(setting.folder / LOG)
-        self._log.skip()
-
-    def look(self) -> None:
-        """Serve rewards for a moment."""
-        if self._setting.rewards is not None:
-            self._setting.rewards.serve(TICK)
-        else:
-            time.sleep(TICK)
-
-    def read(self) -> None:
-        """Pass on the steps that were logged."""
-        for record in self._log.read():
-            self._setting.logged(self._offset + record.number, record.metrics)
-
-    def end(self, deadline: float | None = None) -> None:
-        """Until it has ended by itself. Raises ``BackendError`` with its last lines if it failed, or takes too long."""
-        while self.process.running:
-            self.look()
-            if deadline is not None and time.monotonic() > deadline:
-                raise BackendError(f"the trainer does not end; its log: {self.process.log}")
-        self.process.check()
-
-
-def _ray(config: OpenRlhfConfig, scratch: Path) -> dict[str, Any]:
-    """The arguments of ``ray.init``: a cluster that runs, or a Ray of the trainer's own."""
+def _ray(config: OpenRlhfConfig, folder: Path) -> dict[str, Any]:
+    """Return the arguments of ``ray.init``: a running cluster, or a Ray of the trainer's own in ``folder``."""
     ray = config.ray
     if ray.address is not None:
         return {"address": ray.address}
-    local: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": str(scratch)}
-    if ray.num_gpus is not None:
-        local["num_gpus"] = ray.num_gpus
-    if ray.num_cpus is not None:
-        local["num_cpus"] = ray.num_cpus
-    if ray.object_store_mib is not None:
-        local["object_store_memory"] = ray.object_store_mib * 2**20
-    return local
+    memory = None if ray.object_store_mib is None else ray.object_store_mib * 2**20
+    limits = {"num_gpus": ray.num_gpus, "num_cpus": ray.num_cpus, "object_store_memory": memory}
+    local = {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
+    return local | {key: value for key, value in limits.items() if value is not None}

@@ -1,23 +1,25 @@
-"""The real OpenRLHF on a CPU, and a model and prompts small enough for it: a step is well under a second."""
+"""The real OpenRLHF on a CPU, and runs with a pretend trainer in its place."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from tests.backends.openrlhf.pretence import Pretence
 
 CPU = Path(__file__).parent / "cpu"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
 ENVIRONMENT = Path(os.environ.get("OPENRLHF_ENV") or CACHE / "openrlhf-venv").expanduser().absolute()
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = "0123456789+-=*/()?.,:abcdefghijklmnopqrstuvwxyz"  # no space: Qwen2Tokenizer would drop it
+
+@pytest.fixture
+def pretence(tmp_path: Path) -> Iterator[Pretence]:
+    with Pretence(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -69,50 +71,3 @@ def openrlhf_backend(openrlhf_python: Path, openrlhf_env: dict[str, str]) -> Cal
         return block | merged
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of 82k parameters in bfloat16, with a tokenizer of one token a character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    vocabulary = {token: index for index, token in enumerate((PAD, EOS, UNKNOWN, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    folder = tmp_path_factory.mktemp("openrlhf") / "tiny"
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of sums of one-digit numbers, as the run config's ``data:`` block."""
-    folder = tmp_path_factory.mktemp("prompts")
-    sums = [(a, b) for a in range(10) for b in range(10)]
-    random.Random(0).shuffle(sums)
-    files = {}
-    for split, part in {"train": sums[:64], "validation": sums[64:80], "test": sums[80:]}.items():
-        file = folder / f"{split}.jsonl"
-        rows = ({"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        files[split] = str(file)
-    return files

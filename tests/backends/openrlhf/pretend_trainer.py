@@ -1,7 +1,7 @@
-"""Stands in the place of OpenRLHF's Python: the trainer's side of our protocol, with nothing of OpenRLHF behind it.
+"""Stands in for OpenRLHF's Python: trains nothing, but saves, pauses and answers as OpenRLHF with our hooks does.
 
-Started as that Python is: SCRIPT SETTINGS.json OPTION ... for ``launch.py``, SCRIPT STATE FILE for ``masters.py``.
-Starts and requests are written down in the file that PRETEND_RECORD names; PRETEND, JSON, says what goes wrong.
+Started as that Python is: SCRIPT SETTINGS.json OPTION... for ``launch.py``, SCRIPT STATE FILE for ``masters.py``.
+The file PRETEND_RECORD gets a line for each start and request; PRETEND, JSON, says what goes wrong.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 import urllib.request
@@ -19,6 +18,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, load_file, save, save_file
+
+sys.path.insert(0, str(Path(sys.argv[1]).parent))  # trainer_side: its end of the connection is the real one
+from control_client import ControlClient
 
 PLAN: dict[str, Any] = json.loads(os.environ.get("PRETEND", "{}"))
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
@@ -90,67 +92,51 @@ class Trainer:
         shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
 
 
-class Controlled:
-    """What ``trainer_side/controller.py`` says and answers."""
+class Controlled(ControlClient):  # type: ignore[misc]
+    """What ``trainer_side/controller.py`` can be asked."""
 
     def __init__(self, trainer: Trainer, control: dict[str, Any]) -> None:
-        self.trainer = trainer
+        super().__init__(control)
+        self.trainer, self.ended = trainer, False
         trainer.step = max(trainer.step, control["start"])
-        self.connection = socket.create_connection(tuple(control["address"]))
-        self.requests = self.connection.makefile("r")
-        self.send({"key": control["key"]})
+        self._receive, self._connection.recv_bytes = self._connection.recv_bytes, self.noted
 
-    def send(self, message: dict[str, Any]) -> None:
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
+    def noted(self) -> bytes:
+        data: bytes = self._receive()
+        request = json.loads(data)
+        note(pid=os.getpid(), step=self.trainer.step, **request)
+        if PLAN.get("dies_in") == request["do"]:
+            sys.exit("out of memory, as it were")
+        return data
 
     def run(self) -> None:
-        until = self.pause()
-        while until is not None:
+        self.pause(self.trainer.step)
+        while not self.ended:
             self.trainer.train()
-            self.send({"step": self.trainer.step, "metrics": self.trainer.metrics()})
-            if self.trainer.step >= until:
-                until = self.pause()
+            self.report(self.trainer.step, self.trainer.metrics())
+            if self.trainer.step >= self.until:
+                self.pause(self.trainer.step + PLAN.get("miscounts", 0))
             self.trainer.keep()
         self.trainer.export(Path(self.trainer.options["--ckpt.output_dir"]))
 
-    def pause(self) -> int | None:
-        self.send({"paused": self.trainer.step + PLAN.get("miscounts", 0)})
-        for line in self.requests:
-            request = json.loads(line)
-            note(pid=os.getpid(), step=self.trainer.step, **request)
-            what, number = request.pop("do"), request.pop("number", None)
-            if what in PLAN.get("cannot", []):
-                self.send({"error": "ValueError: no such thing", "number": number})
-                continue
-            if PLAN.get("dies_in") == what:
-                sys.exit("out of memory, as it were")
-            if what == "train":
-                return int(request["until"])
-            if what == "stop":
-                return None
-            try:
-                self.send({"value": getattr(self, what)(**request), "number": number})
-            except Exception as error:
-                self.send({"error": f"{type(error).__name__}: {error}", "number": number})
-        sys.exit("next-core has hung up")
+    def end_run(self) -> None:
+        self.ended = True
 
     def save(self, folder: str) -> None:
         (Path(folder) / "adapter_config.json").write_text(json.dumps(CONFIG))
         save_file(self.trainer.weights, Path(folder) / "adapter_model.safetensors")
 
     def save_moments(self, file: str) -> None:
+        if "save_moments" in PLAN.get("cannot", []):
+            raise ValueError("no such thing")
         save_file({"exp_avg/x": np.ones(1, "f4")}, file)
 
-    def load(self, folder: str | None, shifts: list[str], **_: Any) -> float:
-        if folder is None:
-            return 0.0
-        new = load_file(Path(folder) / "adapter_model.safetensors")
-        for path in shifts:
-            for name, move in load_file(path).items():
-                new[KEY.format(name[-1])] = new[KEY.format(name[-1])] + move
-        square = sum(float(((new[name] - old) ** 2).sum()) for name, old in self.trainer.weights.items())
-        self.trainer.weights = new
-        return float(square**0.5)
+    def load(self, folder: str | None, shifts: list[str], **_: Any) -> None:
+        if folder is not None:
+            new = self.trainer.weights = load_file(Path(folder) / "adapter_model.safetensors")
+            for path in shifts:
+                for name, shift in load_file(path).items():
+                    new[KEY.format(name[-1])] = new[KEY.format(name[-1])] + shift
 
     def likelihood(self, pairs: list[Any]) -> float:
         return 1 / len(pairs)

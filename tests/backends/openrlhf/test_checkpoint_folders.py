@@ -1,4 +1,4 @@
-"""What of OpenRLHF's folders is whole, and what of it is kept."""
+"""Which of OpenRLHF's folders are whole, and which are kept."""
 
 from __future__ import annotations
 
@@ -22,26 +22,19 @@ def state(folder: Path, start: int, step: int) -> Path:
     return made
 
 
-def model(folder: Path, start: int, step: int) -> Path:
+def model(folder: Path, start: int, step: int, whole: bool = True) -> Path:
     made = folder / f"ckpt-{start:06d}" / f"global_step{step}_hf"
     made.mkdir(parents=True)
-    (made / "tokenizer_config.json").write_text("{}")
+    if whole:
+        (made / "tokenizer_config.json").write_text("{}")
     return made
 
 
-def test_no_folder_has_no_state(tmp_path: Path) -> None:
-    assert newest_state(tmp_path / "missing") is None
-    assert newest_state(tmp_path) is None
-
-
-def test_the_newest_state_is_found_whatever_latest_says(tmp_path: Path) -> None:
+def test_the_newest_state_of_all_trainers_is_found_whatever_latest_says(tmp_path: Path) -> None:
+    assert newest_state(tmp_path / "missing") is newest_state(tmp_path) is None
     state(tmp_path, 0, 4)
     (state(tmp_path, 0, 10).parent / "latest").write_text("global_step4")
     assert newest_state(tmp_path) == (0, 10)
-
-
-def test_the_newest_of_several_trainers_counts(tmp_path: Path) -> None:
-    state(tmp_path, 0, 8)
     state(tmp_path, 10, 12)
     assert newest_state(tmp_path) == (10, 12)
 
@@ -70,7 +63,7 @@ def test_foreign_folders_do_not_count(tmp_path: Path) -> None:
 
 def test_a_model_is_whole_once_the_tokenizer_is_there(tmp_path: Path) -> None:
     whole = {step: model(tmp_path, 0, step) for step in (10, 2, 1)}
-    (model(tmp_path, 0, 3) / "tokenizer_config.json").unlink()
+    model(tmp_path, 0, 3, whole=False)
     for foreign in ("global_step_4_hf", "old_hf", "global_step5"):
         (tmp_path / "ckpt-000000" / foreign).mkdir()
     found = finished_models(tmp_path / "ckpt-000000")
@@ -80,16 +73,9 @@ def test_a_model_is_whole_once_the_tokenizer_is_there(tmp_path: Path) -> None:
 
 
 def test_all_but_the_newest_models_are_removed(tmp_path: Path) -> None:
-    for step in (2, 4, 10):
-        model(tmp_path, 0, step)
-    later = model(tmp_path, 10, 12)
-    writing = model(tmp_path, 10, 14)
-    (writing / "tokenizer_config.json").unlink()
-    (tmp_path / "ckpt-mine").mkdir()
-    foreign = tmp_path / "ckpt-mine" / "global_step1_hf"
-    foreign.mkdir()
-    rotate(tmp_path, 2)
-    left = sorted(path for path in tmp_path.glob("*/*_hf"))
-    assert left == sorted([tmp_path / "ckpt-000000" / "global_step10_hf", later, writing, foreign])
-    rotate(tmp_path, 5)
-    assert sorted(path for path in tmp_path.glob("*/*_hf")) == left
+    kept = [model(tmp_path, 10, 12), model(tmp_path, 10, 14, whole=False)]
+    kept += [tmp_path / "ckpt-mine" / "global_step1_hf", *(model(tmp_path, 0, step) for step in (2, 4, 10))][::3]
+    (tmp_path / "ckpt-mine" / "global_step1_hf").mkdir(parents=True)
+    for _ in range(2):
+        rotate(tmp_path, 2)
+        assert sorted(tmp_path.glob("*/*_hf")) == sorted(kept)

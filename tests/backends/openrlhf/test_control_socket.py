@@ -1,160 +1,107 @@
-"""Our end of the connection to a trainer: whoever calls with the key is heard, and a line at a time."""
+"""Our end of the connection to a trainer: it hears the caller with the key, and nobody else."""
 
 from __future__ import annotations
 
 import json
-import socket
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from next_backends.openrlhf import control_socket
 from next_backends.openrlhf.control_socket import LONGEST, ControlSocket
-from next_core.errors import BackendError
+from tests.errors import raises_kind
+
+
+class Ends:
+    """Our socket, and callers who hang up when the test is over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = ControlSocket(folder)
+        self.callers: list[Connection] = []
+
+    def call(self, *messages: bytes) -> Connection:
+        self.callers.append(Client(self.socket.address, "AF_UNIX"))
+        for message in messages:
+            self.callers[-1].send_bytes(message)
+        return self.callers[-1]
+
+    def trainer(self, *messages: dict[str, Any]) -> Connection:
+        return self.call(self.socket.key.encode(), *(json.dumps(message).encode() for message in messages))
+
+    def heard(self, seconds: float = 10.0) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        while (message := self.socket.receive()) is None:
+            assert time.monotonic() < end, "nothing was heard"
+            time.sleep(0.005)
+        return message
 
 
 @pytest.fixture
-def channel() -> Iterator[ControlSocket]:
-    made = ControlSocket()
-    yield made
-    made.close()
+def ends() -> Iterator[Ends]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Ends(Path(folder))
+        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700  # as the trainer's: nobody else reaches the socket
+        yield made
+        for end in (*made.callers, made.socket):
+            end.close()
 
 
-@pytest.fixture
-def callers() -> Iterator[list[socket.socket]]:
-    """They hang up when the test is over."""
-    made: list[socket.socket] = []
-    yield made
-    for caller in made:
-        caller.close()
+def test_messages_go_both_ways_in_order(ends: Ends) -> None:
+    assert ends.socket.receive() is None
+    caller = ends.trainer({"paused": 3}, {"value": "ä" * 10_000})
+    assert ends.heard() == {"paused": 3}
+    assert ends.heard() == {"value": "ä" * 10_000}
+    assert ends.socket.receive() is None
+    ends.socket.send({"do": "train", "until": 4})
+    assert json.loads(caller.recv_bytes()) == {"do": "train", "until": 4}
 
 
-def call(channel: ControlSocket, callers: list[socket.socket], *lines: bytes) -> socket.socket:
-    callers.append(socket.create_connection(channel.address, timeout=5))
-    callers[-1].sendall(b"".join(lines))
-    return callers[-1]
-
-
-def key(channel: ControlSocket) -> bytes:
-    return json.dumps({"key": channel.key}).encode() + b"\n"
-
-
-def heard(channel: ControlSocket, seconds: float = 5.0) -> dict[str, Any]:
-    end = time.monotonic() + seconds
-    while (message := channel.receive()) is None:
-        assert time.monotonic() < end, "nothing was heard"
-        time.sleep(0.005)
-    return message
-
-
-def hung_up(caller: socket.socket) -> bool:
-    try:
-        return caller.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-def test_nothing_is_heard_before_somebody_calls(channel: ControlSocket) -> None:
-    assert channel.receive() is None
-    with pytest.raises(BackendError, match="has not called yet"):
-        channel.send({"do": "stop"})
-
-
-def test_messages_go_both_ways_in_order(channel: ControlSocket, callers: list[socket.socket]) -> None:
-    caller = call(channel, callers, key(channel), b'{"paused": 3}\n{"value": 0.5}\n')
-    assert heard(channel) == {"paused": 3}
-    assert heard(channel) == {"value": 0.5}
-    assert channel.receive() is None
-    channel.send({"do": "train", "until": 4})
-    assert json.loads(caller.makefile("r").readline()) == {"do": "train", "until": 4}
-
-
-def test_a_line_may_come_in_parts(channel: ControlSocket, callers: list[socket.socket]) -> None:
-    whole = key(channel) + b'{"value": "\xc3\xa4"}\n'
-    caller = call(channel, callers)
-    for at in range(len(whole) - 1):
-        caller.sendall(whole[at : at + 1])
-        assert channel.receive() is None
-    caller.sendall(b"\n")
-    assert heard(channel) == {"value": "ä"}
-
-
-def test_a_wrong_key_is_turned_away_and_the_right_one_heard(
-    channel: ControlSocket, callers: list[socket.socket]
+@pytest.mark.parametrize("message", [b"0123", b'{"paused": 9}', b"\x80\x04N.", b"x" * 1000, None])
+def test_callers_without_the_key_are_not_heard(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, message: bytes | None
 ) -> None:
-    stranger = call(channel, callers, b'{"key": "0123"}\n{"paused": 9}\n')
-    assert channel.receive() is None
-    assert hung_up(stranger)
-    call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel) == {"paused": 1}
+    monkeypatch.setattr(control_socket, "KEY_TIMEOUT", 0.1)
+    stranger = ends.call() if message is None else ends.call(message, b'{"paused": 9}')
+    assert ends.socket.receive() is None
+    with pytest.raises((EOFError, OSError)):
+        stranger.recv_bytes()
+    ends.trainer({"paused": 1})
+    assert ends.heard() == {"paused": 1}
 
 
-def test_two_callers_do_not_mix(channel: ControlSocket, callers: list[socket.socket]) -> None:
-    first = call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel) == {"paused": 1}
-    call(channel, callers, b'{"key": "0123"}\n{"paused": 9}\n')
-    assert channel.receive() is None
-    first.sendall(b'{"value": 2}\n')
-    assert heard(channel) == {"value": 2}
+def test_a_caller_who_hangs_up_does_not_count(ends: Ends) -> None:
+    ends.call().close()
+    ends.trainer({"paused": 1})
+    assert ends.heard() == {"paused": 1}
 
 
-def test_a_trainer_that_hangs_up_is_an_error_once_its_last_words_are_heard(
-    channel: ControlSocket, callers: list[socket.socket]
-) -> None:
-    caller = call(channel, callers, key(channel), b'{"paused": 1}\n{"val')
-    caller.close()
-    assert heard(channel) == {"paused": 1}
-    with pytest.raises(BackendError, match="the trainer has hung up"):
-        heard(channel)
+def test_a_second_caller_is_not_heard(ends: Ends) -> None:
+    first = ends.trainer({"paused": 1})
+    assert ends.heard() == {"paused": 1}
+    ends.trainer({"paused": 9})
+    assert ends.socket.receive() is None
+    first.send_bytes(b'{"value": 2}')
+    assert ends.heard() == {"value": 2}
 
 
-def test_sending_to_a_trainer_that_has_hung_up_is_an_error(
-    channel: ControlSocket, callers: list[socket.socket]
-) -> None:
-    caller = call(channel, callers, key(channel), b'{"paused": 1}\n')
-    heard(channel)
-    caller.close()
-    with pytest.raises(BackendError, match=r"the trainer has hung up \(Broken pipe|Connection reset"):
-        for _ in range(100):
-            channel.send({"do": "save"})
-            time.sleep(0.01)
+def test_a_trainer_that_hangs_up_is_an_error_after_its_last_message(ends: Ends) -> None:
+    ends.trainer({"paused": 1}).close()
+    assert ends.heard() == {"paused": 1}
+    with raises_kind("backend-process-lost"):
+        ends.heard()
+    with raises_kind("backend-process-lost"):
+        ends.socket.send({"do": "save"})
 
 
-def test_what_is_no_message_of_ours_is_not_kept_without_end(
-    channel: ControlSocket, callers: list[socket.socket]
-) -> None:
-    caller = call(channel, callers, key(channel))
-    caller.settimeout(0.01)
-    with pytest.raises(BackendError, match="a message of more than 1048576 bytes"):
-        for _ in range(2 * LONGEST // 2**15):
-            caller.sendall(b"x" * 2**15)
-            channel.receive()
-
-
-def test_a_message_before_the_key_is_not_heard(channel: ControlSocket, callers: list[socket.socket]) -> None:
-    call(channel, callers, b'{"paused": 9}\n')
-    call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel) == {"paused": 1}
-
-
-def test_a_caller_who_hangs_up_before_the_key_does_not_count(
-    channel: ControlSocket, callers: list[socket.socket]
-) -> None:
-    call(channel, callers).close()
-    call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel) == {"paused": 1}
-
-
-def test_a_caller_who_is_silent_does_not_keep_others_out(channel: ControlSocket, callers: list[socket.socket]) -> None:
-    call(channel, callers)
-    assert channel.receive() is None
-    call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel, 1.0) == {"paused": 1}
-
-
-@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n", b"[1]\n", b"5\n", b"\xff\n"])
-def test_a_stranger_s_words_are_turned_away(channel: ControlSocket, callers: list[socket.socket], line: bytes) -> None:
-    call(channel, callers, line)
-    call(channel, callers, key(channel), b'{"paused": 1}\n')
-    assert heard(channel) == {"paused": 1}
+def test_a_message_that_is_too_long_is_not_read(ends: Ends) -> None:
+    caller = ends.trainer({"paused": 1})
+    assert ends.heard() == {"paused": 1}
+    caller._send((LONGEST + 1).to_bytes(4, "big"))  # type: ignore[attr-defined] - the announced length alone
+    with raises_kind("backend-process-lost"):
+        ends.heard()

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 
 from next_backends.openrlhf.process import TrainerProcess, leftovers
 from next_backends.openrlhf.supervisor import TOKEN
-from next_backends.openrlhf.trainer_client import LiveTrainer
+from next_backends.openrlhf.trainer import ControlledTrainer
+from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.config import make_config
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import run
 from next_core.cycle.run_result import RunResult
-from next_core.errors import BackendError
 from next_core.run_config import RunConfig
+from tests.errors import raises_kind
 
 pytestmark = pytest.mark.openrlhf
 
@@ -93,7 +94,7 @@ def metrics(out: Path) -> dict[int, dict[str, float]]:
 
 
 def check_jump(result: RunResult, out: Path) -> None:
-    """The jump was made, all of it reached the trainer, which then went on; the engines follow."""
+    """The whole jump reached the trainer, which trained on from there, and the engines follow."""
     (jump,) = result.jumps
     assert jump["accepted"], jump["reason"]
     shift = load_file(out / "jumps" / "0001" / "shift.safetensors")
@@ -111,7 +112,7 @@ def check_jump(result: RunResult, out: Path) -> None:
     assert all(abs(record["vllm_kl"]) < 5e-3 for record in found.values()), found
 
 
-def test_swap_goes_on_in_the_same_trainer(config: Config, tmp_path: Path) -> None:
+def test_swap_continues_in_the_same_trainer(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = run(config(), out)
     check_jump(result, out)
@@ -131,18 +132,18 @@ def test_swap_goes_on_in_the_same_trainer(config: Config, tmp_path: Path) -> Non
         torch.testing.assert_close(final[key].float(), value, rtol=2**-7, atol=1e-6)
 
 
-def test_restart_takes_the_jump_into_a_new_trainer(config: Config, tmp_path: Path) -> None:
+def test_restart_continues_in_a_new_trainer(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
     changes = {"algorithm": "rloo", "lr_scheduler": "linear"}
     result = run(config(backend={"jump": "restart"}, training=changes), out)
     check_jump(result, out)
     rates = [metrics(out)[step]["actor_lr"] for step in range(1, 7)]
     falls = [earlier - later for earlier, later in itertools.pairwise(rates)]
-    assert falls == pytest.approx([1e-3 / 6] * 5, rel=1e-3), rates  # the schedule goes on where it was
+    assert falls == pytest.approx([1e-3 / 6] * 5, rel=1e-3), rates  # the schedule continues
 
 
-def test_a_jump_beside_the_adapter_and_its_way_back_on_two_ranks(config: Config, tmp_path: Path) -> None:
-    """ZeRO-3; a merged-space jump stands beside what trains; a guard that nothing satisfies takes it back."""
+def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path: Path) -> None:
+    """ZeRO-3; a merged-space jump is a frozen adapter; a guard that nothing satisfies rolls it back."""
     out = tmp_path / "run"
     settings = config(
         backend={"estimator": "reinforce", "gpus": 2, "deepspeed": {"zero_stage": 3}},
@@ -151,23 +152,22 @@ def test_a_jump_beside_the_adapter_and_its_way_back_on_two_ranks(config: Config,
         schedule={"observe": 3, "every": 1, "horizon": 2, "alpha": 8, "settle": 2},
         guards={"max_drop": 1.0, "recovery": 2, "against": "trend", "tolerance": 0.0},
     )
-    real = LiveTrainer.ask
+    real = ControlledTrainer.ask
     asked: list[tuple[str, Any]] = []
 
-    def ask(self: LiveTrainer, what: str, **request: Any) -> Any:
+    def ask(self: ControlledTrainer, what: str, **request: Any) -> Any:
         answer = real(self, what, **request)
-        asked.append((what, request.get("beside", answer)))
+        asked.append((what, request.get("adapters", answer)))
         return -1.0 if what == "greedy" and self.step == 5 else answer  # nothing is as bad
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiveTrainer, "ask", ask)
+        patch.setattr(ControlledTrainer, "ask", ask)
         result = run(settings, out)
     (jump,) = result.jumps
     assert not jump["accepted"]
     assert "rolled back" in jump["reason"]
     assert result.accuracy["after_jump"] != result.accuracy["before_jump"]
-    loads = [beside for what, beside in asked if what == "load"]
-    assert [len(beside) for beside in loads] == [1, 0]
+    assert [len(adapters) for what, adapters in asked if what == "load"] == [1, 0]
     assert result.steps == 6
     assert all(abs(record["vllm_kl"]) < 5e-3 for record in metrics(out).values())
 
@@ -192,22 +192,21 @@ def test_full_parameters_by_merge(config: Config, tmp_path: Path) -> None:
 
 
 def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
-    """A full-parameter run by swap: its trainer is killed after step 5, and a new one goes on from step 4."""
+    """A full-parameter run by swap: its trainer is killed after step 5, and a new one resumes from step 4."""
     out = tmp_path / "run"
     settings = config(training={"lora": None, "learning_rate": 1e-4})
-    real = LiveTrainer.train
+    real = ControlledTrainer.train
 
-    def train(self: LiveTrainer, until: int) -> None:
+    def train(self: ControlledTrainer, until: int) -> None:
         real(self, until)
         if until == 5:
-            family = psutil.Process(self._watch.process.pid).children(recursive=True)
+            family = psutil.Process(self.process._supervisor.pid).children(recursive=True)
             next(p for p in family if "launch.py" in " ".join(p.cmdline())).kill()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiveTrainer, "train", train)
-        with pytest.raises(BackendError, match=r"the trainer.*SIGKILL.*whole log") as caught:
+        patch.setattr(ControlledTrainer, "train", train)
+        with raises_kind("backend-process-lost", "SIGKILL", out / "trainer" / "trainer.log"):
             run(settings, out)
-    assert str(out / "trainer" / "trainer.log") in str(caught.value)
     before = weights(out, 4)
     result = run(settings, out)
     assert result.resumed_from == 4
@@ -252,12 +251,12 @@ def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path, tokens: l
 def test_lora_without_the_hook_still_fails_upstream(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook has had its day."""
-    from next_backends.openrlhf.trainer_setup import TrainerSetup
-
-    real = TrainerSetup.start
+    """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook is no longer needed."""
+    real = TrainerSetup.launch
     monkeypatch.setattr(
-        TrainerSetup, "start", lambda self, options, hooks, control: real(self, options, ["control"], control)
+        TrainerSetup,
+        "launch",
+        lambda self, scratch, options, hooks, *rest: real(self, scratch, options, ["control"], *rest),
     )
-    with pytest.raises(BackendError, match="no module or parameter named 'base_model'"):
+    with raises_kind("backend-process-lost", "no module or parameter named 'base_model'"):
         run(config(), tmp_path / "run")

@@ -15,13 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from next_backends.openrlhf.reward_server import RewardServer, special_tokens
-from next_core.errors import BackendError
 from next_core.rewards import MathVerifyReward
+from tests.errors import raises_kind
 
 Served = Callable[..., RewardServer]
-
-
-TOLD = "So tell me now, what is 7+7?"
 
 
 def lengths(completions: list[str], **_: Any) -> list[float]:
@@ -43,7 +40,7 @@ def served() -> Iterator[Served]:
 
 def post(server: RewardServer, body: bytes) -> tuple[int, Any]:
     url = urlsplit(server.url)
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)
     try:
         connection.request("POST", url.path, body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -57,7 +54,7 @@ def ask(server: RewardServer, queries: list[str], prompts: list[str], labels: li
     return post(server, json.dumps(asked).encode())
 
 
-def answered(server: RewardServer, *asking: Callable[[], Any], seconds: float = 10.0) -> list[Any]:
+def answered(server: RewardServer, *asking: Callable[[], Any], seconds: float = 60.0) -> list[Any]:
     """What each gets, served meanwhile in this thread."""
     with ThreadPoolExecutor(len(asking)) as clients:
         futures: list[Future[Any]] = [clients.submit(one) for one in asking]
@@ -72,96 +69,98 @@ def answered(server: RewardServer, *asking: Callable[[], Any], seconds: float = 
         return [future.result() for future in futures]
 
 
-def test_one_completion_gets_a_number(served: Served) -> None:
+def reward_of(server: RewardServer, query: str, prompt: str, label: str = "") -> Any:
+    ((_, found),) = answered(server, lambda: ask(server, [query], [prompt], [label]))
+    return found["rewards"]
+
+
+def test_one_completion_gets_a_number_and_several_a_list_in_their_order(served: Served) -> None:
     server = served(lengths)
     ((status, found),) = answered(server, lambda: ask(server, ["1+1=two"], ["1+1="]))
     assert (status, found) == (200, {"rewards": 3.0, "scores": 3.0, "extra_logs": {}})
-
-
-def test_several_completions_get_a_list_in_their_order(served: Served) -> None:
-    server = served(lengths)
     ((_, found),) = answered(server, lambda: ask(server, ["a=1", "b=22", "c="], ["a=", "b=", "c="]))
     assert found["rewards"] == found["scores"] == [1.0, 2.0, 0.0]
 
 
-def test_the_reward_is_told_prompts_answers_and_completions_without_special_tokens(served: Served) -> None:
-    told: list[dict[str, Any]] = []
+def test_the_reward_gets_prompts_answers_and_completions_without_special_tokens(served: Served) -> None:
+    given: list[dict[str, Any]] = []
 
     def reward(**columns: Any) -> list[float]:
-        told.append(columns)
+        given.append(columns)
         return [1.0]
 
-    server = served(reward, ["<|im_end|>", "<eos>"])
-    query = "<|im_start|>1+1=<|im_end|>2<|im_end|><eos><eos>"
-    answered(server, lambda: ask(server, [query], ["<|im_start|>1+1=<|im_end|>"], ["2"]))
-    assert told == [{"prompts": ["<|im_start|>1+1=<|im_end|>"], "completions": ["2"], "answer": ["2"]}]
+    prompt = "<|im_start|>1+1=<|im_end|>"
+    reward_of(served(reward, ["<|im_end|>", "<eos>"]), f"{prompt}2<|im_end|><eos><eos>", prompt, "2")
+    assert given == [{"prompts": [prompt], "completions": ["2"], "answer": ["2"]}]
 
 
-def test_a_rendered_conversation_is_cut_off_as_a_whole(served: Served) -> None:
-    prompt = "<|user|>What is 7+7?<|end|><|assistant|>"
-    server = served(MathVerifyReward(), ["<|end|>"])
-    ((_, found),) = answered(server, lambda: ask(server, [f"{prompt}It is 14.<|end|>"], [prompt], ["14"]))
-    assert found["rewards"] == 1.0
+LONG = "So tell me now, what is 7+7?"
+CHAT = "<|user|>What is 7+7?<|end|><|assistant|>"
 
 
-def test_a_reward_that_fails_ends_the_run_and_tells_the_client(served: Served) -> None:
-    def reward(**_: Any) -> list[float]:
-        raise KeyError("level")
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        (f"{CHAT}It is 14.<|end|>", CHAT),
+        ("tell me now, what is 7+7? 14<eos>", f"Long ago. {LONG}"),  # OpenRLHF cuts a long prompt, in the query alone
+        ("<bos>7+7=14<eos>", "7+7="),
+    ],
+)
+def test_completions_are_found_after_changed_prompts(served: Served, query: str, prompt: str) -> None:
+    server = served(MathVerifyReward(), ["<|end|>", "<bos>", "<eos>"])
+    assert reward_of(server, query, prompt, "14") == 1.0
 
+
+def fails(**_: Any) -> list[float]:
+    raise KeyError("level")
+
+
+@pytest.mark.parametrize(
+    ("reward", "queries", "names"),
+    [
+        (fails, ["1+1=2"], ["KeyError: 'level'"]),
+        (lambda **_: None, ["1+1=2", "1+1=2"], []),
+        (lambda **_: ["good", "bad"], ["1+1=2", "1+1=2"], ["ValueError"]),
+        (lambda **_: [1.0], ["1+1=2", "1+1=2"], ["1 rewards for 2 completions"]),
+        (lambda **_: [1.0, 2.0, 3.0], ["1+1=2", "1+1=2"], ["3 rewards for 2 completions"]),
+        (lengths, ["something else"], ["'1+1='", "'something else'", "backend.reward_file"]),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run_and_tells_the_client(
+    served: Served, reward: Any, queries: list[str], names: list[str]
+) -> None:
     server = served(reward)
     with ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(ask, server, ["1+1=2"], ["1+1="])
-        with pytest.raises(BackendError, match="the reward failed: KeyError: 'level'"):
-            server.serve(5.0)
-        assert asked.result() == (500, {"error": "KeyError: 'level'"})
-
-
-@pytest.mark.parametrize("rewards", [None, ["good", "bad"], [None, None]])
-def test_a_reward_that_returns_no_numbers_ends_the_run(served: Served, rewards: Any) -> None:
-    server = served(lambda **_: rewards)
-    with ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(ask, server, ["1+1=2", "1+1=2"], ["1+1=", "1+1="])
+        asked = clients.submit(ask, server, queries, ["1+1="] * len(queries))
         try:
-            with pytest.raises(BackendError, match="the reward failed"):
-                server.serve(5.0)
+            with raises_kind("backend-failed", *names):
+                server.serve(60.0)
         finally:
-            status, _ = asked.result()
-        assert status == 500
+            status, answer = asked.result()
+    assert status == 500
+    assert all(name in answer["error"] for name in names)
 
 
-@pytest.mark.parametrize("rewards", [[], [1.0], [1.0, 2.0, 3.0]])
-def test_a_reward_that_returns_another_number_of_rewards_ends_the_run(served: Served, rewards: list[float]) -> None:
-    server = served(lambda **_: rewards)
-    with ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(ask, server, ["1+1=2", "1+1=2"], ["1+1=", "1+1="])
-        with pytest.raises(BackendError, match="the reward failed"):
-            server.serve(0.5)
-        assert asked.result()[0] == 500
-
-
-def test_a_request_that_is_no_json_is_refused_and_others_are_served(served: Served) -> None:
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"query": "x", "prompts": [], "labels": []}', b"{}"])
+def test_a_malformed_request_is_refused_and_others_are_served(served: Served, body: bytes) -> None:
     server = served(lengths)
-    (status, _), (_, found) = answered(server, lambda: post(server, b"{"), lambda: ask(server, ["a=1"], ["a="]))
+    (status, _), (_, found) = answered(server, lambda: post(server, body), lambda: ask(server, ["a=1"], ["a="]))
     assert status == 500
     assert found["rewards"] == 1.0
 
 
-def test_a_whole_step_of_roll_outs_calls_at_once_and_nobody_waits(served: Served) -> None:
+def test_a_whole_step_of_rollouts_may_call_at_once(served: Served) -> None:
     server = served(lengths)
-    together = threading.Barrier(256)
+    together = threading.Barrier(128)
 
-    def one(number: int) -> float:
+    def one(number: int) -> Any:
         together.wait()
-        begun = time.monotonic()
-        _, found = ask(server, ["a=" + "x" * number], ["a="])
-        assert found["rewards"] == number
-        return time.monotonic() - begun
+        return ask(server, ["a=" + "x" * number], ["a="])[1]["rewards"]
 
-    waited = answered(server, *(lambda number=number: one(number) for number in range(256)))
-    assert max(waited) < 2.0  # calls that find no room are tried again after one, three, seven seconds
+    assert answered(server, *(lambda number=number: one(number) for number in range(128))) == list(range(128))
 
 
-def test_what_is_asked_at_once_is_rewarded_at_once(served: Served) -> None:
+def test_pending_completions_are_scored_in_one_call(served: Served) -> None:
     calls: list[int] = []
 
     def reward(completions: list[str], **_: Any) -> list[float]:
@@ -171,122 +170,86 @@ def test_what_is_asked_at_once_is_rewarded_at_once(served: Served) -> None:
     server = served(reward)
     with ThreadPoolExecutor(8) as clients:
         asked = [clients.submit(ask, server, ["a=" + "x" * number], ["a="]) for number in range(8)]
-        time.sleep(0.5)
+        while server._server.requests.qsize() < 8:
+            time.sleep(0.01)
         server.serve(0.1)
         assert [future.result()[1]["rewards"] for future in asked] == list(range(8))
     assert calls == [8]
 
 
-def test_serving_ends_in_time_when_nobody_asks(served: Served) -> None:
-    begun = time.monotonic()
-    served(lengths).serve(0.1)
-    assert 0.09 < time.monotonic() - begun < 1.0
-
-
-def test_closing_turns_away_who_is_not_answered() -> None:
+def test_closing_answers_pending_requests_with_an_error() -> None:
     server = RewardServer(lengths, [])
-    url = urlsplit(server.url)
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
-    connection.request("POST", url.path, json.dumps({"query": ["a"], "prompts": ["a"], "labels": [""]}))
-    time.sleep(0.1)
-    begun = time.monotonic()
-    server.close()
-    assert connection.getresponse().status == 500
-    assert time.monotonic() - begun < 2.0
-    connection.close()
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(ask, server, ["a"], ["a"])
+        while server._server.requests.empty():
+            time.sleep(0.01)
+        server.close()
+        assert asked.result()[0] == 500
 
 
-def test_an_answer_that_takes_too_long_to_verify_is_wrong(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """math-verify's limit is an alarm, which works in the main thread only: there it is served."""
+def test_rewards_are_computed_in_the_main_thread_where_alarms_work(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """math-verify limits its time by an alarm."""
     import math_verify
 
-    where: list[bool] = []
+    limits: list[int | None] = []
 
     def parse(text: str, parsing_timeout: int | None) -> list[str]:
-        where.append(threading.current_thread() is threading.main_thread())
-        assert parsing_timeout == 1
+        limits.append(parsing_timeout)
         return real(text, parsing_timeout=parsing_timeout)
 
     real = math_verify.parse
     monkeypatch.setattr(math_verify, "parse", parse)
     server = served(MathVerifyReward(MathVerifyReward.config_class(timeout=1)))
-    begun = time.monotonic()
-    hard, easy = answered(
-        server,
-        lambda: ask(server, ["q=$9^{9^{9^{9}}}$"], ["q="], ["$9^{9^{9^{9}}}+1$"]),
-        lambda: ask(server, ["q=$2^3$"], ["q="], ["$2^3$"]),
-    )
-    assert time.monotonic() - begun < 6.0
-    assert (hard[1]["rewards"], easy[1]["rewards"]) == (0.0, 1.0)
-    assert all(where)
+    assert reward_of(server, "q=$9^{9^{9^{9}}}$", "q=", "$9^{9^{9^{9}}}+1$") == 0.0
+    assert reward_of(server, "q=$2^3$", "q=", "$2^3$") == 1.0
+    assert set(limits) == {1}  # which is given in the main thread only
 
 
-def test_a_prompt_that_openrlhf_truncated_costs_no_completion(served: Served) -> None:
-    """It generates from the last tokens of a prompt that is too long, and sends the whole prompt beside the query."""
-    server = served(MathVerifyReward(), ["<eos>"])
-    ((_, found),) = answered(
-        server, lambda: ask(server, ["tell me now, what is 7+7? 14<eos>"], [f"Long ago. {TOLD}"], ["14"])
-    )
-    assert found["rewards"] == 1.0
+ADDED = [
+    {"id": 0, "content": "<|end|>", "special": True},
+    {"id": 1, "content": "<|endoftext|>", "special": True},
+    {"id": 2, "content": "<think>", "special": False},
+]
+DECODER = {"7": {"content": "<s>", "special": True}, "8": {"content": "word", "special": False}}
 
 
-def test_a_token_before_the_prompt_costs_no_completion(served: Served) -> None:
-    server = served(MathVerifyReward(), ["<bos>", "<eos>"])
-    ((_, found),) = answered(server, lambda: ask(server, ["<bos>7+7=14<eos>"], ["7+7="], ["14"]))
-    assert found["rewards"] == 1.0
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("tokenizer", {"version": "1.0", "added_tokens": ADDED, "model": {}}, ["<|endoftext|>", "<|end|>"]),
+        (
+            "tokenizer_config",
+            {
+                "added_tokens_decoder": DECODER,
+                "eos_token": "</s>",
+                "pad_token": None,
+                "unk_token": {"content": "<unk>", "__type": "AddedToken"},
+                "add_bos_token": True,
+                "tokenizer_class": "LlamaTokenizer",
+            },
+            ["<unk>", "</s>", "<s>"],
+        ),
+        (
+            "special_tokens_map",
+            {"bos_token": {"content": "[CLS]"}, "additional_special_tokens": ["<|turn|>", {"content": "<|stop|>"}]},
+            ["<|turn|>", "<|stop|>", "[CLS]"],
+        ),
+        ("other", {}, []),
+    ],
+)
+def test_special_tokens_are_found_the_longest_first(
+    tmp_path: Path, name: str, content: Any, expected: list[str]
+) -> None:
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = special_tokens(tmp_path)
+    assert sorted(found) == sorted(expected)
+    assert found == sorted(found, key=len, reverse=True)  # one may begin as another does
 
 
-def test_a_query_without_its_prompt_ends_the_run(served: Served) -> None:
-    server = served(lengths)
-    with ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(ask, server, ["something else"], ["7+7="])
-        with pytest.raises(BackendError, match="does not give back the prompt '7\\+7=': .*backend.reward_file"):
-            server.serve(5.0)
-        assert asked.result()[0] == 500
-
-
-def tokenizer(folder: Path, **files: Any) -> Path:
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
-def test_special_tokens_of_a_fast_tokenizer(tmp_path: Path) -> None:
-    added = [
-        {"id": 0, "content": "<|end|>", "special": True},
-        {"id": 1, "content": "<|endoftext|>", "special": True},
-        {"id": 2, "content": "<think>", "special": False},
-    ]
-    found = special_tokens(tokenizer(tmp_path, tokenizer={"version": "1.0", "added_tokens": added, "model": {}}))
-    assert found == ["<|endoftext|>", "<|end|>"]  # the longest first: one may begin as another does
-
-
-def test_special_tokens_of_a_tokenizers_config(tmp_path: Path) -> None:
-    decoder = {"7": {"content": "<s>", "special": True}, "8": {"content": "word", "special": False}}
-    config = {
-        "added_tokens_decoder": decoder,
-        "eos_token": "</s>",
-        "pad_token": None,
-        "unk_token": {"content": "<unk>", "__type": "AddedToken"},
-        "tokenizer_class": "LlamaTokenizer",
-    }
-    assert sorted(special_tokens(tokenizer(tmp_path, tokenizer_config=config))) == ["</s>", "<s>", "<unk>"]
-
-
-def test_special_tokens_of_a_map(tmp_path: Path) -> None:
-    found = {"bos_token": {"content": "[CLS]", "lstrip": False}, "mask_token": "[MASK]"}
-    assert special_tokens(tokenizer(tmp_path, special_tokens_map=found)) == ["[MASK]", "[CLS]"]
-
-
-def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path: Path) -> None:
-    assert special_tokens(tmp_path) == []
-
-
-def test_a_tokenizers_switches_are_no_tokens(tmp_path: Path) -> None:
-    config = {"add_bos_token": True, "add_eos_token": False, "eos_token": "</s>"}
-    assert special_tokens(tokenizer(tmp_path, tokenizer_config=config)) == ["</s>"]
-
-
-def test_a_maps_further_special_tokens_count(tmp_path: Path) -> None:
-    found = {"eos_token": "</s>", "additional_special_tokens": ["<|turn|>", {"content": "<|stop|>"}]}
-    assert sorted(special_tokens(tokenizer(tmp_path, special_tokens_map=found))) == ["</s>", "<|stop|>", "<|turn|>"]
+@pytest.mark.parametrize("content", ['{"added_tokens": [1]}', '{"added_tokens": [{"special": true}]}'])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with raises_kind("checkpoint-damaged", tmp_path / "tokenizer.json"):
+        special_tokens(tmp_path)

@@ -1,6 +1,6 @@
-"""Starts OpenRLHF's own command line inside a Ray of its own, with the hooks that were asked for.
+"""Start OpenRLHF's own command line in a Ray of its own, with hooks: ``launch.py SETTINGS.json OPTION...``.
 
-Usage: launch.py SETTINGS.json OPTION ...; runs in OpenRLHF's environment and imports nothing of next-core.
+Runs in OpenRLHF's environment and imports nothing of next-core.
 """
 
 from __future__ import annotations
@@ -14,6 +14,30 @@ from typing import Any
 CLI = "openrlhf.cli.train_ppo_ray"
 
 
+def install(settings: dict[str, Any]) -> None:
+    """Install ``settings["hooks"]``: "lora" sends merged weights to vLLM, "control" lets next-core pause the run.
+
+    OpenRLHF has no callbacks. Ray sends the classes ``modified_class`` to workers by value, so changing them in the
+    process that starts the run is enough, on every node, and none of OpenRLHF's files changes.
+    """
+    import control_client
+    import controller
+    import likelihood
+    import lora
+    import policy
+    import ray.cloudpickle
+    from openrlhf.trainer.ppo_trainer import PPOTrainer
+    from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+
+    pickling: Any = ray.cloudpickle
+    for module in (control_client, controller, likelihood, lora, policy):
+        pickling.register_pickle_by_value(module)
+    if "lora" in settings["hooks"]:
+        PolicyModelActor.__ray_metadata__.modified_class.broadcast_to_vllm = lora.broadcast_to_vllm
+    if "control" in settings["hooks"]:
+        controller.take_over(PPOTrainer.__ray_metadata__.modified_class, settings["control"])
+
+
 def main() -> None:
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     import ray
@@ -24,8 +48,6 @@ def main() -> None:
     if there < needed:
         sys.exit(f"the run needs {needed} GPUs (actor, reference and engines) and Ray has {there:g}")
     if settings["hooks"]:
-        from install import install
-
         install(settings)
     sys.argv = [CLI, *sys.argv[2:]]
     runpy.run_module(CLI, run_name="__main__", alter_sys=True)

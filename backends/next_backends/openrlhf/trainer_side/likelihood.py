@@ -11,7 +11,9 @@ BATCH = 64
 
 @torch.no_grad()
 def right_answers(actor: Any, pairs: list[list[str]]) -> float:
-    """Mean probability that the policy answers exactly ``answer`` and the end token, over (prompt, answer) pairs."""
+    """Return the mean probability that the policy answers exactly ``answer`` and the end token, over all
+    (prompt, answer) pairs.
+    """
     engine, tokenizer = actor.actor.model, actor.tokenizer
     training = engine.module.training
     engine.module.eval()
@@ -25,7 +27,7 @@ def right_answers(actor: Any, pairs: list[list[str]]) -> float:
 
 
 def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> torch.Tensor:
-    """log P(answer, end | prompt), (N,)."""
+    """Return log P(answer, end | prompt), (N,)."""
     asked = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt, _ in pairs]
     right = [
         [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
@@ -34,13 +36,15 @@ def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> t
     ids = torch.full((len(pairs), width), tokenizer.pad_token_id or 0)
     seen, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for row, (a, r) in enumerate(zip(asked, right, strict=True)):
-        ids[row, width - len(a) - len(r) :] = torch.tensor([*a, *r])  # the answers end together
+        # Padded on the left, so that all answers end in the last column and few logits are needed.
+        ids[row, width - len(a) - len(r) :] = torch.tensor([*a, *r])
         seen[row, width - len(a) - len(r) :] = 1
         answer[row, width - len(r) :] = True
     device = next(engine.module.parameters()).device
     ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
-    places = (seen.cumsum(-1) - 1).clamp_min(0)
-    output = engine(ids, attention_mask=seen, position_ids=places, logits_to_keep=longest + 1)
+    positions = (seen.cumsum(-1) - 1).clamp_min(0)
+    output = engine(ids, attention_mask=seen, position_ids=positions, logits_to_keep=longest + 1)
+    # The logits at one position predict the token at the next.
     found = output["logits"][:, -longest - 1 : -1].float().log_softmax(-1).gather(2, ids[:, -longest:, None])[..., 0]
     total: torch.Tensor = (found * answer[:, -longest:]).sum(1)
     return total

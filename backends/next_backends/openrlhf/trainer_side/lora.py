@@ -1,7 +1,7 @@
-"""LoRA policies: merged weights for vLLM, and frozen adapters beside the trained one.
+"""LoRA policies: merged weights for vLLM, and frozen jump adapters next to the trained one.
 
-OpenRLHF sends the parameters of a PEFT model under PEFT's names, which vLLM refuses (OpenRLHF issue 1349). Here it is
-shown the plain names, with W + scaling B A computed beside the weights that train, some at a time.
+OpenRLHF sends the parameters of a PEFT model under PEFT's names, which vLLM refuses (OpenRLHF issue 1349). We show it
+the plain names, with W + scaling B A computed out of place, a part of the model at a time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-BESIDE = "next_core_beside"
+FROZEN = "next_core_frozen_adapters"
 AT_ONCE = 2**28
-"""Bytes of merged weights that exist at a time."""
+"""Bytes of merged weights in memory at a time."""
 
 
 def broadcast_to_vllm(actor: Any) -> None:
@@ -30,7 +30,7 @@ def broadcast_to_vllm(actor: Any) -> None:
     if not hasattr(policy.model.module, "peft_config"):
         trainer.broadcast_to_vllm()
         return
-    torch.distributed.barrier()  # over gloo, gathers that DeepSpeed began and does not wait for may be under way
+    torch.distributed.barrier()  # over gloo, gathers that DeepSpeed started without waiting may still be in flight
     try:
         for part in _parts(_merged(policy.model.module)):
             view = SimpleNamespace(named_parameters=lambda part=part: iter(part))
@@ -38,6 +38,43 @@ def broadcast_to_vllm(actor: Any) -> None:
             trainer.broadcast_to_vllm()
     finally:
         trainer.actor = policy
+
+
+def freeze_adapters(model: Any, folders: list[Path]) -> None:
+    """Let the adapters in ``folders`` (A and B with scaling 1), and no others, act in addition to the trained one.
+
+    They are forward hooks and not parameters, so nothing trains, saves or partitions them.
+    """
+    for handle in getattr(model, f"{FROZEN}_handles", ()):
+        handle.remove()
+    layers = _lora_layers(model.get_base_model())
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if config["r"] != config["lora_alpha"]:
+            raise ValueError(f"{folder} is scaled; a jump's adapter has scaling 1")
+        for key in (key for key in tensors if key.endswith(".lora_A.weight")):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            like = next(p for n, p in layers[name].named_parameters() if "lora_A" in n)
+            A, B = (tensors[key.replace("lora_A", side)].to(like.device, like.dtype) for side in ("lora_A", "lora_B"))
+            pairs.setdefault(name, []).append((A, B))
+
+    def adding(own: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        def hook(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            for A, B in own:
+                output = output + (args[0].to(A.dtype) @ A.T @ B.T).to(output.dtype)
+            return output
+
+        return hook
+
+    handles = [layers[name].register_forward_hook(adding(own)) for name, own in pairs.items()]
+    object.__setattr__(model, FROZEN, pairs)  # not torch's own, which would look for parameters
+    object.__setattr__(model, f"{FROZEN}_handles", handles)
+
+
+def _lora_layers(base: Any) -> dict[str, Any]:
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _parts(weights: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -55,10 +92,10 @@ def _parts(weights: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]
 
 @torch.no_grad()
 def _merged(model: Any) -> Iterator[tuple[str, Any]]:
-    """The parameters of the model beneath, by its own names; those with an adapter merged out of place."""
+    """Yield the parameters of the base model by its own names, adapters merged into copies of their weights."""
     base = model.get_base_model()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    beside: dict[str, Any] = getattr(model, BESIDE, {})
+    layers = _lora_layers(base)
+    frozen: dict[str, Any] = getattr(model, FROZEN, {})
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
@@ -76,54 +113,19 @@ def _merged(model: Any) -> Iterator[tuple[str, Any]]:
                 total = weight.float()
                 for adapter in layer.active_adapters:
                     total += layer.get_delta_weight(adapter).float()
-                for A, B in beside.get(owner, ()):
+                for A, B in frozen.get(owner, ()):
                     total += B.float() @ A.float()
                 weight.copy_(total)
-        weight.ds_shape = weight.shape  # what is asked of a parameter that ZeRO-3 partitions
+        weight.ds_shape = weight.shape  # OpenRLHF asks for it under ZeRO-3
         weight.requires_grad_()
         yield f"{owner}.{rest}", weight
 
 
-def act_beside(model: Any, folders: list[Path]) -> None:
-    """Let the adapters in ``folders`` (A, B with scaling 1), and no other, act on the layers beside the trained one.
-
-    They are no parameters: nothing trains, saves or partitions them.
-    """
-    for handle in getattr(model, f"{BESIDE}_handles", ()):
-        handle.remove()
-    base = model.get_base_model()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for folder in folders:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-        if config["r"] != config["lora_alpha"]:
-            raise ValueError(f"{folder} is scaled; a jump's adapter has scaling 1")
-        for key in tensors:
-            if not key.endswith(".lora_A.weight"):
-                continue
-            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            like = next(p for n, p in layers[name].named_parameters() if "lora_A" in n)
-            A, B = (tensors[key.replace("lora_A", side)].to(like.device, like.dtype) for side in ("lora_A", "lora_B"))
-            pairs.setdefault(name, []).append((A, B))
-
-    def adding(mine: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-        def hook(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            for A, B in mine:
-                output = output + (args[0].to(A.dtype) @ A.T @ B.T).to(output.dtype)
-            return output
-
-        return hook
-
-    handles = [layers[name].register_forward_hook(adding(mine)) for name, mine in pairs.items()]
-    object.__setattr__(model, BESIDE, pairs)
-    object.__setattr__(model, f"{BESIDE}_handles", handles)
-
-
 @contextlib.contextmanager
 def _gathered(parameters: dict[str, Any]) -> Iterator[None]:
-    """Whole weights, each checked. They are gathered one by one: of several at once DeepSpeed (0.19) waits for the last
-    alone, and over gloo that can be there before the others.
+    """Gather whole weights, and check each.
+
+    One by one: of several at once DeepSpeed (0.19) waits for the last alone, and over gloo it can arrive first.
     """
     with contextlib.ExitStack() as stack:
         for name, parameter in parameters.items():
@@ -134,12 +136,15 @@ def _gathered(parameters: dict[str, Any]) -> Iterator[None]:
 
 
 def _check(name: str, parameter: Any) -> None:
-    """Raise ``RuntimeError``, on every rank, where what a rank gathered is not made of the parts that ranks hold."""
+    """Compare byte sums of the gathered weight with those of the ranks' shards.
+
+    Raises ``RuntimeError``, on every rank, where a rank gathered something else.
+    """
     group = parameter.ds_process_group
-    ranks, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    ranks, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     whole, size = parameter.data.flatten(), parameter.ds_tensor.ds_numel
     parts = [whole[rank * size : (rank + 1) * size] for rank in range(ranks)]
-    held = parameter.ds_tensor.flatten()[: parts[mine].numel()].to(whole.device)  # without the last part's padding
+    held = parameter.ds_tensor.flatten()[: parts[own].numel()].to(whole.device)  # the last shard is padded
     sums = torch.stack([_sum(part) for part in (held, *parts)])
     everywhere = [torch.empty_like(sums) for _ in range(ranks)]
     torch.distributed.all_gather(everywhere, sums, group=group)

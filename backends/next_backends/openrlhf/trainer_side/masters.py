@@ -1,6 +1,6 @@
-"""Writes the fp32 masters of a DeepSpeed checkpoint as one safetensors file: masters.py STATE_FOLDER FILE.
+"""Write the fp32 masters of a DeepSpeed checkpoint as one safetensors file: ``masters.py STATE_FOLDER FILE``.
 
-DeepSpeed's own reader unpickles without restriction: its checkpoints are trusted as the trainer is that wrote them.
+DeepSpeed's own reader unpickles without restriction: a checkpoint is trusted as the trainer is that wrote it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     seen: set[int] = set()
     tensors = {}
     for name, value in found.items():
-        if value.data_ptr() not in seen:  # tied weights are one
+        if value.data_ptr() not in seen:  # tied weights are written once
             seen.add(value.data_ptr())
             tensors[name] = value.float().contiguous()
     save_file(tensors, target, metadata={"format": "pt"})

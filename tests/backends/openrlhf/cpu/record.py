@@ -26,8 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from next_backends.openrlhf.checkpoint_folders import finished_models
+from next_backends.openrlhf.environment import TRAINER_SIDE
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-from next_backends.openrlhf.trainer_setup import TRAINER_SIDE, TrainerSetup
+from next_backends.openrlhf.trainer import Trainer
+from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.config import make_config
 from next_core.run_config import RunConfig
 
@@ -47,28 +49,25 @@ def share_of_digits(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Path) -> Path:
-    """Its engines' attention wants heads of 32."""
+def base() -> Path:
+    """A random Qwen2 with the recorded tokenizer of single characters; the engines' attention needs heads of 32."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     torch.manual_seed(0)
-    folder = RECORDED / "base"
-    shutil.rmtree(folder, ignore_errors=True)
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **tokens, max_position_embeddings=128))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copyfile(tiny_model / name, folder / name)
-    return folder
+    model.to(torch.bfloat16).save_pretrained(RECORDED / "base")
+    return RECORDED / "base"
 
 
 @pytest.fixture
-def train(
-    base: Path, prompts: dict[str, str], openrlhf_backend: Callable[..., dict[str, Any]], tmp_path: Path
-) -> Train:
+def train(base: Path, openrlhf_backend: Callable[..., dict[str, Any]], tmp_path: Path) -> Train:
     """``train(name, zero, lora)``: a run, and the new folder of this name with what OpenRLHF saved of each step."""
+    rows = ({"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8))
+    prompts = tmp_path / "train.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(name: str, zero: int, lora: dict[str, Any] | None) -> Path:
         run: RunConfig = make_config(
@@ -79,7 +78,7 @@ def train(
                 "schedule": {"observe": STEPS, "every": 1, "horizon": 1},
                 "training": {
                     "model": str(base),
-                    "data": {"train": prompts["train"]},
+                    "data": {"train": str(prompts)},
                     "lora": lora,
                     "reward": f"{__name__}:share_of_digits",
                     "prompts_per_step": 4,
@@ -91,18 +90,18 @@ def train(
             }
         )
         config = OpenRlhfConfig.model_validate(run.backend.fields)
-        setting = TrainerSetup(run, config, tmp_path)
-        setting.serve_rewards()
-        setting.write_prompts(0, STEPS)
+        setup = TrainerSetup(run, config, tmp_path)
+        setup.serve_rewards()
+        setup.write_prompts(0, STEPS)
         try:
-            watch = setting.start(setting.options(0, steps=STEPS), ["lora"] if lora is not None else [], None)
+            trainer = Trainer(setup, setup.options(0, steps=STEPS), ["lora"] if lora is not None else [])
             try:
-                watch.end()
+                trainer.wait_for_end()
             finally:
-                watch.process.stop()
+                trainer.kill()
         finally:
-            setting.close()
-        models = finished_models(setting.states(0))
+            setup.close()
+        models = finished_models(setup.states(0))
         assert list(models) == list(range(1, STEPS + 1))
         folder = RECORDED / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -123,22 +123,22 @@ def missing(done: list[dict[str, Any]], seeds: int) -> Iterator[tuple[str, int]]
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds."""
     lines = [
-        "| run | start | before first jump | right after | end | sd | jumps made | first jump / recent motion |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | before and right after the first jump | end | jumps made | first jump / recent motion |",
+        "|---|---|---|---|---|",
     ]
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
             continue
-        cells = [mean([row["accuracy"][k] for row in mine]) for k in ("start", "before_jump", "after_jump", "final")]
+        before, after = (mean([row["accuracy"][k] for row in mine]) for k in ("before_jump", "after_jump"))
         ends = [row["accuracy"]["final"] for row in mine]
-        spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else "-"
+        end = f"{statistics.mean(ends):.3f}" + (f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else "")
         jumps = sorted({row["jumps"] for row in mine})
         ratio = mean([row["norm_ratio"][0] if row["norm_ratio"] else None for row in mine], 2)
         made = str(jumps[0]) if len(jumps) == 1 else f"{jumps[0]}-{jumps[-1]}"
-        lines.append(f"| {arm} | {' | '.join(cells)} | {spread} | {made} | {ratio} |")
+        lines.append(f"| {arm} | {before}{'' if before == '-' else f' → {after}'} | {end} | {made} | {ratio} |")
     seeds = len({row["seed"] for row in rows})
-    lines += ["", f"{seeds} seeds; standard deviation over seeds. {json.loads(RESULTS.read_text())['hardware']}."]
+    lines += ["", f"{seeds} seeds, ± one standard deviation. {json.loads(RESULTS.read_text())['hardware']}."]
     return "\n".join(lines)
 
 

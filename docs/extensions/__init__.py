@@ -1,1 +1,1 @@
-"""What the site needs of its own: pages generated from the code, and formulas without a script."""
+"""Extensions of the documentation site: pages generated from the code, and formulas without a script."""

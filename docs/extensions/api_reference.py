@@ -1,4 +1,4 @@
-"""The pages of the Python API: every public name, in the order of the module's own list."""
+"""Directives for the pages of the Python API: every public name, in the order of ``__all__``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 
 SHOWN: set[object] = set()
-"""What a page of this build has described: a name that is public in two places is described in the first."""
+"""Classes already described in this build. A class that is public in two places is described once."""
 
 
 def module(name: str, only: Sequence[str] = ()) -> str:
-    """Return directives for all names in ``__all__`` (without one: the classes it defines), or for some names only."""
+    """Return directives for the names in ``only``, else in ``__all__``, else for the module's own classes."""
     found = importlib.import_module(name)
     parts = []
     own = [key for key, value in vars(found).items() if getattr(value, "__module__", None) == name]
@@ -30,7 +30,7 @@ def module(name: str, only: Sequence[str] = ()) -> str:
 
 
 def plain(lines: list[str]) -> None:
-    """Our docstrings are text with code in backticks: what else reStructuredText would read into them is escaped."""
+    """Escape what reStructuredText would read as markup, outside code in backticks."""
     for index, line in enumerate(lines):
         parts = re.split(r"(``[^`]*``|`[^`]*`)", line)
         kept = [part if part.startswith("`") else re.sub(r"([|*]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts]

@@ -1,4 +1,4 @@
-"""The reference of the command line, from the typer application itself."""
+"""The reference of the command line, generated from the typer application."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def commands() -> str:
-    """A section for each command: what it does, its arguments and options."""
+    """Return a section for each command: its purpose, arguments and options."""
     parts = []
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         parts += [f"## next-core {name}", escape(" ".join(command.help.split())), _usage(name, command)]
@@ -29,17 +29,17 @@ def commands() -> str:
 
 
 def exit_codes() -> str:
-    """Code, error, meaning: of each error class, and of what ends the command otherwise."""
+    """Return a table of code, error and meaning for each error class and signal."""
     classes = [errors.NextCoreError, *errors.NextCoreError.__subclasses__()]
     rows = {cls.exit_code: (f"`{cls.__name__}`", _first_line(cls)) for cls in classes if "exit_code" in vars(cls)}
     rows[0] = "", "Done."
-    rows[1] = rows[1][0], "Anything that has no code of its own."
+    rows[1] = rows[1][0], "Any other error."
     for number in (signal.SIGINT, signal.SIGTERM):
         ended = errors.Interrupted("", number)
         rows[ended.exit_code] = f"`{type(ended).__name__}`", f"{_first_line(type(ended))} ({number.name})"
     lines = ["| code | error | meaning |", "|---|---|---|"]
     return "\n".join(
-        [*lines, *(f"| {code} | {name} | {escape(told)} |" for code, (name, told) in sorted(rows.items()))]
+        [*lines, *(f"| {code} | {name} | {escape(meaning)} |" for code, (name, meaning) in sorted(rows.items()))]
     )
 
 
@@ -56,14 +56,14 @@ def _row(parameter: Any) -> tuple[str, str, str, str]:
     value = "" if getattr(parameter, "is_flag", False) else f"`{escape(_value(parameter))}`"
     if parameter.min is not None:
         value += f" ≥ {parameter.min:g}"
-    many = "; may be given several times" if getattr(parameter, "multiple", False) else ""
+    many = "; can be repeated" if getattr(parameter, "multiple", False) else ""
     return names, value, _default(parameter), escape(parameter.help) + many
 
 
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "**required**"
-    if parameter.default in (None, False):
+    if parameter.default in (None, False, []):
         return ""
     if parameter.default is True:
         return f"`{parameter.opts[0]}`"

@@ -1,4 +1,4 @@
-"""The reference of every config key, from the pydantic models themselves."""
+"""The reference of every config key, generated from the pydantic models."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ BOUNDS += ((annotated_types.Lt, "lt", "<"),)
 
 
 def run_config() -> str:
-    """The run config, a section for each block."""
+    """Return the run config, a section for each block."""
     return "\n\n".join(_model(RunConfig, "", 3))
 
 
 def comparison_config() -> str:
-    """The comparison's file."""
+    """Return the keys of a comparison's file."""
     return table(CompareConfig)
 
 
 def plugins() -> str:
-    """Every installed plug-in that has fields, by kind; those without are named."""
+    """Return a section for each installed plug-in, by kind, with a table of its settings."""
     parts = []
     for kind in KINDS:
         entries = [entry for entry in registry().entries() if entry.kind == kind and entry.error is None]
         parts.append(f"## {HEADINGS[kind]}")
         for entry in entries:
             cls = registry().get(kind, entry.name)
-            origin = "" if entry.distribution == "next-core" else f" (of {entry.distribution} {entry.version})"
+            origin = "" if entry.distribution == "next-core" else f" (from {entry.distribution} {entry.version})"
             parts += [f"### {kind}: {entry.name}{origin}", first_paragraph(cls)]
-            parts += _model(cls.config_class, "", 4) if cls.config_class.model_fields else ["No fields."]
+            parts += _model(cls.config_class, "", 4) if cls.config_class.model_fields else ["No settings."]
             recommended = getattr(cls, "recommended", {})
             if recommended:
-                parts.append(f"Made for, where the config says nothing: `{json.dumps(recommended)}`.")
+                parts.append(f"Recommended, and used where the config omits them: `{json.dumps(recommended)}`.")
     return "\n\n".join(parts)
 
 
 def _model(model: type[BaseModel], prefix: str, level: int) -> list[str]:
-    """The table of a block, and after it those of the blocks in it."""
+    """Return the table of a block, then those of the blocks inside it."""
     parts = [table(model, prefix)]
     for name, field in model.model_fields.items():
         inner = block_of(field.annotation)
@@ -70,7 +70,7 @@ def _model(model: type[BaseModel], prefix: str, level: int) -> list[str]:
 
 
 def table(model: type[BaseModel], prefix: str = "") -> str:
-    """One row a key: name, type, default, bounds, description."""
+    """Return one row per key: name, type, default, bounds, description."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for name, field in model.model_fields.items():
         cells = (type_of(field.annotation), default_of(field), bounds_of(field), meaning_of(field))
@@ -79,7 +79,7 @@ def table(model: type[BaseModel], prefix: str = "") -> str:
 
 
 def block_of(annotation: Any) -> type[BaseModel] | None:
-    """The model of a field that is a block of known keys, ``null`` or not."""
+    """Return the model of a field that is a block of known keys or ``null``; None for other fields."""
     for option in (annotation, *get_args(annotation)):
         if inspect.isclass(option) and issubclass(option, BaseModel) and option is not Choice:
             return option
@@ -87,7 +87,7 @@ def block_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def type_of(annotation: Any) -> str:
-    """A type as a config's author says it."""
+    """Return a type in the words of a config's author."""
     return " or ".join(dict.fromkeys(_words(annotation)))
 
 
@@ -112,7 +112,7 @@ def _words(annotation: Any) -> Iterator[str]:
 
 
 def default_of(field: FieldInfo) -> str:
-    """As YAML writes it; of a block the word, since its own table has the defaults."""
+    """Return the default as YAML writes it; the defaults of a block are in its own table."""
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)
@@ -126,7 +126,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def bounds_of(field: FieldInfo) -> str:
-    """``≥ 1``, ``> 0, ≤ 1``."""
+    """Return bounds such as ``≥ 1`` or ``> 0, ≤ 1``."""
     found = [
         f"{sign} {getattr(mark, name):g}"
         for mark in field.metadata
@@ -137,18 +137,18 @@ def bounds_of(field: FieldInfo) -> str:
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """The field's description; of a block without one, what the block says of itself."""
+    """Return the field's description, or the docstring of its block."""
     block = block_of(field.annotation)
     return escape(field.description) if field.description else "" if block is None else first_paragraph(block)
 
 
 def first_paragraph(cls: type) -> str:
-    """Of a class's own docstring."""
+    """Return the first paragraph of a class's own docstring."""
     text = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
     return escape(" ".join(text.replace("``", "`").split()))
 
 
 def escape(text: str) -> str:
-    """Text that a table's cell and Markdown leave as it is, but for code in backticks."""
+    """Escape a text for a cell of a Markdown table, outside code in backticks."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
     return "".join(part if part.startswith("`") else re.sub(r"([*_<])", r"\\\1", part) for part in parts)

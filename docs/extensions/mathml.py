@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: the pages load nothing from anywhere."""
+"""Formulas as MathML, which browsers render without a script, so that the pages load nothing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sphinx.application import Sphinx
 
 
 def inline(writer: Any, node: nodes.math) -> None:
-    """``$x$``."""
+    """Write ``$x$``."""
     writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def block(writer: Any, node: nodes.math_block) -> None:
-    """``$$x$$``."""
+    """Write ``$$x$$``."""
     writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """A formula that cannot be translated raises, and so fails the build."""
+    """Register the renderer. A formula that cannot be translated fails the build."""
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.config.html_math_renderer = "mathml"
     return {"parallel_read_safe": True, "parallel_write_safe": True}

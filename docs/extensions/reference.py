@@ -1,4 +1,4 @@
-"""Pages made anew from the code at each build: they cannot drift from it."""
+"""Pages generated from the code at each build, so that they cannot drift from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sphinx.util.nodes import make_refnode
 
 from docs.extensions import api_reference, cli_reference, config_reference
 
-BESIDE = {
+RELATED = {
     "next_core.plugins": ["Registry", "Entry"],
     "next_core.mathematics.lora_trajectory": ["LoraTrajectory"],
     "next_core.history.executor": ["Executor"],
@@ -23,7 +23,7 @@ BESIDE = {
     "next_core.run_config": ["Schedule", "Guards"],
     "next_core.cycle.journal": ["Journal"],
 }
-"""What the public names take and give."""
+"""Classes that the public names take and return."""
 PREDICTORS = ["TrajectoryPredictor", "PerMatrixPredictor", "CoefficientConfig"]
 INTERFACES = ["types", "settings", "interfaces", "backend"]
 DIAGNOSTICS = ["analyze", "Analysis", "Group", "Figure", "Null", "Series", "with_origin", "learning_rate_factor"]
@@ -39,7 +39,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "api-errors": lambda: api_reference.module("next_core.errors"),
     "api-interfaces": lambda: "\n\n".join(api_reference.module(f"next_core.{name}") for name in INTERFACES),
     "api-per-matrix": lambda: api_reference.module("next_core.predictor", PREDICTORS),
-    "api-parts": lambda: "\n\n".join(api_reference.module(name, only) for name, only in BESIDE.items()),
+    "api-parts": lambda: "\n\n".join(api_reference.module(name, only) for name, only in RELATED.items()),
     "api-diagnostics": lambda: api_reference.module("next_core.diagnostics", DIAGNOSTICS),
     "api-testing": lambda: api_reference.module("next_core.testing"),
     "api-trl": lambda: api_reference.module("next_backends.trl"),
@@ -47,7 +47,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def write(app: Sphinx) -> None:
-    """Each part into docs/_build/generated, where the pages include it from."""
+    """Write each part into docs/_build/generated, from where the pages include it."""
     folder = Path(app.srcdir) / "_build" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     api_reference.SHOWN.clear()
@@ -56,7 +56,7 @@ def write(app: Sphinx) -> None:
 
 
 def name_files_outside(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A link to a file of the repository that is no page is good where files can be read; the site names the file."""
+    """Replace a link to a file of the repository that is no page by the name of the file."""
     page = Path(app.srcdir, f"{docname}.md")
 
     def named(link: re.Match[str]) -> str:
@@ -69,12 +69,12 @@ def name_files_outside(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def escape_docstring(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
-    """Autodoc's docstrings, without accidents of markup."""
+    """Escape accidental markup in a docstring of autodoc."""
     api_reference.plain(lines)
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> Any:
-    """A type that a signature names without its module, where just one documented object has that name."""
+    """Link a type that a signature names without its module to the documented object of that name."""
     objects = env.domains.python_domain.objects
     short = str(node.get("reftarget", "")).rpartition(".")[2]
     found = {name for name, entry in objects.items() if name.rpartition(".")[2] == short and not entry.aliased}
@@ -86,7 +86,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect."""
+    """Connect to Sphinx's events."""
     app.connect("builder-inited", write)
     app.connect("source-read", name_files_outside)
     app.connect("autodoc-process-docstring", escape_docstring)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -37,14 +37,9 @@ MOST_FROZEN = 8
 @expand_options
 def analyze(
     run: RunOptions,
-    horizon: Annotated[
-        int | None,
-        Option(help="Horizon of the out-of-sample figures in RL steps; default: up to a third of the run"),
-    ] = None,
+    horizon: Annotated[int | None, Option(help="RL steps ahead, out of sample; default: a third of the run")] = None,
     by: Annotated[str, Option(help="Rows of the second table: layer, kind or matrix")] = "kind",
-    spectrum: Annotated[
-        bool | None, Option("--spectrum/--no-spectrum", help="Compute all singular values; default: LoRA only")
-    ] = None,
+    spectrum: Annotated[bool | None, Option(help="Compute all singular values; default: only of LoRA runs")] = None,
     draws: Annotated[int, Option(min=20, help="Number of random walks in each null distribution")] = 200,
     seed: Annotated[int, Option(min=0, help="Seed of the random walks")] = 0,
     plots: Annotated[Path | None, Option(help="Write plots into this folder (extra `report`)")] = None,
@@ -52,6 +47,7 @@ def analyze(
 ) -> None:
     """Measure how a run's weights move, and compare each figure with random walks."""
     from next_core.diagnostics import analyze, with_origin
+    from next_core.notebook import RecordedRun
 
     if by not in GROUPINGS:
         raise ConfigError(f"--by must be one of {', '.join(GROUPINGS)} (got {by!r})", kind="config-invalid-value")
@@ -70,7 +66,7 @@ def analyze(
     full = all(parameter.rank is not None for parameter in source.parameters) if spectrum is None else spectrum
     with progress_bars() as progress:
         history = run.history(with_origin(source), 1, progress, spectrum=full)
-        history.jump_log = _recorded_jumps(run.checkpoints)
+        history.jump_log = RecordedRun(source, run.checkpoints[0] if len(run.checkpoints) == 1 else None).jumps
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
     trouble = [] if history.cache_trouble is None else [history.cache_trouble]
     for note in [*analysis.notes[len(source.notes) :], *trouble]:
@@ -81,15 +77,6 @@ def analyze(
         console.print(f"plot {name}: {outcome}")
     if as_json:
         print(json_text({**facts, **analysis.as_dict(), "plots": written}))
-
-
-def _recorded_jumps(checkpoints: list[Path]) -> list[dict[str, Any]]:
-    """Return the jumps in the journal of the run's folder; none for checkpoints from elsewhere."""
-    from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
-    from next_core.sources.jumps import jump_places
-
-    journals = [place.parent / JOURNAL for place in jump_places(checkpoints[0])] if len(checkpoints) == 1 else []
-    return next((valid_jumps(read_journal(journal)) for journal in journals if journal.exists()), [])
 
 
 def _show(analysis: Analysis, by: str, console: Console) -> None:

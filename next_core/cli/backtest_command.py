@@ -24,25 +24,15 @@ def backtest(
     run: RunOptions,
     predictors: Annotated[
         str | None,
-        Option(
-            callback=allow_local_modules,
-            metavar="all|A,B,...",
-            help="Predictors to score, by name or module:Class; default: all that train no network",
-        ),
+        Option(callback=allow_local_modules, metavar="all|A,B,...", help="Default: all that train no network"),
     ] = None,
-    horizon: Annotated[
-        int | None,
-        Option(help="RL steps ahead; default: the one with the most cuts, at least two checkpoints"),
-    ] = None,
-    cuts: Annotated[
-        int | None, Option(help="Number of steps to predict from, evenly spaced; default: all that fit")
-    ] = None,
+    horizon: Annotated[int | None, Option(help="RL steps ahead; default: the one with the most cuts")] = None,
+    cuts: Annotated[int | None, Option(help="Number of steps to predict from; default: all that fit")] = None,
     draws: Annotated[int, Option(help="Number of random walks to repeat the backtest on; 0: no null")] = 5,
     seed: Annotated[int, Option(min=0, help="Seed of the random walks and of the intervals")] = 0,
     rank: Rank = 1,
     settings: Annotated[
-        list[str] | None,
-        Option("--set", metavar="NAME.KEY=VALUE", help="A setting of one predictor: secant.window=25"),
+        list[str] | None, Option("--set", metavar="NAME.KEY=VALUE", help="A predictor's setting: secant.window=25")
     ] = None,
     as_json: Json = False,
 ) -> None:

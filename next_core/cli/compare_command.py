@@ -10,7 +10,6 @@ from typer import Argument, Option
 
 from next_core.cli.console import make_console, make_table, progress_bars
 from next_core.cli.options import Json
-from next_core.errors import ConfigError
 from next_core.process.quiet import quiet_libraries
 from next_core.storage.json_lines import json_text
 
@@ -22,11 +21,9 @@ if TYPE_CHECKING:
 def compare(
     config: Annotated[Path, Argument(help="YAML file of the comparison; see docs/compare.md")],
     out: Annotated[Path, Option(help="Folder of the results. Run the command again to resume")] = Path("runs/compare"),
-    workers: Annotated[int, Option(help="Number of runs at a time, each in its own process")] = 1,
+    workers: Annotated[int, Option(min=1, help="Number of runs at a time, each in its own process")] = 1,
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the runs in --out and start over")] = False,
-    keep_checkpoints: Annotated[
-        bool, Option("--keep-checkpoints", help="Keep the checkpoints of every run; default: only the figures")
-    ] = False,
+    keep_checkpoints: Annotated[bool, Option("--keep-checkpoints", help="Keep every run's checkpoints")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Check the config and list the runs; train nothing")] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,8 +32,6 @@ def compare(
     from next_core.comparison.execution import COMPARE, check_folder, is_done
     from next_core.comparison.races import make_plan
 
-    if workers < 1:
-        raise ConfigError(f"--workers must be at least 1 (got {workers})", kind="config-invalid-value")
     settings, arms = load_comparison(config)
     plan = make_plan(settings, arms)
     check_folder(out, plan, overwrite)
@@ -50,16 +45,9 @@ def compare(
             print(json_text({**counts, "folders": folders}))
         return
     quiet_libraries()
+    options: dict[str, Any] = {"overwrite": overwrite, "workers": workers, "keep_checkpoints": keep_checkpoints}
     with progress_bars() as progress:
-        found = compare(
-            settings,
-            arms,
-            out,
-            overwrite=overwrite,
-            workers=workers,
-            keep_checkpoints=keep_checkpoints,
-            progress=progress,
-        ).as_dict()
+        found = compare(settings, arms, out, progress=progress, **options).as_dict()
     _show(found, console)
     console.print(f"Figures: {out / COMPARE}; for an HTML report: next-core report {out}")
     if as_json:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from next_core.history.delta_cache import DeltaCache
     from next_core.history.history import History
     from next_core.interfaces import CheckpointSource
+    from next_core.predictor import TrajectoryPredictor
     from next_core.types import Progress
 
 
@@ -31,21 +32,45 @@ def allow_local_modules(names: str | None) -> str | None:
 
 
 Json = Annotated[bool, Option("--json", help="Print the result as one line of JSON on standard output")]
-Set = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
-]
-SetApplier = Annotated[
-    list[str] | None, Option("--set-applier", metavar="KEY=VALUE", help="A setting of the applier: rank=16")
-]
-Predictor = Annotated[
-    str, Option(callback=allow_local_modules, help="A name from `next-core plugins`, or module:Class")
-]
-Rank = Annotated[int, Option(help="Rank of the compressed deltas that the predictor reads")]
-Applier = Annotated[str, Option(help="peft-adapter or merged-model")]
 Checkpoints = Annotated[
     list[Path], Option(help="Folder with a run's checkpoints. Repeat to list the checkpoints one by one")
 ]
 Backbone = Annotated[Path | None, Option(help="Folder of the base model")]
+Predictor = Annotated[
+    str, Option(callback=allow_local_modules, help="A name from `next-core plugins`, or module:Class")
+]
+Rank = Annotated[int, Option(help="Rank of the compressed deltas that the predictor reads")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginOptions:
+    """A predictor and an applier with their settings."""
+
+    predictor: Predictor = "secant"
+    rank: Rank = 1
+    applier: Annotated[str, Option(help="peft-adapter or merged-model")] = "peft-adapter"
+    settings: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
+    ] = None
+    applier_settings: Annotated[
+        list[str] | None, Option("--set-applier", metavar="KEY=VALUE", help="A setting of the applier: rank=16")
+    ] = None
+
+    def make_predictor(self) -> TrajectoryPredictor:
+        """Return the predictor. Raises ``PluginError`` for an unknown one, ``ConfigError`` for its settings."""
+        from next_core.config import parse_assignments
+        from next_core.plugins import make_predictor
+
+        return make_predictor(self.predictor, **parse_assignments(self.settings or []))
+
+    def applier_fields(self) -> dict[str, Any]:
+        """Return the settings of the applier, checked."""
+        from next_core.config import parse_assignments
+        from next_core.plugins import registry
+
+        fields = parse_assignments(self.applier_settings or [])
+        registry().make_config("applier", self.applier, fields)
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +80,9 @@ class SourceOptions:
     checkpoints: Checkpoints
     backbone: Backbone = None
     layout: Annotated[str | None, Option(help="Read this layout instead of detecting it")] = None
-    skip_damaged: Annotated[
-        bool, Option("--skip-damaged", help="Skip incomplete and damaged checkpoints instead of failing")
-    ] = False
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="Also read .bin files (tensors only: their code is not run)")
-    ] = False
-    masters: Annotated[
-        bool,
-        Option("--masters", help="Read DeepSpeed's fp32 master weights; with --allow-pickle this may run code"),
-    ] = False
+    skip_damaged: Annotated[bool, Option("--skip-damaged", help="Skip damaged checkpoints instead of failing")] = False
+    allow_pickle: Annotated[bool, Option("--allow-pickle", help="Also read tensors in .bin files; run no code")] = False
+    masters: Annotated[bool, Option("--masters", help="Read DeepSpeed's fp32 masters; .bin ones may run code")] = False
 
     def source(self) -> CheckpointSource:
         """Open the checkpoints. Raises ``CheckpointError`` for damaged ones."""
@@ -109,9 +127,7 @@ class RunOptions(CacheOptions, SourceOptions):
     )
     executor: Annotated[str, Option(help="local, or ray (extra `ray`)")] = "local"
     workers: Annotated[int, Option(help="Number of processes, one thread each")] = 1
-    address: Annotated[
-        str | None, Option(help="Address of a Ray cluster, or auto; default: start Ray on this machine")
-    ] = None
+    address: Annotated[str | None, Option(help="Address of a Ray cluster, or auto; default: a local Ray")] = None
 
     def history(
         self, source: CheckpointSource, rank: int, progress: Progress | None = None, *, spectrum: bool = False

@@ -12,17 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from next_core.cli.options import (
-    Applier,
-    Checkpoints,
-    Json,
-    Predictor,
-    Rank,
-    Set,
-    SetApplier,
-    SourceOptions,
-    expand_options,
-)
+from next_core.cli.options import Checkpoints, Json, PluginOptions, SourceOptions, expand_options
 from next_core.errors import ConfigError
 from next_core.storage.json_lines import json_text
 
@@ -40,50 +30,31 @@ class OptionalSource(SourceOptions):
 @expand_options
 def plan(
     run: OptionalSource,
+    plugins: PluginOptions,
     config: Annotated[Path | None, Argument(help="YAML file of a run; or name recorded --checkpoints")] = None,
     out: Annotated[Path, Option(help="Folder that the result would go to")] = Path("runs/run"),
-    horizon: Annotated[int | None, Option(help="RL steps past the newest checkpoint")] = None,
-    predictor: Predictor = "secant",
-    rank: Rank = 1,
-    applier: Applier = "peft-adapter",
-    settings: Set = None,
-    applier_settings: SetApplier = None,
+    horizon: Annotated[int | None, Option(min=1, help="RL steps past the newest checkpoint")] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate what a run or an extrapolation would read, compute and write, its memory, disk and time; do nothing."""
-    from next_core.config import load_config, parse_assignments
+    from next_core.config import load_config
     from next_core.planning import plan_checkpoints, plan_run
-    from next_core.plugins import make_predictor, registry
 
-    if (config is None) == (not run.checkpoints):
+    if config is not None and (run != OptionalSource() or plugins != PluginOptions() or horizon is not None):
+        raise ConfigError(
+            "CONFIG takes only --out and --json: a run's other settings are in its config", kind="config-contradiction"
+        )
+    if config is not None:
+        found = plan_run(load_config(config), out)
+    elif not run.checkpoints or horizon is None:
         raise ConfigError(
             "plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)",
             kind="config-contradiction",
         )
-    if config is not None:
-        given: list[tuple[str, object, object]] = [
-            ("--horizon", horizon, None),
-            ("--predictor", predictor, "secant"),
-            ("--rank", rank, 1),
-            ("--applier", applier, "peft-adapter"),
-            ("--set", settings, None),
-            ("--set-applier", applier_settings, None),
-        ]
-        for option, value, default in given:
-            if value != default:
-                raise ConfigError(
-                    f"{option} belongs to --checkpoints; a run takes it from its config", kind="config-contradiction"
-                )
-        found = plan_run(load_config(config), out)
     else:
-        if horizon is None:
-            raise ConfigError("--checkpoints needs --horizon, the RL steps to extrapolate", kind="config-contradiction")
-        made = make_predictor(predictor, **parse_assignments(settings or []))
-        target = parse_assignments(applier_settings or [])
-        registry().make_config("applier", applier, target)
-        found = plan_checkpoints(
-            run.source(), made, horizon, rank=rank, applier=applier, applier_fields=target, out=out
-        )
+        predictor, fields = plugins.make_predictor(), plugins.applier_fields()
+        source, rank, applier = run.source(), plugins.rank, plugins.applier
+        found = plan_checkpoints(source, predictor, horizon, rank=rank, applier=applier, applier_fields=fields, out=out)
     show_plan(found, as_json=as_json)
 
 

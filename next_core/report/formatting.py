@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
@@ -26,24 +27,10 @@ def decimal(value: float | None, digits: int = 3, sign: str = "") -> str:
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", "−")
 
 
-def signed(value: float | None, digits: int = 3) -> str:
-    """Return +0.123 or −0.123."""
-    return decimal(value, digits, "+")
-
-
-def whole(value: float | None) -> str:
-    """Return 1,234."""
-    return decimal(value, 0)
-
-
-def signed_whole(value: float | None) -> str:
-    """Return +1,234."""
-    return decimal(value, 0, "+")
-
-
-def one_digit(value: float | None) -> str:
-    """Return 1,234.5."""
-    return decimal(value, 1)
+signed = partial(decimal, sign="+")
+whole = partial(decimal, digits=0)
+signed_whole = partial(decimal, digits=0, sign="+")
+one_digit = partial(decimal, digits=1)
 
 
 def seconds(value: float | None) -> str:

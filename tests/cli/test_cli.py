@@ -104,11 +104,24 @@ def test_schema_and_version_are_printed(cli: Callable[..., Outcome]) -> None:
     assert cli("--version").out == f"next-core {version('next-core')}\n"
 
 
-def test_without_a_command_the_help_is_shown_and_an_unknown_one_fails(cli: Callable[..., Outcome]) -> None:
+def test_without_a_command_the_help_is_shown(cli: Callable[..., Outcome]) -> None:
     assert "extrapolate" in cli().out
-    outcome = cli("extrapolat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("extrapolat",), "'extrapolat'"),
+        (("extrapolate", "--checkpoints", "x", "--out", "y", "--horizon", "0"), "'--horizon'"),
+        (("compare", "x.yaml", "--workers", "0"), "'--workers'"),
+    ],
+)
+def test_a_wrong_command_or_number_is_exit_code_2(
+    cli: Callable[..., Outcome], arguments: tuple[str, ...], name: str
+) -> None:
+    outcome = cli(*arguments)
     assert outcome.code == 2
-    assert "'extrapolat'" in outcome.err
+    assert name in outcome.err
 
 
 CONFIG = """

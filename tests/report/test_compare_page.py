@@ -63,10 +63,10 @@ def test_every_plot_has_a_description(usual: tuple[WrittenReport, Seen]) -> None
 
 
 def test_many_arms_with_one_seed_have_no_intervals_and_give_the_same_page_again(tmp_path: Path) -> None:
-    written, seen = write(tmp_path / "one", comparison(seeds=1, extra=9))
+    written, seen = write(tmp_path / "one", comparison(seeds=1, extra=3))
     assert "no intervals" in seen.words
     assert "95%" not in seen.words
-    assert "secant, window 90" in seen.words
+    assert "secant, window 30" in seen.words
     first = written.out.read_bytes()
     assert write_report(tmp_path / "one").out.read_bytes() == first
 

@@ -113,6 +113,7 @@ def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_la
     own_lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(geometry, "CUTS", 3)
+    monkeypatch.setattr(geometry, "DRAWS", 2)
     folder = own_lora_run.path.parent
     journal(folder, {"event": "start", "step": 0})
     reported: set[str] = set()

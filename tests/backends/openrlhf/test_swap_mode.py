@@ -36,11 +36,6 @@ def test_a_trainer_pauses_after_the_steps_it_is_given(pretence: Pretence) -> Non
     assert (control["start"], control["seed"], control["scheduler_steps"]) == (0, 0, 6)
 
 
-def test_a_full_parameter_run_has_no_lora_hook(pretence: Pretence) -> None:
-    pretence.started(training={"lora": None}).train(1)
-    assert pretence.asked("start")[0]["hooks"] == ["control"]
-
-
 def test_swap_loads_checkpoint_and_shift_into_the_running_trainer(pretence: Pretence) -> None:
     mode = pretence.started()
     mode.train(3)
@@ -53,6 +48,8 @@ def test_swap_loads_checkpoint_and_shift_into_the_running_trainer(pretence: Pret
     mode.train(4)
     torch.testing.assert_close(pretence.observe(mode, 4)[B], before[B] + LENGTH + 0.01)
     assert len(pretence.asked("start")) == 1
+    assert pretence.asked("save_moments") == []
+    assert not mode.can_roll_back(folder)
 
 
 def test_frozen_adapters_of_all_active_jumps_are_loaded(pretence: Pretence) -> None:
@@ -84,16 +81,11 @@ def test_a_rollback_restores_the_checkpoint_and_later_the_moments_too(pretence: 
     torch.testing.assert_close(pretence.observe(mode, 4 + later)[B], before[B] + 0.01)
 
 
-def test_a_jump_without_saved_moments_cannot_be_rolled_back_after_a_resume(pretence: Pretence) -> None:
-    mode = pretence.started()
-    mode.train(3)
-    pretence.observe(mode, 3)
-    assert not mode.can_roll_back(pretence.jump(mode, 3))
-    assert pretence.asked("save_moments") == []
-
-
 def test_restart_replaces_the_trainer_by_one_that_begins_at_the_jump(pretence: Pretence) -> None:
-    mode = pretence.started(jump="restart")
+    setup = pretence.setup(backend={"jump": "restart"})
+    setup.updates = 2  # optimizer steps in an RL step
+    mode = pretence.drive(setup)
+    mode.start()
     mode.train(3)
     before = pretence.observe(mode, 3)
     folder = pretence.jump(mode, 3)
@@ -104,22 +96,11 @@ def test_restart_replaces_the_trainer_by_one_that_begins_at_the_jump(pretence: P
     assert "--ckpt.load_enable" not in new["options"]
     (load,) = pretence.asked("load")
     assert load["pid"] == new["pid"]
-    assert (load["shifts"], load["schedule"]) == ([str(folder / "shift.safetensors")], 3)
+    assert (load["shifts"], load["schedule"]) == ([str(folder / "shift.safetensors")], 6)
+    assert new["control"]["scheduler_steps"] == 12
     mode.train(4)
     torch.testing.assert_close(pretence.observe(mode, 4)[B], before[B] + LENGTH + 0.01)
     assert pretence.prompts()[0] == "6+1="  # three steps of two prompts came before
-
-
-def test_a_restarted_trainers_schedule_counts_optimizer_steps(pretence: Pretence) -> None:
-    setup = pretence.setup(backend={"jump": "restart"})
-    setup.updates = 2
-    mode = pretence.drive(setup)
-    mode.start()
-    mode.train(3)
-    pretence.observe(mode, 3)
-    pretence.jump(mode, 3)
-    assert pretence.asked("load")[0]["schedule"] == 6
-    assert pretence.asked("start")[0]["control"]["scheduler_steps"] == 12
 
 
 @pytest.mark.parametrize("jump", ["swap", "restart"])
@@ -264,7 +245,8 @@ def test_engines_that_sample_from_other_weights_right_after_a_load_end_the_run(p
 
 @pytest.mark.parametrize(("step", "bound"), [("3", 0.03), ("1", 0.5), ("1", None)])
 def test_engines_may_drift_later_or_within_the_bound(pretence: Pretence, step: str, bound: float | None) -> None:
-    pretence.started({"kl": {step: 0.4}}, backend={"max_vllm_kl": bound}).train(4)
+    pretence.started({"kl": {step: 0.4}}, backend={"max_vllm_kl": bound}, training={"lora": None}).train(4)
+    assert pretence.asked("start")[0]["hooks"] == ["control"]  # full parameters need no other
 
 
 def test_at_the_end_of_the_run_the_trainer_saves_its_model(pretence: Pretence) -> None:

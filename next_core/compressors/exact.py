@@ -1,4 +1,4 @@
-"""Exact rank-k SVD: from the thin factors where the run is LoRA, of the dense matrix otherwise."""
+"""Exact rank-k SVD: of the thin factors for LoRA runs, of the dense matrix otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from next_core.types import Span
 
 
 class ExactCompressor(Compressor):
-    """LoRA deltas never become m x n matrices; dense ones are decomposed one at a time."""
+    """Exact SVD. LoRA deltas never become m x n matrices; dense ones are decomposed one at a time."""
 
     name = "exact"
 
@@ -24,19 +24,19 @@ class ExactCompressor(Compressor):
         if len(factored) == len(deltas):
             return truncated_svd(LowRank.stack(factored), rank)
         if factored:
-            raise CheckpointError("factored and dense deltas of one matrix cannot be mixed; check the checkpoints")
+            message = "factored and dense deltas of one matrix cannot be mixed; are all checkpoints of one run?"
+            raise CheckpointError(message, kind="checkpoint-other-model")
         return concatenate_batches([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
 
     def compress_trajectory(
-        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+        self, trajectory: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
     ) -> Factors:
-        return path.triplets(spans, rank, spectrum)
+        return trajectory.triplets(spans, rank, spectrum)
 
 
 def _dense_svd(delta: Tensor, rank: int) -> Factors:
     U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
-    # LAPACK answers a zero matrix with arbitrary unit vectors: what has no length gets no direction.
+    # For a zero singular value LAPACK returns arbitrary unit vectors: set them to zero, they are not data.
     alive = S.new_tensor(max(delta.shape) * torch.finfo(S.dtype).eps) * S[:1] < S
     U, S, V = U * alive, S * alive, Vh.T * alive
-    whole = Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum())
-    return whole.batch()
+    return Factors(U[:, :rank], S[:rank], V[:, :rank], S.square().sum(), S.sum()).batch()

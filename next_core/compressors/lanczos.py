@@ -1,4 +1,4 @@
-"""Leading singular triplets of a dense delta by Lanczos: a dozen passes over the matrix in place of its whole SVD."""
+"""Leading singular triplets of a dense delta by Lanczos: a dozen passes over the matrix instead of its full SVD."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pydantic import Field
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.interfaces import Compressor
-from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches
 from next_core.settings import Settings
-from next_core.types import Span
 
 _ROWS = 256
-"""Rows of A that A^T (A x) takes at a time: they are still in the cache for the second product."""
+"""Rows of A per block of A^T (A x): they are still in the processor's cache for the second product."""
 _EXHAUSTED = 1e-15
+"""A Lanczos coefficient at or below this part of sigma_1^2 is rounding: the Krylov space is complete."""
 _SLACK = 10.0
-"""The true residual may exceed the one that Lanczos reckons with by this much, which is fp32's rounding."""
+"""Factor by which the true residual may exceed the estimate of Lanczos, because products round in fp32."""
 
 
 class LanczosConfig(Settings):
+    """Settings of Lanczos."""
+
     tol: float = Field(
         1e-6,
         ge=1e-6,
@@ -31,12 +31,13 @@ class LanczosConfig(Settings):
     iterations: int = Field(300, ge=2, description="Passes over the matrix before the full SVD is taken instead")
 
 
-class LanczosCompressor(Compressor):
-    """Lanczos on A^T A with full reorthogonalisation, one pass over A an iteration; the full SVD where it fails.
+class LanczosCompressor(ExactCompressor):
+    """Lanczos on A^T A with full reorthogonalisation, one pass over A per iteration; full SVD where it fails.
 
-    Products are fp32, the basis and what is made of it fp64. Factored deltas are decomposed exactly, as by ``exact``.
-    The whole spectrum is not known: ``nuclear`` is None, and ``energy`` is the squared norm of the matrix itself.
-    Deterministic: the start vector is fixed. Of singular values that are equal to rounding a rank k > 1 may miss one.
+    Products with A are fp32, the basis and everything computed from it fp64. Factored deltas are decomposed exactly, as
+    by ``exact``. The full spectrum is not known: ``nuclear`` is None, and ``energy`` is the squared norm of the matrix.
+    Deterministic: the start vector is fixed. With k > 1, one of several equal singular values may be missed: a Krylov
+    space contains one direction of each eigenspace.
     """
 
     name = "lanczos"
@@ -45,26 +46,21 @@ class LanczosCompressor(Compressor):
     def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
         dense = [delta for delta in deltas if isinstance(delta, Tensor)]
         if len(dense) < len(deltas):
-            return ExactCompressor().compress(deltas, rank)
+            return super().compress(deltas, rank)
         return concatenate_batches([self._leading(delta, rank) for delta in dense])
-
-    def compress_trajectory(
-        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
-    ) -> Factors:
-        return path.triplets(spans, rank, spectrum)
 
     def _leading(self, delta: Tensor, rank: int) -> Factors:
         found = None if rank >= min(delta.shape) else self._lanczos(torch.split(delta.detach().float(), _ROWS), rank)
-        return ExactCompressor().compress([delta], rank) if found is None else found
+        return super().compress([delta], rank) if found is None else found
 
     def _lanczos(self, blocks: Sequence[Tensor], k: int) -> Factors | None:
-        """The triplets, or None where the residual stays too large."""
+        """Return the triplets, or None where Lanczos fails or its residual is too large."""
         norm = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().norm()
         if norm == 0 and not any(bool(block.any()) for block in blocks):
             sizes = sum(len(block) for block in blocks), blocks[0].shape[1]
             U, V = (torch.zeros(size, k, dtype=torch.float64) for size in sizes)
             return Factors(U, torch.zeros(k, dtype=torch.float64), V, norm, None).batch()
-        if not 1e-30 < float(norm) < 1e30:  # beyond what fp32 can square
+        if not 1e-30 < float(norm) < 1e30:  # fp32 cannot represent the squares
             return None
         found = self._eigenvectors(blocks, 1 / norm, k)
         if found is None:
@@ -79,7 +75,10 @@ class LanczosCompressor(Compressor):
         return Factors(U, S, V, norm.square(), None).batch()
 
     def _eigenvectors(self, blocks: Sequence[Tensor], scale: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """The k largest eigenvalues (k,) of scale^2 A^T A and their vectors (n, k)."""
+        """Return the k largest eigenvalues (k,) of scale^2 A^T A and their vectors (n, k); None where that fails.
+
+        ``scale`` is 1 / |A|_F, so that fp32 products neither overflow nor underflow.
+        """
         n = blocks[0].shape[1]
         size = min(n, self.config.iterations)
         Q, T = torch.zeros(size, n, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
@@ -88,7 +87,7 @@ class LanczosCompressor(Compressor):
         for j in range(size):
             Q[j] = q
             w = _normal_product(blocks, q, scale)
-            for _ in range(2):
+            for _ in range(2):  # one Gram-Schmidt pass leaves rounding along the basis; the second removes it
                 h = Q[: j + 1] @ w
                 w = w - h @ Q[: j + 1]
                 T[j, j] += h[j]
@@ -100,7 +99,7 @@ class LanczosCompressor(Compressor):
                     order = torch.arange(j, j - k, -1)
                     return squares[order], (s[:, order].T @ Q[: j + 1]).T
             if float(beta) <= _EXHAUSTED * float(squares[-1]):
-                return None  # A has fewer than k singular values that are not zero
+                return None  # A has fewer than k non-zero singular values
             if j + 1 < size:
                 T[j, j + 1] = T[j + 1, j] = beta
                 q = w / beta
@@ -108,7 +107,7 @@ class LanczosCompressor(Compressor):
 
 
 def _normal_product(blocks: Sequence[Tensor], v: Tensor, scale: Tensor) -> Tensor:
-    """scale^2 A^T (A v), fp32 products, fp64 in and out; every block of rows is read once."""
+    """Return scale^2 A^T (A v): fp32 products, fp64 input and output; every block of rows is read once."""
     x = (v * scale).float()
     out = torch.zeros_like(x)
     for block in blocks:

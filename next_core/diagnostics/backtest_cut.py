@@ -44,7 +44,7 @@ class CutHistory(History):
             cache=whole.cache,
         )
 
-    def _still(self, name: str, step: int, before: int | None) -> bool:
+    def _unchanged(self, name: str, step: int, before: int | None) -> bool:
         return not self._all_grams[name].moved[self._setting.steps.index(step)]
 
     def inner_products(self, spans: Sequence[Span]) -> Mapping[str, Tensor]:

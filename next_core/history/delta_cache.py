@@ -1,4 +1,4 @@
-"""Decomposed deltas on disk, keyed by what they were made of: a second predictor on the same run finds them there."""
+"""Decomposed deltas on disk, keyed by their inputs: a second predictor on the same run finds them there."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from next_core.storage.atomic import atomic_file, is_alive
 from next_core.types import Span
 
 VERSION = 1
-"""Part of every key: to be raised when the same checkpoints give other bytes."""
+"""Part of every key; raise it when the same checkpoints give different bytes."""
 LIMIT_BYTES = 10 * 2**30
 ENTRIES = "deltas"
-"""The folder in a cache's folder that is the cache's own: whatever else lies beside it is left alone."""
+"""The subfolder that belongs to the cache; other files in its folder are left alone."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _LEFT_OVER = re.compile(r"\.[0-9a-f]{64}\.safetensors\.tmp-(\d+)")
 _PARTS = ("U", "S", "V", "energy", "nuclear")
 
 
 def default_folder() -> Path:
-    """``next-core`` under the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    """Return ``next-core`` in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
 
 
 class DeltaCache:
-    """One file for each delta or Gram matrix of all matrices of a run, the least recently used dropped above a limit.
+    """One file per delta, or set of inner products, of all matrices of a run; bounded, least recently used first out.
 
-    Nothing here can fail a computation: what cannot be read is computed again, what cannot be written is left out, and
-    ``trouble`` says why.
+    The cache never makes a computation fail: results that cannot be read are computed again, results that cannot be
+    written are dropped, and ``trouble`` says why.
     """
 
     def __init__(self, folder: Path, limit: int = LIMIT_BYTES, compressor_version: str = "") -> None:
@@ -46,7 +46,7 @@ class DeltaCache:
         self.trouble: str | None = None
 
     def load(self, key: str | None, names: Sequence[str]) -> dict[str, Factors] | None:
-        """The triplets of these matrices, leading dimension 1; None where they are not all there."""
+        """Return the triplets of these matrices, leading dimension 1; None unless all are there."""
         tensors = self._read(key)
         made = {}
         for name in names:
@@ -58,10 +58,10 @@ class DeltaCache:
         return made
 
     def save(self, key: str | None, made: Mapping[str, Factors]) -> None:
-        """Keep triplets of leading dimension 1."""
+        """Store triplets of leading dimension 1."""
         tensors: dict[str, Tensor] = {}
         for name, found in made.items():
-            # Transposed, as they are made: the long side is contiguous.
+            # Stored transposed, as they are computed: the long side is contiguous.
             values = (found.U.mT, found.S, found.V.mT, found.energy, found.nuclear)
             tensors |= {
                 f"{name}|{part}": x.contiguous() for part, x in zip(_PARTS, values, strict=True) if x is not None
@@ -69,12 +69,12 @@ class DeltaCache:
         self._write(key, tensors)
 
     def load_tensors(self, key: str | None, names: Sequence[str]) -> dict[str, Tensor] | None:
-        """One tensor of each of these matrices; None where they are not all there."""
+        """Return one tensor for each of these matrices; None unless all are there."""
         tensors = self._read(key)
         return {name: tensors[name] for name in names} if all(name in tensors for name in names) else None
 
     def save_tensors(self, key: str | None, made: Mapping[str, Tensor]) -> None:
-        """Keep one tensor of each matrix."""
+        """Store one tensor for each matrix."""
         self._write(key, {name: x.contiguous() for name, x in made.items()})
 
     def _read(self, key: str | None) -> dict[str, Tensor]:
@@ -83,14 +83,14 @@ class DeltaCache:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                # Copied: a file that is dropped while it is mapped would take the process with it.
+                # Copied, because a read of mapped memory whose file was truncated kills the process.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            with contextlib.suppress(OSError):  # another user's: read, but not marked as used
+            with contextlib.suppress(OSError):  # another user's file cannot be marked as used
                 os.utime(path)
         except FileNotFoundError:
             return {}
         except (SafetensorError, OSError) as error:
-            self.trouble = f"{path} cannot be read ({error}); it was computed again"
+            self.trouble = f"cannot read {path} ({error}); the result was computed again"
             return {}
         return tensors
 
@@ -103,8 +103,8 @@ class DeltaCache:
             with atomic_file(path) as scratch:
                 save_file(dict(tensors), scratch)
             self._drop_oldest()
-        except (SafetensorError, OSError) as error:  # a full disk, a folder that may not be written
-            self.trouble = f"{self.folder} cannot be written ({error}); what was computed is not kept"
+        except (SafetensorError, OSError) as error:  # a full disk, or a folder without write permission
+            self.trouble = f"cannot write {self.folder} ({error}); results are not cached"
 
     def _drop_oldest(self) -> None:
         files = []
@@ -125,16 +125,16 @@ class DeltaCache:
         return self.folder / f"{key}.safetensors"
 
 
-def spans_key(source: CheckpointSource, spans: Sequence[Span], *more: object) -> str | None:
-    """A digest of what some deltas' weights are made of, and of how they are used; None for what is not on disk."""
-    made_of = [source.fingerprint(step) for span in spans for step in span]
-    if None in made_of:
+def cache_key(source: CheckpointSource, spans: Sequence[Span], *settings: object) -> str | None:
+    """Return a digest of the weights of some deltas and of the settings; None if the weights have no fingerprint."""
+    fingerprints = [source.fingerprint(step) for span in spans for step in span]
+    if None in fingerprints:
         return None
     kind = type(source).__module__, type(source).__qualname__
-    return hashlib.sha256(repr((VERSION, torch.__version__, kind, made_of, more)).encode()).hexdigest()
+    return hashlib.sha256(repr((VERSION, torch.__version__, kind, fingerprints, settings)).encode()).hexdigest()
 
 
-def how(compressor: Compressor, rank: int, spectrum: bool, version: str) -> tuple[object, ...]:
-    """What decides the triplets of a delta besides its weights."""
+def compression_settings(compressor: Compressor, rank: int, spectrum: bool, version: str) -> tuple[object, ...]:
+    """Return everything except the weights that decides the triplets of a delta."""
     kind = type(compressor).__module__, type(compressor).__qualname__, version
     return kind, compressor.config.model_dump_json(), rank, spectrum

@@ -1,6 +1,7 @@
-"""Where the map over matrices runs: in this process, in a pool of processes, or as Ray tasks. The results are the same.
+"""Map a task over matrices: in this process, in a pool of processes, or as Ray tasks.
 
-Each matrix is computed alone and in one thread, wherever that is: the bytes do not depend on the executor.
+Every matrix is computed alone in one thread, because the number of threads changes the order of sums: results agree
+bit for bit between executors.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from next_core.settings import Settings
 
 Result = TypeVar("Result")
 Task = Callable[[str], Result]
-"""What is computed of one matrix, given its name; it must pickle for more than one process."""
+"""A computation of one matrix, given its name. It must pickle if there is more than one process."""
 
 
 class Executor(Settings):
-    """``local`` with one worker computes in this process; with more, or with ``ray``, tasks are pickled to others."""
+    """Where tasks run: ``local`` with one worker is this process; more workers, or ``ray``, are other processes."""
 
     name: Literal["local", "ray"] = Field("local", description="local: this machine; ray: a Ray cluster (extra `ray`)")
-    workers: int = Field(1, ge=1, description="Processes at a time, one thread each")
-    address: str | None = Field(None, description="ray: a cluster's address, or auto; none: a Ray of its own, here")
+    workers: int = Field(1, ge=1, description="Number of processes, one thread each")
+    address: str | None = Field(None, description="ray: a cluster's address, or auto; none: start a local Ray")
 
     @model_validator(mode="before")
     @classmethod
@@ -40,11 +41,11 @@ class Executor(Settings):
     @model_validator(mode="after")
     def _address_is_rays(self) -> Executor:
         if self.address is not None and self.name != "ray":
-            raise ValueError("address is of a Ray cluster: set name: ray")
+            raise ValueError("address belongs to a Ray cluster; set name: ray")
         return self
 
     def map(self, task: Task[Result], names: Sequence[str]) -> Iterator[Result]:
-        """task(name) of each name, in order, as they get done. Raises ``ConfigError`` without Ray."""
+        """Yield task(name) for each name, in order. Raises ``NextCoreError`` without Ray or for a crash."""
         if self.name == "ray":
             yield from self._map_ray(task, names)
         elif self.workers == 1 or len(names) < 2:
@@ -57,13 +58,14 @@ class Executor(Settings):
                     torch.set_num_threads(threads)
                 yield value
         else:
-            # Not fork: a child of a process whose libraries hold threads may hang.
+            # Not fork: the child of a process whose libraries hold threads may hang.
             context = multiprocessing.get_context("spawn")
             try:
                 with ProcessPoolExecutor(self.workers, context, _begin, (task,)) as pool:
                     yield from pool.map(_run, names)
             except BrokenProcessPool as error:
-                raise NextCoreError(f"a worker died ({error}); if memory ran out, take fewer workers") from None
+                message = f"a worker process died ({error}); if memory ran out, use fewer workers"
+                raise NextCoreError(message, kind="executor-worker-died") from None
 
     def _map_ray(self, task: Task[Result], names: Sequence[str]) -> Iterator[Result]:
         ray = _ray()
@@ -76,7 +78,7 @@ class Executor(Settings):
             remote = ray.remote(_run_on_ray)
             waiting = [remote.remote(shared, name) for name in names[: self.workers]]
             for index in range(len(names)):
-                # No more than are at work: the results of a large model are not to pile up in the object store.
+                # At most one task per worker in flight: results of a large model would fill the object store.
                 value: Result = ray.get(waiting.pop(0))
                 ahead = index + self.workers
                 if ahead < len(names):
@@ -85,7 +87,8 @@ class Executor(Settings):
         except ray.exceptions.RayError as error:
             if isinstance(error, NextCoreError):
                 raise
-            raise NextCoreError(f"Ray failed: {error}; if memory ran out, take fewer workers") from error
+            message = f"Ray failed: {error}; if memory ran out, use fewer workers"
+            raise NextCoreError(message, kind="executor-worker-died") from error
         finally:
             if started:
                 ray.shutdown()
@@ -97,7 +100,7 @@ _task: Task[Any]
 def _begin(task: Task[Any]) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     torch.set_num_threads(1)
 
 
@@ -111,8 +114,9 @@ def _run_on_ray(task: Task[Result], name: str) -> Result:
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about a change of its defaults
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise ConfigError(f"executor ray needs Ray ({error}); pip install next-core[ray], or use local") from None
+        message = f"executor ray needs Ray ({error}); pip install next-core[ray], or use local"
+        raise ConfigError(message, kind="config-missing-package") from None

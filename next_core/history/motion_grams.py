@@ -1,4 +1,4 @@
-"""Inner products of a run's successive motions: in the adapter's own factors where they exist, else of the deltas."""
+"""Inner products of a run's successive motions: of the adapter's factors where there are any, else of the deltas."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from next_core.types import LoraFactors
 
 
 def motion_grams(history: History, points: Sequence[int]) -> Mapping[str, Tensor]:
-    """Per moving matrix the inner products of the motions from each point to the next, fp64, (N, N) of N + 1 points.
+    """Return per moving matrix the inner products of the motions between N + 1 successive points, fp64, (N, N).
 
-    In the adapter's own factors, which a jump moves alike, where they are there; else of the deltas. A first point
-    that is no checkpoint is where RL began. The factors of each point are read once.
+    The motions are those of A and B where the run has factors: a jump in factor space moves these too, so motion and
+    jump are measured alike. Otherwise they are deltas. A first point that is not a checkpoint is where RL began. The
+    factors of each point are read once.
     """
-    starts = [points[0] if points[0] in history.steps else None, *points[1:]]
-    spans = [(now, then) for now, then in zip(points[1:], starts, strict=False)]
+    starts = (points[0] if points[0] in history.steps else None, *points[1:])
+    spans = list(zip(points[1:], starts, strict=False))
     found = {}
     for name in history.names:
         factors = _factors(history, name, points)

@@ -23,10 +23,10 @@ class Compressor(Plugin):
         """
 
     def compress_trajectory(
-        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+        self, trajectory: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
     ) -> Factors:
         """The same for several deltas of one LoRA matrix, which share their factors; leading dimension len(spans).
 
         ``spectrum`` asks for the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
         """
-        return self.compress([path.delta(*span) for span in spans], rank)
+        return self.compress([trajectory.delta(*span) for span in spans], rank)

@@ -1,4 +1,9 @@
-"""Singular triplets of a product left @ right^T from the small Gram matrices of its thin factors alone."""
+"""Singular triplets of D = left @ right^T from the small Gram matrices left^T left and right^T right.
+
+left (m, p) and right (n, p) are tall, p is a LoRA rank or twice that, so after two Gram matrices nothing of size m or n
+is touched. A Gram matrix squares the condition number of its factor. In fp32 that would lose the small differences
+between neighbouring checkpoints; everything here is fp64, and what even fp64 cannot resolve is reported as not sound.
+"""
 
 from __future__ import annotations
 
@@ -10,166 +15,179 @@ from torch import Tensor
 
 from next_core.errors import NextCoreError
 
-# Orthogonality a Cholesky factor may lose before a matrix is handed to another route; the singular values are then
-# off by about as much, relatively. The bound is pessimistic.
 _ORTHOGONALITY_LOSS = 1e-8
-# Column norms below this come from squares that underflowed: such a column counts as zero.
+"""Largest |P^T P - I| of a basis from Cholesky. Singular values are off by about as much (relative); a matrix with a
+larger loss is not sound and takes another route. The estimate of the loss is pessimistic."""
 _SMALLEST_NORM = 1e-146
+"""Column norms below this count as zero: their squares, below 1e-292, lose digits to fp64's underflow."""
 _EPS = torch.finfo(torch.float64).eps
 _RESIDUAL = 1e-9
-"""Residual |D D^T u - sigma^2 u| / sigma^2 at which Lanczos stops; u is off by as much over the relative gap."""
+"""Lanczos stops at |D D^T u - sigma^2 u| <= this * sigma^2; the error of u is that over the relative gap to sigma_2."""
 _EXHAUSTED = 1e-13
-"""A Lanczos coefficient at or below this part of sigma_1^2 ends the space: an eigenvector lies in it to rounding."""
+"""A Lanczos coefficient at or below this part of sigma_1^2 is rounding: the Krylov space contains an eigenvector."""
 _CHECKS = (8, 12, 16, 24, 32, 48, 64)
-"""Iterations after which Lanczos looks at its residual; what has not converged by the last is decomposed whole."""
+"""Iterations after which Lanczos tests its residual (each test is an eigh); after the last it gives up."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankGrams:
-    """left^T left and right^T right, (N, p, p) each, of N matrices left @ right^T; fp64.
+    """left^T left and right^T right, (N, p, p) each, fp64, of N matrices left @ right^T.
 
-    ``noise`` (N,) is the squared norm at or below which a matrix cannot be told from the rounding of its Gram matrices;
-    ``blur`` (N,) by how much more than their own size they are rounded, where they are differences of larger ones.
+    ``noise_floor`` (N,): the squared norm at or below which a matrix cannot be told from the rounding of its Gram
+    matrices. ``cancellation`` (N,): where a Gram matrix is a difference of larger ones, how much larger they were; its
+    relative rounding error grows by that factor. None: no differences.
     """
 
     left: Tensor
     right: Tensor
-    noise: Tensor
-    blur: Tensor | None = None
-
-    @property
-    def width(self) -> int:
-        """p."""
-        return self.left.shape[-1]
+    noise_floor: Tensor
+    cancellation: Tensor | None = None
 
     @property
     def energy(self) -> Tensor:
-        """The squared Frobenius norms, (N,)."""
+        """The squared Frobenius norms, (N,): |D|^2 = tr(left^T left right^T right), an elementwise product."""
         return (self.left * self.right).sum((-2, -1)).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
-    """N matrices decomposed: u_i = left @ ``left``[:, i] and v_i = right @ ``right``[:, i], to be normalised.
+class Triplets:
+    """Singular triplets of N matrices as coefficients: u_i ~ left @ ``x``[:, i] and v_i ~ right @ ``y``[:, i].
 
-    left, right (N, p, k), S (N, k), energy (N,); ``spectrum`` (N, p) where all singular values are known; ``sound``
-    (N,) is false where the Gram matrices do not carry the answer.
+    x, y (N, p, k); S (N, k) descending; energy (N,); ``spectrum`` (N, p) has all singular values, or None where only
+    the first is known. The vectors still have to be normalised. ``sound`` (N,) is False where the Gram matrices do not
+    determine the result to about 1e-8.
     """
 
-    left: Tensor
+    x: Tensor
     S: Tensor
-    right: Tensor
+    y: Tensor
     energy: Tensor
     spectrum: Tensor | None
     sound: Tensor
 
     @property
     def nuclear(self) -> Tensor | None:
+        """The sum of all singular values, (N,), where the spectrum is known."""
         return None if self.spectrum is None else self.spectrum.sum(-1)
 
 
-def triplets_from_grams(grams: LowRankGrams, k: int, spectrum: bool = False) -> Solved:
-    """The leading k triplets; k = 1 without the ``spectrum`` takes a Krylov space in place of a decomposition.
+def triplets_from_grams(grams: LowRankGrams, k: int, spectrum: bool = False) -> Triplets:
+    """Return the leading k triplets. k = 1 without ``spectrum`` uses Lanczos, several times faster than a full SVD.
 
     Raises ``NextCoreError`` for NaN or Inf.
     """
     if k > 1 or spectrum:
-        solved = decompose(grams, k)
-        sound = solved.sound & (solved.energy > grams.noise)
-        return Solved(solved.left, solved.S, solved.right, solved.energy, solved.spectrum, sound)
+        found = decompose(grams, k)
+        sound = found.sound & (found.energy > grams.noise_floor)
+        return Triplets(found.x, found.S, found.y, found.energy, found.spectrum, sound)
     return _leading(grams)
 
 
-def decompose(grams: LowRankGrams, k: int) -> Solved:
-    """All singular values and the leading k triplets.
+def decompose(grams: LowRankGrams, k: int) -> Triplets:
+    """Return all singular values and the leading k triplets.
 
-    left = P K D with column norms D, K the Cholesky factor of the scaled Gram matrix and P orthonormal up to
-    eps |K^-1|^2; likewise right. The singular values are those of K_L D_L D_R K_R^T. A P off by delta moves
-    each of them by a relative delta only, however small it is, so that this one number decides what is sound.
+    Write left = P K diag(d): d the column norms, K upper triangular from Cholesky of the scaled Gram matrix, P = left
+    diag(1/d) K^-1 orthonormal. With the same for right, D = P_l (K_l diag(d_l d_r) K_r^T) P_r^T, so the p x p core in
+    brackets has the singular values of D. An error delta in P^T P moves each singular value by a relative delta only,
+    however small it is: that one number decides what is sound.
     """
     upper_l, map_l, norms_l, loss_l = _cholesky_basis(grams.left)
     upper_r, map_r, norms_r, loss_r = _cholesky_basis(grams.right)
     X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
-    sound = (loss_l + loss_r) * (1.0 if grams.blur is None else grams.blur) <= _ORTHOGONALITY_LOSS
+    sound = (loss_l + loss_r) * (1.0 if grams.cancellation is None else grams.cancellation) <= _ORTHOGONALITY_LOSS
     energy = spectrum.square().sum(-1)
-    # The p x k products first: P itself is never formed.
-    return Solved(map_l @ X, spectrum[:, :k], map_r @ Y, energy, spectrum, sound)
+    # u = P X = left (diag(1/d) K^-1 X). Multiplying the small matrices first never forms P (m x p).
+    return Triplets(map_l @ X, spectrum[:, :k], map_r @ Y, energy, spectrum, sound)
 
 
 def svd_of_core(left: Tensor, weights: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """X (b, p, k), the spectrum less rounding noise, Y (b, q, k) of left diag(weights) right^T."""
+    """Return X (b, p, k), all singular values with noise set to 0, and Y (b, q, k) of left diag(weights) right^T."""
     X, spectrum, Yh = torch.linalg.svd((left * weights[:, None, :]) @ right.mT, full_matrices=False)
-    # Noise is relative to the products that were summed, not to sigma_1: they may have cancelled.
+    # Rounding is relative to the terms that were added up, not to sigma_1: a - a is a sum of large terms, and every
+    # singular value of the result is noise.
     noise = 8 * _EPS * math.sqrt(weights.shape[-1]) * torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
     return X[..., :k], torch.where(spectrum > noise, spectrum, 0.0), Yh.mT[..., :k]
 
 
 def reciprocal(norms: Tensor) -> Tensor:
-    """1 / norms, and 0 for what counts as zero."""
+    """Return 1 / norms, and 0 for norms that count as zero."""
     return torch.where(norms > _SMALLEST_NORM, 1 / norms, 0.0)
 
 
 def refuse_non_finite(*norms: Tensor) -> None:
-    """Raise ``NextCoreError`` naming the matrices whose column norms (b, p) are not finite."""
+    """Raise ``NextCoreError`` that lists the matrices of a batch with column norms (b, p) that are not finite."""
     finite = torch.stack([x.isfinite().all(-1) for x in norms]).all(0)
     if not finite.all():
         where = (~finite).nonzero().flatten().tolist()
         raise NextCoreError(
-            f"NaN, Inf or squares beyond float64 in the factors of matrices {where} of a batch of "
-            f"{len(finite)}; is the checkpoint damaged, or did the run diverge?"
+            f"NaN, Inf or squares beyond float64 in the factors of matrices {where} of a batch of {len(finite)}; "
+            "is the checkpoint damaged, or did the run diverge?",
+            kind="numbers-not-finite",
         )
 
 
-def _cholesky_basis(squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the Gram matrix of ``tall``: K (b, r, r), the map with tall @ map orthonormal, norms (b, r), loss (b,)."""
-    norms = squares.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+def _cholesky_basis(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return K (b, p, p), the map diag(1/d) K^-1 (b, p, p), the column norms d (b, p) and the loss (b,).
+
+    Columns are scaled to unit norm first. [B_t - B_s, B_s] has short and long columns, which alone would make the Gram
+    matrix ill-conditioned although they are far from dependent; a unit diagonal is close to the best conditioning that
+    any diagonal scaling reaches (van der Sluis 1969). The loss eps |K^-1|_F^2 estimates |P^T P - I|: the scaled Gram
+    matrix has an error E of about eps, and P^T P - I = K^-T E K^-1.
+    """
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     refuse_non_finite(norms)
     scale = reciprocal(norms)
-    # Scaling the Gram matrix scales the columns, without another pass over them. A zero column gets a 1 on
-    # the diagonal, as if it had a dimension of its own; its weight in the core is zero.
-    squares = squares * scale[:, :, None] * scale[:, None, :]
-    squares.diagonal(dim1=-2, dim2=-1).fill_(1)
-    lower, failed = torch.linalg.cholesky_ex(squares)
-    identity = torch.eye(squares.shape[-1], dtype=squares.dtype, device=squares.device).expand_as(lower)
+    # Scaling the Gram matrix scales the columns without another pass over them. A zero column gets 1 on the
+    # diagonal, as if it were orthogonal to all others; its weight in the core is zero.
+    gram = gram * scale[:, :, None] * scale[:, None, :]
+    gram.diagonal(dim1=-2, dim2=-1).fill_(1)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(lower)
     lower = torch.where((failed != 0)[:, None, None], identity, lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     loss = torch.where(failed != 0, math.inf, _EPS * inverse.square().sum((-2, -1)))
     return lower.mT, scale[:, :, None] * inverse.mT, norms, loss
 
 
-def _leading(grams: LowRankGrams) -> Solved:
-    """The leading triplet by Lanczos on right^T right left^T left, self-adjoint in the inner product of left^T left.
+def _leading(grams: LowRankGrams) -> Triplets:
+    """Return the leading triplet by Lanczos on M = G_r G_l, with G_l = left^T left and G_r = right^T right.
 
-    Its eigenvectors x give u = left @ x and sigma v = right @ (left^T left x): neither side is ever orthogonalised. All
-    N at once, with full reorthogonalisation; vectors are rows, which batched products read several times faster.
+    M is not symmetric, but it is self-adjoint in the inner product <x, y> = x^T G_l y, since G_l M = G_l G_r G_l. In
+    that inner product |x| = |left x|, so its unit eigenvectors x give unit vectors u = left x; the eigenvalues are
+    sigma^2, and sigma v = right (G_l x). No basis of either side is computed. All N matrices run together, with full
+    reorthogonalisation. Vectors are rows: batched products read rows several times faster than columns.
     """
     GL, GR = grams.left, grams.right
     count, p, _ = GL.shape
     energy = grams.energy
     refuse_non_finite(energy[:, None])
-    alive = energy > grams.noise
+    alive = energy > grams.noise_floor
     q = torch.randn(p, generator=torch.Generator().manual_seed(0), dtype=GL.dtype).to(GL.device).expand(count, 1, p)
-    q = q @ GR  # in the range of right^T: what left makes of the rest is no part of the matrix
+    # Start in the range of G_r, which has every eigenvector with sigma > 0. The remaining directions only span the
+    # null space, so they do not affect the product.
+    q = q @ GR
     Gq = q @ GL
     length = (q * Gq).sum(-1, keepdim=True).clamp_min(0).sqrt()
     inverse = reciprocal(length)
     q, Gq = q * inverse, Gq * inverse
     size = min(p, _CHECKS[-1])
+    # Rows of Q are the basis q_j and rows of P the products G_l q_j, so that inner products with the basis are w P^T.
     Q, P = GL.new_zeros(count, size, p), GL.new_zeros(count, size, p)
     T = GL.new_zeros(count, size, size)
     for j in range(size):
         Q[:, j : j + 1], P[:, j : j + 1] = q, Gq
         w = Gq @ GR
-        for _ in range(2):
+        for _ in range(2):  # one Gram-Schmidt pass leaves rounding along the basis; the second removes it
             h = w @ P[:, : j + 1].mT
             w = w - h @ Q[:, : j + 1]
             T[:, j, j] += h[:, 0, j]
         Gq = w @ GL
         beta = (w * Gq).sum(-1).clamp_min(0).sqrt()[:, 0]
-        # What is left is rounding: the space is whole, and noise blown up to unit length is not to enter it.
+        # An exhausted space leaves a w of pure rounding. Scaled to unit length it would enter the space as a direction.
         beta = torch.where(beta > _EXHAUSTED * T.diagonal(dim1=-2, dim2=-1).amax(-1), beta, 0.0)
         if j + 1 == size or j + 1 in _CHECKS:
             theta, s = torch.linalg.eigh(T[:, : j + 1, : j + 1])
+            # |M x - theta x| of a Ritz vector is beta times the last entry of its coefficients.
             residual = beta * s[:, -1, -1].abs()
             done = (residual <= _RESIDUAL * theta[:, -1]) | ~alive
             if j + 1 == size or bool(done.all()):
@@ -178,8 +196,8 @@ def _leading(grams: LowRankGrams) -> Solved:
         scale = reciprocal(beta)[:, None, None]
         q, Gq = w * scale, Gq * scale
     top = s[:, None, :, -1]
-    x, z = top @ Q[:, : j + 1], top @ P[:, : j + 1]
+    x, y = top @ Q[:, : j + 1], top @ P[:, : j + 1]
     if size == p:
-        done = torch.ones_like(alive)  # the whole space was searched
+        done = torch.ones_like(alive)  # the space is complete, so the result is exact
     sigma = torch.where(alive, theta[:, -1].clamp_min(0).sqrt(), 0.0)
-    return Solved(x.mT, sigma[:, None], z.mT, energy, None, alive & done)
+    return Triplets(x.mT, sigma[:, None], y.mT, energy, None, alive & done)

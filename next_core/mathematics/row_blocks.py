@@ -1,4 +1,4 @@
-"""Tensors in blocks of rows, so that memory does not grow with the matrix."""
+"""Blocks of rows, so that memory does not grow with the matrix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def row_blocks(shape: Sequence[int], elements: int) -> list[slice]:
-    """Slices of the leading dimension with about ``elements`` values each, one row at least."""
+    """Return slices of the leading dimension with about ``elements`` values each, at least one row."""
     if not shape:
         return [slice(None)]
     rows = max(1, elements // max(1, math.prod(shape[1:])))

@@ -371,9 +371,9 @@ class _RandomSigns(ExactCompressor):
         return self._flipped(super().compress(deltas, rank))
 
     def compress_trajectory(
-        self, path: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
+        self, trajectory: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
     ) -> Factors:
-        return self._flipped(super().compress_trajectory(path, spans, rank, spectrum))
+        return self._flipped(super().compress_trajectory(trajectory, spans, rank, spectrum))
 
     def _flipped(self, factors: Factors) -> Factors:
         return factors.flip(1 - 2 * torch.randint(0, 2, factors.S.shape, generator=self._random))

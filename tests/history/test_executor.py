@@ -1,119 +1,91 @@
-"""The map over matrices gives the same bytes wherever it runs."""
+"""The map over matrices: the same bytes in this process, in a pool and on Ray; errors and crashes reach the user."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError, NextCoreError
+from next_core.compressors.exact import ExactCompressor
+from next_core.errors import ConfigError
 from next_core.history.executor import Executor
-from next_core.history.history import History
+from next_core.history.matrix_tasks import Compress, InnerProducts
+from next_core.sources.memory import MemorySource
+from tests.errors import raises_kind
 from tests.history.test_history import full_run, lora_run
+
+POOL, RAY = Executor(name="local", workers=2), Executor(name="ray", workers=2)
+SPANS = ((30, None), (50, 30))
+NAMES = ["c", "a", "b"]
 
 
 def where(name: str) -> tuple[str, int, int]:
     return name, os.getpid(), torch.get_num_threads()
 
 
-def fails(name: str) -> str:
-    if name == "b":
-        raise ConfigError("b cannot be done; leave it out")
-    return name
+def compress(name: str) -> tuple[torch.Tensor, tuple[str, int, int]]:
+    if name == "bad":
+        raise ConfigError("bad cannot be computed; leave it out", kind="config-invalid-value")
+    return Compress(lora_run(), ExactCompressor(), SPANS, 2, False)(name).U, where(name)
 
 
-@pytest.fixture
-def pool() -> Executor:
-    return Executor(name="local", workers=2)
+def die(name: str) -> str:
+    os._exit(1)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Executor]:
-    ray = pytest.importorskip("ray")
-    executor = Executor(name="ray", workers=2)
-    yield executor
-    assert not ray.is_initialized()
+@pytest.mark.parametrize("run", [lora_run, full_run])
+def test_tasks_give_the_same_bytes_in_another_process(run: Callable[[], MemorySource]) -> None:
+    source = run()
+    for task in (Compress(source, ExactCompressor(), SPANS, 2, False), InnerProducts(source, SPANS)):
+        here, there = task("a"), pickle.loads(pickle.dumps(task))("a")
+        for part in ("U", "S", "V", "energy") if isinstance(task, Compress) else ("data",):
+            assert torch.equal(getattr(there, part), getattr(here, part))
 
 
-def assert_same_bytes(executor: Executor) -> None:
-    for run in (lora_run, full_run):
-        here, there = History(run(), 2), History(run(), 2, executor=executor)
-        here.compress("global", "local", "target", horizon=20)
-        there.compress("global", "local", "target", horizon=20)
-        for kind in ("global", "local", "target"):
-            horizon = 20 if kind == "target" else None
-            expected, found = here.components(kind, horizon), there.components(kind, horizon)  # type: ignore[arg-type]
-            assert set(found) == set(expected) == {"a", "b", "c", "d"}
-            for name in expected:
-                for part in ("U", "S", "V", "energy"):
-                    assert torch.equal(getattr(found[name], part), getattr(expected[name], part))
-        for name, gram in there.grams().items():
-            assert torch.equal(gram, here.grams()[name])
+@pytest.mark.parametrize("executor", [POOL, pytest.param(RAY, marks=pytest.mark.ray)], ids=["pool", "ray"])
+def test_workers_give_the_same_bytes_in_order_and_their_errors_reach_the_user(executor: Executor) -> None:
+    found = []
+    with raises_kind("config-invalid-value", "bad"):
+        for result in executor.map(compress, [*NAMES, "bad"]):
+            found.append(result)  # noqa: PERF402 - the last one raises
+    assert [said[0] for _, said in found] == NAMES
+    assert os.getpid() not in {said[1] for _, said in found}
+    assert {said[2] for _, said in found} == {1}, "threads"
+    for (U, _), name in zip(found, NAMES, strict=True):
+        assert torch.equal(U, compress(name)[0])
+    if executor is RAY:
+        assert not sys.modules["ray"].is_initialized()
 
 
-def test_one_worker_computes_in_this_process() -> None:
-    assert [pid for _, pid, _ in Executor().map(where, ["a", "b"])] == [os.getpid()] * 2
-
-
-def test_more_workers_are_processes_of_one_thread_and_answer_in_order(pool: Executor) -> None:
-    answers = list(pool.map(where, ["c", "a", "b"]))
-    assert [name for name, _, _ in answers] == ["c", "a", "b"]
-    assert os.getpid() not in {pid for _, pid, _ in answers}
-    assert {threads for _, _, threads in answers} == {1}
-
-
-def test_a_pool_gives_the_same_bytes(pool: Executor) -> None:
-    assert_same_bytes(pool)
-
-
-def test_an_error_of_a_worker_is_the_users(pool: Executor) -> None:
-    with pytest.raises(ConfigError, match="b cannot be done"):
-        list(pool.map(fails, ["a", "b"]))
-
-
-@pytest.mark.ray
-def test_ray_gives_the_same_bytes(cluster: Executor) -> None:
-    assert_same_bytes(cluster)
-
-
-@pytest.mark.ray
-def test_an_error_in_ray_is_the_users_and_ray_is_gone_after_it(cluster: Executor) -> None:
-    with pytest.raises(ConfigError, match="b cannot be done"):
-        list(cluster.map(fails, ["a", "b"]))
-
-
-def test_without_ray_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install next-core\[ray\]"):
-        list(Executor(name="ray").map(where, ["a"]))
-
-
-def test_an_executor_is_named_in_a_config_by_its_bare_name_or_with_fields() -> None:
-    assert Executor.model_validate("ray").name == "ray"
-    assert Executor.model_validate({"name": "local", "workers": 3}).workers == 3
-    for wrong in ("dask", {"name": "local", "workers": 0}, {"name": "local", "address": "auto"}, {"nodes": 2}):
-        with pytest.raises(ValidationError):
-            Executor.model_validate(wrong)
-
-
-def test_in_this_process_too_a_matrix_is_computed_in_one_thread() -> None:
+def test_one_worker_computes_in_this_process_in_one_thread() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert {threads for _, _, threads in Executor().map(where, ["a", "b"])} == {1}
+        assert list(Executor().map(where, NAMES)) == [(name, os.getpid(), 1) for name in NAMES]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def dies(name: str) -> str:
-    os._exit(1)
+def test_a_worker_that_dies_is_an_error_of_ours() -> None:
+    with raises_kind("executor-worker-died"):
+        list(POOL.map(die, ["a", "b"]))
 
 
-def test_a_worker_that_dies_is_named_with_the_remedy(pool: Executor) -> None:
-    with pytest.raises(NextCoreError, match="a worker died.*fewer workers"):
-        list(pool.map(dies, ["a", "b"]))
+def test_a_missing_ray_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with raises_kind("config-missing-package", "pip install next-core[ray]"):
+        list(RAY.map(where, ["a"]))
+
+
+def test_a_config_names_an_executor_with_or_without_settings() -> None:
+    assert Executor.model_validate("ray").name == "ray"
+    assert Executor.model_validate({"name": "local", "workers": 3}).workers == 3
+    for wrong in ("dask", {"name": "local", "workers": 0}, {"name": "local", "address": "auto"}, {"nodes": 2}):
+        with pytest.raises(ValidationError):
+            Executor.model_validate(wrong)

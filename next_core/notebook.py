@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from next_core.appliers.copied_files import RECORD
+from next_core.appliers.folder_contents import RECORD
 from next_core.checkpoints import open_checkpoints
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.diagnostics import analysis

@@ -1,4 +1,4 @@
-"""Displacements as an adapter of their own, with scaling 1, exactly: beside the trained one, live or in files."""
+"""Weight deltas as an exact adapter with scaling 1: in a live model next to the trained adapter, or in files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from torch import Tensor
 from next_core.mathematics.low_rank import LowRank
 
 
-def balanced(move: LowRank) -> tuple[Tensor, Tensor]:
-    """A (k, n) and B (m, k) with B A = ``move``; both carry the root of the norm, so that none over- or underflows."""
-    balance = (move.right.norm(dim=1) / move.left.norm(dim=0).clamp_min(1e-300)).sqrt().clamp(1e-6, 1e6)
-    return move.right / balance[:, None], move.left * balance[None, :]
+def factor_keys(name: str) -> tuple[str, str]:
+    """Return the names of a parameter's A and B in PEFT's adapter files."""
+    module = name.removesuffix(".weight")
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def adapter_settings(moves: Mapping[str, LowRank]) -> dict[str, Any]:
-    """The fields of PEFT's ``LoraConfig`` that fit the weight_deltas of these weights: ranks, and scaling 1."""
-    ranks = {name.removesuffix(".weight"): move.rank for name, move in moves.items() if move.rank > 0}
+def balanced(delta: LowRank) -> tuple[Tensor, Tensor]:
+    """Return A (k, n) and B (m, k) with B A = ``delta``, each scaled to the root of the norm.
+
+    Rows of A then match columns of B in norm: neither overflows nor underflows in fp32 where the product does not.
+    """
+    balance = (delta.right.norm(dim=1) / delta.left.norm(dim=0).clamp_min(1e-300)).sqrt().clamp(1e-6, 1e6)
+    return delta.right / balance[:, None], delta.left * balance[None, :]
+
+
+def adapter_settings(deltas: Mapping[str, LowRank]) -> dict[str, Any]:
+    """Return the fields of PEFT's ``LoraConfig`` for these deltas by parameter: their ranks, and scaling 1."""
+    ranks = {name.removesuffix(".weight"): delta.rank for name, delta in deltas.items() if delta.rank > 0}
     rank = max(ranks.values(), default=1)
     pattern = {module: r for module, r in ranks.items() if r != rank}
     return {
         "r": rank,
-        "lora_alpha": rank,  # scaling 1: the weight_delta is in the factors
+        "lora_alpha": rank,  # alpha / r = 1: the factors carry the whole delta
         "target_modules": sorted(ranks),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
@@ -32,12 +41,11 @@ def adapter_settings(moves: Mapping[str, LowRank]) -> dict[str, Any]:
     }
 
 
-def adapter_tensors(moves: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """The fp32 tensors of the adapter's file, by PEFT's names."""
-    tensors = {}
-    for name, move in moves.items():
-        if move.rank > 0:
-            for side, value in zip("AB", balanced(move), strict=True):
-                module = name.removesuffix(".weight")
-                tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.float().contiguous()
-    return tensors
+def adapter_tensors(deltas: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Return the fp32 tensors of the adapter's file by PEFT's names; deltas of rank 0 are left out."""
+    return {
+        key: value.float().contiguous()
+        for name, delta in deltas.items()
+        if delta.rank > 0
+        for key, value in zip(factor_keys(name), balanced(delta), strict=True)
+    }

@@ -14,7 +14,8 @@ from next_core.diagnostics.backtest_inputs import BacktestInputs
 from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.interfaces.prediction import FactorStep, weight_delta
+from next_core.interfaces.prediction import weight_delta
+from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics import low_rank as lowrank
 from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.memory import MemorySource

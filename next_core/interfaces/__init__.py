@@ -1,4 +1,4 @@
-"""The engine's interfaces: what sources, compressors, appliers and rewards promise, and the values they exchange."""
+"""The interfaces of sources, compressors, appliers and rewards, and the values they exchange."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a source of checkpoints promises: the ordered steps of one run, its parameters and their deltas.
+"""The interface of checkpoint sources: the ordered steps of one run, its parameters and their deltas.
 
-Notation: a matrix W is (m, n); T checkpoints were observed at steps t_1 < ... < t_T; W_0 is the backbone;
-G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local one (since the previous checkpoint).
+Notation: a weight matrix W is (m, n); checkpoints were observed at steps t_1 < ... < t_T; W_0 is the backbone;
+G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local delta (since the previous checkpoint).
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ class StoredModel(Protocol):
 
 
 class CheckpointSource(Plugin):
-    """The checkpoints of one run, read lazily. Incomplete or damaged ones are found on opening, and named."""
+    """The checkpoints of one run, read lazily.
+
+    Opening a run finds incomplete and damaged checkpoints and raises ``CheckpointError`` with their names.
+    """
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        """Whether a folder holds checkpoints of this layout."""
+        """Return whether a folder holds checkpoints of this layout."""
         return False
 
     @property
@@ -56,31 +59,31 @@ class CheckpointSource(Plugin):
     @property
     @abstractmethod
     def parameters(self) -> tuple[Parameter, ...]:
-        """The weight matrices of the run, the same in every checkpoint."""
+        """The weight matrices of the run; they are the same in every checkpoint."""
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Parameters that are stored but cannot be extrapolated, each with the reason."""
+        """Parameters that are stored but cannot be extrapolated, with the reason for each."""
         return {}
 
     @property
     def naming(self) -> str:
-        """How the folders of the steps are named, with N for the step; empty for what is not in folders."""
+        """The name of a checkpoint folder, with N for the step; empty where there are no folders."""
         return ""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user should know of the folder: steps that are missing, damaged folders that were left out, ..."""
+        """Facts for the user about the folder: missing steps, damaged folders that were skipped, ..."""
         return ()
 
     def precision(self, name: str) -> torch.dtype:
-        """The precision a parameter's checkpoints are stored in."""
+        """Return the precision a parameter is stored in."""
         return torch.float32
 
     def fingerprint(self, step: int | None) -> str | None:
-        """A digest of all that decides the weights at a step (None: where RL began), jumps since included.
+        """Return a digest of all that decides the weights at a step (None: where RL began), later jumps included.
 
-        None where it cannot be told, as for what lives in memory alone: nothing computed from it is cached then.
+        Results are cached under it. A source without one, such as tensors in memory, returns None: nothing is cached.
         """
         return None
 
@@ -123,26 +126,26 @@ class CheckpointSource(Plugin):
 
     @abstractmethod
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
-        """W_step - W_since of one parameter; ``since=None`` is where RL began: the backbone, or step 0 if it was kept.
+        """Return W_step - W_since of one parameter: a ``LowRank`` for LoRA runs, else a dense (m, n) tensor.
 
-        Low-rank (``LowRank``) where the run is LoRA, else a dense (m, n) tensor. Raises ``CheckpointError`` for
-        values that are not finite.
+        ``since=None`` is where RL began: step 0 if the run kept it, else the backbone. Raises ``CheckpointError`` for
+        values that are not finite and for unknown steps.
         """
 
     def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
-        """Some rows of a dense delta; a source that can read them alone should, to bound the memory of a sweep."""
+        """Return some rows of a dense delta. Override it where rows can be read alone: that bounds memory."""
         return dense(self.delta(name, step, since))[rows]
 
     def position(self, name: str, step: int) -> LowRank | Tensor:
-        """W_step minus the backbone as it is on disk, every jump included: where the run stands, not what RL did."""
+        """Return W_step minus the backbone on disk, jumps included; ``delta`` excludes them."""
         return self.delta(name, step)
 
     def factors(self, name: str, step: int) -> LoraFactors | None:
-        """The LoRA factors of one parameter at one step; None where the run is not LoRA."""
+        """Return the LoRA factors of one parameter at one step; None where the run is not LoRA."""
         return None
 
     def start(self, name: str) -> LoraFactors | None:
-        """The adapter that RL began with, where it added anything: ``delta`` without ``since`` counts from it."""
+        """Return the adapter that RL began with, from which ``delta`` counts by default; None if it was zero."""
         return None
 
     def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:

@@ -1,4 +1,4 @@
-"""What a compressor promises: deltas in, their leading singular triplets out."""
+"""The interface of compressors: deltas in, their leading singular triplets out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from next_core.types import Plugin, Span
 
 
 class Compressor(Plugin):
-    """Deltas of one shape in, their leading singular triplets out."""
+    """Reduces deltas to their leading singular triplets."""
 
     @abstractmethod
     def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
-        """N deltas of shape (m, n) -> ``Factors`` with a leading dimension N: U (N, m, k), S (N, k), V (N, n, k).
+        """Compress N deltas of one shape (m, n) to ``Factors``: U (N, m, k), S (N, k), V (N, n, k).
 
         Zero deltas give zero columns, never arbitrary unit vectors.
         """
@@ -25,8 +25,8 @@ class Compressor(Plugin):
     def compress_trajectory(
         self, trajectory: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
     ) -> Factors:
-        """The same for several deltas of one LoRA matrix, which share their factors; leading dimension len(spans).
+        """Compress several deltas of one LoRA matrix, which share their factors; N is len(spans).
 
-        ``spectrum`` asks for the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
+        ``spectrum`` requests the sum of all singular values (``Factors.nuclear``), which may otherwise be None.
         """
         return self.compress([trajectory.delta(*span) for span in spans], rank)

@@ -1,13 +1,13 @@
 """Where a predictor says the weights are going, and by how much each parameter moves to get there.
 
-This is the one place that resolves the anchor, so that a cumulative prediction is never added twice.
+The anchor is resolved here and nowhere else, so that a cumulative prediction cannot be added twice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, GuardError, PluginError
 from next_core.interfaces.checkpoint_source import CheckpointSource
+from next_core.interfaces.weight_delta import FactorStep, LazyDelta, Resolved, WeightDelta, merged
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
-from next_core.mathematics.row_blocks import row_blocks
 from next_core.process.optional_packages import import_optional
-from next_core.types import Anchor, LoraFactors, Space
+from next_core.types import Anchor, Parameter, Space
 
-BLOCK = 2**17
-"""Values in a block of rows: it stays in the processor's cache while several passes go over it."""
+ROUNDING = 1e-12
+"""Weights whose sum is below this share of the sum of their absolute values sum to zero."""
 
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """A delta over the observed checkpoints: sum_i weights[t_i] G_{t_i}, counted from the anchor.
+    """A delta over the observed checkpoints, sum_i weights[t_i] G_{t_i}, counted from the anchor.
 
-    In ``space="merged"`` that sum is taken of the deltas themselves. In ``space="factors"`` (LoRA only) the trained
-    A and B are moved each by the same sum of their own past values; step 0 (the adapter as initialised, B = 0) takes
-    what is missing to weights that sum to zero.
+    ``space="merged"`` sums the deltas G_t of the weight matrix. ``space="factors"`` (LoRA only) moves the trained A and
+    B each by the same sum of their own past values; if the weights do not sum to zero, step 0 (the adapter as
+    initialised, B = 0) takes the remainder.
     """
 
     weights: Mapping[int, float]
@@ -50,11 +50,10 @@ Update = CoefficientUpdate | LowRankUpdate
 
 @dataclass(frozen=True, repr=False)
 class Prediction:
-    """Where a predictor says the weights are going.
+    """Where the weights will be ``horizon`` steps after ``step``, the newest checkpoint.
 
-    The updates count from ``anchor`` (the newest checkpoint, or the backbone), and only an applier resolves it: a
-    cumulative prediction can never be added twice. A parameter without an update stays where it is, for the
-    reason in ``abstained``; ``abstention`` says why the predictor declines to predict anything.
+    The updates count from ``anchor``: the newest checkpoint or the backbone. A parameter without an update stays where
+    it is; ``abstained`` gives the reason. ``abstention`` says why the predictor declines to predict anything at all.
     """
 
     source: CheckpointSource
@@ -63,7 +62,7 @@ class Prediction:
     anchor: Anchor = "newest"
     updates: Mapping[str, Update] = field(default_factory=dict)
     confidence: Mapping[str, float] = field(default_factory=dict)
-    """Per parameter a factor on alpha, finite and 0 or more; 1 where it is not given."""
+    """A factor on alpha by parameter, finite and not negative; 1 where it is missing."""
     abstained: Mapping[str, str] = field(default_factory=dict)
     abstention: str | None = None
     diagnostics: Mapping[str, float] = field(default_factory=dict)
@@ -73,11 +72,11 @@ class Prediction:
         return self.confidence.get(name, 1.0)
 
     def delta(self, name: str, alpha: float = 1.0) -> LowRank | Tensor:
-        """Return what one weight matrix (m, n) moves by from the newest checkpoint; zero where nothing is predicted.
+        """Return the move of one weight matrix (m, n) from the newest checkpoint; zero where nothing is predicted.
 
         Raises ``GuardError`` when it is not finite, ``PluginError`` for a parameter that the run does not have.
         """
-        shape = _shape(self.source, name)
+        shape = _parameter(self.source, name).shape
         moved = weight_delta(self, name, alpha)
         return LowRank.zero(*shape) if moved is None else merged(moved)
 
@@ -101,239 +100,176 @@ class Prediction:
         return f"<Prediction from step {self.step} by {self.horizon} steps: {what}>"
 
 
-@dataclass(frozen=True)
-class FactorStep:
-    """A move of the trained adapter's own factors: A += dA, B += dB; ``at`` is where they stand."""
-
-    dA: Tensor  # noqa: N815
-    dB: Tensor  # noqa: N815
-    at: LoraFactors
-
-    def merged(self) -> LowRank:
-        """scaling * ((B + dB)(A + dA) - B A): what the weight matrix moves by."""
-        after = self.at.A.double() + self.dA, self.at.B.double() + self.dB
-        return low_rank.lora_difference(after, (self.at.A, self.at.B), self.at.scaling)
+_R = TypeVar("_R", bound=Resolved)
 
 
-@dataclass(frozen=True)
-class Blend:
-    """A move of a dense parameter that is read in blocks of rows: sum_t weights[t] (W_t - W_T) + matrix.
+def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
+    """Return alpha * confidence * (predicted - W_T) of one parameter; None where nothing moves.
 
-    ``weights`` are keyed by step, None being where RL began; they need not sum to anything, and T itself is not there.
-    """
-
-    source: CheckpointSource
-    name: str
-    step: int
-    weights: Mapping[int | None, float]
-    matrix: LowRank | None = None
-
-    def rows(self, rows: slice) -> Tensor:
-        """Some rows of it, at least fp32."""
-        total: Tensor | None = None
-        for since, weight in self.weights.items():
-            part = self.source.delta_rows(self.name, rows, self.step, since).mul(-weight)
-            total = part if total is None else total.add_(part)
-        if self.matrix is not None:
-            part = self.matrix.left[rows] @ self.matrix.right
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
-
-    def dense(self) -> Tensor:
-        """The whole (m, n) matrix in fp32, or in fp64 where that is what the source gives."""
-        shape = _shape(self.source, self.name)
-        whole: Tensor | None = None
-        for rows in row_blocks(shape, BLOCK):
-            part = self.rows(rows)
-            if whole is None:
-                whole = torch.empty(shape, dtype=part.dtype)
-            whole[rows] = part
-        return torch.zeros(shape) if whole is None else whole
-
-    def norm(self) -> float:
-        """||.||_F, block by block."""
-        blocks = row_blocks(_shape(self.source, self.name), BLOCK)
-        return math.sqrt(sum(float(torch.linalg.vector_norm(self.rows(rows))) ** 2 for rows in blocks))
-
-
-WeightDelta = FactorStep | LowRank | Tensor
-Resolved = FactorStep | LowRank | Tensor | Blend
-
-
-def resolved(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
-    """alpha * confidence * (predicted - W_T) of one parameter; None where nothing is predicted.
-
-    Factors are in fp64. A dense parameter of a source that reads rows alone stays a ``Blend``, of which nothing was
-    read yet. Raises ``GuardError`` when it is not finite, ``PluginError`` when its shape is not the parameter's, and
-    ``CheckpointError`` when its steps are not the run's.
+    Factors are in fp64. A dense parameter of a source that can read single rows gives a ``LazyDelta``, which has read
+    nothing yet. Raises ``GuardError`` when the move is not finite, ``PluginError`` for an update of another shape or an
+    unknown parameter, and ``CheckpointError`` for steps that the run does not have.
     """
     update = prediction.updates.get(name)
     scale = alpha * prediction.weight(name)
     if update is None or scale == 0.0:
         return None
+    parameter = _parameter(prediction.source, name)
+    if isinstance(update, LowRankUpdate):
+        return _checked(prediction, name, _from_matrix(prediction, parameter, update.matrix.to(torch.float64), scale))
+    weights = dict(update.weights)
+    if prediction.anchor == "backbone":  # counted from W_0: subtract what the newest checkpoint already has
+        weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
+    weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
+    if not all(math.isfinite(weight) for weight in weights.values()):  # their sum may hide it
+        raise _not_finite(prediction, name)
+    if all(step == 0 for step in weights):
+        return None
     moved: Resolved
-    if isinstance(update, CoefficientUpdate):
-        weights = dict(update.weights)
-        if prediction.anchor == "backbone":  # from W_0 to W_T: subtract what the newest checkpoint already has
-            weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
-        weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
-        if not all(math.isfinite(weight) for weight in weights.values()):  # a sum of them may hide it
-            raise _not_finite(prediction, name)
-        if all(step == 0 for step in weights):
-            return None  # exactly where W_T is
-        if _reads_rows(prediction.source, name):
-            moved = _blend(prediction, name, weights)
-        elif update.space == "factors" and prediction.source.factors(name, prediction.step) is not None:
-            moved = _factor_step(prediction, name, weights)
-        else:
-            moved = _weighted_sum(prediction, name, weights)
+    if _reads_rows(prediction.source, parameter):
+        moved = _lazy(prediction, parameter, weights)
+    elif update.space == "factors" and prediction.source.factors(name, prediction.step) is not None:
+        moved = _factor_step(prediction, name, weights)
     else:
-        moved = _from_lowrank(prediction, name, update.matrix.to(torch.float64), scale)
-    return _validated(prediction, name, moved)
+        moved = _sum_of_deltas(prediction, parameter, weights)
+    return _checked(prediction, name, moved)
+
+
+def resolve_scaled(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
+    """Return what ``resolve`` does, computed at alpha 1 and then scaled: it may differ in the last bit."""
+    once = resolve(prediction, name, 1.0)
+    if once is None:
+        return None
+    return _checked(prediction, name, alpha * once if isinstance(once, Tensor) else once.scale(alpha))
 
 
 def weight_delta(prediction: Prediction, name: str, alpha: float) -> WeightDelta | None:
-    """The same with nothing left to read: a dense parameter's weight_delta is the whole matrix."""
-    moved = resolved(prediction, name, alpha)
-    return _validated(prediction, name, moved.dense()) if isinstance(moved, Blend) else moved
-
-
-def scaled(prediction: Prediction, name: str, moved: Resolved, alpha: float) -> Resolved:
-    """alpha times a weight_delta (of A and of B each, in factor space), which is the one of that alpha.
-
-    Raises ``GuardError`` when it is not finite.
-    """
-    if isinstance(moved, FactorStep):
-        return _validated(prediction, name, FactorStep(alpha * moved.dA, alpha * moved.dB, moved.at))
-    if isinstance(moved, Blend):
-        weights = {step: alpha * weight for step, weight in moved.weights.items()}
-        matrix = None if moved.matrix is None else moved.matrix.scale(alpha)
-        return _validated(prediction, name, replace(moved, weights=weights, matrix=matrix))
-    return _validated(prediction, name, moved.scale(alpha) if isinstance(moved, LowRank) else alpha * moved)
+    """Return what ``resolve`` does, with a ``LazyDelta`` read into the whole matrix."""
+    moved = resolve(prediction, name, alpha)
+    return _checked(prediction, name, moved.dense()) if isinstance(moved, LazyDelta) else moved
 
 
 def weight_deltas(prediction: Prediction, alpha: float) -> Iterator[tuple[str, WeightDelta]]:
-    """Every parameter that moves, one at a time."""
+    """Yield the name and the move of every parameter that moves, one at a time."""
     for name in sorted(prediction.updates):
         moved = weight_delta(prediction, name, alpha)
         if moved is not None:
             yield name, moved
 
 
-def merged(moved: WeightDelta) -> LowRank | Tensor:
-    """A weight_delta as it acts on the weight matrix."""
-    return moved.merged() if isinstance(moved, FactorStep) else moved
-
-
 def jump_norms(prediction: Prediction, alpha: float) -> dict[str, float]:
-    """||weight_delta||_F of each parameter that moves, in merged space; dense ones block by block, never as a whole."""
-    found: dict[str, float] = {}
-    for name in sorted(prediction.updates):
-        moved = resolved(prediction, name, alpha)
-        if moved is None:
-            continue
-        delta = moved if isinstance(moved, Blend) else merged(moved)
-        found[name] = float(delta.norm())
-    return found
+    """Return the Frobenius norm of every parameter's move, in merged space; dense ones are read block by block."""
+    moves = ((name, resolve(prediction, name, alpha)) for name in sorted(prediction.updates))
+    return {
+        name: float((moved.merged() if isinstance(moved, FactorStep) else moved).norm())
+        for name, moved in moves
+        if moved is not None
+    }
 
 
-def _reads_rows(source: CheckpointSource, name: str) -> bool:
-    """Whether a parameter is dense and its rows can be read alone."""
-    if type(source).delta_rows is CheckpointSource.delta_rows:
-        return False
-    return next((parameter.kind == "dense" for parameter in source.parameters if parameter.name == name), False)
+def _reads_rows(source: CheckpointSource, parameter: Parameter) -> bool:
+    """Whether a parameter is dense and the source can read some of its rows without the others."""
+    return parameter.kind == "dense" and type(source).delta_rows is not CheckpointSource.delta_rows
 
 
-def _blend(prediction: Prediction, name: str, weights: Mapping[int, float], matrix: LowRank | None = None) -> Blend:
-    """sum_t weights[t] (W_t - W_0) about W_T: the terms of W_T and W_0 cancel where the weights sum to zero."""
-    rest = -sum(weights.values())
+def _lazy(
+    prediction: Prediction, parameter: Parameter, weights: Mapping[int, float], matrix: LowRank | None = None
+) -> LazyDelta:
+    """Return sum_t w_t (W_t - W_0), written about W_T: sum_t w_t (W_t - W_T) - (sum_t w_t) (W_0 - W_T).
+
+    The terms of W_T vanish, and that of W_0 where the weights sum to zero, as a secant's do. What remains are
+    differences of neighbouring checkpoints: the backbone is not read, and nothing large cancels.
+    """
     about: dict[int | None, float] = {step: w for step, w in weights.items() if step not in (0, prediction.step)}
     unknown = set(about) - set(prediction.source.steps)
     if unknown:
-        raise CheckpointError(f"step {min(map(str, unknown))} was not observed; observed: {prediction.source.steps}")
-    rest += weights.get(0, 0.0)  # step 0 is where RL began
-    if not abs(rest) <= 1e-12 * sum(abs(weight) for weight in weights.values()):
+        raise CheckpointError(
+            f"step {min(map(str, unknown))} was not observed; observed steps: {prediction.source.steps}",
+            kind="checkpoint-not-found",
+        )
+    rest = weights.get(0, 0.0) - sum(weights.values())  # step 0 is where RL began: its own term is W_0 - W_0
+    if not abs(rest) <= ROUNDING * sum(map(abs, weights.values())):
         about[None] = rest
-    return Blend(prediction.source, name, prediction.step, about, matrix)
+    return LazyDelta(prediction.source, parameter.name, parameter.shape, prediction.step, about, matrix)
 
 
 def _factor_step(prediction: Prediction, name: str, weights: Mapping[int, float]) -> FactorStep:
     rest = -sum(weights.values())
-    if abs(rest) > 1e-12 * sum(abs(weight) for weight in weights.values()):
+    if abs(rest) > ROUNDING * sum(map(abs, weights.values())):
         weights = {**weights, 0: weights.get(0, 0.0) + rest}
     at = prediction.source.factors(name, prediction.step)
     assert at is not None
     dA, dB = torch.zeros_like(at.A, dtype=torch.float64), torch.zeros_like(at.B, dtype=torch.float64)
     for step, weight in weights.items():
         then = prediction.source.factors(name, step)
-        if then is None:
-            raise CheckpointError(f"step {step} has no LoRA factors of '{name}'; use space: merged")
+        assert then is not None
         dA.add_(then.A, alpha=weight)
         dB.add_(then.B, alpha=weight)
     return FactorStep(dA, dB, at)
 
 
-def _weighted_sum(prediction: Prediction, name: str, weights: Mapping[int, float]) -> LowRank | Tensor:
-    parts = [
-        (weight, prediction.source.delta(name, step)) for step, weight in weights.items() if step != 0 and weight != 0.0
-    ]
-    factored = [delta.scale(weight) for weight, delta in parts if isinstance(delta, LowRank)]
-    if len(factored) == len(parts):
-        return _no_wider_than_needed(low_rank.concatenate(factored))
-    total = torch.zeros(_shape(prediction.source, name), dtype=torch.float64)
-    for weight, delta in parts:
-        assert isinstance(delta, Tensor)
-        total.add_(delta, alpha=weight)
+def _sum_of_deltas(prediction: Prediction, parameter: Parameter, weights: Mapping[int, float]) -> LowRank | Tensor:
+    terms = [(weight, prediction.source.delta(parameter.name, step)) for step, weight in weights.items() if step != 0]
+    factored = [delta.scale(weight) for weight, delta in terms if isinstance(delta, LowRank)]
+    if len(factored) == len(terms):
+        return _narrowed(low_rank.concatenate(factored))
+    total = torch.zeros(parameter.shape, dtype=torch.float64)
+    for weight, delta in terms:
+        total.add_(low_rank.dense(delta), alpha=weight)
     return total
 
 
-def _from_lowrank(prediction: Prediction, name: str, matrix: LowRank, scale: float) -> LowRank | Tensor | Blend:
-    if matrix.shape != _shape(prediction.source, name):
-        raise PluginError(f"the update of '{name}' is {matrix.shape}, the parameter {_shape(prediction.source, name)}")
+def _from_matrix(prediction: Prediction, parameter: Parameter, matrix: LowRank, scale: float) -> Resolved:
+    if matrix.shape != parameter.shape:
+        raise PluginError(
+            f"the update of '{parameter.name}' is {matrix.shape}, not {parameter.shape}; correct the predictor",
+            kind="predictor-wrong-answer",
+        )
     if prediction.anchor == "newest":
         return matrix.scale(scale)
-    if _reads_rows(prediction.source, name):
-        return _blend(prediction, name, {prediction.step: -scale}, matrix.scale(scale))
-    moved_already = prediction.source.delta(name, prediction.step)
-    if isinstance(moved_already, LowRank):
-        return _no_wider_than_needed((matrix - moved_already).scale(scale))
-    return scale * (matrix.dense() - moved_already)
+    if _reads_rows(prediction.source, parameter):
+        return _lazy(prediction, parameter, {prediction.step: -scale}, matrix.scale(scale))
+    trained = prediction.source.delta(parameter.name, prediction.step)
+    if isinstance(trained, LowRank):
+        return _narrowed((matrix - trained).scale(scale))
+    return scale * (matrix.dense() - trained)
 
 
-def _no_wider_than_needed(matrix: LowRank) -> LowRank:
-    """Exactly the same matrix, of rank at most min(m, n)."""
-    if matrix.rank <= min(matrix.shape):
-        return matrix
-    return low_rank.truncated_svd(matrix, min(matrix.shape)).lowrank()
+def _narrowed(matrix: LowRank) -> LowRank:
+    """Return the same matrix with a rank of at most min(m, n)."""
+    widest = min(matrix.shape)
+    return matrix if matrix.rank <= widest else low_rank.truncated_svd(matrix, widest).lowrank()
 
 
-def _shape(source: CheckpointSource, name: str) -> tuple[int, int]:
+def _parameter(source: CheckpointSource, name: str) -> Parameter:
     for parameter in source.parameters:
         if parameter.name == name:
-            return parameter.shape
-    raise PluginError(f"the prediction names '{name}', which the run does not have")
+            return parameter
+    raise PluginError(
+        f"the prediction names '{name}', which the run does not have; correct the predictor",
+        kind="predictor-wrong-answer",
+    )
 
 
-_R = TypeVar("_R", bound=Resolved)
-
-
-def _validated(prediction: Prediction, name: str, moved: _R) -> _R:
-    tensors: tuple[Tensor, ...]
-    if isinstance(moved, FactorStep):
-        tensors = (moved.dA, moved.dB)
-    elif isinstance(moved, Blend):
-        tensors = (torch.tensor(list(moved.weights.values())),)
-        if moved.matrix is not None:
-            tensors = (*tensors, moved.matrix.left, moved.matrix.right)
-    elif isinstance(moved, LowRank):
-        tensors = (moved.left, moved.right)
-    else:
-        tensors = (moved,)
-    if not all(bool(torch.isfinite(tensor.sum())) for tensor in tensors):
+def _checked(prediction: Prediction, name: str, moved: _R) -> _R:
+    """Return ``moved``. Raises ``GuardError`` when it holds NaN or Inf: a sum is finite only if its terms are."""
+    if not all(math.isfinite(tensor.sum()) for tensor in _tensors(moved)):
         raise _not_finite(prediction, name)
     return moved
 
 
+def _tensors(moved: Resolved | None) -> list[Tensor]:
+    if isinstance(moved, FactorStep):
+        return [moved.dA, moved.dB]
+    if isinstance(moved, LowRank):
+        return [moved.left, moved.right]
+    if isinstance(moved, LazyDelta):
+        return [torch.tensor(list(moved.weights.values())), *_tensors(moved.matrix)]
+    return [] if moved is None else [moved]
+
+
 def _not_finite(prediction: Prediction, name: str) -> GuardError:
-    return GuardError(f"the jump of '{name}' at step {prediction.step} is not finite; nothing was changed")
+    return GuardError(
+        f"the jump of '{name}' at step {prediction.step} is not finite; use a smaller alpha or another predictor",
+        kind="numbers-not-finite",
+    )

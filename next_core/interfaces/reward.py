@@ -1,4 +1,4 @@
-"""What a verifiable reward promises."""
+"""The interface of verifiable rewards."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ class Reward(Plugin):
 
     @abstractmethod
     def __call__(self, completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
-        """One reward for each completion; ``answer`` and ``columns`` are the data set's columns."""
+        """Return one reward for each completion; ``answer`` and ``columns`` are columns of the data set."""

@@ -1,4 +1,4 @@
-"""What an applier promises: resolve the anchor, scale by alpha, write, and undo."""
+"""The interface of appliers: turn a prediction into weights, and undo it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from next_core.types import Plugin, Progress
 
 
 class Applied(ABC):
-    """Weights that were changed; ``rollback`` puts back exactly what was there."""
+    """Weights that an applier changed."""
 
     @abstractmethod
     def rollback(self) -> None:
@@ -18,17 +18,20 @@ class Applied(ABC):
 
 
 class WeightApplier(Plugin):
-    """Resolves the anchor, scales by alpha, writes. All is computed and validated before anything changes."""
+    """Turns a prediction into weights. An error leaves the weights as they were."""
 
     writes_folders: ClassVar[bool] = True
     """Whether ``apply`` writes a folder; False for an applier that changes a model in memory."""
     progress: Progress | None = None
 
     def report_progress(self, what: str, done: int, total: int) -> None:
-        """Report to ``progress``, where there is one."""
+        """Call ``progress`` if it is set."""
         if self.progress is not None:
             self.progress(what, done, total)
 
     @abstractmethod
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> Applied:
-        """Write W_T + alpha * confidence * (prediction - W_T) to ``out``: a folder, or a live model."""
+        """Write W_T + alpha * confidence * (predicted - W_T) to ``out``: a new folder, or a live model.
+
+        Raises ``GuardError`` for values that are not finite, ``PluginError`` for an update that does not fit the run.
+        """

@@ -1,24 +1,30 @@
-"""Into a model that is training: its own factors, a frozen adapter beside the trained one, or its full weights."""
+"""Jumps in a model that is training: in its own LoRA factors, in a frozen adapter, or in its full weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from next_core.appliers.jump_adapter import adapter_settings, balanced
+from next_core.appliers.jump_adapter import adapter_settings, balanced, factor_keys
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
-from next_core.interfaces.prediction import FactorStep, weight_deltas
+from next_core.interfaces.prediction import weight_deltas
+from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.process.containment import same_random_states
 from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS
 
 
 class InMemoryApplied(Applied):
-    """A jump in a live model. ``shift`` is what past checkpoints move by, so that later secants measure RL alone."""
+    """A jump in a live model.
+
+    ``kept`` holds the changed parameters with their old values, ``adapter`` the name of the frozen adapter if one was
+    added. ``shift`` is the move of the trained weights, rounding included: past checkpoints are moved by it, so that
+    later secants measure RL alone.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -27,11 +33,11 @@ class InMemoryApplied(Applied):
         self.shift: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def write(self, key: str, parameter: Tensor, moved: Tensor) -> None:
-        """parameter += moved, keeping what was there; the shift is what landed, rounding included."""
+    def write(self, key: str, parameter: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` to a parameter and record its shift under ``key``."""
         kept = parameter.detach().clone()
         self.kept.append((parameter, kept))
-        parameter.copy_((parameter.double() + moved.to(parameter.device)).to(parameter.dtype))
+        parameter.copy_((parameter.double() + delta.to(parameter.device)).to(parameter.dtype))
         self.shift[key] = (parameter.float() - kept.float()).cpu()
 
     @torch.no_grad()
@@ -45,9 +51,9 @@ class InMemoryApplied(Applied):
 class InMemoryApplier(WeightApplier):
     """Changes a live ``torch.nn.Module`` in place.
 
-    LoRA: a coefficient update in factor space rewrites the trained adapter's own A and B; anything else becomes a
-    frozen adapter ``jump-N`` beside it, exact, its weights buffers and not parameters, so that nothing
-    (``disable_adapter``, merge and unmerge, ``set_adapter``) can give them gradients. Full-parameter: W += delta, fp32.
+    LoRA: coefficients in factor space change the trained adapter's own A and B. Any other update becomes an exact
+    frozen adapter ``jump-N``. Its weights are buffers instead of parameters, so that nothing (``disable_adapter``,
+    merging, ``set_adapter``) can give them gradients. Full-parameter runs: W += delta, in fp32.
     """
 
     name = "in-memory"
@@ -56,76 +62,85 @@ class InMemoryApplier(WeightApplier):
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
         applied = InMemoryApplied(out)
         parameters = dict(out.named_parameters())
-        beside: dict[str, LowRank] = {}
+        as_adapter: dict[str, LowRank] = {}
         try:
-            # One matrix at a time: a full-parameter jump is as large as the model. An error on the way undoes it all.
+            # One matrix at a time, since a full-parameter jump is as large as the model; an error undoes all of it.
             for name, moved in weight_deltas(prediction, alpha):
                 if isinstance(moved, FactorStep):
-                    for path, key, delta in _factor_writes(out, name, moved):
-                        applied.write(key, _find(parameters, path, delta.shape), delta)
+                    keys = zip(SHIFT_KEYS, factor_keys(name), (moved.dA, moved.dB), strict=True)
+                    for shift_key, key, delta in keys:
+                        path = f"{key.removesuffix('.weight')}.{trained_adapter(out)}.weight"
+                        applied.write(shift_key.format(name=name), _find(parameters, path, delta), delta)
                 elif not is_peft(out):
                     delta = dense(moved)
-                    applied.write(name, _full_precision(name, _find(parameters, name, delta.shape)), delta)
-                elif isinstance(moved, LowRank):
-                    beside[name] = moved
+                    applied.write(name, _in_full_precision(name, _find(parameters, name, delta)), delta)
                 else:
-                    raise BackendError(  # noqa: TRY301 - caught to roll back what was written
-                        f"a dense jump of '{name}' cannot be put beside a LoRA adapter"
-                    )
-            if beside:
-                applied.adapter = add_frozen_adapter(out, beside)
+                    as_adapter[name] = _as_low_rank(name, moved)
+            if as_adapter:
+                applied.adapter = add_frozen_adapter(out, as_adapter)
         except BaseException:
             applied.rollback()
             raise
         return applied
 
 
-def _factor_writes(model: Any, name: str, moved: FactorStep) -> Iterator[tuple[str, str, Tensor]]:
-    """Path in the live model, key in a shift file, weight_delta: of A and of B."""
-    adapter, module = trained_adapter(model), name.removesuffix(".weight")
-    for side, key, delta in zip("AB", SHIFT_KEYS, (moved.dA, moved.dB), strict=True):
-        yield f"base_model.model.{module}.lora_{side}.{adapter}.weight", key.format(name=name), delta
-
-
-def _full_precision(name: str, parameter: Tensor) -> Tensor:
+def _in_full_precision(name: str, parameter: Tensor) -> Tensor:
     if parameter.dtype not in (torch.float32, torch.float64):
         raise BackendError(
-            f"'{name}' is {parameter.dtype}: most of a small jump would be lost in its rounding; load the model in "
-            "float32, or train LoRA"
+            f"'{name}' is {parameter.dtype}, whose rounding would lose most of a small jump; load the model in "
+            "float32, or train LoRA",
+            kind="backend-unsupported",
         )
     return parameter
 
 
-def _find(parameters: Mapping[str, Tensor], path: str, shape: tuple[int, ...]) -> Tensor:
+def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
+    if not isinstance(delta, LowRank):
+        raise BackendError(
+            f"the jump of '{name}' is a dense matrix, which no adapter can hold; use a predictor with low-rank updates",
+            kind="backend-unsupported",
+        )
+    return delta
+
+
+def _find(parameters: Mapping[str, Tensor], path: str, delta: Tensor) -> Tensor:
     target = parameters.get(path)
-    if target is None:
-        raise BackendError(f"the live model has no parameter '{path}'; do the checkpoints belong to it?")
-    if tuple(target.shape) != tuple(shape):
-        raise BackendError(f"the live model's '{path}' is {tuple(target.shape)}, the jump {tuple(shape)}")
+    if target is None or target.shape != delta.shape:
+        have = "missing" if target is None else tuple(target.shape)
+        raise BackendError(
+            f"the live model's '{path}' is {have}, the jump {tuple(delta.shape)}; use the checkpoints of this model",
+            kind="checkpoint-other-model",
+        )
     return target
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether the model is a PEFT model (without importing peft where it is not)."""
+    """Whether the model is a PEFT model; peft is not imported."""
     return hasattr(model, "peft_config") and hasattr(model, "base_model")
 
 
 def trained_adapter(model: Any) -> str:
-    """The name of the adapter that trains."""
+    """Return the name of the adapter that trains."""
     names = [name for name in _active(model) if not name.startswith(JUMP_PREFIX)]
     if len(names) != 1:
-        raise BackendError(f"expected one trained adapter, the model has {names or 'none'} active")
+        raise BackendError(
+            f"the active adapters to train are {names or 'none'}; activate exactly one", kind="backend-unsupported"
+        )
     return names[0]
 
 
 def jump_adapters(model: Any) -> list[str]:
-    """The frozen jump adapters of a PEFT model, in the order they were made."""
+    """Return the names of a PEFT model's frozen jump adapters, oldest first."""
     names = [name for name in model.peft_config if name.startswith(JUMP_PREFIX)]
-    return sorted(names, key=lambda name: int(name.removeprefix(JUMP_PREFIX)))
+    return sorted(names, key=_number)
+
+
+def _number(adapter: str) -> int:
+    return int(adapter.removeprefix(JUMP_PREFIX))
 
 
 def activate_jumps(model: Any) -> list[str]:
-    """Make every jump adapter active and frozen again, as after ``resume_from_checkpoint``. Returns their names."""
+    """Activate and freeze all jump adapters again, as after ``resume_from_checkpoint``. Returns their names."""
     jumps = jump_adapters(model)
     if jumps:
         for name in jumps:
@@ -134,25 +149,25 @@ def activate_jumps(model: Any) -> list[str]:
     return jumps
 
 
-def add_frozen_adapter(model: Any, moves: Mapping[str, LowRank]) -> str:
-    """A new active adapter whose B A is each weight_delta, exactly; frozen. Returns its name."""
+def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
+    """Add an active frozen adapter whose B A is exactly each delta. Returns its name."""
     from peft import LoraConfig
 
     if "ref" in model.peft_config:
         raise BackendError(
-            "this run keeps its reference policy in an adapter called 'ref', and switching to it and back would drop "
-            "a jump adapter; use a coefficient predictor with space: factors, or start from a merged model"
+            "this run keeps its reference policy in an adapter named 'ref'; switching to it and back deactivates jump "
+            "adapters: use a coefficient predictor with space: factors, or start from a merged model",
+            kind="backend-unsupported",
         )
-    numbers = [int(name.removeprefix(JUMP_PREFIX)) for name in jump_adapters(model)]
-    name = f"{JUMP_PREFIX}{max(numbers, default=0) + 1}"
-    settings = adapter_settings(moves)
+    name = f"{JUMP_PREFIX}{max(map(_number, jump_adapters(model)), default=0) + 1}"
+    settings = adapter_settings(deltas)
     config = LoraConfig(**settings, task_type=model.peft_config[trained_adapter(model)].task_type)
-    with same_random_states():  # PEFT draws a start that is overwritten
+    with same_random_states():  # PEFT draws initial weights, which are overwritten
         model.add_adapter(name, config)
     for module in settings["target_modules"]:
         layer = model.base_model.model.get_submodule(module)
         with torch.no_grad():
-            for table, value in zip((layer.lora_A, layer.lora_B), balanced(moves[f"{module}.weight"]), strict=True):
+            for table, value in zip((layer.lora_A, layer.lora_B), balanced(deltas[f"{module}.weight"]), strict=True):
                 table[name].weight.copy_(value)
     activate_jumps(model)
     return name
@@ -167,17 +182,13 @@ def remove_adapter(model: Any, name: str) -> None:
 
 
 def _freeze(model: Any, adapter: str) -> None:
-    """Turn an adapter's weights into buffers: what is no parameter can never be trained."""
-    for layer in _lora_layers(model):
-        for table in (layer.lora_A, layer.lora_B):
+    """Turn an adapter's weights into buffers, which no optimizer trains."""
+    for layer in model.modules():
+        for table in (getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})):
             if adapter in table and isinstance(table[adapter].weight, nn.Parameter):
                 weight = table[adapter].weight.detach()
                 del table[adapter].weight
                 table[adapter].register_buffer("weight", weight)
-
-
-def _lora_layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
 
 
 def _active(model: Any) -> list[str]:

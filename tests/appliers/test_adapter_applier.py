@@ -1,4 +1,4 @@
-"""What is written loads in plain PEFT and says exactly what base weights plus the explicit delta say."""
+"""A written adapter loads in plain PEFT, with the logits of the base weights plus the explicit delta."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
-from next_core.errors import ConfigError, GuardError, PluginError
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
+from tests.appliers.conftest import BOTH, ROW, secant
 from tests.conftest import LoraRun, noise
+from tests.errors import raises_kind
 
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+WEIGHTS = "adapter_model.safetensors"
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "rslora": {"use_rslora": True, "r": 3},
     "mixed ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"k_proj": 32, "up_proj": 4}},
     "mixed ranks and rslora": {
         "rank_pattern": {"layers.1.*proj": 2},
@@ -33,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
 }
+KINDS = pytest.mark.parametrize("kind", RUNS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def low_rank(name: str, shape: tuple[int, int], k: int = 2) -> LowRank:
 
 
 def predict(source: PeftAdapterSource, what: str) -> tuple[Prediction, dict[str, Tensor]]:
-    """A prediction, and the W_hat - W_T at alpha 1.5 that it stands for, computed from the files by hand."""
+    """A prediction, and the move from W_T at alpha 1.5 that it stands for, computed from the files by hand."""
     updates: dict[str, Update] = {}
     explicit: dict[str, Tensor] = {}
     confidence = {source.parameters[0].name: 0.5}
@@ -102,36 +105,30 @@ def adapter_logits(run: LoraRun, folder: Path, logits: Callable[[Any], Tensor]) 
 
 
 @pytest.mark.parametrize("what", ["factors", "merged", "cumulative", "low rank"])
-@pytest.mark.parametrize("kind", RUNS)
+@KINDS
 def test_the_adapter_loads_in_plain_peft_with_the_logits_of_the_explicit_weights(
     runs: dict[str, LoraRun], kind: str, what: str, tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
-    run = runs[kind]
-    prediction, explicit = predict(opened(run), what)
+    prediction, explicit = predict(opened(runs[kind]), what)
     make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "out")
-    expected = expected_logits(run, explicit, logits)
-    assert (expected - expected_logits(run, {}, logits)).abs().max() > 1e-3
-    torch.testing.assert_close(adapter_logits(run, tmp_path / "out", logits), expected, atol=1e-5, rtol=1e-5)
+    expected = expected_logits(runs[kind], explicit, logits)
+    assert (expected - expected_logits(runs[kind], {}, logits)).abs().max() > 1e-3
+    torch.testing.assert_close(adapter_logits(runs[kind], tmp_path / "out", logits), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@KINDS
 def test_in_factor_space_the_adapter_keeps_its_ranks_and_its_config(
     runs: dict[str, LoraRun], kind: str, tmp_path: Path
 ) -> None:
-    run = runs[kind]
-    prediction, _ = predict(opened(run), "factors")
+    prediction, _ = predict(opened(runs[kind]), "factors")
     make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "out")
-    stored = run.folder(20)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == json.loads(
-        (stored / "adapter_config.json").read_text()
-    )
-    before = load_file(stored / "adapter_model.safetensors")
-    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    stored, out = runs[kind].folder(20), tmp_path / "out"
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (stored, out)]
+    assert configs[0] == configs[1]
+    before, after = load_file(stored / WEIGHTS), load_file(out / WEIGHTS)
     assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
-    still = [key for key in before if key.startswith("base_model.model.model.layers.1.self_attn.v_proj")]
-    assert all(torch.equal(before[key], after[key]) for key in still)
-    moved = [key for key in before if key not in still]
-    assert not any(torch.equal(before[key], after[key]) for key in moved)
+    still = {key for key in before if "layers.1.self_attn.v_proj" in key}
+    assert {key for key in before if torch.equal(before[key], after[key])} == still
 
 
 @pytest.mark.parametrize("what", ["factors", "low rank"])
@@ -140,134 +137,125 @@ def test_a_truncated_adapter_is_the_best_of_its_rank(
     runs: dict[str, LoraRun], kind: str, rank: int, what: str, tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
     run = runs[kind]
-    source = opened(run)
-    prediction, explicit = predict(source, what)
+    prediction, explicit = predict(opened(run), what)
     make_applier("peft-adapter", rank=rank).apply(prediction, alpha=1.5, out=tmp_path / "out")
     best = {}
-    for parameter in source.parameters:
-        name = parameter.name
-        whole = run.deltas[20][name] + explicit.get(name, 0.0)
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
-        best[name] = U[:, :rank] * S[:rank] @ Vh[:rank] - run.deltas[20][name]
-    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, trained in run.deltas[20].items():
+        U, S, Vh = torch.linalg.svd(trained + explicit.get(name, 0.0), full_matrices=False)
+        best[name] = U[:, :rank] * S[:rank] @ Vh[:rank] - trained
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert max(min(tensor.shape) for tensor in tensors.values()) <= max(rank, 8)
     found = adapter_logits(run, tmp_path / "out", logits)
     torch.testing.assert_close(found, expected_logits(run, best, logits), atol=1e-5, rtol=1e-5)
 
 
-def test_what_an_adapter_holds_besides_lora_factors_is_carried_along(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path
-) -> None:
+def test_a_secant_in_merged_space_stores_the_newest_a_once(run: LoraRun, tmp_path: Path) -> None:
+    make_applier("peft-adapter").apply(secant(run), out=tmp_path / "out")
+    assert load_file(tmp_path / "out" / WEIGHTS)[KEY.format("A")].shape == (6, 16)  # of rank 3
+
+
+def test_whole_modules_of_an_adapter_are_copied(make_lora_run: Callable[..., LoraRun], tmp_path: Path) -> None:
     run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj"], modules_to_save=["lm_head"])
     prediction = make_predictor("secant").fit(History(opened(run))).predict(10)
     make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    stored = load_file(run.folder(20) / "adapter_model.safetensors")
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    key = "base_model.model.lm_head.weight"
-    assert torch.equal(written[key], stored[key])
+    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert set(written) == set(stored)
+    assert torch.equal(written["base_model.model.lm_head.weight"], stored["base_model.model.lm_head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Adapter .* invalid shape")
+@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_a_lora_part_that_keeps_its_scaling_is_refused_where_the_others_change_theirs(
+    make_lora_run: Callable[..., LoraRun], tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    run = make_lora_run(tmp_path / "run", (10, 20), **{"target_modules": ["q_proj"]} | lora)
+    with raises_kind("checkpoint-unsupported-adapter", ".lora_"):
+        make_applier("peft-adapter").apply(secant(run), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    make_applier("peft-adapter").apply(secant(run, space="factors"), out=tmp_path / "out")
+    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert set(written) == set(stored)
 
 
-def test_rolling_back_removes_the_folder(runs: dict[str, LoraRun], tmp_path: Path) -> None:
-    prediction, _ = predict(opened(runs["plain"]), "factors")
-    applied = make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    assert (tmp_path / "out" / "manifest.json").exists()
+@BOTH
+@pytest.mark.parametrize(
+    ("update", "alpha", "kind"),
+    [
+        (LowRankUpdate(LowRank(torch.full((16, 1), math.nan), torch.ones(1, 16))), 1.0, "not-finite"),
+        (CoefficientUpdate({20: math.inf, 10: -1.0}, "factors"), 1.0, "not-finite"),
+        (LowRankUpdate(LowRank(torch.full((16, 1), 1e30).double(), torch.ones(1, 16).double())), 1e30, "overflow"),
+        (CoefficientUpdate({20: 1e200, 10: -1.0}, "factors"), 1.0, "overflow"),
+    ],
+    ids=["nan", "infinite", "beyond fp32", "factors beyond fp32"],
+)
+def test_a_jump_that_is_not_finite_in_fp32_is_refused_and_leaves_nothing(
+    run: LoraRun, tmp_path: Path, applier: str, update: Update, alpha: float, kind: str
+) -> None:
+    prediction = Prediction(opened(run), 20, 10, updates={ROW: update})
+    with raises_kind(f"numbers-{kind}", ROW):
+        make_applier(applier).apply(prediction, alpha, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_nothing_is_written_onto_an_existing_folder_or_into_one_that_is_read(
+    run: LoraRun, tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    with raises_kind("config-folder-not-empty", "there"):
+        make_applier(applier).apply(secant(run), out=tmp_path / "there")
+    (tmp_path / "link").symlink_to(run.base)
+    monkeypatch.chdir(run.path)
+    targets = (
+        run.path,
+        run.folder(20),
+        run.path / "new",
+        Path("new"),
+        run.base,
+        run.base / "new",
+        tmp_path / "link/new",
+    )
+    for target in targets:
+        with raises_kind("config-contradiction", target, "being read"):
+            make_applier(applier).apply(secant(run), out=target)
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-0", "checkpoint-10", "checkpoint-20"]
+
+
+@BOTH
+def test_an_update_of_an_unknown_parameter_is_refused(run: LoraRun, tmp_path: Path, applier: str) -> None:
+    with raises_kind("predictor-wrong-answer", "'other'"):
+        make_applier(applier).apply(secant(run, updates={"other": CoefficientUpdate({20: 1.0})}), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_adapters_needs_another_applier(tmp_path: Path) -> None:
+    source = MemorySource({10: {"a": torch.ones(3, 3)}}, {"a": torch.zeros(3, 3)})
+    with raises_kind("config-contradiction", "merged-model"):
+        make_applier("peft-adapter").apply(Prediction(source, 10, 10), out=tmp_path / "out")
+
+
+def test_a_prediction_of_where_the_weights_are_writes_the_trained_adapter(
+    runs: dict[str, LoraRun], tmp_path: Path
+) -> None:
+    run = runs["mixed ranks"]
+    updates = {name: CoefficientUpdate({20: 1.0}) for name in run.deltas[20]}
+    applied = make_applier("peft-adapter").apply(
+        Prediction(opened(run), 20, 10, "backbone", updates), out=tmp_path / "out"
+    )
+    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in written.items())
     applied.rollback()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
-@pytest.mark.parametrize(
-    ("update", "alpha"),
-    [
-        (LowRankUpdate(LowRank(torch.full((16, 1), math.nan), torch.ones(1, 16))), 1.0),
-        (LowRankUpdate(LowRank(torch.full((16, 1), 1e30).double(), torch.ones(1, 16).double())), 1e30),
-        (CoefficientUpdate({20: math.inf, 10: -1.0}, "factors"), 1.0),
-        (CoefficientUpdate({20: 1e200, 10: -1.0}, "factors"), 1.0),
-    ],
-    ids=["nan", "beyond fp32", "infinite", "factors beyond fp32"],
-)
-def test_a_prediction_that_is_not_finite_is_refused_and_leaves_nothing(
-    runs: dict[str, LoraRun], tmp_path: Path, applier: str, update: Update, alpha: float
-) -> None:
-    name = "model.layers.1.self_attn.q_proj.weight"
-    prediction = Prediction(opened(runs["plain"]), 20, 10, updates={name: update})
-    with pytest.raises(GuardError, match=f"'{name}'.* nothing was"):
-        make_applier(applier).apply(prediction, alpha=alpha, out=tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
-def test_nothing_is_written_onto_what_exists_or_into_what_is_read(
-    runs: dict[str, LoraRun], tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = runs["plain"]
-    prediction, _ = predict(opened(run), "factors")
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ConfigError, match="there exists already; choose another folder or remove it"):
-        make_applier(applier).apply(prediction, out=tmp_path / "there")
-    (tmp_path / "link").symlink_to(run.base)
-    monkeypatch.chdir(run.path)
-    for target in (run.path, run.folder(20), run.path / "new", Path("new"), run.base, run.base / "new"):
-        with pytest.raises(ConfigError, match="which is being read; choose a folder outside it"):
-            make_applier(applier).apply(prediction, out=target)
-    with pytest.raises(ConfigError, match="which is being read"):
-        make_applier(applier).apply(prediction, out=tmp_path / "link" / "new")
-    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-0", "checkpoint-10", "checkpoint-20"]
-
-
-@pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
-def test_an_update_of_a_parameter_that_the_run_does_not_have_is_refused(
-    runs: dict[str, LoraRun], tmp_path: Path, applier: str
-) -> None:
-    prediction = Prediction(opened(runs["plain"]), 20, 10, updates={"other": CoefficientUpdate({20: 1.0})})
-    with pytest.raises(PluginError, match="the prediction names 'other', which the run does not have"):
-        make_applier(applier).apply(prediction, out=tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_is_not_lora_is_told_which_applier_to_use(tmp_path: Path) -> None:
-    source = MemorySource({10: {"a": torch.ones(3, 3)}}, {"a": torch.zeros(3, 3)})
-    with pytest.raises(ConfigError, match="needs a run of LoRA adapters; use 'merged-model'"):
-        make_applier("peft-adapter").apply(Prediction(source, 10, 10), out=tmp_path / "out")
-
-
-def test_a_prediction_that_moves_nothing_writes_the_trained_adapter(
-    runs: dict[str, LoraRun], tmp_path: Path, logits: Callable[[Any], Tensor]
-) -> None:
-    run = runs["mixed ranks"]
-    prediction = Prediction(
-        opened(run), 20, 10, "backbone", {run_name: CoefficientUpdate({20: 1.0}) for run_name in run.deltas[20]}
-    )
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    stored = load_file(run.folder(20) / "adapter_model.safetensors")
-    for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
-        assert torch.equal(tensor, stored[key])
-
-
-def test_a_jump_of_the_run_is_in_the_adapter_that_is_written(
+def test_a_jump_made_after_the_newest_checkpoint_is_part_of_the_adapter(
     make_lora_run: Callable[..., LoraRun], tmp_path: Path
 ) -> None:
-    """The jump after the newest checkpoint was made once that was stored: it is part of W_T."""
-    from safetensors.torch import save_file
-
     run = make_lora_run(tmp_path / "run" / "checkpoints", (0, 10, 20))
     folder = tmp_path / "run" / "jumps" / "0001"
     folder.mkdir(parents=True)
-    name = "model.layers.0.self_attn.q_proj"
-    save_file({f"{name}.weight.lora_B": noise("jump", 16, 4)}, folder / "shift.safetensors")
+    save_file({f"{ROW}.lora_B": noise("jump", 16, 4)}, folder / "shift.safetensors")
     (folder / "jump.json").write_text(json.dumps({"step": 20, "alpha": 1.0, "adapter": None}))
-    prediction = Prediction(opened(run), 20, 10)
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    key = f"base_model.model.{name}.lora_B.weight"
-    stored = load_file(run.folder(20) / "adapter_model.safetensors")[key]
-    torch.testing.assert_close(
-        load_file(tmp_path / "out" / "adapter_model.safetensors")[key], stored + noise("jump", 16, 4)
-    )
-
-
-def test_a_secant_in_merged_space_does_not_store_the_newest_a_twice(runs: dict[str, LoraRun], tmp_path: Path) -> None:
-    prediction, _ = predict(opened(runs["rslora"]), "merged")
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert written["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (6, 16)  # of rank 3
+    make_applier("peft-adapter").apply(Prediction(opened(run), 20, 10), out=tmp_path / "out")
+    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    torch.testing.assert_close(written[KEY.format("B")], stored[KEY.format("B")] + noise("jump", 16, 4))

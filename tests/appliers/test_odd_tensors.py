@@ -1,4 +1,4 @@
-"""What legal models hold besides matrices of floats is copied, or refused before anything is written."""
+"""Tensors besides matrices of floats are copied, or refused before anything is written."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core import History, make_applier, make_predictor, open_checkpoints
-from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
 from tests.conftest import LoraRun, noise
+from tests.errors import raises_kind
 
 MODEL = "model.safetensors"
 W = "layers.0.w.weight"
@@ -41,15 +41,16 @@ def save(folder: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
+    """A full-parameter run in ``checkpoints``, its backbone in ``base``."""
     for step in (10, 20):
         save(tmp_path / "checkpoints" / f"checkpoint-{step}", odd(step))
     save(tmp_path / "base", odd(0) | {"frozen_ids": torch.arange(3), "frozen_scale": torch.tensor(3.0)})
     return tmp_path
 
 
-def jump(run: Path, *names: str) -> Prediction:
-    source = open_checkpoints(run / "checkpoints", backbone=run / "base")
+def jump(folder: Path, *names: str) -> Prediction:
+    source = open_checkpoints(folder / "checkpoints", backbone=folder / "base")
     return Prediction(source, 20, 10, updates={n: CoefficientUpdate({20: 1.0, 10: -1.0}) for n in names or (W,)})
 
 
@@ -58,17 +59,16 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"in_place": True}])
-def test_integers_scalars_and_eighths_come_from_the_newest_checkpoint(run: Path, options: dict[str, Any]) -> None:
+def test_integers_scalars_and_8_bit_floats_come_from_the_newest_checkpoint(
+    folder: Path, options: dict[str, Any]
+) -> None:
     if "in_place" in options:
-        shutil.copytree(run / "base", run / "out")
-    make_applier("merged-model", **options).apply(jump(run), out=run / "out")
-    written, backbone = load_file(run / "out" / MODEL), load_file(run / "base" / MODEL)
+        shutil.copytree(folder / "base", folder / "out")
+    make_applier("merged-model", **options).apply(jump(folder), out=folder / "out")
+    written, backbone = load_file(folder / "out" / MODEL), load_file(folder / "base" / MODEL)
     assert written.keys() == backbone.keys()
-    for name, value in odd(20).items():
-        if name != W:
-            assert same(written[name], value), name
-    for name in ("frozen_ids", "frozen_scale"):
-        assert same(written[name], backbone[name])
+    assert all(same(written[name], value) for name, value in odd(20).items() if name != W)
+    assert all(same(written[name], backbone[name]) for name in ("frozen_ids", "frozen_scale"))
     torch.testing.assert_close(written[W], odd(20)[W] + 10)
 
 
@@ -82,57 +82,57 @@ def test_an_adapter_is_merged_into_a_backbone_that_has_such_tensors_too(lora_run
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 3), torch.zeros(2, 3).int(), torch.zeros(3, 2).long()])
-def test_what_the_backbone_stores_otherwise_than_the_run_is_refused_before_writing(run: Path, other: Tensor) -> None:
-    save(run / "base", odd(0) | {"position_ids": other})
-    source = open_checkpoints(run / "checkpoints")
-    with pytest.raises(ConfigError, match="'position_ids' is"):
-        make_applier("merged-model", backbone=run / "base").check_source(source, run / "out")
+def test_a_tensor_that_the_backbone_stores_differently_is_refused_before_writing(folder: Path, other: Tensor) -> None:
+    save(folder / "base", odd(0) | {"position_ids": other})
+    source = open_checkpoints(folder / "checkpoints")
+    kind = "other-model" if other.shape == (3, 2) else "unsupported-model"
+    with raises_kind(f"checkpoint-{kind}", "'position_ids'"):
+        make_applier("merged-model", backbone=folder / "base").check_source(source, folder / "out")
 
 
-def test_a_jump_of_a_matrix_in_8_bits_is_refused_before_writing(run: Path) -> None:
-    with pytest.raises(ConfigError, match="'eighths' is stored as F8_E4M3, which a jump would drown in"):
-        make_applier("merged-model").check(jump(run, W, "eighths"), run / "out")
+def test_a_jump_of_a_matrix_in_8_bits_is_refused_before_writing(folder: Path) -> None:
+    with raises_kind("checkpoint-unsupported-model", "'eighths'", "float8_e4m3fn"):
+        make_applier("merged-model").check(jump(folder, W, "eighths"), folder / "out")
 
 
-def test_a_pickled_backbone_is_refused_with_the_file_and_the_remedy(lora_run: LoraRun, tmp_path: Path) -> None:
+def test_a_pickled_backbone_is_refused(lora_run: LoraRun, tmp_path: Path) -> None:
     base = Path(shutil.copytree(lora_run.base, tmp_path / "base"))
     torch.save(load_file(base / MODEL), base / "pytorch_model.bin")
     (base / MODEL).unlink()
     source = open_checkpoints(lora_run.path, base, allow_pickle=True)
-    with pytest.raises(ConfigError, match=r"base/pytorch_model\.bin is a pickle.*save_pretrained.*'peft-adapter'"):
+    with raises_kind("checkpoint-pickle", base / "pytorch_model.bin", "save_pretrained"):
         make_applier("merged-model").check_source(source, tmp_path / "out")
 
 
-def test_a_step_0_that_was_kept_beside_a_backbone_is_no_step_of_the_jump(tmp_path: Path) -> None:
+def test_a_step_0_that_was_kept_is_where_rl_began_and_no_step_of_the_jump(tmp_path: Path) -> None:
     start, before, velocity = noise("w", 4, 6), noise("v0", 4, 6), noise("v", 4, 6)
     save(tmp_path / "base", {W: start})
     for step in (0, 10, 20):
         save(tmp_path / "checkpoints" / f"checkpoint-{step}", {W: start + before + step / 10 * velocity})
     source = open_checkpoints(tmp_path / "checkpoints", backbone=tmp_path / "base")
-    prediction = make_predictor("secant", window=20).fit(History(source)).predict(10)
-    make_applier("merged-model").apply(prediction, out=tmp_path / "out")
-    torch.testing.assert_close(load_file(tmp_path / "out" / MODEL)[W], start + before + 3 * velocity)
+    by_secant = make_predictor("secant", window=20).fit(History(source)).predict(10)
     explicit = Prediction(source, 20, 10, updates={W: CoefficientUpdate({20: 0.5, 0: -0.5})})
-    make_applier("merged-model").apply(explicit, out=tmp_path / "explicit")
-    torch.testing.assert_close(load_file(tmp_path / "explicit" / MODEL)[W], start + before + 3 * velocity)
+    for name, prediction in (("secant", by_secant), ("explicit", explicit)):
+        make_applier("merged-model").apply(prediction, out=tmp_path / name)
+        torch.testing.assert_close(load_file(tmp_path / name / MODEL)[W], start + before + 3 * velocity)
 
 
-def test_of_a_list_only_the_listed_folders_are_being_read(run: Path) -> None:
-    listed = [run / "checkpoints" / f"checkpoint-{step}" for step in (10, 20)]
-    source = open_checkpoints(listed, backbone=run / "base")
+def test_of_a_list_only_the_listed_folders_are_being_read(folder: Path) -> None:
+    listed = [folder / "checkpoints" / f"checkpoint-{step}" for step in (10, 20)]
+    source = open_checkpoints(listed, backbone=folder / "base")
     applier = make_applier("merged-model")
-    assert applier.check_source(source, run / "checkpoints" / "out") == run / "checkpoints" / "out"
-    for folder in listed:
-        with pytest.raises(ConfigError, match="which is being read"):
-            applier.check_source(source, folder / "out")
+    assert applier.check_source(source, folder / "checkpoints" / "out") == folder / "checkpoints" / "out"
+    for path in listed:
+        with raises_kind("config-contradiction", path):
+            applier.check_source(source, path / "out")
 
 
-def test_a_dry_run_may_name_a_folder_that_is_there_but_none_that_is_read(run: Path) -> None:
-    source = open_checkpoints(run / "checkpoints", backbone=run / "base")
+def test_a_dry_run_may_name_an_existing_folder_but_none_that_is_read(folder: Path) -> None:
+    source = open_checkpoints(folder / "checkpoints", backbone=folder / "base")
     applier = make_applier("merged-model")
-    (run / "out").mkdir()
-    assert applier.check_source(source, run / "out", dry_run=True) == run / "out"
-    with pytest.raises(ConfigError, match="exists already"):
-        applier.check_source(source, run / "out")
-    with pytest.raises(ConfigError, match="which is being read"):
-        applier.check_source(source, run / "base", dry_run=True)
+    (folder / "out").mkdir()
+    assert applier.check_source(source, folder / "out", dry_run=True) == folder / "out"
+    with raises_kind("config-folder-not-empty", folder / "out"):
+        applier.check_source(source, folder / "out")
+    with raises_kind("config-contradiction", folder / "base"):
+        applier.check_source(source, folder / "base", dry_run=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from next_core import History
 from next_core.diagnostics.backtest_results import Score
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
-from next_core.interfaces.prediction import merged, weight_delta
+from next_core.interfaces.prediction import weight_delta
+from next_core.interfaces.weight_delta import merged
 from next_core.mathematics.low_rank import dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource

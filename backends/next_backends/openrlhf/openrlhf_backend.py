@@ -22,7 +22,8 @@ from next_core.backend import Backend
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import BackendError, describe
 from next_core.interfaces import Applied, Prediction
-from next_core.interfaces.prediction import FactorStep, weight_deltas
+from next_core.interfaces.prediction import weight_deltas
+from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig

@@ -1,0 +1,173 @@
+"""The tensors of a merged model: which are computed, which are copied and from where, and the blocks of a computed one.
+
+A kind of tensor that needs a rule of its own gets it in ``TensorPlan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from next_core.appliers.rounding import ParameterLoss, Rounder, RoundingLoss
+from next_core.errors import CheckpointError, GuardError
+from next_core.interfaces import CheckpointSource
+from next_core.interfaces.checkpoint_source import StoredModel
+from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
+from next_core.mathematics.low_rank import LowRank
+from next_core.mathematics.row_blocks import row_blocks
+from next_core.sources.hf_model import ModelFiles
+
+GEMM_BLOCK = 2**20
+"""Values in a block of rows where each block is a matrix product, which small blocks slow down."""
+
+
+class TensorPlan:
+    """How the tensors of a model are made when they are written with the names, shapes and precisions of given files.
+
+    A tensor that the run trained is computed if it is stored as floats of 16 bits or more. All others are copied as
+    stored: from the newest checkpoint if that holds them, else from the backbone.
+    """
+
+    def __init__(self, source: CheckpointSource, backbone: ModelFiles, step: int | None = None) -> None:
+        self._source, self._backbone = source, backbone
+        self._checkpoint: StoredModel | None = None
+        self._shapes = {parameter.name: parameter.shape for parameter in source.parameters}
+        self._trained = set(self._shapes)
+        if source.stores_full_weights:
+            self._trained |= set(source.skipped)  # norms and biases, which stay as trained
+            if source.steps:
+                self._checkpoint = source.model(source.steps[-1] if step is None else step)
+
+    def name(self, key: str) -> str:
+        """Return the run's name of a stored tensor: a tied head is the embedding."""
+        return self._source.tied.get(key, key)
+
+    def computes(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Whether a stored tensor is computed; otherwise it is copied."""
+        return self.name(key) in self._trained and _is_wide_float(dtype) and len(shape) > 0
+
+    def _origin(self, key: str) -> tuple[StoredModel, str]:
+        """Return the files that hold the values of a tensor, and its name there."""
+        if self._checkpoint is not None and self.name(key) in self._trained:
+            return self._checkpoint, self.name(key)
+        return self._backbone, key
+
+    def copied(self, key: str) -> Tensor:
+        """Return a tensor as stored."""
+        files, name = self._origin(key)
+        return files.raw(name)
+
+    def check(self, into: ModelFiles, moving: Collection[str] = ()) -> None:
+        """Raise ``CheckpointError`` for a tensor that cannot be computed, copied or kept in the layout of ``into``.
+
+        ``moving`` are the parameters that the jump moves. In a LoRA run all of them have to move: by training.
+        """
+        must_move = set(moving) if self._source.stores_full_weights else self._trained
+        kept = set()
+        for file in into.files:
+            for key, shape in file.shapes.items():
+                self._check_tensor(into, key, shape, file.dtype(key), must_move)
+                kept.add(self.name(key))
+        lost = (self._trained | set(map(self.name, self._backbone.shapes))) - kept
+        if lost:
+            raise CheckpointError(
+                f"{into.folder} does not store '{min(lost)}', which would be lost; use a model with the names of "
+                "the checkpoints",
+                kind="checkpoint-other-model",
+            )
+
+    def _check_tensor(
+        self, into: ModelFiles, key: str, shape: tuple[int, ...], dtype: torch.dtype, must_move: Collection[str]
+    ) -> None:
+        if self.name(key) in must_move and not self.computes(key, dtype, shape):
+            raise CheckpointError(
+                f"'{key}' is stored as {_name(dtype)} in {into.folder}, too coarse for a jump; use a backbone in bf16",
+                kind="checkpoint-unsupported-model",
+            )
+        files, name = self._origin(key)
+        expected = self._shapes.get(self.name(key), files.shapes.get(name))
+        if shape != expected:
+            raise CheckpointError(
+                f"'{key}' is {shape} in {into.folder} but {expected or 'missing'} in {files.folder}; use the model "
+                "that this run started from, or a copy of it",
+                kind="checkpoint-other-model",
+            )
+        have = files.dtype(name)
+        # Floats are rounded from one precision to another; any other conversion would change the meaning.
+        if have != dtype and not (_is_wide_float(dtype) and have.is_floating_point):
+            raise CheckpointError(
+                f"'{key}' is stored as {_name(dtype)} in {into.folder} but as {_name(have)} in {files.folder}; use a "
+                "backbone that stores it as the checkpoints do",
+                kind="checkpoint-unsupported-model",
+            )
+
+
+def _is_wide_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def jumped_blocks(
+    name: str,
+    shape: tuple[int, ...],
+    read: Callable[[slice], Tensor],
+    trained: LowRank | Tensor | None,
+    moved: Resolved | None,
+    rounder: Rounder,
+    losses: RoundingLoss,
+) -> Iterator[Tensor]:
+    """Yield the rows of a parameter, what ``read`` gives + trained + moved, in order and rounded.
+
+    ``read`` gives stored rows of the newest checkpoint, or of the backbone, to which ``trained`` (m, n) is added first:
+    the LoRA update so far. Sums are in fp32, or in fp64 where that is stored. What rounding lost goes into ``losses``.
+    Raises ``GuardError`` for values that are not finite or beyond the range of the precision.
+    """
+    trained_rows, moved_rows = _rows_of(trained), _rows_of(moved)
+    has_product = isinstance(trained, LowRank) or isinstance(moved, LowRank)
+    loss = losses.parameters[name] = ParameterLoss(math.prod(shape))
+    for rows in row_blocks(shape, GEMM_BLOCK if has_product else BLOCK):
+        stored = read(rows)
+        work = torch.float64 if torch.float64 in (stored.dtype, rounder.dtype) else torch.float32
+        stored = stored.to(work)
+        update = jump = None
+        start = stored
+        if trained_rows is not None:
+            update = trained_rows(rows, None).to(work)
+            start = stored + update
+        total = start
+        if moved_rows is not None:
+            jump = moved_rows(rows, stored if trained is None else None).to(work)
+            total = start + jump
+        rounded = rounder(total)
+        written = rounded.to(work)
+        if not math.isfinite(written.sum()) and not bool(torch.isfinite(written).all()):
+            raise GuardError(
+                f"'{name}' overflows {_name(rounder.dtype)} after the jump; use a smaller alpha or a float32 backbone",
+                kind="numbers-overflow",
+            )
+        if update is not None:
+            loss.update.add(written - stored, update if jump is None else update + jump)
+        if jump is not None:
+            # The jump moves the value from what would be stored without it.
+            loss.add_jump(written - start.to(rounder.dtype).to(work), jump)
+        yield rounded
+
+
+def _rows_of(delta: Resolved | None) -> Callable[[slice, Tensor | None], Tensor] | None:
+    """Return how to read rows of a delta; a ``LazyDelta`` takes the rows of W_T where they are known."""
+    if delta is None:
+        return None
+    if isinstance(delta, LazyDelta):
+        return replace(delta, matrix=None if delta.matrix is None else delta.matrix.to(torch.float32)).rows
+    whole = merged(delta)
+    if isinstance(whole, Tensor):
+        return lambda rows, _: whole[rows]
+    factors = whole.to(torch.float32)
+    return lambda rows, _: factors.left[rows] @ factors.right

@@ -69,13 +69,11 @@ class Curve(Part):
     steps: list[int]
     seconds: list[Number | None]
     test: dict[str, Line] = {}
-    validation: dict[str, Line] = {}
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         count = len(self.steps)
-        lines = [*self.test.values(), *self.validation.values()]
-        columns = [self.seconds, *(column for line in lines for column in (line.mean, line.low, line.high))]
+        columns = [self.seconds, *(part for line in self.test.values() for part in (line.mean, line.low, line.high))]
         if any(column is not None and len(column) != count for column in columns):
             raise ValueError(f"every column must have {count} points, as many as steps")
         return self
@@ -100,7 +98,6 @@ class Arm(Part):
     steps: int
     spent_steps: int | None = None
     test: dict[str, Interval | None] = {}
-    validation: dict[str, Interval | None] = {}
     difference: Interval | None = None
     difference_longer: Interval | None = None
     equals_step: Interval | None = None
@@ -141,7 +138,6 @@ class Point(Part):
 
     step: int
     seconds: Number | None = None
-    validation: Accuracies = {}
     test: Accuracies = {}
 
 
@@ -170,20 +166,10 @@ class Result(Part):
     curve: list[Point] = []
 
 
-class Verdict(Part):
-    """The check of a jump after its recovery window."""
-
-    jump_step: int
-    accepted: bool
-    reason: str
-    accuracy: Number | None
-
-
 class _Events(Part):
     """The records of a journal that a report reads."""
 
     jumps: list[Jump]
-    verdicts: list[Verdict]
     points: list[Point]
 
 
@@ -202,7 +188,6 @@ class Recorded:
         """The journal's records of jumps."""
         found = {
             "jumps": self.records,
-            "verdicts": [record for record in records if record["event"] == "verify"],
             "points": [record for record in self.events if record["event"] == CURVE],
         }
         events = _validated(_Events, found, journal)

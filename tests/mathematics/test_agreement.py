@@ -19,6 +19,7 @@ from tests.predictors.trajectories import curved_lora_run, dense_run, noise, wal
     ("steps", "span"),
     [
         (range(0, 205, 5), 20),
+        (range(0, 105, 7), 14),
         (range(0, 100, 15), 15),
         (range(0, 200, 50), 50),
         (range(0, 35, 10), 10),
@@ -61,6 +62,8 @@ def test_agreement_is_the_share_of_a_motion_that_the_next_one_repeats() -> None:
     aside -= (aside @ before) / (before @ before) * before
     steps = torch.stack([0.5 * before, 0.5 * before, 0.3 * before, 0.1 * before + aside])
     assert float(agreement(steps @ steps.T, slice(0, 2), slice(2, 4))) == pytest.approx(0.4)
+    slow = torch.stack([1e-3 * steps, steps])
+    assert agreement(slow @ slow.mT, slice(0, 2), slice(2, 4)).tolist() == pytest.approx([0.4, 0.4])
     assert math.isnan(float(agreement(torch.zeros(2, 2), slice(0, 1), slice(1, 2))))
 
 

@@ -52,9 +52,17 @@ def test_inner_products_are_those_of_the_factors_of_a_lora_run() -> None:
 
 def test_without_lora_they_are_those_of_the_deltas_and_the_first_point_may_be_the_start() -> None:
     source = dense_run({"a": walk(1)})
-    points = (0, 20, 50, 100)
-    moved = torch.stack([walk(1)(point) for point in points]).diff(dim=0).flatten(1)
-    torch.testing.assert_close(motion_grams(History(source), points)["a"], moved @ moved.T)
+    for points in ((0, 20, 50, 100), (10, 20, 50, 100)):
+        moved = torch.stack([walk(1)(point) for point in points]).diff(dim=0).flatten(1)
+        torch.testing.assert_close(motion_grams(History(source), points)["a"], moved @ moved.T)
+
+
+def test_factors_in_single_precision_give_inner_products_in_double() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [LoraFactors(torch.randn(2, 5, generator=generator), torch.ones(4, 2), 1.0) for _ in range(3)]
+    found = motion_grams(History(MemorySource({step: {"a": at} for step, at in enumerate(factors)})), (0, 1, 2))["a"]
+    moved = torch.stack([at.A.double().flatten() for at in factors]).diff(dim=0)
+    torch.testing.assert_close(found, moved @ moved.T, rtol=1e-14, atol=0)
 
 
 def test_agreement_is_the_share_of_a_motion_that_the_next_one_repeats() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
 from next_core.sources.layouts import common_folder
+from next_core.storage.checkpoint_errors import not_found
 
 
 def open_checkpoints(
@@ -21,75 +22,71 @@ def open_checkpoints(
     allow_pickle: bool = False,
     masters: bool = False,
 ) -> CheckpointSource:
-    """The source of a run's checkpoints; the layout is detected, or named by ``layout`` (a source's name).
+    """Open the checkpoints of a run; their layout is detected, or given by ``layout`` (the name of a source).
 
-    ``path`` is the folder that holds them, a cache of the Hugging Face Hub, or a list of the checkpoints' own folders
-    with steps in their names. ``skip_damaged`` goes on without damaged ones and says so in the source's ``notes``;
-    ``allow_pickle`` reads ``.bin`` files too, tensors only; ``masters`` takes the fp32 weights from DeepSpeed's
-    optimizer states instead of the stored ones (needs DeepSpeed and ``allow_pickle``, as these pickles can run code).
+    ``path`` is the folder that contains them, a cache of the Hugging Face Hub, or a list of the checkpoints' own
+    folders, with steps in their names. ``skip_damaged`` skips damaged ones and lists them in the source's ``notes``;
+    ``allow_pickle`` reads ``.bin`` files too, tensors only; ``masters`` takes fp32 weights from DeepSpeed's optimizer
+    states instead of the stored ones (it needs DeepSpeed and ``allow_pickle``, as these pickles can run code).
 
-    Raises ``CheckpointError`` when no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout,
+    Raises ``CheckpointError`` if no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout, and
     ``ConfigError`` for a setting that the layout's source does not have.
     """
-    folder, folders = _where(path)
+    folder, folders = _locate(path)
     fields: dict[str, Any] = {"path": folder, "backbone": None if backbone is None else _absolute(Path(backbone))}
-    fields |= {"folders": folders} if folders else {}
-    fields |= {"skip_damaged": True} if skip_damaged else {}
-    fields |= {"allow_pickle": True} if allow_pickle else {}
-    fields |= {"masters": True} if masters else {}
-    known = {name: found for name in registry().names("source") if (found := _on_disk(name)) is not None}
-    if layout is not None and layout not in known:
-        registry().get("source", layout)  # unknown or broken, and why
-        raise ConfigError(f"the source '{layout}' does not read folders; layouts: {', '.join(known)}")
-    name = layout or next((name for name, found in known.items() if _claims(found, folder, folders)), None)
+    optional = {"folders": folders, "skip_damaged": skip_damaged, "allow_pickle": allow_pickle, "masters": masters}
+    fields |= {field: value for field, value in optional.items() if value}
+    layouts = {name: source for name in registry().names("source") if (source := _reads_folders(name)) is not None}
+    if layout is not None and layout not in layouts:
+        registry().get("source", layout)  # raises for an unknown or broken one
+        raise ConfigError(
+            f"the source '{layout}' does not read folders; layouts: {', '.join(layouts)}", kind="config-invalid-value"
+        )
+    name = layout or next((name for name, source in layouts.items() if _detects(source, folder, folders)), None)
     if name is None:
-        raise CheckpointError(_nothing(folder, folders, known))
-    lacks = [field for field in fields if field not in known[name].config_class.model_fields]
-    if lacks:
-        raise ConfigError(f"the source '{name}' has no setting '{lacks[0]}', which was asked for; leave it out")
-    source: CheckpointSource = registry().make("source", name, **fields)
-    return source
+        raise CheckpointError(_why_nothing_fits(folder, folders, layouts), kind="checkpoint-unknown-layout")
+    unknown = [field for field in fields if field not in layouts[name].config_class.model_fields]
+    if unknown:
+        raise ConfigError(f"the source '{name}' has no setting '{unknown[0]}'; leave it out", kind="config-unknown-key")
+    opened: CheckpointSource = registry().make("source", name, **fields)
+    return opened
 
 
-def _where(path: str | Path | Sequence[str | Path]) -> tuple[Path, tuple[Path, ...]]:
-    """A folder above all checkpoints, and the folders that were listed."""
+def _locate(path: str | Path | Sequence[str | Path]) -> tuple[Path, tuple[Path, ...]]:
+    """Return a folder above all checkpoints, and the folders that were listed."""
     if not isinstance(path, str | Path):
-        listed = tuple(Path(one) for one in path)
+        listed = tuple(_absolute(Path(one)) for one in path)
         if not listed:
-            raise CheckpointError("the list of checkpoints is empty; pass at least two folders")
-        listed = tuple(_absolute(one) for one in listed)
+            raise not_found("the list of checkpoints is empty; pass at least two folders")
         return common_folder(listed), listed
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
+        raise not_found(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")
     return _absolute(folder), ()
 
 
 def _absolute(path: Path) -> Path:
-    """The same place, whatever the working directory is later, or in another process; with its own name."""
+    """Return a folder's absolute path, valid in other working directories and processes; links keep their names."""
     if not path.is_dir():
-        return path  # to be named as it was given
+        return path  # for the error message
     return path.resolve() if ".." in path.parts else path.absolute()
 
 
-def _nothing(folder: Path, folders: Sequence[Path], known: dict[str, type[CheckpointSource]]) -> str:
-    """Why nothing could be opened, and where to look."""
+def _why_nothing_fits(folder: Path, folders: Sequence[Path], layouts: Mapping[str, type[CheckpointSource]]) -> str:
+    known = ", ".join(layouts)
     if folders:
-        gone = next((path for path in folders if not path.is_dir()), None)
-        if gone is not None:
-            return f"{gone} is not a folder; list the folders of the checkpoints"
-        return f"none of the {len(folders)} folders holds an adapter or a model of a known layout ({', '.join(known)})"
-    near = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
-    right = next((other for other in near if any(_claims(found, other) for found in known.values())), None)
-    hint = "" if right is None else f"; did you mean {right}?"
+        return f"none of the {len(folders)} folders contains an adapter or a model of a known layout ({known})"
+    nearby = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
+    better = next((other for other in nearby if any(_detects(source, other) for source in layouts.values())), None)
+    hint = "" if better is None else f"; did you mean {better}?"
     return (
-        f"{folder} holds no checkpoints of a known layout ({', '.join(known)}); expected folders such as "
+        f"{folder} holds no checkpoints of a known layout ({known}); expected folders such as "
         f"checkpoint-10/adapter_model.safetensors{hint}"
     )
 
 
-def _on_disk(name: str) -> type[CheckpointSource] | None:
-    """The source of this name if it reads a folder; None too for one that cannot be loaded, which `plugins` lists."""
+def _reads_folders(name: str) -> type[CheckpointSource] | None:
+    """Return the source of this name if it reads folders; None also for a broken one, which `plugins` lists."""
     try:
         source: type[CheckpointSource] = registry().get("source", name)
     except PluginError:
@@ -97,11 +94,11 @@ def _on_disk(name: str) -> type[CheckpointSource] | None:
     return source if "path" in source.config_class.model_fields else None
 
 
-def _claims(source: type[CheckpointSource], folder: Path, folders: Sequence[Path] = ()) -> bool:
+def _detects(source: type[CheckpointSource], folder: Path, folders: Sequence[Path] = ()) -> bool:
     detect: Any = source.detect
     try:
         if not folders:
             return bool(detect(folder))
         return "folders" in source.config_class.model_fields and bool(detect(folder, folders))
-    except Exception:  # anybody's code: it must not keep the other layouts from being found
+    except Exception:  # a third party's error must not hide the other layouts
         return False

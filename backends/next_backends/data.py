@@ -1,4 +1,4 @@
-"""Prompts with answers, as every trainer here reads them."""
+"""Files of prompts with answers, which every backend here reads."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]
 MOST_BYTES = 2**32
-"""Of a file of prompts."""
+"""Size of the largest file of prompts that is read."""
 
 
 def read_splits(training: TrainingSettings) -> dict[str, Rows]:
-    """The rows of ``validation`` and ``test``; one that is not given is the other. Raises ``ConfigError``."""
+    """Read ``validation`` and ``test``; one that is not given is the same as the other. Raises ``ConfigError``."""
     data = training.data
     files = {"validation": data.validation or data.test, "test": data.test or data.validation}
     found = {split: read_rows(path) for split, path in files.items() if path is not None}
     for split, rows in found.items():
         if training.evaluation == "likelihood" and is_chat(rows):
-            raise ConfigError(f"the {split} prompts are conversations; set training.evaluation: generate")
+            raise ConfigError(
+                f"the {split} prompts are conversations; set training.evaluation: generate", kind="config-contradiction"
+            )
     return found
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a file of JSON lines, or of one that ``datasets`` reads. Raises ``ConfigError`` naming it."""
+    """Read a file of JSON lines, or one that ``datasets`` reads. Raises ``ConfigError`` naming the file and the row."""
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
     if kind is None:
-        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv")
+        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv", kind="config-data")
     try:
         if kind == "json":
             rows = [json.loads(line) for line in read_text(path, MOST_BYTES).split("\n") if line.strip()]
@@ -42,23 +44,28 @@ def read_rows(path: Path) -> Rows:
 
             rows = load_dataset(kind, data_files=str(path), split="train").to_list()
     except Exception as error:
-        raise ConfigError(f"{path} cannot be read: {describe(error)}") from None
+        raise ConfigError(f"{path} cannot be read: {describe(error)}", kind="config-data") from None
     if not rows:
-        raise ConfigError(f"{path} holds no prompts")
+        raise ConfigError(f"{path} holds no prompts", kind="config-data")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}, row {number} is not an object with the columns {', '.join(COLUMNS)}")
+            raise ConfigError(
+                f"{path}, row {number} is not an object with the columns {', '.join(COLUMNS)}", kind="config-data"
+            )
         missing = set(COLUMNS) - set(row)
         if missing:
             raise ConfigError(
-                f"{path}, row {number} lacks the column(s) {', '.join(sorted(missing))}; it has {sorted(row)}"
+                f"{path}, row {number} lacks the column(s) {', '.join(sorted(missing))}; it has {sorted(row)}",
+                kind="config-data",
             )
     return rows
 
 
 def is_chat(rows: Rows) -> bool:
-    """Whether prompts are conversations (lists of messages) and not text. Raises ``ConfigError`` for some of each."""
+    """Whether prompts are conversations (lists of messages) and not text. Raises ``ConfigError`` for a mixture."""
     chats = {not isinstance(row["prompt"], str) for row in rows}
     if len(chats) > 1:
-        raise ConfigError("some prompts are text and some conversations; write all of them in one way")
+        raise ConfigError(
+            "some prompts are text and some are conversations; write all of them in one form", kind="config-data"
+        )
     return chats.pop()

@@ -1,4 +1,4 @@
-"""The history a backend keeps in its run folder: checkpoints, jumps and metrics, and what of them still holds."""
+"""The history that a backend keeps in its run folder: checkpoints, jumps and metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError, CheckpointError
+from next_core.errors import BackendError, CheckpointError, describe
 from next_core.sources.adapter_source import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
 from next_core.sources.metrics import METRICS
@@ -24,7 +24,7 @@ from next_core.storage.manifest import check_manifest
 
 @dataclass(frozen=True)
 class JumpAdapter:
-    """A jump that lives beside the trained adapter: its name in the model, PEFT's config as JSON, its tensors."""
+    """A jump as a second, frozen adapter: its name in the model, PEFT's config as JSON, its tensors."""
 
     name: str
     config: str
@@ -32,57 +32,44 @@ class JumpAdapter:
 
 
 class HistoryFolder:
-    """``checkpoints/step-000010``, ``jumps/0001`` and ``metrics.jsonl`` under one folder, as our sources read them.
+    """``checkpoints/step-000010``, ``jumps/0001`` and ``metrics.jsonl`` in one folder, as our sources read them.
 
-    Nothing is made before something is written. Raises ``CheckpointError`` for a jump whose record is damaged.
+    Folders are created on the first write. Raises ``CheckpointError`` for a jump whose record is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def jumps(self) -> Path:
-        """Where the jumps lie."""
-        return self.path / JUMPS
+        self.path, self.checkpoints, self.jumps = folder, folder / CHECKPOINTS, folder / JUMPS
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of one checkpoint."""
+        """Return the folder of one checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
 
     def clear(self) -> None:
-        """Remove what an earlier run left of checkpoints, jumps and metrics, by our own names and nothing else."""
+        """Remove the checkpoints, jumps and metrics of an earlier run, and nothing else."""
         (self.path / METRICS).unlink(missing_ok=True)
         for _, path in (*_numbered(self.checkpoints, "step-*"), *_numbered(self.jumps, "*")):
             remove_directory(path)
         self._sweep()
 
     def first_damaged(self) -> tuple[int, str] | None:
-        """The first step of which a checkpoint, or a jump, is not what was written, and what is wrong; all is read."""
-        damaged = []
-        for step, path in _numbered(self.checkpoints, "step-*"):
-            try:
-                check_manifest(path, contents=True)
-            except CheckpointError as error:
-                damaged.append((step, str(error)))
+        """Read everything; return the first step whose checkpoint or jump is damaged, and what is wrong with it."""
+        steps = list(_numbered(self.checkpoints, "step-*"))
         last = 0
         for _, path in _numbered(self.jumps, "*"):
-            last = _jump_step(path) or last  # of one that cannot be read: not before the one before it
+            last = _jump_step(path) or last  # an unreadable jump was made after the one before it
+            steps.append((last, path))
+        damaged = []
+        for step, path in steps:
             try:
                 check_manifest(path, contents=True)
             except CheckpointError as error:
-                damaged.append((last, str(error)))
+                damaged.append((step, error.message))
         return min(damaged, default=None)
 
     def forget_after(self, step: int) -> None:
-        """Remove what was observed and made on a path that a run resumed at ``step`` does not take.
+        """Remove checkpoints and jumps from after ``step``, at which a run is resumed.
 
-        A jump whose record cannot be read is of that path: whoever resumes has looked at ``first_damaged``, or at all
-        records.
+        A jump whose record cannot be read is removed too: callers have checked ``first_damaged``, or all records.
         """
         for later, path in _numbered(self.checkpoints, "step-*"):
             if later > step:
@@ -92,11 +79,11 @@ class HistoryFolder:
             if made is None or made > step:
                 remove_directory(path)
             elif (path / UNDONE).exists() and read_json(path / UNDONE)["step"] > step:
-                (path / UNDONE).unlink()  # at the resumed step the jump still stood
+                (path / UNDONE).unlink()  # at the resumed step the jump was not undone yet
         self._sweep()
 
     def next_jump(self) -> Path:
-        """The folder of the jump that is made next."""
+        """Return the folder for the next jump."""
         number = max((int(path.name) for path, _, _ in jump_records(self.jumps)), default=0) + 1
         return self.jumps / f"{number:04d}"
 
@@ -110,10 +97,10 @@ class HistoryFolder:
         adapter: JumpAdapter | None = None,
         more: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write the folder of a jump made after ``step``: all of it, or none.
+        """Write the folder of a jump made after ``step``: all of it, or nothing.
 
-        ``shift`` is what past checkpoints move by; ``more`` writes further files into the folder it is given. Tensors
-        are contiguous. Raises ``BackendError`` for what cannot be written, and whatever else ``more`` raises.
+        ``shift`` is what the jump added to the weights: sources subtract it. ``more`` writes further files into the
+        folder. Tensors are contiguous. Raises ``BackendError`` for a failed write, and whatever else ``more`` raises.
         """
         try:
             with new_directory(target) as folder:
@@ -128,21 +115,23 @@ class HistoryFolder:
                 if more is not None:
                     more(folder)
         except (OSError, SafetensorError) as error:
-            raise BackendError(f"the jump could not be written to {target}: {error}") from error
+            raise BackendError(
+                f"the jump could not be written to {target}: {describe(error)}", kind="storage-not-writable"
+            ) from error
 
     def withdraw(self, jump: Path, step: int) -> None:
-        """Take back a jump after ``step`` ended: at the step it was made its folder goes, later it is marked undone."""
+        """Undo a jump after ``step`` ended: remove its folder at the step it was made, mark it as undone later."""
         if read_json(jump / JUMP_RECORD)["step"] == step:
-            remove_directory(jump)  # no checkpoint has seen it
-        else:  # the trainer's checkpoints since hold it, and a resume from one of them has to find it
+            remove_directory(jump)  # no checkpoint contains it
+        else:  # the trainer's checkpoints since then contain it, and a resume from one of them needs it
             write_text(jump / UNDONE, json.dumps({"step": step}))
 
     def jump_at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
-        """Folder and record of the jump that was made after ``step`` and stands."""
+        """Return folder and record of the jump that was made after ``step``, unless it is undone."""
         return next((found for found in jump_folders(self.jumps) if found[1]["step"] == step), None)
 
     def active_adapters(self, step: int) -> list[str]:
-        """The names of the jump adapters that a trainer's checkpoint of ``step`` holds, in the order they were made."""
+        """Return the names of the jump adapters in a trainer's checkpoint of ``step``, in the order they were made."""
         return [
             record["adapter"]
             for _, record, undone in jump_records(self.jumps)
@@ -150,7 +139,7 @@ class HistoryFolder:
         ]
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Keep the numbers a trainer logs, for predictors that read a metric."""
+        """Write the numbers that a trainer logs, for predictors that read a metric."""
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         append_json_line(self.path / METRICS, {"step": step, **numbers})
 
@@ -160,13 +149,13 @@ class HistoryFolder:
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Subfolders whose names end in a number; hidden ones are halves."""
+    """Return the subfolders whose names end in a number, by number; hidden ones are incomplete."""
     found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern) if not path.name.startswith(".")]
     return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())
 
 
 def _jump_step(jump: Path) -> int | None:
-    """The step a jump was made after; None where its record cannot be read."""
+    """Return the step after which a jump was made; None if its record cannot be read."""
     try:
         step = read_json(jump / JUMP_RECORD).get("step")
     except CheckpointError:

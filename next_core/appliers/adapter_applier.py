@@ -71,7 +71,7 @@ class PeftAdapterApplier(FolderApplier):
             for done, parameter in enumerate(source.parameters, 1):
                 name = parameter.name
                 moved = resolve_scaled(prediction, name, alpha)
-                A, B, scaling = self._factors(source.factors(name, step), moved, source.beside(name, step))
+                A, B, scaling = self._factors(source.factors(name, step), moved, source.jump_deltas(name, step))
                 used[name] = A.shape[0], scaling
                 for key, value in zip(factor_keys(name), (A, B), strict=True):
                     if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):

@@ -112,7 +112,7 @@ def load_comparison(path: str | Path) -> tuple[CompareConfig, list[Arm]]:
         raise ConfigError(explain(error, str(file), CompareConfig)) from None
     shared: dict[str, Any] = {}
     for folder in _folders(config, file):
-        if str(folder) not in sys.path:
+        if folder.is_dir() and str(folder) not in sys.path:  # Python would open a FIFO there and wait
             sys.path.insert(0, str(folder))  # a reward that a config names may lie beside it
     if config.base is not None:
         base = absolute_path(file.parent, config.base, str(file))

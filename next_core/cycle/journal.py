@@ -1,4 +1,4 @@
-"""Every decision of a run, one JSON object a line, append-only, each with its checksum."""
+"""The journal: every decision of a run, one JSON object a line, append-only, each with its checksum."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from next_core.storage.reading import LARGE, read_bytes
 
 JOURNAL = "journal.jsonl"
 VERDICT = ("jump_step", "accepted", "reason", "accuracy")
-"""What a record of the event ``verify`` says."""
+"""Fields of a record of the event ``verify``."""
 
 
 class Journal:
-    """Without a path the journal is kept in memory only."""
+    """The records of one run. Without a path they are kept in memory only."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -32,23 +32,25 @@ class Journal:
         return record
 
     def jumps(self) -> list[dict[str, Any]]:
-        """The jumps that were tried and still count, each with its final verdict."""
+        """Return the attempted jumps that still count, each with its final verdict."""
         return valid_jumps(self.records)
 
     def counted(self) -> list[dict[str, Any]]:
-        """All records that still count after resumes."""
+        """Return all records that still count after resumes."""
         return counted_records(self.records)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole records, without their checksums. A torn last line, one without its end, is dropped.
+    """Read all complete records, without their checksums. An incomplete last line is dropped.
 
     Raises ``CheckpointError`` naming the line for any other damage.
     """
     try:
         lines = read_bytes(path, LARGE).splitlines(keepends=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({describe(error)}); restore the file") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({describe(error)}); restore the file", kind="checkpoint-journal-damaged"
+        ) from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
@@ -57,22 +59,24 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             record = parse_json_line(line)
             _check(record)
         except ValueError as error:
-            raise CheckpointError(f"{path}, line {number} is damaged ({error}); restore the file") from None
+            raise CheckpointError(
+                f"{path}, line {number} is damaged ({error}); restore the file", kind="checkpoint-journal-damaged"
+            ) from None
         records.append(record)
     return records
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for a record without what is asked of every one of its event."""
-    asked = ("event", "step", *(VERDICT if record.get("event") == "verify" else ()))
-    if lacking := [key for key in asked if key not in record]:
-        raise ValueError(f"it lacks '{lacking[0]}'")
+    """Raise ``ValueError`` for a record without the fields of its event."""
+    required = ("event", "step", *(VERDICT if record.get("event") == "verify" else ()))
+    if missing := [key for key in required if key not in record]:
+        raise ValueError(f"'{missing[0]}' is missing")
     if not isinstance(record["event"], str) or not isinstance(record["step"], int):
-        raise ValueError("'event' is a text and 'step' a number")  # noqa: TRY004 - one kind of error for all damage
+        raise ValueError("'event' must be text and 'step' a number")  # noqa: TRY004 - one kind of error for all damage
 
 
 def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that still count: what happened after a step that was resumed at does not."""
+    """Return the records that still count: a resume discards what happened after its step."""
     counted: list[dict[str, Any]] = []
     for record in records:
         if record["event"] == "resume":
@@ -82,7 +86,7 @@ def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The jump records that still count, in order, with their verdicts."""
+    """Return the jump records that still count, in order, with their verdicts."""
     jumps: list[dict[str, Any]] = []
     for record in counted_records(records):
         if record["event"] == "jump":

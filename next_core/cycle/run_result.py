@@ -1,4 +1,4 @@
-"""What a run did, as it is kept in its folder."""
+"""The result of a run, and its file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RESULT = "result.json"
 
 @dataclass
 class RunResult:
-    """What a run did. Accuracies are of the test prompts; ``before_jump`` and ``after_jump`` of the first jump made.
+    """What a run did. Accuracies are on the test prompts; ``before_jump`` and ``after_jump`` belong to the first jump.
 
-    ``average``: what came of the mean at the end, with ``before_average`` beside the accuracies; None where none was
-    asked for.
+    ``average`` is the journal's record of the mean at the end, or None where none was asked for; ``accuracy`` then has
+    ``before_average`` too.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -39,10 +39,10 @@ class RunResult:
     average: dict[str, Any] | None = None
     advice: str | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
-    """With ``measure_every``: step, seconds of training so far (measuring left out), accuracies by split and kind."""
+    """With ``measure_every``: step, seconds of training so far (without measuring), accuracies by split and kind."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -50,10 +50,11 @@ _RESULT = TypeAdapter(RunResult)
 
 
 def read_result(out: Path) -> RunResult:
-    """The result of a finished run. Raises ``CheckpointError`` for a damaged one."""
+    """Read the result of a finished run. Raises ``CheckpointError`` for a damaged one."""
     try:
         return _RESULT.validate_python(parse_json(read_bytes(out / RESULT, LARGE)))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{out / RESULT} is damaged ({describe(error)}); remove it, and the same command makes it again"
+            f"{out / RESULT} is damaged ({describe(error)}); remove it, and the same command writes it again",
+            kind="checkpoint-damaged",
         ) from None

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets a run end after its step with its state saved, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first ends a run after its current step with its state saved, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Signals:
-    """Within ``with``, and only in the main thread, both signals are taken here; handlers are put back at the end.
+    """Handles both signals inside ``with``, in the main thread only, and restores the handlers at the end.
 
-    ``received`` is the number of the last one. Outside ``patient`` a signal is a ``KeyboardInterrupt`` at once.
+    ``received`` is the number of the last signal. Outside ``patient`` a signal raises ``KeyboardInterrupt`` at once.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Signals:
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Where the first signal is only noted, for a loop that looks at ``received`` after each step."""
+        """Only note the first signal, for a loop that looks at ``received`` after each step."""
         self._patient = True
         try:
             yield
@@ -50,5 +50,5 @@ class Signals:
 
     @property
     def name(self) -> str:
-        """Of the last one, as a user knows it."""
+        """The name of the last signal, as a user knows it."""
         return "nothing" if self.received is None else NAMES[signal.Signals(self.received)]

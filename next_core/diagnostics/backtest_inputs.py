@@ -1,26 +1,26 @@
-"""What a backtest replays: the run, the steps it predicts from and how far ahead."""
+"""What a backtest replays: the run, the steps it predicts from, and the random walks that it is compared with."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource
-from next_core.sources.source_views import RandomWalk
+from next_core.sources.replay import Course, Jumps, Past, Signs, factor_jumps
 from next_core.types import Span
 
 
 @dataclass(frozen=True)
 class BacktestInputs:
-    """A run, predicted ``horizon`` steps ahead from each of ``cuts``, and ``draws`` random walks of it likewise.
+    """A run (draw 0) and its walks (draws 1 to ``draws``), each to be predicted from ``cuts``, ``horizon`` steps ahead.
 
-    ``steps`` are all observed ones.
+    ``steps`` are all observed ones; ``jumps`` those of the run folder that moved LoRA factors.
     """
 
     source: CheckpointSource
@@ -29,70 +29,83 @@ class BacktestInputs:
     horizon: int
     draws: int
     seed: int
+    jumps: Jumps = field(default=(), repr=False)
 
     @property
-    def jumps(self) -> bool:
-        """Whether later jumps moved the checkpoints before them: the same delta then differs from cut to cut."""
-        return self.source.as_of(self.cuts[0]) is not self.source
+    def moments(self) -> tuple[int, ...]:
+        """The observed steps after 0."""
+        return tuple(step for step in self.steps if step > 0)
 
-    def run(self, draw: int) -> CheckpointSource:
-        """Return the run itself for draw 0, else one of its random walks."""
-        return RandomWalk(self.source, self.seed, draw) if draw else self.source
+    @property
+    def course(self) -> Course:
+        """What LoRA factors are sums of."""
+        return Course(self.moments, tuple(step for step, _ in self.jumps))
+
+    def signs(self, draw: int) -> Signs | None:
+        """None for the run itself."""
+        return Signs(self.seed, draw, self.moments) if draw else None
+
+    def past(self, draw: int, until: int) -> Past:
+        """The run or a walk, as it stood at a step."""
+        return Past(self.source, until, self.signs(draw), self.jumps)
+
+    def seen(self, cut: int) -> tuple[int, ...]:
+        """The steps observed up to a cut."""
+        return tuple(step for step in self.steps if step <= cut)
 
     def increments(self, until: int) -> list[Span]:
-        """Return the spans between neighbouring checkpoints up to a step; the first counts from where RL began."""
-        seen = [step for step in self.steps if step <= until]
-        return list(zip(seen, (None, *seen), strict=False))
+        """The motion between neighbouring checkpoints up to a step, the first since RL began."""
+        return list(zip((seen := self.seen(until)), (None, *seen), strict=False))
 
     def contrasts(self, cut: int) -> Tensor:
-        """Return each increment up to a cut, and the motion that followed, as sums of all N increments: (n + 1, N)."""
+        """The increments up to a cut, and the motion to be predicted from there, as sums of all increments.
+
+        (n + 1, N): n increments up to the cut, of N in all.
+        """
+        count = len(self.seen(cut))
         ahead = torch.tensor([float(cut < step <= cut + self.horizon) for step in self.steps], dtype=torch.float64)
-        return torch.cat([torch.eye(len(self.steps), dtype=torch.float64)[: len(self.increments(cut))], ahead[None]])
+        return torch.cat([torch.eye(len(self.steps), dtype=torch.float64)[:count], ahead[None]])
 
     @property
     def block(self) -> int:
-        """How many neighbouring cuts predict overlapping motion."""
+        """How many neighbouring cuts look at overlapping motion."""
         gaps = [after - before for before, after in itertools.pairwise(self.cuts)]
         return max(1, -(-self.horizon // int(statistics.median(gaps)))) if gaps else 1
 
 
-def make_inputs(
-    source: CheckpointSource, steps: Sequence[int], horizon: int | None, cuts: int | None, draws: int, seed: int
+def make_setting(
+    source: CheckpointSource, horizon: int | None, cuts: int | None, draws: int, seed: int, steps: Sequence[int]
 ) -> BacktestInputs:
-    """Fill in what was left open. Raises ``ConfigError`` for wrong settings, ``CheckpointError`` for a short run."""
+    """Choose what was left open. Raises ``ConfigError`` for what cannot be, ``CheckpointError`` for too short a run."""
     if horizon is not None and horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})", kind="config-invalid-value")
+        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})")
     if cuts is not None and cuts < 1:
-        raise ConfigError(f"cuts must be at least 1 (got {cuts})", kind="config-invalid-value")
+        raise ConfigError(f"cuts must be at least 1 (got {cuts})")
     if draws < 0 or draws == 1:
-        raise ConfigError(
-            f"draws must be 0 (no null) or at least 2, for an interval (got {draws})", kind="config-invalid-value"
-        )
+        raise ConfigError(f"draws must be 0 (no null) or at least 2, for an interval (got {draws})")
     if len([step for step in steps if step > 0]) < 2:
-        raise CheckpointError(
-            f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})", kind="checkpoint-too-few"
-        )
+        raise CheckpointError(f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})")
     chosen = default_horizon(steps) if horizon is None else horizon
     every = cuts_of(steps, chosen)
     if not every:
         there = ", ".join(map(str, sorted({b - a for a, b in itertools.combinations(steps, 2) if a > 0})))
-        raise ConfigError(
-            f"no two checkpoints are {chosen} steps apart; choose a horizon of {there}", kind="config-invalid-value"
-        )
+        raise ConfigError(f"no two checkpoints lie {chosen} steps apart; horizons that are: {there}")
     if cuts is not None and cuts < len(every):
-        every = every[:: -(len(every) // cuts)][:cuts][::-1]  # evenly spaced, back from the last
-    return BacktestInputs(source, tuple(steps), every, chosen, draws, seed)
+        stride = len(every) // cuts
+        every = every[::-stride][:cuts][::-1]
+    return BacktestInputs(source, tuple(steps), every, chosen, draws, seed, factor_jumps(source))
 
 
 def cuts_of(steps: Sequence[int], horizon: int) -> tuple[int, ...]:
-    """Return the observed steps after 0 that have a checkpoint ``horizon`` steps later."""
+    """The observed steps after 0 from which ``horizon`` steps ahead was observed too."""
     return tuple(step for step in steps if step > 0 and step + horizon in steps)
 
 
 def default_horizon(steps: Sequence[int]) -> int:
-    """Return the horizon with most cuts among those of at least twice the usual spacing; of equals the shortest.
+    """Of the horizons of at least twice the usual spacing the one with most cuts, the shortest of equals.
 
-    Predicting one checkpoint ahead is easiest and says least about a jump. Where no horizon is that long, any will do.
+    One step of the grid ahead is the easiest to predict and says least of a jump. Where no horizon is as long, all are
+    candidates.
     """
     moments = [step for step in steps if step > 0]
     spacing = statistics.median(after - before for before, after in itertools.pairwise(moments))

@@ -1,4 +1,4 @@
-"""What somebody else's code may do to a run: take a bounded time, and leave the random states as they were."""
+"""Limits on other people's code in a run: bounded time, and random states put back."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 
-class TimeLimitReached(BaseException):  # an ``except Exception`` in the code that is ended must not catch it
-    """The code within ``time_limit`` was ended."""
+class TimeLimitReached(BaseException):  # so that an ``except Exception`` in the limited code does not catch it
+    """The code inside ``time_limit`` took too long."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise ``TimeLimitReached`` in the body after so many seconds, at its next step in Python.
+    """Raise ``TimeLimitReached`` in the body after so many seconds, at its next Python instruction.
 
-    A single call into native code that never returns is not ended. In the main thread SIGALRM is used, which also ends
-    a body that sleeps or waits.
+    A call into native code that never returns is not interrupted. In the main thread SIGALRM is used, which also
+    interrupts a body that sleeps or waits.
     """
     if seconds is None:
         yield
@@ -58,7 +58,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_random_states() -> Iterator[None]:
-    """Put the global random states of torch, NumPy and Python back at the end."""
+    """Restore the global random states of torch, NumPy and Python at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the versions of the packages that matter, and the machine."""
+"""What a figure was measured on: package versions and the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("next-core", "torch", "transformers", "trl", "peft", "safetensors", 
 
 
 def versions() -> dict[str, str]:
-    """By package, those that are installed; and Python's."""
+    """Return the versions of Python and of the installed packages that matter."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """Processor, cores, and the accelerators that torch sees."""
+    """Return processor, cores, and the accelerators that torch sees."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,4 +1,4 @@
-"""The trainers' libraries print bars and deprecations of their own between our lines."""
+"""Silences the progress bars and deprecation warnings of the trainers' libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silence what is not an error, in this process and those it starts."""
+    """Silence everything but errors, in this process and those it starts."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -10,11 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.interfaces import CheckpointSource
-from next_core.sources.deepspeed import reader
+from next_core.sources.deepspeed import replacement
 from next_core.sources.hf_model import ModelFiles
-from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, holds
-from next_core.sources.mismatch import mismatch
+from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
+from next_core.sources.mismatch import check_same_shapes
 from next_core.sources.run_folder import DiskSourceConfig, RunFolder
 from next_core.sources.tied_weights import tied_names
 from next_core.types import Parameter
@@ -24,48 +23,35 @@ class FullModelSourceConfig(DiskSourceConfig):
     backbone: Path | None = Field(None, description="The base model's folder; without it, step 0 must be there")
 
 
-class FullModelSource(CheckpointSource):
+class FullModelSource(RunFolder[ModelFiles]):
     """``checkpoint-N/model.safetensors`` or its shards; only matrices (two dimensions) are extrapolated."""
 
     name = "full-model"
     config_class = FullModelSourceConfig
+    FILES = (*MODEL_FILES, *MODEL_PICKLES)
 
     def __init__(self, config: FullModelSourceConfig) -> None:
         super().__init__(config)
         self._tied: Mapping[str, str] = {}
-        allow = config.allow_pickle
-        self._backbone = ModelFiles(config.backbone, allow) if config.backbone is not None else None
-        through = reader(config.masters, allow)
-        self._run = RunFolder(config, lambda folder, step: ModelFiles(folder, allow, through(folder, step)))
-        self._shifts = self._run.shifts
+        self._backbone = ModelFiles(config.backbone, config.allow_pickle) if config.backbone is not None else None
+        self._replacement = replacement(config.masters, config.allow_pickle)
         self.refresh()
 
-    @classmethod
-    def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
-        return holds(path, (*MODEL_FILES, *MODEL_PICKLES), folders)
+    def _open(self, folder: Path, step: int) -> ModelFiles:
+        return ModelFiles(folder, self.config.allow_pickle, self._replacement(folder, step))
 
-    def __reduce__(self) -> tuple[type[FullModelSource], tuple[FullModelSourceConfig]]:
-        return type(self), (self.config,)  # another process opens the folder for itself
-
-    def refresh(self) -> None:
-        """Take in the checkpoints that were written since the folder was opened."""
-        self._run.refresh(self._check)
-
-    def _check(self, models: Mapping[int, ModelFiles]) -> None:
-        """Raise ``CheckpointError`` unless all models are of one run."""
-        backbone = [] if self._backbone is None else [self._backbone]
-        tied = tied_names([*backbone, *models.values()]) if models else None
+    def _check(self, checkpoints: Mapping[int, ModelFiles]) -> None:
+        models = list(checkpoints.values())
+        everything = models if self._backbone is None else [self._backbone, *models]
+        tied = tied_names(everything) if models else None
         if tied is not None:
-            for model in (*backbone, *models.values()):
-                model.call_one(*tied)
+            for model in everything:
+                model.tie(*tied)
             self._tied = dict([tied])
-        first_step, first = next(iter(models.items()), (0, None))
-        for model in models.values():
-            different = mismatch(first.shapes, model.shapes, f"step {first_step}") if first is not None else None
-            if different is not None:
-                raise CheckpointError(f"{model.folder}: {different}")
-        if first is not None and self._backbone is not None:
-            self._backbone.require({k: v for k, v in first.shapes.items() if len(v) == 2})
+        for model in models[1:]:
+            check_same_shapes(models[0].shapes, model.shapes, model.folder, f"step {next(iter(checkpoints))}")
+        if models and self._backbone is not None:
+            self._backbone.require({name: shape for name, shape in models[0].shapes.items() if len(shape) == 2})
 
     @property
     def stores_full_weights(self) -> bool:
@@ -76,19 +62,9 @@ class FullModelSource(CheckpointSource):
         return self._tied
 
     @property
-    def naming(self) -> str:
-        """How the folders of the steps are named, with N for the step."""
-        return self._run.naming
-
-    @property
     def notes(self) -> Sequence[str]:
         tied = [f"{head} and {one} are one parameter, read once as {one}" for head, one in self.tied.items()]
-        return [*self._run.notes(), *tied]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        # Step 0, where it was kept, is where RL began and not an observation of it.
-        return tuple(step for step in self._models if step > 0 and step >= self._shifts.start)
+        return [*super().notes, *tied]
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -98,42 +74,38 @@ class FullModelSource(CheckpointSource):
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        found = {name: "not a matrix; stays as trained" for name, shape in self._shapes().items() if len(shape) != 2}
-        found |= {name: "has no values" for name, shape in self._shapes().items() if len(shape) == 2 and 0 in shape}
-        for name in self._shapes().keys() - found.keys():
-            if not self.precision(name).is_floating_point:
-                found[name] = "stored as integers; stays as it is"
-        return found
+        reasons = {name: self._why_skipped(name, shape) for name, shape in self._shapes().items()}
+        return {name: reason for name, reason in reasons.items() if reason}
 
-    @property
-    def _models(self) -> Mapping[int, ModelFiles]:
-        return self._run.checkpoints
+    def _why_skipped(self, name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) != 2:
+            return "not a matrix; stays as trained"
+        if 0 in shape:
+            return "has no values"
+        return "" if self.precision(name).is_floating_point else "stored as integers; stays as it is"
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        first = next(iter(self._models.values()), None)
+        first = next(iter(self._checkpoints.values()), None)
         return {} if first is None else first.shapes
 
-    def _start(self) -> ModelFiles | None:
-        """Where RL began: step 0 where it was kept, else the backbone."""
-        return self._models.get(0) or self._backbone
-
     def model(self, step: int | None) -> ModelFiles:
-        """The files of a step, or of where RL began (None): ``raw`` reads from them what is stored, unchecked."""
-        model = self._start() if step is None else self._models.get(step)
-        if model is None:
-            what = "backbone; pass --backbone" if step is None else f"step {step}; observed steps: {self.steps}"
-            raise CheckpointError(f"{self.config.path} has no {what}")
-        return model
+        if step is not None:
+            return self._checkpoint(step)
+        start = self._checkpoints.get(0) or self._backbone  # step 0, if it was kept, is where RL began
+        if start is None:
+            raise CheckpointError(
+                f"{self.config.path} has no backbone; pass --backbone", kind="config-missing-backbone"
+            )
+        return start
 
     def precision(self, name: str) -> torch.dtype:
-        newest = next(reversed(self._run.checkpoints.values()), None)
+        newest = self._newest()
         return torch.float32 if newest is None else newest.dtype(name)
 
     def fingerprint(self, step: int | None) -> str | None:
-        return self._run.digest(self.model(step), step or 0)
+        return self._digest(self.model(step), step or 0)
 
     def weight(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
-        """The weight at a step or where RL began (None), or some rows of it, with the later jumps counted in."""
         value = self.model(step).read(name, rows)
         for shift in self._shifts.since(step or 0):
             value = shift.added(value, name, rows)
@@ -147,15 +119,12 @@ class FullModelSource(CheckpointSource):
         return self.weight(name, step) - self.weight(name, since)
 
     def stored(self, key: str, step: int) -> Tensor:
-        """One matrix of a checkpoint, with the jump made right after it."""
+        """Return one matrix of a checkpoint, plus the jumps made right after it."""
         value = self.model(step).read(key)
         for shift in self._shifts.made_after(step):
             value = shift.added(value, key)
         return value
 
     def position(self, name: str, step: int) -> Tensor:
-        on_disk = self._backbone or self.model(None)  # which need not be where RL began
+        on_disk = self._backbone or self.model(None)  # a backbone need not be where RL began
         return self.weight(name, step).double() - on_disk.read(name)
-
-    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
-        return self._run.logged_metrics()

@@ -1,97 +1,98 @@
-"""Snapshots in a cache of the Hugging Face Hub: ``models--org--name/snapshots/<commit>``, with links to ``blobs``."""
+"""Snapshots in a cache of the Hugging Face Hub: ``models--org--name/snapshots/<commit>``, with links to ``blobs``.
+
+``huggingface_hub.scan_cache_dir`` would need that package and read the size of every file of every repository.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from next_core.errors import CheckpointError
-from next_core.sources.checkpoint_names import NUMBER, shown
-from next_core.sources.tensor_files import COMMIT, SNAPSHOTS, hub_repo
+from next_core.sources.checkpoint_names import NUMBER, shorten
+from next_core.storage.checkpoint_errors import ambiguous_step
+from next_core.storage.reading import read_text
 
-REFS = "refs"
-REVISIONS = "download each with revision= a branch or tag that ends in its step, such as step-100, or pass a list"
+SNAPSHOTS, BLOBS, REFS = "snapshots", "blobs", "refs"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REMEDY = "download each with revision= a branch or tag that ends in its step, such as step-100, or pass a list"
 
 
-def is_repo(folder: Path) -> bool:
-    """Whether a folder is one repository of a Hub cache."""
+def hub_repo(folder: Path) -> Path | None:
+    """Return the repository of a Hub cache whose snapshot a folder is or lies in."""
+    here = folder.resolve()
+    for path in (here, *here.parents):
+        if COMMIT.fullmatch(path.name) and path.parent.name == SNAPSHOTS and "--" in path.parent.parent.name:
+            return path.parent.parent
+    return None
+
+
+def find_snapshots(path: Path, has_weights: Callable[[Path], bool]) -> list[Path]:
+    """Return the snapshots that ``path`` stands for: itself, those of a repository, or one of each in a cache.
+
+    Of a repository in a cache it is the only snapshot, or the one of ``main``, if it ``has_weights``. Raises
+    ``CheckpointError`` if there are several and none is ``main``.
+    """
+    repo = hub_repo(path)
+    if repo is not None and path.resolve().parent.parent == repo:
+        return [path]
+    if path.name == SNAPSHOTS and _is_repo(path.parent):
+        path = path.parent
+    if _is_repo(path):
+        return _snapshots(path)
+    current = [_current(repo) for repo in sorted(child for child in path.iterdir() if _is_repo(child))]
+    return [snapshot for snapshot in current if snapshot is not None and has_weights(snapshot)]
+
+
+def _is_repo(folder: Path) -> bool:
     return folder.name.startswith("models--") and (folder / SNAPSHOTS).is_dir()
 
 
-def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is one commit of a repository in a Hub cache."""
-    repo = hub_repo(folder)
-    return repo is not None and folder.resolve().parent.parent == repo
-
-
-def snapshots(repo: Path) -> list[Path]:
-    """The commits of a repository that are in the cache."""
+def _snapshots(repo: Path) -> list[Path]:
     return sorted(path for path in (repo / SNAPSHOTS).iterdir() if COMMIT.fullmatch(path.name) and path.is_dir())
 
 
-def in_cache(cache: Path) -> list[Path]:
-    """One snapshot of each repository in a cache: the only one, or that of ``main``."""
-    found = []
-    for repo in sorted(path for path in cache.iterdir() if is_repo(path)):
-        have = snapshots(repo)
-        main = [path for path in have if "main" in _refs(path)]
-        if len(have) > 1 and not main:
-            raise CheckpointError(f"{repo} has {len(have)} snapshots and none is main; pass those you mean as a list")
-        found += have if len(have) == 1 else main
-    return found
+def _current(repo: Path) -> Path | None:
+    snapshots = _snapshots(repo)
+    if len(snapshots) > 1:
+        snapshots, count = [path for path in snapshots if "main" in _refs(path)], len(snapshots)
+        if not snapshots:
+            raise ambiguous_step(f"{repo} has {count} snapshots and none is main; pass a list of those to read")
+    return snapshots[0] if snapshots else None
 
 
-def everything(path: Path) -> list[Path]:
-    """All snapshots that a snapshot, a repository or a cache holds."""
-    if is_snapshot(path):
-        return [path]
-    if path.name == SNAPSHOTS and is_repo(path.parent):
-        path = path.parent
-    repos = [path] if is_repo(path) else [child for child in path.iterdir() if is_repo(child)]
-    return [snapshot for repo in repos for snapshot in snapshots(repo)]
+def names_with_steps(snapshots: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Return a name that contains the step for each snapshot, and notes about those that have none.
 
-
-def labels(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
-    """A name with the step in it for each snapshot, and notes on those that have none.
-
-    Where one repository has several, by the branch or tag that points to each; else by the repository's name. Raises
-    ``CheckpointError`` when no branch or tag of a repository tells its steps.
+    It is the repository's name, or the branch or tag that points to the snapshot if its repository has several. Raises
+    ``CheckpointError`` where branches and tags do not tell the steps.
     """
-    by_repo: dict[Path, list[Path]] = defaultdict(list)
-    for folder in folders:
-        by_repo[folder.resolve().parent.parent].append(folder)
+    repos = [snapshot.resolve().parent.parent for snapshot in snapshots]
     named: dict[str, Path] = {}
     notes = []
-    for repo, have in by_repo.items():
-        numbered = {folder: [ref for ref in _refs(folder) if NUMBER.search(ref)] for folder in have}
-        if len(have) == 1 and (len(by_repo) > 1 or not numbered[have[0]]):
-            named[repo.name] = have[0]
-            continue
-        if not any(numbered.values()):
-            raise CheckpointError(f"no branch or tag tells the steps of the snapshots of {repo}; {REVISIONS}")
-        for folder, refs in numbered.items():
-            # v1.0 and step-100 may point to one commit
-            about_steps = [ref for ref in refs if "step" in ref.lower()] or refs
-            if len(about_steps) > 1:
-                raise CheckpointError(f"{folder}: which of {shown(about_steps)} tells its step? {REVISIONS}")
-            if about_steps:
-                named[about_steps[0] if len(by_repo) == 1 else f"{repo.name}/{about_steps[0]}"] = folder
-            else:
-                notes.append(f"left out {folder}: no branch or tag tells its step")
+    for snapshot, repo in zip(snapshots, repos, strict=True):
+        refs = [ref for ref in _refs(snapshot) if NUMBER.search(ref)]
+        refs = [ref for ref in refs if "step" in ref.lower()] or refs  # v1.0 and step-100 may point to one commit
+        if repos.count(repo) == 1 and (len(snapshots) > 1 or not refs):
+            named[repo.name] = snapshot
+        elif len(refs) > 1:
+            raise ambiguous_step(f"{snapshot}: which of {shorten(refs)} is its step? {REMEDY}")
+        elif refs:
+            named[refs[0] if len(set(repos)) == 1 else f"{repo.name}/{refs[0]}"] = snapshot
+        else:
+            notes.append(f"ignored {snapshot}: no branch or tag tells its step")
+    if snapshots and not named:
+        raise ambiguous_step(f"no branch or tag tells the steps of the snapshots of {repos[0]}; {REMEDY}")
     return named, notes
 
 
 def _refs(snapshot: Path) -> list[str]:
-    """The branches and tags that point to a snapshot."""
-    root = snapshot.resolve().parent.parent / REFS
-    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
-    found = []
-    for path in files:
-        try:
-            commit = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            continue  # a damaged reference points nowhere
-        if commit == snapshot.resolve().name:
-            found.append(path.relative_to(root).as_posix())
-    return found
+    """Return the branches and tags that point to a snapshot."""
+    snapshot = snapshot.resolve()
+    root, refs = snapshot.parent.parent / REFS, []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        with contextlib.suppress(OSError, ValueError):  # a damaged reference points nowhere
+            if read_text(path).strip() == snapshot.name:
+                refs.append(path.relative_to(root).as_posix())
+    return refs

@@ -1,4 +1,4 @@
-"""The jumps of a run folder, counted into the checkpoints before them."""
+"""The jumps of a run folder, added to the checkpoints before them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from next_core.errors import CheckpointError
-from next_core.sources.checkpoint_names import MOST_STEPS
+from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.tensor_cache import TensorCache
 from next_core.sources.tensor_files import SafetensorsFile, read_json
+from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.storage.manifest import MANIFEST, check_manifest
 
 CHECKPOINTS = "checkpoints"
@@ -23,33 +23,33 @@ JUMP_RECORD = "jump.json"
 UNDONE = "undone.json"
 SHIFT_FILE = "shift.safetensors"
 NAME = re.compile(r"[0-9]{1,9}")
-"""How the folder of a jump is called."""
+"""The name of a jump's folder."""
 
 
 class Shifts:
-    """The jumps of a run folder (``jumps/`` beside ``checkpoints/``), counted into the checkpoints before them.
+    """What the jumps of a run folder (``jumps/`` next to ``checkpoints/``) moved the stored tensors by.
 
     A jump made after step N moves every checkpoint up to N by as much: deltas between checkpoints then show what RL
-    did, and not what a jump did. A jump that lives in an adapter of its own has nothing to shift. Where a jump was
-    undone some steps later, the history starts anew at ``start``.
+    did, not what a jump did. A jump in an adapter of its own shifts nothing. After a jump was undone some steps later,
+    the history starts again at ``start``. Outside a run folder (``in_run_folder`` is false) there are no shifts: a
+    trainer's own folder stores weights from after each jump, and its jump adapters.
     """
 
     def __init__(self, checkpoints: Path) -> None:
-        # A trainer's own folder holds weights from after each jump, and brings its jump adapters along.
         self._places = jump_places(checkpoints)
-        self.ours = bool(self._places)
+        self.in_run_folder = bool(self._places)
         self.start = 0
         self._cache = TensorCache()
-        self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # a number can be used again after a rollback
+        self._shifts: dict[tuple[str, int], tuple[int, Shift]] = {}  # by folder and time: names are reused
 
     @property
     def root(self) -> Path:
-        """Where the jumps of a run folder lie; only where the folder is ``ours``."""
+        """The folder of the jumps; only in a run folder."""
         return next((place for place in self._places if place.is_dir()), self._places[0])
 
     def refresh(self) -> None:
-        """Take in jumps that were made, and forget those that were rolled back."""
-        if not self.ours:
+        """Read new jumps, and forget those that were rolled back."""
+        if not self.in_run_folder:
             return
         self.start = max((undone for _, _, undone in jump_records(self.root) if undone is not None), default=0)
         present = {}
@@ -73,17 +73,17 @@ class Shifts:
         return found
 
     def made_after(self, step: int) -> list[Shift]:
-        """The shifts of the jumps made right after a step, undone later or not."""
-        records = jump_records(self.root) if self.ours else []
-        found = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
-        return [Shift(path, TensorCache()) for path in found if os.path.lexists(path)]
+        """Return the shifts of the jumps made right after a step, later undone or not."""
+        records = jump_records(self.root) if self.in_run_folder else []
+        paths = [path / SHIFT_FILE for path, record, _ in records if record["step"] == step]
+        return [Shift(path, TensorCache()) for path in paths if os.path.lexists(path)]
 
     def since(self, step: int) -> tuple[Shift, ...]:
-        """The shifts of the jumps made at or after a step, in order."""
+        """Return the shifts of the jumps made at or after a step, in order."""
         return tuple(shift for jumped, shift in self._shifts.values() if step <= jumped)
 
 
-_SHIFTS = itertools.count()
+_NUMBERS = itertools.count()
 
 
 class Shift:
@@ -93,66 +93,63 @@ class Shift:
         self.path = path
         self._file = SafetensorsFile(path)
         self._cache = cache
-        self._number = next(_SHIFTS)  # an id() comes back once its object is gone, and a folder's name after a rollback
+        self._number = next(_NUMBERS)  # its key in the cache: ids and folder names are reused
 
     def unchanged(self) -> bool:
-        """Whether its file is still the one that was opened."""
+        """Return whether its file is still the one that was opened."""
         return self._file.unchanged()
 
     def added(self, value: Tensor, key: str, rows: slice | None = None) -> Tensor:
-        """A stored tensor, or some rows of one, with the jump in it; the same where the jump left it alone."""
+        """Return a stored tensor, or some rows of one, plus the jump; unchanged if the jump did not move it."""
         if key not in self._file.shapes:
             return value
         shape = self._file.shapes[key]
         if not shape or shape[1:] != tuple(value.shape[1:]) or (rows is None and shape[0] != value.shape[0]):
-            raise CheckpointError(
+            raise other_model(
                 f"{self._file.path}: '{key}' is {shape} but the checkpoints have {tuple(value.shape)}; these are jumps "
                 "of another run"
             )
         if rows is not None:
             return value + self._file.read(key, rows)
-        where = key, self._number
-        cached = self._cache.get(where)
+        cached = self._cache.get((key, self._number))
         if cached is None:
             cached = (self._file.read(key),)
-            self._cache.put(where, cached)
+            self._cache.put((key, self._number), cached)
         return value + cached[0]
 
 
 def jump_places(checkpoints: Path) -> list[Path]:
-    """Where jumps would lie for this folder of checkpoints; empty unless it is that of a run folder.
+    """Return where jumps would lie for a folder of checkpoints; nothing unless it is that of a run folder.
 
-    It may be named by ``..`` or a link, or be a link itself: both it and what it leads to are asked.
+    Both the folder as it was named and what it leads to count: it may be named by ``..``, or be a link.
     """
-    # Not by name alone: the last part is kept as it is, unless it has no name of its own.
-    given = checkpoints.parent.resolve() / checkpoints.name if checkpoints.name not in ("", "..") else None
-    folders = dict.fromkeys(folder for folder in (given, checkpoints.resolve()) if folder is not None)
+    named = checkpoints.parent.resolve() / checkpoints.name if checkpoints.name not in ("", "..") else None
+    folders = dict.fromkeys(folder for folder in (named, checkpoints.resolve()) if folder is not None)
     return [folder.parent / JUMPS for folder in folders if folder.name == CHECKPOINTS]
 
 
 def jump_folders(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The jumps that stand, in order: their folders and records."""
+    """Return the folders and records of the jumps that were not undone, in order."""
     return [(path, record) for path, record, undone in jump_records(root) if undone is None]
 
 
 def jump_records(root: Path) -> list[tuple[Path, dict[str, Any], int | None]]:
-    """The folders under ``jumps/``, in order, with their records, and the step at which one was undone."""
+    """Return each jump's folder and record, and the step at which it was undone, in order."""
     if not root.is_dir():
         return []
-    paths = sorted(path for path in root.iterdir() if NAME.fullmatch(path.name))
     return [
-        (path, _record(path / JUMP_RECORD), _undone(path / UNDONE) if os.path.lexists(path / UNDONE) else None)
-        for path in paths
+        (path, _record(path / JUMP_RECORD), _undone(path / UNDONE))
+        for path in sorted(path for path in root.iterdir() if NAME.fullmatch(path.name))
     ]
 
 
-def _undone(path: Path) -> int:
-    step: int = _record(path, verify=False)["step"]  # written when the folder was complete already
-    return step
+def _undone(path: Path) -> int | None:
+    # Written after the manifest, which does not list it.
+    return _record(path, verify=False)["step"] if os.path.lexists(path) else None
 
 
 def _record(path: Path, verify: bool = True) -> dict[str, Any]:
     record = read_json(path, verify=verify)
-    if type(record.get("step")) is not int or not 0 <= record["step"] <= MOST_STEPS:
-        raise CheckpointError(f"{path} names no step; restore it, or remove {path.parent}")
+    if type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_STEP:
+        raise damaged(path, "names no step")
     return record

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
-from next_core.mathematics import low_rank as lowrank
+from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
+from next_core.storage.checkpoint_errors import not_found
 from next_core.types import LoraFactors, Parameter
 
 
@@ -47,7 +48,7 @@ class MemorySource(CheckpointSource):
         try:
             return self._checkpoints[step][name]
         except KeyError:
-            raise CheckpointError(f"no parameter '{name}' at step {step}; observed steps: {self.steps}") from None
+            raise not_found(f"no parameter '{name}' at step {step}; observed steps: {self.steps}") from None
 
     def factors(self, name: str, step: int) -> LoraFactors | None:
         value = self._value(name, step)
@@ -59,7 +60,7 @@ class MemorySource(CheckpointSource):
             then = self.factors(name, since) if since is not None else None
             return lora_delta(now, then)
         if since is None and name not in self._backbone:
-            raise CheckpointError(f"the backbone has no '{name}'; pass backbone=")
+            raise CheckpointError(f"the backbone has no '{name}'; pass backbone=", kind="config-missing-backbone")
         before = self._backbone[name] if since is None else self._value(name, since)
         assert isinstance(before, Tensor)
         return now.double() - before.double()
@@ -69,7 +70,7 @@ class MemorySource(CheckpointSource):
 
 
 def lora_delta(now: LoraFactors, then: LoraFactors | None) -> LowRank:
-    """scaling * (B A - B' A') as a low-rank matrix; without ``then``, the delta from the backbone."""
+    """Return scaling * (B A - B' A') as a low-rank matrix; without ``then``, the delta from the backbone."""
     if then is None:
         return LowRank(now.scaling * now.B.double(), now.A.double())
-    return lowrank.lora_difference((now.A, now.B), (then.A, then.B), now.scaling)
+    return low_rank.lora_difference((now.A, now.B), (then.A, then.B), now.scaling)

@@ -1,29 +1,35 @@
-"""Words for a checkpoint that does not fit the others of its run."""
+"""What differs between two checkpoints that should belong to one run."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
+
+from next_core.storage.checkpoint_errors import other_model
 
 MOST = 1000
-"""Names that one is compared with, and letters of each: more would take long, and say no more."""
+"""Limit of names that are compared with one, and of characters of each: this is quadratic."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _likeness(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one[:MOST], other[:MOST], autojunk=False).ratio()
+def check_same_shapes(ours: Shapes, theirs: Shapes, folder: Path, first: str) -> None:
+    """Raise ``CheckpointError`` if ``theirs``, in ``folder``, differ from the shapes of the checkpoint ``first``."""
+    difference = mismatch(ours, theirs, first)
+    if difference is not None:
+        raise other_model(f"{folder}: {difference}")
 
 
-def mismatch(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], first: str) -> str | None:
-    """What is different in ``theirs`` (names to shapes), against the checkpoint called ``first``; None for nothing."""
+def mismatch(ours: Shapes, theirs: Shapes, first: str) -> str | None:
+    """Return what differs in ``theirs`` (names to shapes) from the checkpoint called ``first``; None for nothing."""
     missing, new = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     if missing and new:
-        shapes = {theirs[name] for name in new}
-        renamed = next((name for name in missing if ours[name] in shapes), missing[0])
-        fitting = [name for name in new if theirs[name] == ours[renamed]] or new
-        now = max(fitting[:MOST], key=lambda name: _likeness(renamed, name))
+        fitting = [name[:MOST] for name in new[:MOST] if theirs[name] == ours[missing[0]]] or new
+        likeliest = difflib.get_close_matches(missing[0][:MOST], fitting, n=1, cutoff=0)[0]
         return (
-            f"'{renamed}' of {first} is missing and '{now}' is new (of {len(missing)} missing, {len(new)} new); did "
-            "training rename its parameters? Extrapolate only checkpoints of one naming"
+            f"'{missing[0]}' of {first} is missing and '{likeliest}' is new (of {len(missing)} missing, {len(new)} "
+            "new); did training rename its parameters? Extrapolate only checkpoints with the same names"
         )
     if missing:
         return f"'{missing[0]}' is missing, which {first} has ({len(missing)} in all); restore this checkpoint"

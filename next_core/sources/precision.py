@@ -1,18 +1,19 @@
-"""What rounding leaves of the motion between full checkpoints that are stored in bf16 or fp16.
+"""How much of the motion between full checkpoints stored in bf16 or fp16 is rounding.
 
 A stored weight is its true value plus a rounding error, about uniform in +-ulp/2 and so of standard deviation
-ulp / sqrt(12), where ulp is the spacing of the stored precision at that weight. A difference of two checkpoints carries
+ulp / sqrt(12), where ulp is the spacing of the stored precision at that weight. A difference of two checkpoints has
 both errors. They are independent where weights moved by an ulp or more. A weight that moved by less, |d| < ulp, shows
-no motion at all or a whole ulp, the latter with probability |d| / ulp: the mean is right, and the noise's variance is
-|d| ulp - d^2, less than that of two independent errors. What is observed then is nearly all noise, and bounds it.
+either no motion or a whole ulp, the latter with probability |d| / ulp: the mean is right, and the noise's variance is
+|d| ulp - d^2, less than that of two independent errors. The observed difference is then nearly all noise, so its
+square bounds the noise.
 
-Whether the leading direction of a delta is still to be seen is a matter of random matrices. An m x n matrix of
-independent entries of standard deviation s has a largest singular value of about s (sqrt m + sqrt n), and a rank-one
-motion of size sigma under it leaves a trace in the leading singular vectors only if sigma > s (m n)^(1/4) (Baik, Ben
-Arous and Peche 2005; Benaych-Georges and Nadakuditi, arXiv 1103.2221, section 3.1). Where s differs from entry to
-entry, as here, sqrt m and sqrt n become the largest root of a row's and of a column's summed variances (Bandeira and
-van Handel, arXiv 1408.6185). A leading direction whose singular value is no larger than that bound may be rounding
-alone: it is called drowned.
+Random matrix theory tells whether the leading direction of a delta is still visible. An m x n matrix of independent
+entries of standard deviation s has a largest singular value of about s (sqrt m + sqrt n), and a rank-one motion of size
+sigma leaves a trace in its leading singular vectors only if sigma > s (m n)^(1/4) (Baik, Ben Arous and Peche 2005;
+Benaych-Georges and Nadakuditi, arXiv 1103.2221, section 3.1). Where s differs between entries, as here, the roots of
+the largest summed variance of a row and of a column replace s sqrt n and s sqrt m (Bandeira and van Handel, arXiv
+1408.6185). A leading direction whose singular value is no larger than that bound may be rounding alone: it is called
+drowned.
 """
 
 from __future__ import annotations
@@ -24,35 +25,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.tied_weights import EMBEDDINGS, HEADS
+from next_core.storage.checkpoint_errors import not_found
 from next_core.types import Parameter
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 2**22
-"""Elements of a matrix that are looked at together (32 MiB in fp64)."""
+"""Elements of a matrix that are processed together (32 MiB in fp64)."""
 ITERATIONS = 16
-"""Steps of the power iteration where no singular value is given: it errs towards smaller ones, so towards drowned."""
+"""Steps of the power iteration if no singular value is given; its error is towards smaller ones, so towards drowned."""
 SAMPLE = 12
-"""Matrices of a source that are looked at for its warnings."""
+"""Matrices of a source that are examined for its warnings."""
 SAMPLED_ROWS = 4096
-"""Rows of such a matrix that are looked at, at most."""
+"""Limit of the rows examined in each of them."""
 PIECE = 256
-"""How many of these lie together."""
+"""Consecutive rows in such a sample."""
 
 
 @dataclass(frozen=True)
 class RoundingReport:
-    """One matrix between two checkpoints: its motion as stored, and what of that may be rounding.
+    """One matrix between two checkpoints: its motion as stored, and how much of it may be rounding.
 
-    ``delta_rms`` is the stored difference's root mean square, ``delta_mean`` its mean absolute value: rounding inflates
-    the former and leaves the latter as it is. ``changed`` is the share of weights that differ at all. ``noise_rms`` is
-    what two independent rounding errors would have (0 where both ends are fp32). ``delta_to_ulp`` is ``delta_rms``
-    over the root mean square of the ulps, infinite without any. ``sigma`` is the largest singular value of the stored
-    difference, ``noise_sigma`` the largest that rounding alone may have, ``floor`` the least rank-one motion that
-    leaves a trace under it. ``drowned``: ``sigma`` is no larger than ``noise_sigma``.
+    - ``delta_rms``, ``delta_mean``: root mean square and mean absolute value of the stored difference. Rounding
+      inflates the former and not the latter.
+    - ``changed``: the share of weights that differ at all.
+    - ``noise_rms``: rms of two independent rounding errors (0 if both ends are fp32).
+    - ``delta_to_ulp``: ``delta_rms`` over the rms of the ulps, infinite without any.
+    - ``sigma``, ``noise_sigma``: the largest singular value of the stored difference, and the largest that rounding
+      alone may have; ``drowned`` if the former is no larger.
+    - ``floor``: the smallest rank-one motion that leaves a trace under the rounding.
     """
 
     name: str
@@ -70,7 +73,7 @@ class RoundingReport:
 
 
 def ulp(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of a floating-point precision at each weight, in fp64; weights must be of that precision."""
+    """Return the spacing of a floating-point precision at each weight, in fp64; weights must have that precision."""
     facts = torch.finfo(dtype)
     _, exponent = torch.frexp(weights.double().abs().clamp_min(facts.smallest_normal))
     return exponent.double().exp2() * (facts.eps / 2)
@@ -84,30 +87,31 @@ def rounding_report(
     sigma: float | None = None,
     most_rows: int | None = None,
 ) -> RoundingReport:
-    """What rounding does to one parameter's delta between two steps (``since=None``: where RL began).
+    """Report on the rounding in one parameter's delta between two steps (``since=None``: where RL began).
 
-    ``sigma`` is the largest singular value of that delta as stored, where the caller has it; else it is computed, and
-    the delta held in fp32 meanwhile. Otherwise memory is bounded by ``BLOCK``. With ``most_rows`` the report is of
-    about so many rows, spread over the matrix, as if they were all of it; fewer rows show a motion less well. Raises
-    ``CheckpointError`` for a source that reads no full checkpoints, or an unknown parameter.
+    ``sigma`` is the largest singular value of that delta as stored, if it is known; else it is computed, with the delta
+    in memory in fp32. Otherwise memory is bounded by ``BLOCK``. With ``most_rows`` the report is about a sample of so
+    many rows at most, as if they were the matrix; fewer rows show a motion less well. Raises ``CheckpointError`` for an
+    unknown parameter and for a source without full weights.
     """
     shape = next((p.shape for p in source.parameters if p.name == name), None)
     if shape is None:
-        raise CheckpointError(f"the run has no parameter '{name}'", kind="checkpoint-not-found")
+        raise not_found(f"the run has no parameter '{name}'")
+    low = [(model, dtype) for model in map(source.model, (step, since)) if (dtype := model.dtype(name)) in LOW]
     blocks = list(_blocks(shape, most_rows))
     m, n = sum(rows.stop - rows.start for rows in blocks), shape[1]
-    low = [(model, dtype) for model in map(source.model, (step, since)) if (dtype := model.dtype(name)) in LOW]
-    squares = ulps = total = 0.0
-    differ = 0
-    row_noise, column_squares, column_noise = 0.0, torch.zeros(n).double(), torch.zeros(n).double()
-    held, done = torch.empty((m if sigma is None else 0, n)), 0
+    size = m * n
+    squares = ulps = total = row_noise = 0.0
+    changed = 0
+    column_squares, column_noise = torch.zeros(n).double(), torch.zeros(n).double()
+    held, filled = torch.empty((m if sigma is None else 0, n)), 0
     for rows in blocks:
         delta = source.delta_rows(name, rows, step, since).double()
         if sigma is None:
-            held[done : done + len(delta)] = delta
-            done += len(delta)
+            held[filled : filled + len(delta)] = delta
+            filled += len(delta)
         total += float(delta.abs().sum())
-        differ += int(delta.count_nonzero())
+        changed += int(delta.count_nonzero())
         square, noise = delta.square_(), torch.zeros(delta.shape).double()
         for model, dtype in low:
             noise += ulp(model.read(name, rows), dtype).square_() / 12
@@ -123,20 +127,20 @@ def rounding_report(
         name=name,
         step=step,
         since=since,
-        delta_rms=math.sqrt(squares / (m * n)),
-        delta_mean=total / (m * n),
-        changed=differ / (m * n),
-        noise_rms=math.sqrt(independent / (m * n)),
+        delta_rms=math.sqrt(squares / size),
+        delta_mean=total / size,
+        changed=changed / size,
+        noise_rms=math.sqrt(independent / size),
         delta_to_ulp=math.sqrt(squares / ulps) if ulps > 0 else math.inf,
         sigma=sigma,
         noise_sigma=noise_sigma,
-        floor=math.sqrt(min(independent, squares) / (m * n)) * (m * n) ** 0.25,
+        floor=math.sqrt(min(independent, squares) / size) * size**0.25,
         drowned=bool(low) and squares > 0 and sigma <= noise_sigma,
     )
 
 
 def _largest(matrix: Tensor) -> float:
-    """The largest singular value of an (m, n) matrix, or a little less, by power iteration from a fixed start."""
+    """Return the largest singular value of a matrix (m, n), or a little less, by power iteration from a fixed start."""
     v = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(ITERATIONS):
         v = matrix.T @ (matrix @ (v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)))
@@ -144,11 +148,10 @@ def _largest(matrix: Tensor) -> float:
 
 
 def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[str]:
-    """What to know of a run whose full checkpoints are of low precision, in a few lines; empty for any other.
+    """Return a few lines about a run whose full checkpoints have low precision; none for any other run.
 
-    Looks at ``sample`` matrices (up to ``SAMPLED_ROWS`` of each), spread over the model, between the two newest
-    checkpoints; the lines say how many. Embeddings and heads are the largest and move least like the rest: they are
-    looked at only where there is nothing else.
+    ``sample`` matrices (up to ``SAMPLED_ROWS`` rows each), spread over the model, are compared between the two newest
+    checkpoints. Embeddings and heads, the largest and least typical ones, count only if there is nothing else.
     """
     if not source.stores_full_weights or len(source.steps) < 2:
         return []
@@ -157,35 +160,36 @@ def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[st
         return []
     since, step = source.steps[-2:]
     inner = [p for p in low if not p.name.endswith((*HEADS, *EMBEDDINGS))]
-    looked_at = _spread(inner or low, sample)
-    reports = [rounding_report(source, p.name, step, since, most_rows=SAMPLED_ROWS) for p in looked_at]
+    chosen = _spread(inner or low, sample)
+    reports = [rounding_report(source, p.name, step, since, most_rows=SAMPLED_ROWS) for p in chosen]
     drowned = [report.name for report in reports if report.drowned]
     ratios = sorted(report.delta_to_ulp for report in reports)
-    kinds = sorted({str(source.precision(p.name)).removeprefix("torch.") for p in low})
-    middle = ratios[len(ratios) // 2]
+    precisions = sorted({str(source.precision(p.name)).removeprefix("torch.") for p in low})
+    median = ratios[len(ratios) // 2]
     lines = [
-        f"{len(low)} of {len(source.parameters)} matrices are stored in {', '.join(kinds)}; between steps {since} and "
-        f"{step} they moved by {middle:.2g} of their rounding step, rms (median of {len(reports)} looked at)"
+        f"{len(low)} of {len(source.parameters)} matrices are stored in {', '.join(precisions)}; between steps {since} "
+        f"and {step} they moved by {median:.2g} of their rounding step, rms (median of {len(reports)} matrices)"
     ]
     if drowned:
         lines.append(
             f"{len(drowned)} of these {len(reports)} are drowned in rounding, such as '{drowned[0]}': save fp32 or "
-            "LoRA factors, or put checkpoints further apart"
+            "LoRA factors, or space checkpoints further apart"
         )
     return lines
 
 
 def _spread(parameters: Sequence[Parameter], count: int) -> list[Parameter]:
-    """An even choice, first and last included."""
+    """Return an even choice, first and last included."""
     if len(parameters) <= count:
         return list(parameters)
     return [parameters[round(i * (len(parameters) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _blocks(shape: tuple[int, int], most_rows: int | None = None) -> Iterator[slice]:
+    """Yield all rows in blocks, or pieces of consecutive rows spread over the matrix, ``most_rows`` in all."""
     if most_rows is None or shape[0] <= most_rows:
         return iter(row_blocks(shape, BLOCK))
     rows = min(max(1, BLOCK // max(shape[1], 1)), PIECE, most_rows)
     pieces = most_rows // rows
-    begins = (i * (shape[0] - rows) // max(pieces - 1, 1) for i in range(pieces))
-    return (slice(begin, begin + rows) for begin in begins)
+    starts = (i * (shape[0] - rows) // max(pieces - 1, 1) for i in range(pieces))
+    return (slice(start, start + rows) for start in starts)

@@ -1,4 +1,4 @@
-"""A bounded memory of tensors that were read."""
+"""A bounded cache of tensors that were read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import OrderedDict
 from torch import Tensor
 
 CACHE_BYTES = 256 * 2**20
-"""What one cache of tensors may hold."""
+"""Limit of one cache."""
 
 
 class TensorCache:
-    """The most recently read tensors, up to ``CACHE_BYTES``."""
+    """The most recently used tensors, up to ``CACHE_BYTES``."""
 
     def __init__(self) -> None:
         self._values: OrderedDict[tuple[str, int], tuple[Tensor, ...]] = OrderedDict()
@@ -31,5 +31,4 @@ class TensorCache:
         self._values[key] = value
         self._bytes += sum(tensor.nbytes for tensor in value)
         while self._bytes > CACHE_BYTES:
-            _, old = self._values.popitem(last=False)
-            self._bytes -= sum(tensor.nbytes for tensor in old)
+            self.drop(next(iter(self._values)))

@@ -1,4 +1,4 @@
-"""Output heads that share their matrix with the input embedding: one parameter, whichever names a writer stored."""
+"""Output heads that share their matrix with the input embedding: one parameter, under either name."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from next_core.sources.hf_model import ModelFiles
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 BLOCK = 2**22
-"""How many values are compared at a time."""
+"""Number of values compared at a time."""
 
 
 def tied_names(models: Sequence[ModelFiles]) -> tuple[str, str] | None:
-    """The head's and the embedding's name where they are one parameter in these models of one run, else None.
+    """Return the names of head and embedding if they are one parameter in these models of one run, else None.
 
-    They are when ``config.json`` says so, or when some store both and others only one. Raises ``CheckpointError`` when
-    a model that is so tied stores two that differ.
+    They are if ``config.json`` says so, or if some models store both and others only one. Raises ``CheckpointError``
+    if a model that is tied in this way stores two that differ.
     """
     names = {name for model in models for name in model.shapes}
     head, embedding = _only(names, HEADS), _only(names, EMBEDDINGS)
     if head is None or embedding is None:
         return None
-    said = {model.ties() for model in models}
+    declared = {model.declares_tie() for model in models}
     stored = [frozenset(model.shapes) & {head, embedding} for model in models]
-    if True not in said and (False in said or len(set(stored)) == 1):
+    if True not in declared and (False in declared or len(set(stored)) == 1):
         return None
-    for model, have in zip(models, stored, strict=True):
-        if len(have) == 2 and not _equal(model, head, embedding):
-            why = "config.json says tie_word_embeddings" if True in said else "other checkpoints store only one of them"
+    for model, both in zip(models, stored, strict=True):
+        if len(both) == 2 and not _equal(model, head, embedding):
+            why = "config.json says that they are tied" if True in declared else "other checkpoints store only one"
             raise CheckpointError(
                 f"{model.folder}: '{head}' and '{embedding}' differ, but {why}; correct config.json, or restore this "
-                "checkpoint"
+                "checkpoint",
+                kind="checkpoint-damaged",
             )
     return head, embedding
 
 
 def _only(names: Iterable[str], endings: tuple[str, ...]) -> str | None:
-    found = [name for name in names if name.endswith(endings)]
-    return found[0] if len(found) == 1 else None
+    matching = [name for name in names if name.endswith(endings)]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _equal(model: ModelFiles, one: str, other: str) -> bool:
-    """Whether two matrices are the same, row block by row block."""
     if model.shapes[one] != model.shapes[other]:
         return False
     blocks = row_blocks(model.shapes[one], BLOCK)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from next_core.errors import CheckpointError
+from next_core.storage.checkpoint_errors import damaged, incomplete, unsafe_path
 from next_core.storage.reading import LARGE, Stamp, parse_checked, parse_json, read_bytes, stamp, with_checksum
 from next_core.storage.safetensors_header import read_header
 
@@ -61,7 +61,7 @@ def check_manifest(folder: Path, contents: bool = False) -> None:
         path = folder / name
         _check_size(path, facts)
         if "tensors" in facts and _tensors(path).get("tensors") != facts["tensors"]:
-            raise _damaged(path, "its header")
+            raise damaged(path, f"is damaged: its header differs from {MANIFEST}")
         if contents:
             _check_digest(path, facts)
 
@@ -77,9 +77,7 @@ def check_contents(path: Path) -> None:
         if os.path.lexists(manifest) and (folder == path.parent or not _is_foreign(manifest)):
             facts = _files(manifest).get(path.relative_to(folder).as_posix())
             if facts is None:
-                raise CheckpointError(
-                    f"{path} is not listed in {manifest}: it was added later; remove it", kind="checkpoint-damaged"
-                )
+                raise damaged(path, f"is not listed in {manifest}, so another program added it")
             _check_size(path, facts)
             _check_digest(path, facts)
             return
@@ -100,21 +98,12 @@ def _check_size(path: Path, facts: Mapping[str, Any]) -> None:
     except OSError:  # the manifest names something that cannot be a file
         complete = False
     if not complete:
-        raise CheckpointError(
-            f"{path} is missing or truncated ({facts['size']} bytes expected); restore it", kind="checkpoint-incomplete"
-        )
+        raise incomplete(path, f"is missing or truncated ({facts['size']} bytes expected)")
 
 
 def _check_digest(path: Path, facts: Mapping[str, Any]) -> None:
     if file_digest(path) != facts["sha256"]:
-        raise _damaged(path, "its sha256")
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged: {what} differs from {MANIFEST}; remove or restore this checkpoint",
-        kind="checkpoint-damaged",
-    )
+        raise damaged(path, f"is damaged: its sha256 differs from {MANIFEST}")
 
 
 def file_digest(path: Path) -> str:
@@ -125,9 +114,7 @@ def file_digest(path: Path) -> str:
 def _files(manifest: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of a manifest. Raises ``CheckpointError`` for a missing, damaged or unsafe one."""
     if not os.path.lexists(manifest):
-        raise CheckpointError(
-            f"{manifest} is missing; the checkpoint is incomplete: remove or restore it", kind="checkpoint-incomplete"
-        )
+        raise incomplete(manifest, "is missing")
     return _cached_until_changed(manifest, _entries_of)
 
 
@@ -138,9 +125,7 @@ def _cached_until_changed(path: Path, read: Callable[[Path, Stamp], T]) -> T:
         settled = time.time_ns() - now[2] > _UNSETTLED
         return read(path.absolute(), now) if settled else read.__wrapped__(path, now)  # type: ignore[attr-defined]
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); restore it", kind="checkpoint-damaged"
-        ) from None
+        raise damaged(path, f"cannot be read ({error.strerror})") from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,16 +140,11 @@ def _entries_of(manifest: Path, stamp: Stamp) -> dict[str, dict[str, Any]]:
         if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
             raise ValueError("it does not list files with their sha256 and size")  # noqa: TRY301
     except ValueError as error:
-        raise CheckpointError(
-            f"{manifest} cannot be read ({error}); remove or restore the checkpoint", kind="checkpoint-damaged"
-        ) from None
+        raise damaged(manifest, f"cannot be read ({error})") from None
     for name in files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\0" in name:
-            raise CheckpointError(
-                f"{manifest} names a file outside its folder: {name!r}; remove this checkpoint",
-                kind="checkpoint-unsafe-path",
-            )
+            raise unsafe_path(f"{manifest} names a file outside its folder: {name!r}; remove this checkpoint")
     return files
 
 

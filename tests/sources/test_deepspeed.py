@@ -1,6 +1,6 @@
-"""fp32 masters from DeepSpeed's optimizer states: found, asked of DeepSpeed by its public function, and compared.
+"""fp32 masters from DeepSpeed's optimizer states: found, read by DeepSpeed's public function, and compared.
 
-DeepSpeed itself is not here: a function of the same signature stands for its reader.
+DeepSpeed itself is not installed here: a function of the same signature replaces its reader.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core import open_checkpoints
-from next_core.errors import CheckpointError, ConfigError
-from next_core.sources.deepspeed import READER, zero_folder
+from next_core.sources.deepspeed import READER, states_folder
 from next_core.sources.full_model import FullModelSource
+from tests.errors import raises_kind
 from tests.sources.models import MODULE, adapter, adapter_tensors
 
-MASTERS = {
-    step: torch.full((3, 2), 1 + step / 10_000) for step in (10, 20, 30)
-}  # nothing of the motion is left in bf16
-
+MASTERS = {step: torch.full((3, 2), 1 + step / 10_000) for step in (10, 20, 30)}  # all equal in bf16
 NEARLY_ONE = 1 + 1.2e-7
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The checkpoints that DeepSpeed was asked for."""
+    """The checkpoints that were read by DeepSpeed's function."""
     module: Any = ModuleType(READER)
     calls = []
 
@@ -39,24 +36,30 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert exclude_frozen_parameters
         calls.append(f"{Path(root).name}/{tag}")
         file = next((Path(root) / tag).glob("*_optim_states.pt"))
-        found: dict[str, Tensor] = torch.load(file, weights_only=True)
-        return found
+        masters: dict[str, Tensor] = torch.load(file, weights_only=True)
+        return masters
 
     module.get_fp32_state_dict_from_zero_checkpoint = read
     monkeypatch.setitem(sys.modules, READER, module)
     return calls
 
 
-def run(root: Path, place: str) -> Path:
+def run(root: Path, place: str = "_actor/global_step{}") -> Path:
     for step, master in MASTERS.items():
         folder = root / f"global_step{step}_hf"
         folder.mkdir()
         (folder / "tokenizer_config.json").write_text("{}")
         save_file({"w": master.bfloat16(), "frozen": torch.ones(2, 2).bfloat16()}, folder / "model.safetensors")
-        zero = root / place.format(step)
-        zero.mkdir(parents=True)
-        torch.save({"w": master}, zero / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        states = root / place.format(step)
+        states.mkdir(parents=True)
+        torch.save({"w": master}, states / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     return root
+
+
+def opened(root: Path) -> FullModelSource:
+    source = open_checkpoints(root, masters=True, allow_pickle=True)
+    assert isinstance(source, FullModelSource)
+    return source
 
 
 @pytest.mark.parametrize("place", ["_actor/global_step{}", "global_step{0}_hf/global_step{0}"])
@@ -64,8 +67,7 @@ def test_masters_show_the_motion_that_bf16_hides(
     tmp_path: Path, asked: list[str], place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, place)
-    stored, source = open_checkpoints(tmp_path), open_checkpoints(tmp_path, masters=True, allow_pickle=True)
-    assert isinstance(source, FullModelSource)
+    stored, source = open_checkpoints(tmp_path), opened(tmp_path)
     assert not torch.as_tensor(stored.delta("w", 20, 10)).any()
     assert torch.equal(source.delta("w", 20, 10), MASTERS[20].double() - MASTERS[10].double())
     assert torch.equal(source.delta_rows("w", slice(1, 2), 20, 10), (MASTERS[20].double() - MASTERS[10].double())[1:2])
@@ -76,57 +78,52 @@ def test_masters_show_the_motion_that_bf16_hides(
     source.delta("w", 30, 20)
     source.delta("w", 10, 30)
     assert len(asked) == 3
-    assert capsys.readouterr().out == ""  # what DeepSpeed prints is no output of ours
+    assert capsys.readouterr().out == ""  # DeepSpeed prints, we do not
 
 
 def test_masters_of_an_adapter_have_the_names_of_the_live_model(tmp_path: Path, asked: list[str]) -> None:
     for step in (10, 20):
         (adapter(tmp_path / f"global_step{step}_hf", step) / "tokenizer_config.json").write_text("{}")
-        zero = tmp_path / "_actor" / f"global_step{step}"
-        zero.mkdir(parents=True)
-        live = {
-            key.replace(".weight", ".default.weight"): value * NEARLY_ONE
-            for key, value in adapter_tensors(step).items()
-        }
-        torch.save(live, zero / "x_optim_states.pt")
-    source = open_checkpoints(tmp_path, masters=True, allow_pickle=True)
-    found = source.factors(f"{MODULE}.weight", 20)
-    assert found is not None
-    assert torch.equal(found.B, torch.full((3, 2), 20 * NEARLY_ONE))
-    assert not torch.equal(found.B, torch.full((3, 2), 20.0))
+        states = tmp_path / "_actor" / f"global_step{step}"
+        states.mkdir(parents=True)
+        live = {k.replace(".weight", ".default.weight"): v * NEARLY_ONE for k, v in adapter_tensors(step).items()}
+        torch.save(live, states / "x_optim_states.pt")
+    factors = open_checkpoints(tmp_path, masters=True, allow_pickle=True).factors(f"{MODULE}.weight", 20)
+    assert factors is not None
+    assert torch.equal(factors.B, torch.full((3, 2), 20 * NEARLY_ONE))
+    assert not torch.equal(factors.B, torch.full((3, 2), 20.0))
     assert asked == ["_actor/global_step20"]
 
 
-def test_masters_of_another_step_are_refused(tmp_path: Path, asked: list[str]) -> None:
-    run(tmp_path, "_actor/global_step{}")
+@pytest.mark.parametrize(
+    ("content", "kind", "named"),
+    [
+        ({"w": MASTERS[20] * 1.1}, "checkpoint-other-model", "global_step20_hf/model.safetensors"),
+        ({"w": torch.ones(2, 3)}, "checkpoint-other-model", "(2, 3)"),
+        (None, "checkpoint-damaged", "DeepSpeed"),
+    ],
+)
+def test_masters_that_do_not_fit_the_weights_are_refused(
+    tmp_path: Path, asked: list[str], content: dict[str, Tensor] | None, kind: str, named: str
+) -> None:
+    run(tmp_path)
     file = next((tmp_path / "_actor" / "global_step20").iterdir())
-    source = open_checkpoints(tmp_path, masters=True, allow_pickle=True)
-    torch.save({"w": MASTERS[20] * 1.1}, file)
-    with pytest.raises(CheckpointError, match=r"_actor/global_step20: 'w' is not what .*global_step20_hf/model"):
-        source.delta("w", 20, 10)
-    torch.save({"w": torch.ones(2, 3)}, file)
-    with pytest.raises(CheckpointError, match=r"'w' is \(2, 3\) but \(3, 2\) in "):
-        open_checkpoints(tmp_path, masters=True, allow_pickle=True).delta("w", 20, 10)
-    file.write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"_actor/global_step20: DeepSpeed cannot read it"):
-        open_checkpoints(tmp_path, masters=True, allow_pickle=True).delta("w", 20, 10)
+    file.write_bytes(b"x") if content is None else torch.save(content, file)
+    with raises_kind(kind, "_actor/global_step20", named):
+        opened(tmp_path).delta("w", 20, 10)
 
 
-def test_a_checkpoint_without_masters_is_named_with_the_places(tmp_path: Path, asked: list[str]) -> None:
-    run(tmp_path, "_actor/global_step{}")
+def test_masters_need_their_files_permission_and_deepspeed(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
     file = next((tmp_path / "_actor" / "global_step20").iterdir())
-    assert zero_folder(tmp_path / "global_step20_hf", 20) == file.parent
+    assert states_folder(tmp_path / "global_step20_hf", 20) == file.parent
     file.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"global_step20_hf has no fp32 masters: no .* in .*_actor/global_step20 or"
-    ):
-        open_checkpoints(tmp_path, masters=True, allow_pickle=True)
-
-
-def test_masters_need_trust_and_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, "_actor/global_step{}")
-    with pytest.raises(ConfigError, match=r"pickles that can run code; trust them with allow_pickle=True as well"):
+    with raises_kind("checkpoint-not-found", "global_step20_hf", file.parent):
+        opened(tmp_path)
+    with raises_kind("config-contradiction", "allow_pickle=True"):
         open_checkpoints(tmp_path, masters=True)
     monkeypatch.setitem(sys.modules, READER, None)
-    with pytest.raises(ConfigError, match=r"masters=True needs DeepSpeed .*: pip install deepspeed"):
-        open_checkpoints(tmp_path, masters=True, allow_pickle=True)
+    with raises_kind("config-missing-package", "pip install deepspeed"):
+        opened(tmp_path)

@@ -1,4 +1,4 @@
-"""Jumps of a run folder are counted into the checkpoints before them, so that deltas show what RL did."""
+"""Jumps of a run folder are added to the checkpoints before them, so that deltas show what RL did."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core import open_checkpoints
-from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.jumps import Shift
@@ -21,6 +20,7 @@ from next_core.sources.tensor_cache import TensorCache
 from next_core.storage.json_lines import json_line
 from next_core.types import LoraFactors
 from tests.conftest import STEPS, LoraRun, noise
+from tests.errors import raises_kind
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 OTHER = "model.layers.1.mlp.up_proj.weight"
@@ -120,7 +120,7 @@ def test_a_history_reads_the_same_deltas_whether_of_one_matrix_or_along_its_path
         torch.testing.assert_close(history.grams()[name].diagonal().sqrt(), torch.stack(norms))
 
 
-def test_a_jump_made_or_rolled_back_since_is_taken_in_or_forgotten(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+def test_refresh_reads_new_jumps_and_forgets_those_rolled_back(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     plain, first, second = opened(lora_run), moved("s"), moved("t")
     source = opened(own_lora_run)
     assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
@@ -136,50 +136,17 @@ def test_a_jump_made_or_rolled_back_since_is_taken_in_or_forgotten(own_lora_run:
     assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
 
 
-def test_a_jump_that_replaced_one_that_was_rolled_back_is_the_one_that_counts(
-    own_lora_run: LoraRun, lora_run: LoraRun
-) -> None:
-    first, second = moved("s"), moved("t")
-    folder = jump(own_lora_run, 1, 30, first)
-    source = opened(own_lora_run)
-    source.factors(NAME, 20)
-    shutil.rmtree(folder)
-    jump(own_lora_run, 1, 40, second)
-    source.refresh()
-    assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), second)
-    assert_moved(source.factors(NAME, 40), opened(lora_run).factors(NAME, 40), second)
-
-
-def test_what_a_rolled_back_jump_moved_is_not_remembered_for_the_next_one(
+def test_a_rolled_back_jump_is_forgotten_when_the_next_one_takes_its_name(
     own_lora_run: LoraRun, lora_run: LoraRun
 ) -> None:
     source, plain = opened(own_lora_run), opened(lora_run).factors(NAME, 20)
-    for seed in "stuvw":  # each takes the number of the one before
-        folder = jump(own_lora_run, 1, 30, moved(seed))
+    for seed, step in zip("stuvw", (30, 30, 40, 30, 40), strict=True):  # each takes the number of the one before
+        folder = jump(own_lora_run, 1, step, moved(seed))
         source.refresh()
         assert_moved(source.factors(NAME, 20), plain, moved(seed))
         shutil.rmtree(folder)
         source.refresh()
         assert_moved(source.factors(NAME, 20), plain)
-
-
-def test_a_run_is_read_the_same_from_within_its_folder(
-    own_lora_run: LoraRun, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jump(own_lora_run, 1, 30, moved("s"))
-    (own_lora_run.folder(60) / "trainer_state.json").unlink()
-    (own_lora_run.path.parent / "metrics.jsonl").write_bytes(json_line({"step": 10, "reward": 0.25}))
-    monkeypatch.chdir(own_lora_run.path)
-    source = open_checkpoints(".")
-    assert_moved(source.factors(NAME, 20), opened(lora_run).factors(NAME, 20), moved("s"))
-    assert source.metrics(10) == {"reward": 0.25}
-
-
-@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"step": null}'])
-def test_a_record_of_undoing_that_cannot_be_read_is_named(own_lora_run: LoraRun, record: str) -> None:
-    (jump(own_lora_run, 1, 30, moved("s")) / "undone.json").write_text(record)
-    with pytest.raises(CheckpointError, match=r"jumps/0001/undone\.json"):
-        opened(own_lora_run)
 
 
 def test_a_jump_undone_steps_later_moves_nothing_and_the_history_starts_anew_there(
@@ -211,35 +178,40 @@ def test_a_jump_in_an_adapter_of_its_own_shifts_nothing(own_lora_run: LoraRun, l
     assert torch.equal(opened(own_lora_run).factors(NAME, 20).B, opened(lora_run).factors(NAME, 20).B)
 
 
-@pytest.mark.parametrize("record", [None, "{", "[]", "{}", '{"step": null}', '{"step": "soon"}'])
-def test_a_jump_whose_record_cannot_be_read_is_named(own_lora_run: LoraRun, record: str | None) -> None:
-    path = jump(own_lora_run, 1, 30, moved("s")) / "jump.json"
-    path.unlink() if record is None else path.write_text(record)
-    with pytest.raises(CheckpointError, match=r"jumps/0001/jump\.json"):
+STEPS_OF_NO_JUMP = ("null", '"soon"', "-1", "true", "1e3", 10**16)
+RECORDS = ["{", "[]", "{}", *(f'{{"step": {step}}}' for step in STEPS_OF_NO_JUMP)]
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("name", ["jump.json", "undone.json"])
+def test_a_record_without_a_valid_step_is_named(own_lora_run: LoraRun, name: str, record: str) -> None:
+    path = jump(own_lora_run, 1, 30, moved("s")) / name
+    path.write_text(record)
+    with raises_kind("checkpoint-damaged", path):
         opened(own_lora_run)
 
 
 def test_a_shift_that_is_damaged_or_of_another_shape_is_named(own_lora_run: LoraRun) -> None:
     folder = jump(own_lora_run, 1, 30, {f"{NAME}.lora_A": torch.zeros(3, 16)})
-    with pytest.raises(
-        CheckpointError, match=r"0001/shift\.safetensors.*'model.layers.0.self_attn.q_proj.weight.lora_A'"
-    ):
+    with raises_kind("checkpoint-other-model", folder / "shift.safetensors", f"'{NAME}.lora_A'"):
         opened(own_lora_run).factors(NAME, 20)
     (folder / "shift.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match=r"0001/shift\.safetensors is truncated"):
+    with raises_kind("checkpoint-damaged", folder / "shift.safetensors"):
         opened(own_lora_run)
 
 
-@pytest.mark.parametrize("way", ["..", "a link", "a link of the same name", "itself a link", "the checkpoint's parent"])
+@pytest.mark.parametrize(
+    "way", ["..", ".", "a link", "a link of the same name", "itself a link", "the checkpoint's parent"]
+)
 def test_a_run_is_read_the_same_by_whichever_name(
     own_lora_run: LoraRun, lora_run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     (own_lora_run.folder(60) / "trainer_state.json").unlink()
     (own_lora_run.path.parent / "metrics.jsonl").write_bytes(json_line({"step": 10, "reward": 0.25}))
-    path = Path("..")
-    if way == "..":
-        monkeypatch.chdir(own_lora_run.folder(10))
+    path = Path(way)
+    if way in (".", ".."):
+        monkeypatch.chdir(own_lora_run.path if way == "." else own_lora_run.folder(10))
     elif way == "itself a link":
         path = own_lora_run.path
         path.symlink_to(path.rename(path.with_name("elsewhere")), target_is_directory=True)

@@ -1,4 +1,4 @@
-"""The same run is read alike from the folders of every trainer."""
+"""The folders of every trainer are found, and read alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from next_core import open_checkpoints
-from next_core.errors import CheckpointError
-from next_core.mathematics.low_rank import LowRank
+from next_core.mathematics.low_rank import dense
 from next_core.storage.atomic import seal
 from tests.conftest import STEPS, LoraRun
+from tests.errors import raises_kind
 
 
 def openrlhf(source: Path, root: Path, step: int) -> Path:
@@ -33,11 +33,10 @@ def ours(source: Path, root: Path, step: int) -> Path:
     return target
 
 
-def as_laid_out(run: LoraRun, root: Path, write: Callable[[Path, Path, int], Path]) -> Path:
-    root.mkdir()
-    (root / "_actor").mkdir()  # a trainer keeps more than checkpoints in its folder
+def written_by(write: Callable[[Path, Path, int], Path], run: LoraRun, root: Path) -> Path:
+    (root / "_actor").mkdir(parents=True)  # a trainer's folder contains more than checkpoints
     for step in STEPS:
-        write(run.path / f"checkpoint-{step}", root, step)
+        write(run.folder(step), root, step)
     return root
 
 
@@ -45,15 +44,13 @@ def as_laid_out(run: LoraRun, root: Path, write: Callable[[Path, Path, int], Pat
 def test_adapters_of_every_trainer_are_the_same_run(
     lora_run: LoraRun, tmp_path: Path, write: Callable[[Path, Path, int], Path]
 ) -> None:
-    source, expected = open_checkpoints(as_laid_out(lora_run, tmp_path / "x", write)), open_checkpoints(lora_run.path)
+    source, expected = open_checkpoints(written_by(write, lora_run, tmp_path / "x")), open_checkpoints(lora_run.path)
     assert source.name == "peft-adapter"
     assert source.steps == expected.steps
     assert source.parameters == expected.parameters
     for parameter in source.parameters:
-        found, wanted = (s.delta(parameter.name, STEPS[-1], STEPS[0]) for s in (source, expected))
-        assert isinstance(found, LowRank)
-        assert isinstance(wanted, LowRank)
-        assert torch.equal(found.dense(), wanted.dense())
+        one, other = (dense(s.delta(parameter.name, STEPS[-1], STEPS[0])) for s in (source, expected))
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("place", ["global_step{}_hf", "global_step_{}/actor/huggingface", "checkpoint-{}"])
@@ -64,21 +61,19 @@ def test_full_models_of_every_trainer_are_read(tmp_path: Path, place: str) -> No
         (folder / "tokenizer_config.json").write_text("{}")
         save_file({"w.weight": torch.full((3, 2), float(step))}, folder / "model.safetensors")
     source = open_checkpoints(tmp_path)
-    assert source.name == "full-model"
-    assert source.steps == (10, 20)
-    delta = source.delta("w.weight", 20, 10)
-    assert torch.equal(torch.as_tensor(delta), torch.full((3, 2), 10.0, dtype=torch.float64))
+    assert (source.name, source.steps) == ("full-model", (10, 20))
+    assert torch.equal(dense(source.delta("w.weight", 20, 10)), torch.full((3, 2), 10.0, dtype=torch.float64))
 
 
 def test_a_folder_that_openrlhf_had_not_finished_is_named(lora_run: LoraRun, tmp_path: Path) -> None:
-    root = as_laid_out(lora_run, tmp_path / "x", openrlhf)
+    root = written_by(openrlhf, lora_run, tmp_path / "x")
     (root / f"global_step{STEPS[-1]}_hf" / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match=rf"global_step{STEPS[-1]}_hf is incomplete: the tokenizer"):
+    with raises_kind("checkpoint-incomplete", f"global_step{STEPS[-1]}_hf"):
         open_checkpoints(root)
 
 
-def test_one_step_of_two_trainers_is_a_doubt_and_named(lora_run: LoraRun, tmp_path: Path) -> None:
-    root = as_laid_out(lora_run, tmp_path / "x", verl)
-    openrlhf(lora_run.path / f"checkpoint-{STEPS[0]}", root, STEPS[0])
-    with pytest.raises(CheckpointError, match=f"step {STEPS[0]} is there twice"):
+def test_one_step_of_two_trainers_is_ambiguous(lora_run: LoraRun, tmp_path: Path) -> None:
+    root = written_by(verl, lora_run, tmp_path / "x")
+    openrlhf(lora_run.folder(STEPS[0]), root, STEPS[0])
+    with raises_kind("checkpoint-ambiguous-step", f"step {STEPS[0]}"):
         open_checkpoints(root)

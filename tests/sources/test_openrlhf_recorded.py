@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
-from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.mathematics.low_rank import dense
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.deepspeed import READER
 from next_core.sources.full_model import FullModelSource
+from tests.errors import raises_kind
 
 RECORDED = Path(__file__).parent / "recorded" / "openrlhf"
 BASE = RECORDED / "base"
@@ -120,20 +120,15 @@ def test_the_precision_is_that_of_the_files(name: str, precision: torch.dtype) -
     assert fine == (precision == torch.float32)
 
 
-def test_pickles_are_refused_unless_they_are_allowed() -> None:
-    with pytest.raises(CheckpointError, match=r"global_step1_hf/adapter_model\.bin is a pickle.*allow_pickle=True"):
-        open_checkpoints(RECORDED / "lora-zero3")
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_a_folder_without_the_tokenizer_is_incomplete(name: str, copied: Callable[[str], Path]) -> None:
     path = copied(name)
     (path / "global_step2_hf" / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"global_step2_hf is incomplete: the tokenizer, written last, is miss"):
+    with raises_kind("checkpoint-incomplete", "global_step2_hf"):
         opened(name, path)
     source = opened(name, path, skip_damaged=True)
     assert source.steps == (1, 3)
-    assert any("global_step2_hf" in note and "incomplete" in note for note in source.notes)
+    assert any("global_step2_hf" in note for note in source.notes)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -141,7 +136,7 @@ def test_a_torn_file_is_named(name: str, copied: Callable[[str], Path]) -> None:
     path = copied(name)
     file = next(file for file in (path / "global_step2_hf").iterdir() if file.suffix in (".bin", ".safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=f"global_step2_hf/{file.name}"):
+    with raises_kind("checkpoint-damaged", file):
         opened(name, path)
     assert opened(name, path, skip_damaged=True).steps == (1, 3)
 
@@ -192,7 +187,7 @@ def test_deepspeed_reads_the_recorded_states() -> None:
 
 
 def test_steps_without_states_have_no_masters(recorded_masters: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"global_step1_hf has no fp32 masters: .*_actor/global_step1"):
+    with raises_kind("checkpoint-not-found", "global_step1_hf", "_actor/global_step1"):
         opened("lora-zero2", masters=True, allow_pickle=True)
 
 

@@ -1,4 +1,4 @@
-"""What bf16 leaves of a small motion, against the motion itself: the report's rule is tried on matrices of its kind."""
+"""What bf16 leaves of a small motion, compared with the motion itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core import open_checkpoints
-from next_core.errors import CheckpointError
 from next_core.sources.full_model import FullModelSource
 from next_core.sources.precision import _blocks, _largest, rounding_report, rounding_warnings, ulp
 from tests.conftest import LoraRun, noise
@@ -142,14 +141,14 @@ def test_warnings_are_short_and_say_what_was_looked_at(tmp_path: Path) -> None:
     )
     first, second = rounding_warnings(source, sample=5)
     assert first.startswith("30 of 31 matrices are stored in bfloat16; between steps 10 and 20 they moved by 0.0")
-    assert "median of 5 looked at" in first
-    assert second.startswith("4 of these 5 are drowned in rounding, such as 'layers.0.w': save fp32 or LoRA factors")
+    assert "median of 5" in first
+    assert second.startswith("4 of these 5 are drowned in rounding, such as 'layers.0.w'")
 
 
 def test_a_precision_is_that_of_the_newest_checkpoint(tmp_path: Path, lora_run: LoraRun) -> None:
     source = save(tmp_path / "full", {10: {"w": torch.ones(2, 2)}, 20: {"w": torch.ones(2, 2).half()}})
     assert source.precision("w") == torch.float16
-    with pytest.raises(CheckpointError, match="has no parameter 'x'"):
+    with raises_kind("checkpoint-not-found", "'x'"):
         source.precision("x")
     assert open_checkpoints(lora_run.path).precision("model.layers.0.self_attn.q_proj.weight") == torch.float32
     folder = adapter(tmp_path / "lora" / "checkpoint-10", 10)
@@ -176,7 +175,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path, lora_run: LoraRun) -
     assert rounding_warnings(lora) == []
     source = save(tmp_path, {10: {"w": torch.ones(2, 2)}})
     assert rounding_warnings(source) == []
-    with pytest.raises(CheckpointError, match="has no parameter 'x'"):
+    with raises_kind("checkpoint-not-found", "'x'"):
         rounding_report(source, "x", 10)
 
 
@@ -217,9 +216,9 @@ def test_embeddings_and_heads_are_looked_at_only_where_there_is_nothing_else(tmp
     still = {10: dict.fromkeys(names, W.bfloat16()), 20: {name: (W + D).bfloat16() for name in names}}
     still = {step: {name: value.clone() for name, value in tensors.items()} for step, tensors in still.items()}
     alone = rounding_warnings(save(tmp_path / "alone", still))
-    assert "median of 2 looked at" in alone[0]
+    assert "median of 2" in alone[0]
     inner = {10: {"model.layers.0.w": W.bfloat16()}, 20: {"model.layers.0.w": (W + 1).bfloat16()}}
     both = rounding_warnings(save(tmp_path / "both", {step: still[step] | inner[step] for step in (10, 20)}))
     assert both[0].startswith("3 of 3 matrices")
-    assert "median of 1 looked at" in both[0]
+    assert "median of 1" in both[0]
     assert len(both) == 1

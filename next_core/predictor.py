@@ -1,8 +1,8 @@
-"""What a trajectory predictor promises, and two short ways to write one that treats each matrix alone.
+"""The interface of trajectory predictors, and two short ways to write one that predicts each matrix by itself.
 
-A decorated function (``matrix_predictor``) is enough when a matrix's own history decides; subclass
-``PerMatrixPredictor`` when something must be computed once for the whole run (``prepare``). Both handle frozen
-matrices, abstentions and values that are not finite.
+Decorate a function with ``matrix_predictor`` where a matrix's own history is enough; subclass ``PerMatrixPredictor``
+where something is computed once for the whole run (``prepare``). Both handle matrices that do not move, abstentions and
+values that are not finite.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from next_core.settings import Settings
 from next_core.types import Anchor, Plugin, Progress, Space
 
 Config = TypeVar("Config", bound=Settings)
-
-
 Needs = Literal["global", "local", "target", "gram", "metrics"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of thin fp64 products, bytes to or from memory and disk, FLOPs of large fp32 products."""
+    """An estimate: FLOPs of thin fp64 products, bytes moved (memory and disk), FLOPs of large fp32 products."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -42,19 +40,19 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.single_flops + other.single_flops)
 
     def times(self, count: float) -> Work:
-        """So many times as much."""
+        """Return the work repeated ``count`` times."""
         return Work(self.flops * count, self.bytes * count, self.single_flops * count)
 
 
 @dataclass(frozen=True)
 class Abstain:
-    """What a predictor answers in place of an update: the matrix stays where it is, for this reason."""
+    """What a predictor returns instead of an update: the matrix does not move, for this reason."""
 
     reason: str
 
 
 Outcome = Update | Abstain | tuple[Update, float]
-"""An update, one with its confidence (a factor on alpha), or an abstention."""
+"""An update, an update with its confidence (a factor on alpha), or an abstention."""
 
 
 class CoefficientConfig(Settings):
@@ -62,82 +60,87 @@ class CoefficientConfig(Settings):
 
     space: Space = Field(
         "merged",
-        description="What the coefficients weigh: the LoRA factors A and B themselves (factors), or the weight "
-        "matrices (merged). A run without LoRA has no factors: both mean merged there",
+        description="What the coefficients weigh: the LoRA factors A and B (factors), or the weight matrices (merged). "
+        "Without LoRA both mean merged",
     )
 
 
 class TrajectoryPredictor(Plugin):
-    """Fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
+    """A predictor: fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
 
     requires: ClassVar[frozenset[Needs]] = frozenset()
     """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
     shares: ClassVar[bool] = False
-    """Whether matrices learn from one another (one network for all) or each stands alone."""
+    """Whether one model is shared by all matrices, so that each learns from the others."""
     recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {}
-    """The schedule and the guards it is made for: what a run's config leaves out of them is taken from here."""
+    """Recommended fields of ``schedule`` and ``guards``: the values of fields that a run's config omits."""
     progress: Progress | None = None
-
-    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        """Why checkpoints of these steps cannot carry a prediction, whatever is in them; None where they can.
-
-        Asked before a run begins, so that a schedule on which a predictor can never act is refused at once.
-        """
-        return None
-
-    def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
-        """What fitting takes once the deltas are decomposed, for ``next-core plan``; next to nothing by default."""
-        return Work()
-
-    @abstractmethod
-    def fit(self, history: History) -> Self:
-        """Take the history. What depends on the horizon may be fitted on the first ``predict`` of it."""
-
-    @abstractmethod
-    def predict(self, horizon: int) -> Prediction:
-        """The prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason.
-
-        Raises ``ConfigError`` for a horizon below 1, and ``NextCoreError`` before ``fit``.
-        """
-
-
-class PerMatrixPredictor(TrajectoryPredictor):
-    """Base of predictors that stand alone on each matrix: write ``predict_matrix``, and ``prepare`` if needed."""
-
-    def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
-        super().__init__(config, **fields)
-        self._history: History | None = None
-        self.diagnostics: dict[str, float] = {}
-        """Figures for ``Prediction.diagnostics``; ``prepare`` fills it."""
-
-    @property
-    def anchor(self) -> Anchor:
-        """What the updates count from."""
-        return "newest"
+    _history: History | None = None
 
     @property
     def history(self) -> History:
         """The fitted history. Raises ``NextCoreError`` before ``fit``."""
         if self._history is None:
-            raise NextCoreError(f"{self.name}: call fit(history) before predict")
+            raise NextCoreError(f"{self.name}: call fit(history) before predict", kind="predictor-not-fitted")
         return self._history
 
+    def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
+        """Return why no prediction can be made from checkpoints of these steps, whatever they hold; None if one can.
+
+        Called before a run begins, so that a schedule on which the predictor can never act is refused at once.
+        """
+        return None
+
+    def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
+        """Estimate the cost of fitting, without that of decomposing deltas, for ``next-core plan``."""
+        return Work()
+
     def fit(self, history: History) -> Self:
+        """Take the history. What depends on the horizon may be fitted by the first ``predict`` with it."""
         self._history = history
         return self
 
+    @abstractmethod
+    def predict(self, horizon: int) -> Prediction:
+        """Return the prediction ``horizon`` RL steps past the newest checkpoint, or an abstention with its reason.
+
+        Raises ``ConfigError`` for a horizon below 1, and ``NextCoreError`` before ``fit``.
+        """
+
+    def check_horizon(self, horizon: int) -> None:
+        """Raise ``ConfigError`` for a horizon below 1."""
+        if horizon < 1:
+            message = f"{self.name}: horizon is the number of RL steps to predict ahead, at least 1 (got {horizon})"
+            raise ConfigError(message, kind="config-invalid-value")
+
+
+class PerMatrixPredictor(TrajectoryPredictor):
+    """Base of predictors that treat each matrix by itself: write ``predict_matrix``, and ``prepare`` if needed.
+
+    ``prepare`` may add numbers to ``diagnostics``, which becomes ``Prediction.diagnostics``.
+    """
+
+    def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
+        super().__init__(config, **fields)
+        self.diagnostics: dict[str, float] = {}
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the updates count from: the setting ``anchor`` where there is one, else the newest checkpoint."""
+        anchor: Anchor = getattr(self.config, "anchor", "newest")
+        return anchor
+
     def prepare(self, horizon: int) -> Abstain | None:
-        """Once for each ``predict``, before any matrix: what the whole run decides."""
+        """Compute what concerns the whole run; called once per ``predict``, before any matrix."""
         return None
 
     @abstractmethod
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
-        """One matrix that moves, ``horizon`` >= 1 RL steps past its newest checkpoint."""
+        """Predict one matrix that moves, ``horizon`` >= 1 RL steps past its newest checkpoint."""
 
     def predict(self, horizon: int) -> Prediction:
-        """See ``TrajectoryPredictor``. Raises ``ConfigError`` for a horizon below 1."""
-        if horizon < 1:
-            raise ConfigError(f"{self.name}: horizon is counted in RL steps ahead, at least 1 (got {horizon})")
+        """See ``TrajectoryPredictor``."""
+        self.check_horizon(horizon)
         history, self.diagnostics = self.history, {}
         abstained = dict(history.frozen)
         updates: dict[str, Update] = {}
@@ -154,7 +157,9 @@ class PerMatrixPredictor(TrajectoryPredictor):
             if weight != 1.0:
                 confidence[name] = weight
         if reasons and not updates:
-            run_wide = Abstain(_commonest(reasons))
+            reason, count = Counter(reasons).most_common(1)[0]
+            every = count == len(reasons)
+            run_wide = Abstain(reason if every else f"every matrix abstained, most often because: {reason}")
         return Prediction(
             source=history.source,
             step=history.newest,
@@ -176,14 +181,15 @@ class PerMatrixPredictor(TrajectoryPredictor):
         return self.prepare(horizon) if reason is None else Abstain(reason)
 
     def _checked(self, name: str, outcome: Outcome) -> tuple[Update, float] | Abstain:
-        """The outcome as (update, confidence), or the reason why it cannot be used."""
+        """Return the outcome as (update, confidence), or the reason why it cannot be used."""
         if isinstance(outcome, Abstain):
             return outcome
         update, confidence = outcome if isinstance(outcome, tuple) else (outcome, 1.0)
         if not isinstance(update, CoefficientUpdate | LowRankUpdate):
             raise PluginError(
-                f"predictor '{self.name}' answered {type(update).__name__} for '{name}'; "
-                "return an update, (update, confidence) or Abstain(reason)"
+                f"predictor '{self.name}' returned {type(update).__name__} for '{name}'; "
+                "return an update, (update, confidence) or Abstain(reason)",
+                kind="predictor-wrong-answer",
             )
         if not (_finite(update) and math.isfinite(confidence)):
             return Abstain(f"the prediction of '{name}' is not finite")
@@ -200,13 +206,13 @@ class PerMatrixPredictor(TrajectoryPredictor):
         weights = update.weights.values()
         missing = sum(weights) - (1.0 if self.anchor == "backbone" else 0.0)
         if abs(missing) > 1e-12 * (1.0 + sum(abs(weight) for weight in weights)):
-            # Step 0 takes what is missing to zero, so the adapter as initialised must be readable.
+            # Step 0 gets the weight that is missing to a sum of zero, so the initial adapter must be readable.
             try:
                 source.factors(name, 0)
             except CheckpointError:
                 return Abstain(
-                    "space: factors counts from the adapter as it was initialised, and the run kept no checkpoint of "
-                    "step 0; keep one, or set space: merged"
+                    "space: factors needs the initial adapter, and the run kept no checkpoint of step 0; "
+                    "keep one, or set space: merged"
                 )
         return update, confidence
 
@@ -218,7 +224,7 @@ def matrix_predictor(
     requires: Iterable[Needs] = (),
     anchor: Anchor | Callable[[Config], Anchor] = "newest",
 ) -> Callable[[Callable[[MatrixHistory, int, Config], Outcome]], type[PerMatrixPredictor]]:
-    """Make a predictor class of a function of one matrix, the horizon and the config::
+    """Make a predictor class from a function of one matrix, the horizon and the config::
 
         @matrix_predictor("last-step", requires={"gram"})
         def last_step(matrix, horizon, config):
@@ -228,11 +234,13 @@ def matrix_predictor(
             c = horizon / (newest - before)
             return CoefficientUpdate({newest: c, before: -c})
 
-    ``anchor`` says what the updates count from; give a function of the config where a setting decides. The result is
-    registered as any class is: ``registry().add(last_step)``, or by a ``register_predictors`` hook.
+    ``anchor`` is what the updates count from, or a function of the config that returns it. Register the result like
+    any class: ``registry().add(last_step)``, or by a ``register_predictors`` hook. Raises ``PluginError`` for an
+    unknown anchor.
     """
     if not callable(anchor) and anchor not in get_args(Anchor):
-        raise PluginError(f"predictor '{name}': anchor is {anchor!r}; known: {', '.join(get_args(Anchor))}")
+        message = f"predictor '{name}': anchor is {anchor!r}; known: {', '.join(get_args(Anchor))}"
+        raise PluginError(message, kind="plugin-invalid")
     plugin_name, needs = name, frozenset(requires)
 
     def decorate(function: Callable[[MatrixHistory, int, Config], Outcome]) -> type[PerMatrixPredictor]:
@@ -248,7 +256,7 @@ def matrix_predictor(
             def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
                 return function(matrix, horizon, self.config)
 
-        # The class takes the function's place in its module, so that "module:function" and pickle find it.
+        # The class replaces the function in its module, so that "module:function" and pickle find it.
         for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(Decorated, attribute, getattr(function, attribute))
         return Decorated
@@ -256,9 +264,16 @@ def matrix_predictor(
     return decorate
 
 
-def _commonest(reasons: list[str]) -> str:
-    reason, count = Counter(reasons).most_common(1)[0]
-    return reason if count == len(reasons) else f"every matrix abstained, most often because: {reason}"
+def no_checkpoint_before(steps: Sequence[int], distance: int) -> str | None:
+    """Return why no checkpoint lies ``distance`` steps before the newest, or None if one does.
+
+    Step 0 counts as a checkpoint: where RL began is always known.
+    """
+    newest, known = steps[-1], {0, *steps}
+    if newest - distance in known:
+        return None
+    distances = sorted(newest - step for step in known if step < newest)
+    return f"no checkpoint {distance} steps before step {newest}; checkpoints lie {distances} steps before it"
 
 
 def _finite(update: Update) -> bool:

@@ -1,4 +1,4 @@
-"""A decorated function is a predictor like any other, and what it answers is checked."""
+"""A decorated function is a predictor like any other, and what it returns is checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydantic import Field
 
-from next_core.errors import ConfigError, NextCoreError, PluginError
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
@@ -18,6 +17,7 @@ from next_core.plugins import Registry
 from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, TrajectoryPredictor, matrix_predictor
 from next_core.settings import Settings
 from next_core.types import Anchor
+from tests.errors import raises_kind
 from tests.predictors.trajectories import (
     EVERY_TEN,
     curved_lora_run,
@@ -37,7 +37,7 @@ class LastStepConfig(Settings):
 
 @matrix_predictor("last-step", config=LastStepConfig, requires={"gram"}, anchor=lambda config: config.anchor)
 def last_step(matrix: MatrixHistory, horizon: int, config: LastStepConfig) -> Outcome:
-    """Go on as over the last interval."""
+    """Continue the last interval."""
     if len(matrix.steps) < 2:
         return Abstain("needs two checkpoints")
     before, newest = matrix.steps[-2:]
@@ -46,7 +46,7 @@ def last_step(matrix: MatrixHistory, horizon: int, config: LastStepConfig) -> Ou
 
 
 def answering(*outcomes: Any, anchor: Anchor = "newest") -> Prediction:
-    """What becomes of these answers for the matrices a, b, ... of a run."""
+    """The prediction of a predictor that returns these outcomes for the matrices a, b, ... of a run."""
     answers = dict(zip("abcdefg", outcomes, strict=False))
 
     @matrix_predictor("answers", anchor=anchor)
@@ -68,7 +68,7 @@ def test_a_decorated_function_is_a_predictor_class() -> None:
     assert last_step.name == "last-step"
     assert last_step.config_class is LastStepConfig
     assert last_step.requires == frozenset({"gram"})
-    assert last_step.__doc__ == "Go on as over the last interval."
+    assert last_step.__doc__ == "Continue the last interval."
     assert pickle.loads(pickle.dumps(last_step)) is last_step
 
 
@@ -96,7 +96,7 @@ def test_registers_through_a_hook() -> None:
 
 
 def test_refuses_an_anchor_that_is_not_one() -> None:
-    with pytest.raises(PluginError, match="anchor is 'oldest'; known: newest, backbone"):
+    with raises_kind("plugin-invalid", "oldest", "newest", "backbone"):
         matrix_predictor("x", anchor="oldest")  # type: ignore[arg-type]
 
 
@@ -118,7 +118,7 @@ def test_keeps_each_abstention_beside_the_frozen_matrices() -> None:
 def test_abstains_as_a_whole_when_every_matrix_does() -> None:
     assert answering(Abstain("noisy"), Abstain("noisy")).abstention == "noisy"
     mixed = answering(Abstain("flat"), Abstain("noisy"), Abstain("noisy"))
-    assert mixed.abstention == "every matrix abstained, most often because: noisy"
+    assert "noisy" in (mixed.abstention or "")
     assert mixed.abstained["a"] == "flat"
 
 
@@ -132,14 +132,14 @@ def test_abstains_as_a_whole_when_every_matrix_does() -> None:
         LowRankUpdate(LowRank(torch.ones(7, 1), torch.full((1, 5), math.inf))),
     ],
 )
-def test_what_is_not_finite_is_an_abstention_that_names_the_matrix(bad: Any) -> None:
+def test_an_update_that_is_not_finite_is_an_abstention_that_names_the_matrix(bad: Any) -> None:
     prediction = answering(update(), bad)
-    assert prediction.abstained["b"] == "the prediction of 'b' is not finite"
+    assert "'b'" in prediction.abstained["b"]
     assert set(prediction.updates) == {"a"}
 
 
-def test_names_the_matrix_and_the_remedy_for_an_answer_of_another_kind() -> None:
-    with pytest.raises(PluginError, match=r"'answers' answered NoneType for 'a'; return an update, .* or Abstain"):
+def test_names_the_matrix_whose_outcome_is_of_another_type() -> None:
+    with raises_kind("predictor-wrong-answer", "'answers'", "NoneType", "'a'"):
         answering(None)
 
 
@@ -167,16 +167,22 @@ def test_factor_space_needs_step_0_unless_the_weights_sum_to_zero_past_the_ancho
 @pytest.mark.parametrize("horizon", [0, -1])
 def test_refuses_a_horizon_that_is_not_ahead(horizon: int) -> None:
     predictor = last_step().fit(history(dense_run({"a": drift(1)})))
-    with pytest.raises(ConfigError, match=rf"at least 1 \(got {horizon}\)"):
+    with raises_kind("config-invalid-value", "last-step", horizon):
         predictor.predict(horizon)
 
 
 def test_needs_a_history_first() -> None:
-    with pytest.raises(NextCoreError, match=r"last-step: call fit\(history\) before predict"):
+    with raises_kind("predictor-not-fitted", "last-step", "fit(history)"):
         last_step().predict(10)
 
 
-def test_figures_of_one_prediction_do_not_linger_in_the_next() -> None:
+@pytest.mark.parametrize(("steps", "since"), [([80, 90], "step 80"), ([10], "the backbone")])
+def test_abstains_when_training_changed_nothing(steps: list[int], since: str) -> None:
+    prediction = last_step().fit(history(dense_run({"a": still()}, steps))).predict(10)
+    assert since in (prediction.abstention or "")
+
+
+def test_each_prediction_has_its_own_diagnostics() -> None:
     class Counting(PerMatrixPredictor):
         name = "counting"
 

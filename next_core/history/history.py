@@ -80,6 +80,10 @@ class History:
         """Why the cache could not be read or written; None if it could."""
         return None if self.cache is None else self.cache.trouble
 
+    def span(self, step: int, since: int) -> Span:
+        """Return the span between two steps; a step 0 without a checkpoint is where RL began."""
+        return step, None if since == 0 and 0 not in self.steps else since
+
     def matrix(self, name: str) -> MatrixHistory:
         """Return the view of one matrix."""
         return MatrixHistory(self, name)

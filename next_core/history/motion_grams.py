@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -16,11 +17,10 @@ def motion_grams(history: History, points: Sequence[int]) -> Mapping[str, Tensor
     """Return per moving matrix the inner products of the motions between N + 1 successive points, fp64, (N, N).
 
     The motions are those of A and B where the run has factors: a jump in factor space moves these too, so motion and
-    jump are measured alike. Otherwise they are deltas. A first point that is not a checkpoint is where RL began. The
+    jump are measured alike. Otherwise they are deltas. A point 0 that is not a checkpoint is where RL began. The
     factors of each point are read once.
     """
-    starts = (points[0] if points[0] in history.steps else None, *points[1:])
-    spans = list(zip(points[1:], starts, strict=False))
+    spans = [history.span(step, since) for since, step in itertools.pairwise(points)]
     found = {}
     for name in history.names:
         factors = _factors(history, name, points)

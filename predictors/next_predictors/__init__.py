@@ -1,4 +1,4 @@
-"""The predictors that come with next-core, registered exactly as a stranger's are."""
+"""The built-in predictors, registered through the same hook as third-party ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AlphaRL: the leading direction of each matrix as a linear function of the accuracy, read at a higher accuracy."""
+"""alpharl: fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from next_core.settings import Settings
 from next_core.types import Anchor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-STILL = 1e-7
-"""A feature that varies by less than this part of the liveliest one is rounding noise, which standardising would
-blow up to the size of the others: it keeps its mean."""
+CONSTANT = 1e-7
+"""A feature whose spread is below this part of the largest one is constant up to rounding. Standardising would scale
+its noise up to the size of the others, so it keeps its mean instead."""
 
 
 class AlphaRlConfig(Settings):
@@ -32,27 +32,27 @@ class AlphaRlConfig(Settings):
     )
     target: float | None = Field(
         None,
-        description="Value of the metric to reach; none: where its trend over the steps is after the horizon",
+        description="Value of the metric to reach; none: the value of its linear trend after the horizon",
     )
     anchor: Anchor = Field(
         "backbone",
         description="backbone: W_0 plus the predicted low-rank delta, as in the paper; newest: W_T plus its change, "
-        "which keeps what of W_T lies outside the leading components",
+        "which keeps the part of W_T outside the leading components",
     )
     min_t: float = Field(
-        2.0, ge=0, description="Abstain where the slope of metric on PLS score has a t value below this"
+        2.0, ge=0, description="Abstain if the slope of the metric on the PLS score has a t value below this"
     )
 
     @model_validator(mode="after")
     def _target_is_of_a_metric(self) -> Self:
         if self.target is not None and self.metric is None:
-            raise ValueError("target is a value of a metric; name it with metric")
+            raise ValueError("target is a value of a metric; set metric")
         return self
 
 
 @dataclass(frozen=True)
 class Series:
-    """The regressor: which checkpoints (rows of the history), their values y, and the value y* to read off at."""
+    """The metric to regress on: the rows of the history that have it, its values y there, and the target y*."""
 
     rows: list[int]
     y: Array
@@ -62,10 +62,11 @@ class Series:
 class AlphaRL(PerMatrixPredictor):
     """AlphaRL (arXiv 2510.00553): partial least squares with one component of x_t on y_t, inverted at y*.
 
-    Per matrix x_t = alpha(t) S(t) u(t) over its rank-k triplets, side by side, alpha(t) = ||D||_F / ||D_k||_F; signs
-    aligned from the newest checkpoint back. z is the PLS score of x on the metric y (features standardised), y = a z
-    + b by least squares, z* = (y* - b) / a, x* = mean + scale (z* p) with p the loading. x is cumulative, so the
-    update x* v_T^T counts from W_0; the pinned form is (x* - x_T) v_T^T from W_T.
+    Per matrix, x_t = alpha(t) S(t) u(t) for its rank-k triplets side by side, with alpha(t) = ||D||_F / ||D_k||_F, and
+    signs aligned from the newest checkpoint backwards. z is the PLS score of x on the metric y (features standardised),
+    y = a z + b by least squares, z* = (y* - b) / a, and x* = mean + scale (z* p) with p the loading. x is cumulative,
+    so the update x* v_T^T counts from W_0 (adding it to W_T, as the released script does, counts the motion twice).
+    With anchor newest it is (x* - x_T) v_T^T, counted from W_T.
     """
 
     name = "alpharl"
@@ -73,21 +74,16 @@ class AlphaRL(PerMatrixPredictor):
     requires = frozenset({"global", "metrics"})
     _series: Series
 
-    @property
-    def anchor(self) -> Anchor:
-        anchor: Anchor = self.config.anchor
-        return anchor
-
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         if len(steps) < 3:
             return f"alpharl: a regression needs at least 3 checkpoints (got {len(steps)})"
         return None
 
     def prepare(self, horizon: int) -> Abstain | None:
-        made = self._read_series(horizon)
-        if isinstance(made, Abstain):
-            return made
-        self._series = made
+        series = self._read_series(horizon)
+        if isinstance(series, Abstain):
+            return series
+        self._series = series
         return None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
@@ -111,9 +107,9 @@ class AlphaRL(PerMatrixPredictor):
             y = np.array(steps, dtype=np.float64)
         else:
             values = self.history.metrics(metric)
-            # Before the first step nothing is logged, and of the newest a live trainer has not logged anything yet.
-            ends = {0 if steps[0] == 0 else None, rows[-1]}
-            rows = [row for row in rows if values[row] is not None or row not in ends]
+            # Step 0 has no metrics, and a live trainer has not logged the newest step yet: leave these two out.
+            optional = {0 if steps[0] == 0 else None, rows[-1]}
+            rows = [row for row in rows if values[row] is not None or row not in optional]
             y = np.array([math.nan if values[row] is None else values[row] for row in rows], dtype=np.float64)
             missing = [steps[row] for row, value in zip(rows, y, strict=True) if not math.isfinite(value)]
             if missing:
@@ -122,7 +118,7 @@ class AlphaRL(PerMatrixPredictor):
         if len(rows) < 3:
             return Abstain(f"alpharl: a regression needs at least 3 checkpoints (got {len(rows)})")
         if np.ptp(y) <= 1e-12 * np.abs(y).max():
-            return Abstain(f"alpharl: metric '{metric}' is {y[0]:g} at every checkpoint: nothing to regress on")
+            return Abstain(f"alpharl: metric '{metric}' is {y[0]:g} at every checkpoint, so nothing can be fitted")
         t = np.array([steps[row] for row in rows], dtype=np.float64)
         slope = (t - t.mean()) @ (y - y.mean()) / ((t - t.mean()) @ (t - t.mean()))
         if self.config.target is None:
@@ -130,31 +126,34 @@ class AlphaRL(PerMatrixPredictor):
         ahead = self.config.target - y[-1]
         if ahead * slope <= 0:
             return Abstain(
-                f"alpharl: metric '{metric}' is {y[-1]:g} and moves by {slope:+.2g} a step: not towards target "
+                f"alpharl: metric '{metric}' is {y[-1]:g} and moves by {slope:+.2g} per step, not towards target "
                 f"{self.config.target:g}"
             )
         return Series(rows, y, self.config.target)
 
 
 def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain:
-    """x* (features,) at which the one-component PLS of x (T, features) on y (T,) reads y_target."""
-    from sklearn.cross_decomposition import PLSRegression  # half a second, and it imports pandas
+    """Return x* (features,) at which a one-component PLS of x (T, features) on y (T,) predicts ``y_target``.
+
+    Abstains where x does not vary with y, or where the t value of the slope is below ``min_t``.
+    """
+    from sklearn.cross_decomposition import PLSRegression  # imports pandas, half a second
 
     spread = x.std(0, ddof=1)
-    alive = spread > STILL * spread.max()
+    alive = spread > CONSTANT * spread.max()
     standard = (x[:, alive] - x[:, alive].mean(0)) / spread[alive]
     if not alive.any() or np.abs(standard.T @ (y - y.mean())).max() <= 1e-12 * len(y) * np.ptp(y):
         return Abstain("alpharl: the leading direction does not vary with the metric")
     pls = PLSRegression(n_components=1, scale=True).fit(x[:, alive], y)
     z = pls.transform(x[:, alive])[:, 0]
-    # The scores are centred, so that b is the mean of y.
-    rise = y - y.mean()
-    a = float(z @ rise / (z @ z))
-    rest = rise - a * z
-    error = math.sqrt(float(rest @ rest) / (len(y) - 2) / float(z @ z))
+    # The scores are centred, so b is the mean of y.
+    centred = y - y.mean()
+    a = float(z @ centred / (z @ z))
+    residual = centred - a * z
+    error = math.sqrt(float(residual @ residual) / (len(y) - 2) / float(z @ z))
     if abs(a) < min_t * error:
         t = abs(a) / error
-        return Abstain(f"alpharl: the slope of metric on score is not distinguishable from 0 (t = {t:.2f})")
+        return Abstain(f"alpharl: the slope of the metric on the PLS score is not distinguishable from 0 (t = {t:.2f})")
     z_target = (y_target - float(y.mean())) / a
     found = x.mean(0)
     found[alive] = pls.inverse_transform(np.array([[z_target]]))[0]

@@ -1,4 +1,4 @@
-"""Networks over components of deltas: their samples, settings and training, one per component and vector length."""
+"""Networks that predict components of deltas: samples, settings and training. One per component and length."""
 
 from __future__ import annotations
 
@@ -21,40 +21,42 @@ from next_core.types import Progress
 
 Part = Literal["u", "sigma", "v"]
 Key = tuple[Part, int]
-"""What a network predicts: a component, and that vector's length d (1 for sigma)."""
+"""What a network predicts: a component and its length d (1 for sigma)."""
 Precision = Literal["float32", "bfloat16"]
 
 
 class NetworkConfig(Settings):
-    """What all predictors of components set, with the paper's defaults but ``align``.
+    """Settings of the component predictors. The defaults are the paper's, except ``align``.
 
-    Raises ``ConfigError`` for settings that contradict.
+    Raises ``ConfigError`` for settings that contradict each other.
     """
 
     hidden: int = Field(256, ge=1, description="Width of the bottleneck layers")
     epochs: int = Field(1000, ge=1, description="Full-batch epochs of training")
     lr: float = Field(2e-5, gt=0, description="AdamW's learning rate at the start")
-    min_lr: float = Field(2e-6, ge=0, description="The learning rate that the cosine ends at")
+    min_lr: float = Field(2e-6, ge=0, description="AdamW's learning rate at the end of the cosine")
     seed: int = Field(0, ge=0, description="Seed of the networks' initial weights")
-    align: bool = Field(True, description="Align signs over time; false: as the SVD left them, as released")
+    align: bool = Field(True, description="Align signs over time; false: keep the SVD's, as the released code does")
     use_global: bool = Field(True, description="Give the network the position, W_t - W_0")
     use_local: bool = Field(True, description="Give the network the velocity, W_t - W_{t-1}")
-    patience: int | None = Field(None, ge=1, description="Stop a network after so many epochs without gain")
+    patience: int | None = Field(None, ge=1, description="Stop a network after this many epochs without improvement")
     device: str = Field("cpu", description="Where to train: cpu, cuda, cuda:1, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not (self.use_global or self.use_local):
-            raise ConfigError("the network has nothing to read: set use_global or use_local to true")
+            message = "the networks have no input: set use_global or use_local to true"
+            raise ConfigError(message, kind="config-contradiction")
         if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower min_lr")
+            message = f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower min_lr"
+            raise ConfigError(message, kind="config-contradiction")
         return self
 
 
 class ComponentNetwork(nn.Module):
-    """Dec([Enc_G(x_G); Enc_L(x_L)]): c inputs of length d in, (c, N, d), the target component out, (N, d).
+    """Dec([Enc_G(x_G); Enc_L(x_L)]): c inputs (c, N, d) to the target component (N, d).
 
-    A subclass says what its layers are, from d (``length``), c (``inputs``) and the config's ``hidden``.
+    A subclass builds its layers from d (``length``), c (``inputs``) and the config's ``hidden``.
     """
 
     encoders: nn.ModuleList
@@ -71,7 +73,7 @@ class ComponentNetwork(nn.Module):
 
 @dataclass
 class Group:
-    """A network; N samples, inputs (c, N, d) and target (N, d); per matrix the newest inputs (c, k, d)."""
+    """A network with its N samples, inputs (c, N, d) and target (N, d), and per matrix the newest inputs (c, k, d)."""
 
     network: ComponentNetwork
     inputs: Tensor
@@ -83,7 +85,7 @@ class Group:
     best_epoch: int = 0
 
     def predict(self, name: str) -> Tensor:
-        """The component of one matrix's next target, fp64 (k, d); zero where all inputs are."""
+        """Predict the component of one matrix's next target, fp64 (k, d); zero where all inputs are zero."""
         with torch.no_grad():
             output: Tensor = self.network(self.newest[name]) * self.newest[name].any(-1, keepdim=True).any(0)
         return output.double().cpu()
@@ -96,10 +98,10 @@ def make_groups(
     network_class: type[ComponentNetwork],
     config: NetworkConfig,
 ) -> dict[Key, Group]:
-    """The networks and their samples, one per pair of checkpoints, matrix and singular index that moved.
+    """Build the networks and their samples: one per pair of checkpoints, matrix and singular index that moved.
 
     ``inputs`` have a row per checkpoint, ``targets`` one per pair, which starts at checkpoint ``earlier[row]``. A
-    network's start depends on the seed and its key alone, its samples not on the order of the matrices.
+    network's initial weights depend only on the seed and its key, and its samples not on the order of the matrices.
     """
     device = _usable(config.device)
     samples: dict[Key, list[tuple[Tensor, Tensor]]] = {}
@@ -131,9 +133,9 @@ def train(
     progress: Progress | None = None,
     what: str = "train",
 ) -> None:
-    """AdamW with a cosine, every network once an epoch; with ``patience``, each may end early.
+    """Train every network once per epoch with AdamW and a cosine schedule; with ``patience``, each may stop early.
 
-    With ``bfloat16`` the matrix products are of bfloat16; weights, gradients, AdamW and the loss stay float32.
+    ``bfloat16`` concerns matrix products only; weights, gradients, AdamW and the loss stay float32.
     """
     epochs, patience = config.epochs, config.patience or config.epochs
     active = [(group, *_optimizer(group.network, config)) for group in groups]
@@ -141,7 +143,7 @@ def train(
     while active:
         epoch += 1
         losses = []
-        for group, optimizer, schedule in active:  # one network's gradients at a time: less memory, and faster
+        for group, optimizer, schedule in active:  # one network's gradients at a time: faster, and less memory
             with torch.enable_grad():
                 with torch.autocast(group.target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     loss = l1_loss(group.network(group.inputs), group.target)
@@ -150,7 +152,7 @@ def train(
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.detach())
-        if patience < epochs or epoch == epochs:  # reading a loss makes a GPU wait
+        if patience < epochs or epoch == epochs:  # reading a loss synchronises a GPU
             for (group, *_), value in zip(active, torch.stack(losses).tolist(), strict=True):
                 group.loss, group.epochs = value, epoch
                 if value < group.best:
@@ -163,7 +165,7 @@ def train(
 def training_work(
     samples: Mapping[Key, int], inputs: int, network_class: type[ComponentNetwork], config: NetworkConfig
 ) -> Work:
-    """What ``train`` takes at most: 6 operations a weight and sample, and 28 bytes a weight for AdamW, each epoch."""
+    """Estimate ``train``: per epoch, 6 operations per weight and sample, and 28 bytes per weight for AdamW."""
     work = Work()
     for (_, length), count in samples.items():
         if count:
@@ -185,10 +187,11 @@ def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot train on device '{device}': {error}; use cpu") from error
+        message = f"cannot train on device '{device}': {error}; use cpu"
+        raise ConfigError(message, kind="config-invalid-value") from error
 
 
 def _vectors(factors: Factors) -> dict[Key, Tensor]:
-    """Each component in fp32, (T, k, d)."""
+    """Return each component in fp32, (T, k, d)."""
     u, sigma, v = (x.float() for x in (factors.U.mT, factors.S[..., None], factors.V.mT))
     return {("u", u.shape[-1]): u, ("sigma", 1): sigma, ("v", v.shape[-1]): v}

@@ -1,4 +1,4 @@
-"""next-mlp: the predictor of NExt (arXiv 2604.11446), small networks over rank-k components of the deltas."""
+"""next-mlp: the predictor of NExt (arXiv 2604.11446), small networks over rank-k components of deltas."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from next_core.errors import ConfigError
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import LowRankUpdate, Prediction
-from next_core.mathematics import low_rank as lowrank
-from next_core.mathematics.low_rank import Factors, LowRank
+from next_core.mathematics.low_rank import Factors, LowRank, norm
 from next_core.predictor import TrajectoryPredictor, Work
 from next_predictors.component_networks import (
     ComponentNetwork,
@@ -31,21 +29,21 @@ from next_predictors.component_networks import (
 )
 
 Components = Mapping[DeltaKind, Mapping[str, Factors]]
-"""Global, local and target components, each per matrix with one row per checkpoint (targets: per pair)."""
+"""Global, local and target components per matrix, one row per checkpoint (targets: per pair of checkpoints)."""
 
 
 class NextMlpConfig(NetworkConfig):
-    """The defaults are the paper's, except ``align``. Raises ``ConfigError`` for settings that contradict."""
+    """Settings of next-mlp. The defaults are the paper's, except ``align``."""
 
     precision: Precision = Field(
         "float32",
-        description="Of the matrix products while training: bfloat16 is up to twice as fast where the processor has "
+        description="Precision of matrix products in training. bfloat16 is up to twice as fast on processors with "
         "instructions for it; weights and optimizer stay float32",
     )
 
 
 class Network(ComponentNetwork):
-    """The paper's layers: two bottlenecks in each encoder, two in the decoder."""
+    """The paper's layers: two bottlenecks in each encoder and two in the decoder."""
 
     def __init__(self, length: int, inputs: int, hidden: int) -> None:
         super().__init__(length, inputs, hidden)
@@ -54,7 +52,7 @@ class Network(ComponentNetwork):
 
 
 def _layers(wide: int, out: int, hidden: int) -> nn.Sequential:
-    """The paper's block: two bottlenecks of width ``hidden`` with one ReLU between them."""
+    """Return the paper's block: two bottlenecks of width ``hidden`` with one ReLU between them."""
     first, second = nn.Linear(wide, hidden), nn.Linear(hidden, wide)
     return nn.Sequential(first, second, nn.ReLU(), nn.Linear(wide, hidden), nn.Linear(hidden, out))
 
@@ -62,12 +60,12 @@ def _layers(wide: int, out: int, hidden: int) -> nn.Sequential:
 class ComponentPredictor(TrajectoryPredictor):
     """Predicts the rank-k components of W_{t+h} - W_t from those of W_t - W_0 and W_t - W_{t-1}.
 
-    One network per component and length, shared by all matrices that have it; a u and a v of one length do not share,
-    for the method has a predictor for each of u, sigma and v, and left and right vectors live in different spaces. Each
-    singular index is a sample of its own, u_k and v_k going with sigma_k. A network's start depends on the seed and
-    its key alone; the result depends neither on the order of the matrices nor, with ``align``, on the SVD's signs.
+    There is one network per component and length, shared by all matrices with that length. A u and a v of equal length
+    do not share one: the method has a predictor each for u, sigma and v, and left and right vectors live in different
+    spaces. Each singular index is a sample, with u_k and v_k going with sigma_k. The result depends neither on the
+    order of the matrices nor, with ``align``, on the SVD's signs.
 
-    A subclass names the network, and may change the coordinates it sees (``encode``, ``decode`` and ``length``).
+    A subclass names the network and may change its coordinates (``encode``, ``decode`` and ``length``).
     """
 
     config_class = NetworkConfig
@@ -75,30 +73,28 @@ class ComponentPredictor(TrajectoryPredictor):
     shares = True
     network_class: ClassVar[type[ComponentNetwork]]
     precision: Precision = "float32"
-    _history: History | None = None
 
     def encode(self, components: Components, figures: dict[str, float]) -> Components:
-        """The components in the networks' coordinates; may add to the diagnostics."""
+        """Return the components in the networks' coordinates; may add to the diagnostics ``figures``."""
         return components
 
     def decode(self, name: str, found: Mapping[Part, Tensor]) -> Mapping[Part, Tensor]:
-        """u (k, m), sigma (k, 1) and v (k, n) of one matrix, from what the networks said."""
+        """Return u (k, m), sigma (k, 1) and v (k, n) of one matrix from the networks' output."""
         return found
 
     def length(self, size: int) -> int:
-        """How long a network's vector is for singular vectors of this length."""
+        """Return the length of a network's vector for singular vectors of this length."""
         return size
 
     def fit(self, history: History) -> Self:
-        self._history = history
         self._predictions: dict[int, Prediction] = {}
-        return self
+        return super().fit(history)
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         if any(step + horizon in steps for step in steps):
             return None
         missing = steps[0] + horizon
-        return f"no two checkpoints lie {horizon} steps apart; observe one at step {missing}, or choose another horizon"
+        return f"no two checkpoints are {horizon} steps apart; observe one at step {missing}, or choose another horizon"
 
     def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
         pairs = sum(step + horizon in steps for step in steps)
@@ -110,13 +106,11 @@ class ComponentPredictor(TrajectoryPredictor):
         return training_work(samples, inputs, self.network_class, self.config)
 
     def predict(self, horizon: int) -> Prediction:
-        """Trains once for each horizon. Raises ``ConfigError`` before ``fit`` or for horizon < 1."""
-        if self._history is None:
-            raise ConfigError(f"{self.name} has no history yet; call fit(history) before predict")
-        if horizon < 1:
-            raise ConfigError(f"horizon must be at least 1 step (got {horizon})")
+        """See ``TrajectoryPredictor``. The networks are trained once per horizon."""
+        self.check_horizon(horizon)
+        history = self.history
         if horizon not in self._predictions:
-            self._predictions[horizon] = self._predict(self._history, horizon)
+            self._predictions[horizon] = self._predict(history, horizon)
         return self._predictions[horizon]
 
     def _predict(self, history: History, horizon: int) -> Prediction:
@@ -131,14 +125,14 @@ class ComponentPredictor(TrajectoryPredictor):
             for name in history.names:
                 found = {part: group.predict(name) for (part, _), group in groups.items() if name in group.newest}
                 if len(found) < 3:
-                    abstained[name] = f"no matrix of its size moved over any observed {horizon} steps"
+                    abstained[name] = f"no matrix of its size moved between checkpoints {horizon} steps apart"
                     continue
-                said = self.decode(name, found)
-                u, sigma, v = said["u"], said["sigma"], said["v"]
+                decoded = self.decode(name, found)
+                u, sigma, v = decoded["u"], decoded["sigma"], decoded["v"]
                 figures["sigma_clamped"] += float((sigma < 0).sum())
                 U, S, V = normalize(u), sigma.clamp(min=0), normalize(v)
                 if not bool((S * U).isfinite().all() and V.isfinite().all()):
-                    abstained[name] = "training diverged: lower lr"
+                    abstained[name] = "training the networks diverged; lower lr"
                 elif not S.any():
                     abstained[name] = "the predicted sigma is not positive"
                 else:
@@ -159,10 +153,10 @@ class ComponentPredictor(TrajectoryPredictor):
 
 
 class NextMLP(ComponentPredictor):
-    """NExt's predictor: the networks read and predict the singular vectors themselves.
+    """NExt's predictor (arXiv 2604.11446): the networks read and predict whole singular vectors.
 
-    Unlike the released code: signs are aligned, frozen matrices are left out, and a negative sigma counts as 0 (how
-    many: diagnostic ``sigma_clamped``).
+    Unlike the released code, it aligns signs, leaves out matrices that do not move, and treats a negative sigma as 0
+    (diagnostic ``sigma_clamped`` counts them).
     """
 
     name = "next-mlp"
@@ -175,7 +169,7 @@ class NextMLP(ComponentPredictor):
 
 
 def _read_components(history: History, horizon: int, align: bool) -> Components:
-    """Global, local and target components; with ``align``, of signs that do not depend on the SVD's."""
+    """Return global, local and target components; with ``align``, their signs do not depend on the SVD."""
     kinds: tuple[DeltaKind, ...] = get_args(DeltaKind)
     history.compress(*kinds, horizon=horizon)
     read = {kind: history.components(kind, horizon if kind == "target" else None, align) for kind in kinds}
@@ -183,15 +177,15 @@ def _read_components(history: History, horizon: int, align: bool) -> Components:
 
 
 def fix_signs(components: Components) -> Components:
-    """Alignment leaves each component one free sign, that of its newest global u, whose sum is made positive."""
+    """Fix the one sign that alignment leaves free per component: make the sum of its newest global u positive."""
     signs = {name: torch.where(f.U[-1].sum(0) < 0, -1.0, 1.0) for name, f in components["global"].items()}
     return {kind: {name: f.flip(signs[name]) for name, f in group.items()} for kind, group in components.items()}
 
 
 def _diagnostics(groups: Mapping[Key, Group], jumps: list[LowRank], targets: list[Factors]) -> dict[str, float]:
-    """Per network the last epoch's L1 loss, that of predicting zero, and the epochs run.
+    """Return per network the last epoch's L1 loss, the loss of predicting zero, and the number of epochs.
 
-    ``norm_ratio`` is |predicted| / mean over pairs of |target|, norms over all predicted matrices together.
+    ``norm_ratio`` is |predicted| / (mean over pairs of |target|), with norms over all predicted matrices together.
     """
     figures: dict[str, float] = {}
     for (part, length), group in groups.items():
@@ -199,7 +193,7 @@ def _diagnostics(groups: Mapping[Key, Group], jumps: list[LowRank], targets: lis
         figures[f"stay_loss/{part}/{length}"] = float(group.target.abs().mean())
         figures[f"epochs/{part}/{length}"] = group.epochs
     if jumps:
-        predicted = sum(float(lowrank.norm(jump)) ** 2 for jump in jumps)
+        predicted = sum(float(norm(jump)) ** 2 for jump in jumps)
         observed = torch.stack([target.S.square().sum(-1) for target in targets]).sum(0).sqrt().mean()
         figures["norm_ratio"] = float(math.sqrt(predicted) / observed)
     return figures

@@ -1,4 +1,4 @@
-"""next-mlp-reduced: next-mlp's idea in the few coordinates per matrix that its history spans."""
+"""next-mlp-reduced: next-mlp in the few coordinates per matrix that its history spans."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from next_core.mathematics import low_rank as lowrank
-from next_core.mathematics.low_rank import Factors, LowRank
+from next_core.mathematics.low_rank import Factors, LowRank, truncated_svd
 from next_predictors.component_networks import ComponentNetwork, NetworkConfig, Part
 from next_predictors.next_mlp import ComponentPredictor, Components, fix_signs
 
 
 class NextMlpReducedConfig(NetworkConfig):
-    """Defaults of ``hidden``, ``epochs`` and ``lr`` are our own: of those tried, what predicts curved synthetic runs
-    best walking forward. The paper's learning rate, 2e-5, hardly moves a network this small.
+    """Settings of next-mlp-reduced.
+
+    The defaults of ``hidden``, ``epochs`` and ``lr`` are those that predict curved synthetic runs best in walk-forward
+    tests. The paper's learning rate, 2e-5, hardly moves a network this small.
     """
 
-    q: int = Field(12, ge=1, description="Coordinates per matrix and side: the most basis vectors to keep")
+    q: int = Field(12, ge=1, description="Coordinates per matrix and side: the number of basis vectors to keep")
     hidden: int = Field(64, ge=1, description="Width of the hidden layers")
     epochs: int = Field(300, ge=1, description="Full-batch epochs of training")
     lr: float = Field(3e-3, gt=0, description="AdamW's learning rate at the start")
-    min_lr: float = Field(3e-5, ge=0, description="The learning rate that the cosine ends at")
+    min_lr: float = Field(3e-5, ge=0, description="AdamW's learning rate at the end of the cosine")
 
 
 class ReducedNetwork(ComponentNetwork):
-    """One hidden layer for each input and one for all.
+    """One hidden layer per input and one for all.
 
     The paper's layers are bottlenecks of a long vector. Here d is small, and their ReLU over d units (one, for sigma)
-    would often be dead: this one's are over ``hidden`` units.
+    would often be dead; these have ``hidden`` units.
     """
 
     def __init__(self, length: int, inputs: int, hidden: int) -> None:
@@ -43,11 +44,11 @@ class ReducedNetwork(ComponentNetwork):
 
 @dataclass(frozen=True)
 class Basis:
-    """Of one matrix: orthonormal columns left (m, q) and right (n, q), and the newest global sigma as unit of sigma.
+    """Coordinates of one matrix: orthonormal columns left (m, q) and right (n, q), and the unit of sigma.
 
-    Columns are in the order of how much of the motion lies along them, each with the sign that makes the newest
-    global u (v) positive there, so that coordinate i means the same in every matrix, whatever its size. Where the
-    history spans fewer than q dimensions, the last columns are zero.
+    Columns are ordered by how much of the motion lies along them, and signed so that the newest global u (or v) has
+    positive coordinates: coordinate i means the same in every matrix, whatever its size. Where the history spans fewer
+    than q dimensions, the last columns are zero. The unit is the newest global sigma.
     """
 
     left: Tensor
@@ -56,29 +57,29 @@ class Basis:
 
     @classmethod
     def of(cls, components: Mapping[str, Factors], q: int) -> Basis:
-        """From a matrix's observed global, local and target components."""
-        newest, kinds = components["global"], list(components.values())
-        unit = newest.S[-1].max().double()
+        """Build the basis from a matrix's observed global, local and target components."""
+        positions, kinds = components["global"], list(components.values())
+        unit = positions.S[-1].max().double()
         return cls(
-            _directions([(f.U, f.S) for f in kinds], newest.U[-1, :, 0], q),
-            _directions([(f.V, f.S) for f in kinds], newest.V[-1, :, 0], q),
+            _directions([(f.U, f.S) for f in kinds], positions.U[-1, :, 0], q),
+            _directions([(f.V, f.S) for f in kinds], positions.V[-1, :, 0], q),
             unit if unit > 0 else torch.ones_like(unit),
         )
 
     def encode(self, factors: Factors) -> Factors:
-        """The components in this basis: U (T, q, k), S in units of the newest, V (T, q, k)."""
+        """Return the components in this basis: U (T, q, k), S in units of the newest, V (T, q, k)."""
         U, V = self.left.mT @ factors.U.double(), self.right.mT @ factors.V.double()
         return Factors(U, factors.S.double() / self.unit, V, factors.energy, factors.nuclear)
 
 
 class NextMLPReduced(ComponentPredictor):
-    """NExt's idea (arXiv 2604.11446) at a thousandth of the cost: coordinates in place of whole singular vectors.
+    """NExt (arXiv 2604.11446) at a thousandth of the cost: coordinates instead of whole singular vectors.
 
     The u of a matrix's global, local and target components span about twice as many dimensions as there are
-    checkpoints, and a few carry nearly all of the motion: diagnostics ``kept/u`` and ``kept/v`` give the share of the
-    observed targets' energy. Networks see the q coordinates in that basis, and sigma in units of the newest; what
-    they say is mapped back. One network per component then serves all matrices, whatever their size, so that each
-    learns from all. What leaves the span of the past cannot be predicted.
+    checkpoints, and a few dimensions hold nearly all of the motion (diagnostics ``kept/u`` and ``kept/v``: their share
+    of the observed targets' energy). The networks see the q coordinates in that basis, and sigma in units of the newest
+    one; their output is mapped back. One network per component serves all matrices, whatever their size, so each learns
+    from all. Motion outside the span of the history cannot be predicted.
     """
 
     name = "next-mlp-reduced"
@@ -107,19 +108,19 @@ class NextMLPReduced(ComponentPredictor):
 
 
 def _directions(kinds: Sequence[tuple[Tensor, Tensor]], newest: Tensor, q: int) -> Tensor:
-    """The leading left singular vectors, (d, q), of vectors (T, d, k) weighed by their sigma (T, k).
+    """Return the leading left singular vectors, (d, q), of vectors (T, d, k) weighted by their sigma (T, k).
 
-    Each kind of delta has the same weight as a whole: local deltas are short, and would not count otherwise.
+    Each kind of delta gets the same total weight; otherwise local deltas, which are short, would not count.
     """
     weighed = [(vectors.double() * sigma.double()[:, None, :]).transpose(0, 1).flatten(1) for vectors, sigma in kinds]
     stacked = torch.cat([columns / columns.norm().clamp(min=torch.finfo(torch.float64).tiny) for columns in weighed], 1)
-    found = lowrank.truncated_svd(LowRank(stacked, torch.eye(stacked.shape[1], dtype=torch.float64)), q).U
+    found = truncated_svd(LowRank(stacked, torch.eye(stacked.shape[1], dtype=torch.float64)), q).U
     signs = torch.where(found.mT @ newest.double() < 0, -1.0, 1.0)
     return pad(found * signs, (0, q - found.shape[1]))
 
 
 def _kept(targets: Mapping[str, Factors], encoded: Mapping[str, Factors]) -> dict[str, float]:
-    """The share of the targets' squared sigma whose u, or v, lies in the basis; all matrices together."""
+    """Return the share of the targets' energy whose u, or v, lies in the basis, over all matrices."""
     weights = {name: factors.S.double().square() for name, factors in targets.items()}
     whole = sum(float(weight.sum()) for weight in weights.values()) or 1.0
     kept_u = sum(float((encoded[name].U.square().sum(-2) * weight).sum()) for name, weight in weights.items())

@@ -1,4 +1,4 @@
-"""A control: as long a jump as the run's own last motion, in a direction that nothing decides but a seed."""
+"""random: a control that jumps as far as the run last moved, in a random direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import LowRankUpdate
 from next_core.mathematics.low_rank import LowRank
-from next_core.predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, no_checkpoint_before
 from next_core.settings import Settings
 
 
@@ -24,10 +24,10 @@ class RandomConfig(Settings):
 
 
 class RandomDirection(PerMatrixPredictor):
-    """Per matrix X = |W_T - W_{T-h}| Q / |Q|, Q = L R with L (m, k) and R (k, n) Gaussian: a jump of rank k.
+    """Per matrix X = |W_T - W_{T-h}| Q / |Q| with Q = L R, L (m, k) and R (k, n) Gaussian: a jump of rank k.
 
-    The norm is that of the last h steps' motion (h the horizon), so that whatever another predictor gains over this one
-    is owed to its direction. Seed, step and the matrix's name decide the direction, and not the order of the matrices.
+    Its norm is that of the motion over the last h steps (h the horizon), so whatever another predictor gains over this
+    one comes from its direction. The direction depends on the seed, the step and the matrix's name only.
     """
 
     name = "random"
@@ -35,20 +35,14 @@ class RandomDirection(PerMatrixPredictor):
     requires = frozenset({"gram"})
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        newest = steps[-1]
-        if newest - horizon in {0, *steps}:
-            return None
-        there = sorted(newest - step for step in {0, *steps} if step < newest)
-        return f"random: no checkpoint {horizon} steps before step {newest}; horizons that are: {there}"
+        return no_checkpoint_before(steps, horizon)
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         newest = matrix.steps[-1]
-        before = newest - horizon
-        # A step 0 without a checkpoint is where RL began.
-        span = newest, before if before in matrix.steps else None
+        span = self.history.span(newest, newest - horizon)
         norm = self.history.inner_products([span])[matrix.name].clamp_min(0).sqrt().squeeze()
         if not norm > 0:
-            return Abstain(f"random: it stood still over the last {horizon} steps")
+            return Abstain(f"random: the matrix did not move over the last {horizon} steps")
         (m, n), rank = matrix.shape, min(self.config.rank, *matrix.shape)
         key = f"{self.config.seed}/{newest}/{matrix.name}"
         random = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -57,5 +51,5 @@ class RandomDirection(PerMatrixPredictor):
 
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:
-    """|L R|_F, which does not cancel for independent columns."""
+    """Return |L R|_F; nothing cancels, because random columns are nearly orthogonal."""
     return ((left.mT @ left) * (right @ right.mT)).sum().sqrt()

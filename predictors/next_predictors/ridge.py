@@ -1,4 +1,4 @@
-"""Ridge regression of the coming motion on position and velocity: next-mlp's inputs, without the network."""
+"""ridge: regress the coming motion on position and velocity, next-mlp's inputs without its network."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class RidgeConfig(CoefficientConfig):
     use_global: bool = Field(True, description="Regress on the global delta W_t - W_0 (position)")
     use_local: bool = Field(True, description="Regress on the local delta W_t - W_{t-1} (velocity)")
     alpha_ridge: float = Field(
-        1e-3, ge=0, description="Penalty on each coefficient, relative to the sum of squares of its own input"
+        1e-3, ge=0, description="Penalty on each coefficient, relative to the sum of squares of its input"
     )
 
     @model_validator(mode="after")
     def _has_an_input(self) -> Self:
         if not (self.use_global or self.use_local):
-            raise ValueError("use_global and use_local are both off: there is nothing to regress on")
+            raise ValueError("use_global and use_local are both false, so there is nothing to regress on; set one")
         return self
 
 
 class Ridge(PerMatrixPredictor):
-    """Per matrix T_t ~ a G_t + b L_t over the pairs of checkpoints that are ``horizon`` apart; then a G_T + b L_T.
+    """Fit T_t ~ a G_t + b L_t over the pairs of checkpoints ``horizon`` apart, per matrix; predict a G_T + b L_T.
 
-    The linear control for NExt (arXiv 2604.11446): the same global and local deltas in, the same target
-    T_t = W_{t+h} - W_t out, two numbers to learn in place of a network. The deltas enter whole, not by their rank-k
-    parts: all inner products come from the Gram matrix of global deltas.
+    The linear control for NExt (arXiv 2604.11446): the same inputs, global and local deltas, and the same target
+    T_t = W_{t+h} - W_t, with two numbers to learn instead of a network. It uses whole deltas, not their rank-k parts:
+    all inner products follow from the Gram matrix of global deltas.
     """
 
     name = "ridge"
@@ -45,7 +45,7 @@ class Ridge(PerMatrixPredictor):
     _pairs: list[tuple[int, int]]
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        # At step 0 position and velocity are zero: nothing to learn from.
+        # At step 0 position and velocity are zero, so it teaches nothing.
         if any(step != 0 and step + horizon in steps for step in steps):
             return None
         return f"ridge: no two checkpoints are {horizon} steps apart; {_remedy(steps, horizon)}"
@@ -59,14 +59,14 @@ class Ridge(PerMatrixPredictor):
         used = torch.tensor([self.config.use_global, self.config.use_local])
         inputs = inputs[used]
         gram = matrix.gram()
-        # <input, input> and <input, target>, summed over the pairs.
+        # <input, input> and <input, target> summed over the pairs p; s and t run over checkpoints.
         squares = torch.einsum("aps,st,bpt->ab", inputs, gram, inputs)
         products = torch.einsum("aps,st,pt->a", inputs, gram, targets)
         scale = squares.diagonal().sqrt()
         if not bool((scale > 0).any()):
             return Abstain("ridge: position and velocity are zero at every observed pair")
         scale = torch.where(scale > 0, scale, 1.0)
-        # Standardised, so that the penalty is the same for a long position and a short velocity.
+        # Standardised, so that the penalty is equal for a long position and a short velocity.
         penalised = squares / scale / scale[:, None]
         penalised.diagonal().add_(self.config.alpha_ridge)
         coefficients = torch.zeros(2, dtype=scale.dtype)
@@ -77,7 +77,7 @@ class Ridge(PerMatrixPredictor):
 
 
 def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Global and local deltas (2, pairs, count) and targets (pairs, count) as combinations of global deltas."""
+    """Return global and local deltas (2, pairs, count) and targets (pairs, count) as weights of global deltas."""
     unit = torch.eye(count, dtype=torch.float64)
     before = torch.cat([torch.zeros(1, count, dtype=torch.float64), unit[:-1]])
     start, end = [i for i, _ in pairs], [j for _, j in pairs]

@@ -1,4 +1,4 @@
-"""RL-Extra's weight extrapolation, at the paper's settings."""
+"""rl-extra: RL-Extra's weight extrapolation with the paper's settings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from next_predictors.secant import backbone_weights
 class RLExtra(PerMatrixPredictor):
     """RL-Extra (arXiv 2601.04537): W_hat = W_0 + beta (W_T - W_0) with beta = (t_T + h) / t_T.
 
-    The whole path from the backbone goes on at its mean velocity. Only matrices are extrapolated, so norm layers
-    are copied from W_T, as in the paper.
+    It continues the mean velocity since the backbone. Only matrices are extrapolated, so norm layers are copied from
+    W_T, as in the paper.
     """
 
     name = "rl-extra"

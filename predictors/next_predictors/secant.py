@@ -1,4 +1,4 @@
-"""The straight line through two checkpoints, continued; optionally gated by how well the last one was continued."""
+"""secant: continue the straight line through two checkpoints, optionally gated by how straight the motion was."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pydantic import Field
 
 from next_core.history.history import History, MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor, no_checkpoint_before
 from next_core.settings import Settings
 from next_core.types import Anchor, Space
 
 
 class GateConfig(Settings):
-    """When to trust a secant: lambda = <P, D> / <P, P>, P and D two successive secants of one matrix.
+    """When to trust a secant: lambda = <P, D> / <P, P> with P and D two successive secants of one matrix.
 
-    lambda is the damping that would have been best last time: 1 where the motion went straight on, 0 where the two
-    are unrelated. A matrix's factor on alpha is clip((lambda - floor) / width, 0, 1), times
+    lambda is the damping that would have predicted D from P best (least squares): 1 where the motion was straight, 0
+    where the two are unrelated. A matrix's factor on alpha is clip((lambda - floor) / width, 0, 1), times
     clip((median - median_floor) / median_width, 0, 1) with the median over the matrices.
     """
 
-    window: int = Field(25, ge=1, description="RL steps that each of the two secants P and D spans")
-    floor: float = Field(0.2, description="lambda at or below which a matrix stays put")
-    width: float = Field(0.4, gt=0, description="From floor to floor + width the factor on alpha grows from 0 to 1")
-    median_floor: float = Field(0.25, description="Median lambda at or below which nothing is predicted")
+    window: int = Field(25, ge=1, description="Length of each of the two secants P and D in RL steps")
+    floor: float = Field(0.2, description="A matrix with lambda at or below this does not move")
+    width: float = Field(0.4, gt=0, description="The factor on alpha grows from 0 to 1 between floor and floor + width")
+    median_floor: float = Field(0.25, description="Nothing is predicted if the median lambda is at or below this")
     median_width: float = Field(
-        0.25, gt=0, description="From median_floor to median_floor + median_width all factors grow from 0 to 1"
+        0.25, gt=0, description="All factors grow from 0 to 1 between median_floor and median_floor + median_width"
     )
 
 
@@ -38,27 +38,27 @@ class SecantConfig(CoefficientConfig):
 
     anchor: Anchor = Field(
         "newest",
-        description="newest: the mean velocity over the last window goes on; backbone: that over the whole run",
+        description="newest: continue the mean velocity over the last window; backbone: over the whole run",
     )
     window: int | None = Field(
         None,
         ge=1,
-        description="RL steps between the two checkpoints of the secant (anchor: newest); none: as many as the horizon",
+        description="RL steps between the two checkpoints of the secant (anchor: newest); none: the horizon",
     )
-    damping: float = Field(1.0, gt=0, description="Factor lambda on the extrapolated motion; 1 is the secant itself")
+    damping: float = Field(1.0, gt=0, description="Factor on the extrapolated motion; 1 is the secant itself")
     space: Space = Field(
         "factors",
-        description="What is extrapolated: the LoRA factors A and B themselves (factors), or the weight matrices "
-        "(merged). A run without LoRA has no factors: both mean merged there",
+        description="What is extrapolated: the LoRA factors A and B (factors), or the weight matrices (merged). "
+        "Without LoRA both mean merged",
     )
-    gate: GateConfig | None = Field(None, description="Scale each matrix by how straight its motion was; none: no gate")
+    gate: GateConfig | None = Field(None, description="Scale each matrix by how straight its motion was; none: off")
 
 
 class Secant(PerMatrixPredictor):
-    """Linear weight extrapolation (ExPO; RL-Extra, arXiv 2601.04537), from the newest checkpoint or the backbone.
+    """Linear weight extrapolation (ExPO, arXiv 2404.16792; RL-Extra, arXiv 2601.04537).
 
-    Newest: W_hat = W_T + lambda (h / g) (W_T - W_{T-g}), g the window. Backbone: W_hat = W_0 + (1 + lambda (beta - 1))
-    (W_T - W_0) with beta = (t_T + h) / t_T, the same line drawn from W_0.
+    anchor newest: W_hat = W_T + lambda (h / g) (W_T - W_{T-g}) with g the window and lambda the damping. anchor
+    backbone: W_hat = W_0 + (1 + lambda (beta - 1)) (W_T - W_0) with beta = (t_T + h) / t_T.
     """
 
     name = "secant"
@@ -67,21 +67,14 @@ class Secant(PerMatrixPredictor):
     _update: CoefficientUpdate
     _gate: Gate | None
 
-    @property
-    def anchor(self) -> Anchor:
-        anchor: Anchor = self.config.anchor
-        return anchor
-
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        newest, known = steps[-1], {0, *steps}
-        window = horizon if self.config.window is None else self.config.window
-        if self.anchor == "newest" and newest - window not in known:
-            there = sorted(newest - step for step in known if step < newest)
-            return f"no checkpoint {window} steps before step {newest}; windows that are: {there}"
         gate = self.config.gate
-        if gate is not None and not {newest - gate.window, newest - 2 * gate.window} <= known:
-            needs = f"needs checkpoints {gate.window} and {2 * gate.window} steps before step {newest}"
-            return f"gate: {needs}; observed: {list(steps)}"
+        needed = [("", self._window(horizon))] if self.anchor == "newest" else []
+        needed += [] if gate is None else [("gate: ", gate.window), ("gate: ", 2 * gate.window)]
+        for label, distance in needed:
+            reason = no_checkpoint_before(steps, distance)
+            if reason is not None:
+                return label + reason
         return None
 
     def prepare(self, horizon: int) -> Abstain | None:
@@ -106,20 +99,23 @@ class Secant(PerMatrixPredictor):
         steps, newest = self.history.steps, self.history.newest
         if self.anchor == "backbone":
             return backbone_weights(newest, horizon, self.config.damping)
-        window = horizon if self.config.window is None else self.config.window
+        window = self._window(horizon)
         c = self.config.damping * horizon / window
-        # A step 0 without a checkpoint is where RL began, whose delta is zero.
+        # A step 0 without a checkpoint is where RL began: its global delta is zero.
         return {newest: c, newest - window: -c} if newest - window in steps else {newest: c}
+
+    def _window(self, horizon: int) -> int:
+        return horizon if self.config.window is None else int(self.config.window)
 
 
 def backbone_weights(newest: int, horizon: int, damping: float = 1.0) -> dict[int, float]:
-    """The coefficient of W_T - W_0, counted from W_0: 1 + damping (beta - 1), beta = (t_T + h) / t_T."""
+    """Return the coefficient of W_T - W_0, counted from W_0: 1 + damping (beta - 1) with beta = (t_T + h) / t_T."""
     return {newest: 1.0 + damping * horizon / newest}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The lambdas of one moment; NaN for a matrix that stood still over the earlier secant."""
+    """The lambda of each matrix at one step; NaN for a matrix that did not move over the earlier secant."""
 
     config: GateConfig
     lambdas: Mapping[str, float]
@@ -127,23 +123,23 @@ class Gate:
 
     @property
     def opening(self) -> float:
-        """The factor on all matrices."""
+        """The factor on alpha of all matrices."""
         return _clip((self.median - self.config.median_floor) / self.config.median_width)
 
     def closed(self) -> Abstain | None:
-        """The reason when the median says that the run does not go straight on."""
+        """Return the reason if the median shows that the run's motion is not straight, else None."""
         if self.opening > 0.0:
             return None
         return Abstain(
             f"gate: median lambda {self.median:.3f} is not above {self.config.median_floor:g}: "
-            "recent motion does not go on"
+            "recent motion did not continue in its direction"
         )
 
     def confidence(self, name: str) -> float | Abstain:
-        """The factor on alpha of one matrix."""
+        """Return the factor on alpha of one matrix, or why it does not move."""
         own = self.lambdas[name]
         if math.isnan(own):
-            return Abstain("gate: lambda is undefined, the matrix stood still over the earlier window")
+            return Abstain("gate: lambda is undefined, because the matrix did not move over the earlier window")
         factor = _clip((own - self.config.floor) / self.config.width)
         if factor == 0.0:
             return Abstain(f"gate: lambda {own:.3f} is not above {self.config.floor:g}")
@@ -151,12 +147,9 @@ class Gate:
 
 
 def measure(history: History, config: GateConfig) -> Gate | Abstain:
-    """lambda of every moving matrix at the newest checkpoint, from the inner products of P and D."""
-    newest, window = history.newest, config.window
-    first, middle = newest - 2 * window, newest - window
-    # A step 0 without a checkpoint is where RL began.
-    spans = ((middle, first if first in history.steps else None), (newest, middle))
-    products = history.inner_products(spans)
+    """Return lambda of every moving matrix at the newest checkpoint, from the inner products of P and D."""
+    newest, middle, first = (history.newest - count * config.window for count in range(3))
+    products = history.inner_products([history.span(middle, first), history.span(newest, middle)])
     lambdas = {name: _lambda(*products[name].flatten().tolist()) for name in history.names}
     defined = [value for value in lambdas.values() if math.isfinite(value)]
     if not defined:
@@ -165,7 +158,7 @@ def measure(history: History, config: GateConfig) -> Gate | Abstain:
 
 
 def _lambda(PP: float, PD: float, _: float, DD: float) -> float:
-    """<P, D> / <P, P>; NaN where P is nothing beside D."""
+    """Return <P, D> / <P, P>, or NaN where P is negligible relative to D."""
     return PD / PP if PP > 1e-12 * DD else math.nan
 
 

@@ -1,4 +1,4 @@
-"""The control: no jump."""
+"""stay: the control, which makes no jump."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class StayConfig(Settings):
     """Settings of the control."""
 
     jump: bool = Field(
-        False, description="Make jumps of length zero: what a jump costs by itself, such as a restart of the trainer"
+        False,
+        description="Make jumps of length zero, to measure what a jump itself costs, such as a restart",
     )
 
 
 class Stay(PerMatrixPredictor):
-    """Predicts no motion, on purpose; the score of every other predictor is reported against it."""
+    """Predicts no motion. The score of every other predictor is reported relative to it."""
 
     name = "stay"
     config_class = StayConfig

@@ -1,4 +1,4 @@
-"""AlphaRL against the formulas written out, and what it declines to regress on."""
+"""AlphaRL agrees with the formulas written out, and abstains where a regression would mean nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from next_core.errors import ConfigError
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.predictor import Abstain
 from next_core.sources.memory import MemorySource
 from next_predictors.alpharl import invert
+from tests.errors import raises_kind
 from tests.predictors.trajectories import (
     EVERY_TEN,
     Metrics,
@@ -114,9 +114,9 @@ def test_rounding_noise_in_most_features_does_not_reach_the_others() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "reason"),
     [
-        ([[1.0], [0.0], [1.0]], [0.0, 1.0, 2.0], "does not vary with the metric"),
-        ([[1.0], [1.0], [1.0]], [0.0, 1.0, 2.0], "does not vary with the metric"),
-        ([[0.0], [2.0], [0.1], [2.1]], [0.0, 0.0, 1.0, 1.0], "not distinguishable from 0 (t = 0.07)"),
+        ([[1.0], [0.0], [1.0]], [0.0, 1.0, 2.0], "metric"),
+        ([[1.0], [1.0], [1.0]], [0.0, 1.0, 2.0], "metric"),
+        ([[0.0], [2.0], [0.1], [2.1]], [0.0, 0.0, 1.0, 1.0], "t = 0.07"),
     ],
 )
 def test_abstains_where_the_slope_is_not_distinguishable_from_0(
@@ -127,43 +127,34 @@ def test_abstains_where_the_slope_is_not_distinguishable_from_0(
     assert reason in found.reason
 
 
-def abstention(values: dict[int, float], **fields: Any) -> str:
+@pytest.mark.parametrize(
+    ("values", "fields", "figures"),
+    [
+        (dict.fromkeys(EVERY_TEN, 0.3), {}, ("0.3",)),
+        ({t: 0.1 * t for t in EVERY_TEN} | {40: math.nan, 70: math.inf}, {}, ("[40, 70]", "logged: reward")),
+        ({t: 0.1 * t for t in EVERY_TEN if t > 20}, {}, ("[10, 20]",)),
+        ({t: 0.2 + 0.004 * t for t in EVERY_TEN}, {"target": 0.1}, ("0.1", "+0.004")),
+        ({t: 0.8 - 0.004 * t for t in EVERY_TEN}, {"target": 0.9}, ("0.9", "-0.004")),
+    ],
+    ids=["constant", "not finite", "logged late", "falling to", "rising to"],
+)
+def test_abstains_on_a_metric_that_cannot_be_fitted(
+    values: dict[int, float], fields: dict[str, float], figures: tuple[str, ...]
+) -> None:
     source = dense_run({"a": drift(1), "b": drift(4)}, metrics=rewards(values))
     prediction = predict(source, metric="reward", **fields)
     assert not prediction.updates
-    assert prediction.abstention is not None
-    return prediction.abstention
-
-
-def test_abstains_on_a_metric_that_is_constant() -> None:
-    assert "'reward' is 0.3 at every checkpoint" in abstention(dict.fromkeys(EVERY_TEN, 0.3))
-
-
-def test_abstains_on_a_metric_that_is_not_finite_and_names_the_steps() -> None:
-    values = {t: 0.1 * t for t in EVERY_TEN} | {40: math.nan, 70: math.inf}
-    assert "no finite value of metric 'reward' at steps [40, 70]; logged: reward" in abstention(values)
-
-
-def test_abstains_on_a_metric_that_was_logged_late() -> None:
-    late = abstention({t: 0.1 * t for t in EVERY_TEN if t > 20})
-    assert "at steps [10, 20]" in late
+    assert all(figure in (prediction.abstention or "") for figure in ("'reward'", *figures))
 
 
 def test_abstains_on_a_metric_that_is_not_logged_and_lists_those_that_are() -> None:
     prediction = predict(dense_run({"a": drift(1)}, metrics=rising()), metric="accuracy")
-    assert prediction.abstention is not None
-    assert "metric 'accuracy'" in prediction.abstention
-    assert prediction.abstention.endswith("logged: reward")
-
-
-def test_abstains_when_the_metric_moves_away_from_its_target() -> None:
-    assert "not towards target 0.1" in abstention({t: 0.2 + 0.004 * t for t in EVERY_TEN}, target=0.1)
-    assert "not towards target 0.9" in abstention({t: 0.8 - 0.004 * t for t in EVERY_TEN}, target=0.9)
+    assert all(name in (prediction.abstention or "") for name in ("'accuracy'", "logged: reward"))
 
 
 def test_abstains_with_fewer_than_three_checkpoints() -> None:
     prediction = predict(dense_run({"a": drift(1)}, steps=[10, 20]))
-    assert prediction.abstention == "alpharl: a regression needs at least 3 checkpoints (got 2)"
+    assert "3 checkpoints" in (prediction.abstention or "")
 
 
 def test_the_checkpoint_of_step_0_needs_no_metric() -> None:
@@ -174,5 +165,5 @@ def test_the_checkpoint_of_step_0_needs_no_metric() -> None:
 
 
 def test_a_target_needs_its_metric() -> None:
-    with pytest.raises(ConfigError, match="target is a value of a metric; name it with metric"):
+    with raises_kind("config-contradiction", "metric"):
         make_predictor("alpharl", target=0.5)

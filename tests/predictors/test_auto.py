@@ -1,4 +1,4 @@
-"""The multiple of ``auto``: what raises it, what lowers it, where it is read from, and what it leaves alone."""
+"""The multiple of ``auto``: what raises and lowers it, where it is read from, and when it makes no jump."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from next_core.config import make_config
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.plugins import make_predictor
@@ -41,14 +40,14 @@ def test_a_straight_line_raises_the_multiple_by_its_agreement() -> None:
     assert update.space == "factors"
 
 
-def test_it_goes_on_from_the_journals_last_multiple_up_to_the_most() -> None:
+def test_it_continues_from_the_journals_last_multiple_up_to_the_largest() -> None:
     source = dense_run({"a": drift(1)}, steps=EVERY_TWO)
     assert predict(source, [record(2.0, 30)], gain=0.5).diagnostics["multiple"] == pytest.approx(2 * math.exp(0.4))
     assert predict(source, [record(8.0, 30)]).diagnostics["multiple"] == 9.0
     assert predict(source, [record(1.5, 20), record(2.0, 30)], gain=0.5).diagnostics["multiple"] > 2
 
 
-def test_between_two_measurements_the_multiple_stays() -> None:
+def test_between_two_measurements_the_multiple_does_not_change() -> None:
     prediction = predict(dense_run({"a": drift(1)}, steps=EVERY_TWO), [record(3.0, 32)])
     assert prediction.diagnostics == {"multiple": 3.0, "measured": 32.0}
 
@@ -60,7 +59,7 @@ def test_a_jump_that_a_guard_refused_halves_it() -> None:
     assert predict(source, [record(1.0, 38, accepted=False)]).diagnostics["multiple"] == 1.0  # its own abstention
 
 
-def test_a_random_walk_is_left_alone_and_brings_a_large_multiple_down() -> None:
+def test_a_random_walk_gets_no_jump_and_lowers_a_large_multiple() -> None:
     paths = {name: walk(seed, 20, 20) for seed, name in enumerate("abcde")}
     source = dense_run(paths, steps=EVERY_TWO)
     alone = predict(source)
@@ -71,7 +70,7 @@ def test_a_random_walk_is_left_alone_and_brings_a_large_multiple_down() -> None:
     assert predict(source, [record(4.0, 30)]).diagnostics["multiple"] < 4.0
 
 
-def test_motion_that_turns_back_ends_the_jumps_within_a_few_measurements() -> None:
+def test_motion_that_turns_back_lowers_the_multiple_by_the_limit() -> None:
     def there_and_back(t: int) -> Any:
         return min(t, 40 - t) * drift(3)(1)
 
@@ -80,7 +79,7 @@ def test_motion_that_turns_back_ends_the_jumps_within_a_few_measurements() -> No
     assert multiple == pytest.approx(9 * math.exp(-1.0))
 
 
-def test_each_matrix_may_have_a_multiple_of_its_own_which_the_journal_keeps() -> None:
+def test_with_per_matrix_each_matrix_has_a_multiple_in_the_journal() -> None:
     paths = {"straight": drift(1), "walk": walk(7, 20, 20)}
     source = dense_run(paths, steps=EVERY_TWO)
     first = predict(source, per_matrix=True)
@@ -95,40 +94,15 @@ def test_each_matrix_may_have_a_multiple_of_its_own_which_the_journal_keeps() ->
     assert refused.diagnostics["multiple of straight"] == pytest.approx(math.exp(1.0) / 2)
 
 
-def test_frozen_matrices_stay_and_do_not_count() -> None:
-    source = dense_run({"a": drift(1), "b": still(), "c": still()}, steps=EVERY_TWO)
-    prediction = predict(source)
-    assert set(prediction.updates) == {"a"}
+@pytest.mark.parametrize(("steps", "horizon"), [((2, 4, 6, 8), 2), ((50, 100), 50), (EVERY_TWO, 2)])
+def test_the_longest_comparable_motions_count_and_frozen_matrices_do_not(steps: Any, horizon: int) -> None:
+    prediction = predict(dense_run({"a": drift(1), "b": still(), "c": still()}, steps=steps), horizon=horizon)
     assert prediction.diagnostics["agreement"] == 1.0
+    assert set(prediction.updates) == {"a"}
 
 
-def test_early_on_it_compares_the_longest_motions_that_there_are() -> None:
-    source = dense_run({"a": drift(1)}, steps=(2, 4, 6, 8))  # 4 + 4 of the 20 + 20
-    assert predict(source).diagnostics["agreement"] == 1.0
-
-
-def test_checkpoints_further_apart_than_its_span_are_compared_as_they_are() -> None:
-    source = dense_run({"a": drift(1)}, steps=(50, 100))
-    assert predict(source, horizon=50).diagnostics["agreement"] == 1.0
-
-
-def test_what_is_missing_is_said_before_a_run() -> None:
+def test_missing_checkpoints_are_named_before_a_run() -> None:
     auto = make_predictor("auto")
-    assert "no checkpoint 2 steps before" in str(auto.why_not((10, 20), 2))
-    assert "no two successive motions" in str(auto.why_not((2,), 2))
+    assert "2 steps before step 20" in str(auto.why_not((10, 20), 2))
+    assert "step 2;" in str(auto.why_not((2,), 2))
     assert auto.why_not((2, 4), 2) is None
-
-
-def test_a_config_that_names_it_has_its_schedule_but_for_what_it_says_itself(tmp_path: Any) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    raw = {
-        "steps": 100,
-        "training": {"model": "model", "data": {"train": "prompts.jsonl"}},
-        "predictor": "auto",
-    }
-    plain = make_config(raw, base=tmp_path).schedule
-    assert (plain.observe, plain.every, plain.horizon, plain.jump_every, plain.settle) == (20, 2, 2, 2, 10)
-    changed = make_config(raw | {"schedule": {"observe": 40}}, base=tmp_path).schedule
-    assert (changed.observe, changed.every) == (40, 2)
-    assert make_config(raw | {"predictor": "secant"}, base=tmp_path).schedule.every == 5

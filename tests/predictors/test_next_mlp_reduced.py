@@ -1,4 +1,4 @@
-"""next-mlp-reduced: that few coordinates are enough, mean the same in every matrix, and map back to the weights."""
+"""next-mlp-reduced: few coordinates are enough, mean the same in every matrix, and map back to the weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.errors import ConfigError
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, LowRankUpdate, Prediction
-from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
-from next_predictors.next_mlp_reduced import Basis, NextMLPReduced, NextMlpReducedConfig
-from tests.predictors.trajectories import curve, dense_run, drift, history, noise, resolve_dense, still, walk
+from next_predictors.next_mlp_reduced import Basis, NextMLPReduced
+from tests.predictors.trajectories import curve, dense_run, drift, history, moved, noise, resolve_dense, same, walk
 
 OBSERVED = tuple(range(10, 160, 10))
 HORIZON = 50
@@ -29,7 +27,7 @@ def run(path: Any, steps: tuple[int, ...] = OBSERVED, names: str = "abcd") -> Me
 
 
 def lora_run(steps: tuple[int, ...] = OBSERVED) -> MemorySource:
-    """B grows, slows down and turns, A drifts, each checkpoint is a little off: rank 4, of several singular values."""
+    """B grows, slows down and turns, A drifts, each checkpoint has some noise: rank 4, several singular values."""
 
     def at(seed: int, m: int, n: int, t: int) -> LoraFactors:
         x = t / 100
@@ -43,27 +41,18 @@ def lora_run(steps: tuple[int, ...] = OBSERVED) -> MemorySource:
 
 
 def predict(past: History, horizon: int = HORIZON, **fields: Any) -> Prediction:
-    return NextMLPReduced(NextMlpReducedConfig(**fields)).fit(past).predict(horizon)
+    return NextMLPReduced(**fields).fit(past).predict(horizon)
 
 
 def error(prediction: Prediction, truth: CheckpointSource) -> float:
-    """|predicted - true| / |true| over all matrices: 1 is what staying scores."""
-    missed, moved = 0.0, 0.0
+    """|predicted - true| / |true| over all matrices; without a jump it is 1."""
+    missed, size = 0.0, 0.0
     for parameter in truth.parameters:
         true = truth.delta(parameter.name, prediction.step + HORIZON, prediction.step)
         whole = true if isinstance(true, Tensor) else true.dense()
         missed += float((resolve_dense(prediction, parameter.name) - whole).square().sum())
-        moved += float(whole.square().sum())
-    return math.sqrt(missed / moved)
-
-
-def dense(prediction: Prediction) -> dict[str, Tensor]:
-    return {name: resolve_dense(prediction, name) for name in prediction.updates}
-
-
-def same(a: Prediction, b: Prediction) -> bool:
-    first, second = dense(a), dense(b)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        size += float(whole.square().sum())
+    return math.sqrt(missed / size)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +68,9 @@ def test_a_straight_trajectory_is_continued() -> None:
     assert error(predict(history(run(drift))), run(drift, (*OBSERVED, 200))) < 0.1
 
 
-def test_on_a_random_walk_it_does_harm_but_no_more_than_its_own_length() -> None:
-    """It has no judgement of its own: the guard on walk-forward skill is what stops it."""
-    prediction = predict(history(run(walk)))
+def test_on_a_random_walk_the_harm_is_bounded_by_the_jumps_length() -> None:
+    """The predictor itself does not notice; the guard on walk-forward skill stops it."""
+    prediction = predict(history(run(walk)), epochs=100)
     assert 1 < error(prediction, run(walk, (*OBSERVED, 200))) < math.sqrt(2)
 
 
@@ -96,7 +85,7 @@ def test_twelve_coordinates_keep_nearly_all_of_a_lora_run() -> None:
 def test_the_prediction_lies_in_what_the_history_spans() -> None:
     """Motion in one direction of 48 cannot be predicted out of it, whatever the networks say."""
     past = history(run(drift))
-    for name, found in dense(predict(past, q=3, **QUICK)).items():
+    for name, found in moved(predict(past, q=3, **QUICK)).items():
         u, v = past.components("global")[name].U[-1], past.components("global")[name].V[-1]
         torch.testing.assert_close(u @ (u.mT @ found @ v) @ v.mT, found, rtol=0, atol=1e-9 * float(found.norm()))
 
@@ -121,24 +110,7 @@ def test_all_matrices_share_one_network_for_each_component(past: History) -> Non
 
 def test_a_matrix_learns_from_others_of_other_sizes(past: History) -> None:
     alone = predict(history(run(curve, names="a")), **QUICK)
-    assert not torch.equal(dense(alone)["a"], dense(predict(past, **QUICK))["a"])
-
-
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("signs", [0, 1])
-def test_signs_of_the_svd_do_not_matter(rank: int, signs: int) -> None:
-    as_is, flipped = (history(run(curve), rank, chosen) for chosen in (None, signs))
-    assert same(predict(as_is, **QUICK), predict(flipped, **QUICK))
-
-
-def test_the_order_of_the_matrices_does_not_matter() -> None:
-    paths = {name: curve(100 * ord(name), *size) for name, size in SIZES.items()}
-    checkpoints = {t: {name: path(t) for name, path in paths.items()} for t in OBSERVED}
-    turned = {t: dict(reversed(weights.items())) for t, weights in checkpoints.items()}
-    backbone = {name: torch.zeros(size, dtype=torch.float64) for name, size in SIZES.items()}
-    first, second = (history(MemorySource(each, backbone)) for each in (checkpoints, turned))
-    assert list(first.shapes) != list(second.shapes)
-    assert same(predict(first, **QUICK), predict(second, **QUICK))
+    assert not torch.equal(moved(alone)["a"], moved(predict(past, **QUICK))["a"])
 
 
 def test_turning_and_scaling_a_matrix_turns_and_scales_its_jump() -> None:
@@ -148,15 +120,8 @@ def test_turning_and_scaling_a_matrix_turns_and_scales_its_jump() -> None:
         MemorySource({t: {"w": factor @ curve(3)(t)} for t in OBSERVED}, {"w": torch.zeros(7, 5).double()})
         for factor in (torch.eye(7).double(), 100 * turn)
     ]
-    as_is, turned = (dense(predict(history(source), **QUICK))["w"] for source in sources)
+    as_is, turned = (moved(predict(history(source), **QUICK))["w"] for source in sources)
     torch.testing.assert_close(100 * turn @ as_is, turned, rtol=1e-3, atol=1e-3 * float(turned.norm()))
-
-
-def test_a_second_run_agrees_bit_for_bit(past: History) -> None:
-    first, second = predict(past, **QUICK), predict(past, **QUICK)
-    assert same(first, second)
-    assert first.diagnostics == second.diagnostics
-    assert not same(first, predict(past, seed=1, **QUICK))
 
 
 def test_of_rank_2_it_comes_closer_to_a_trajectory_of_two_directions() -> None:
@@ -168,25 +133,6 @@ def test_of_rank_2_it_comes_closer_to_a_trajectory_of_two_directions() -> None:
     assert error(two, truth) < error(one, truth) < 1
 
 
-def test_frozen_matrices_are_neither_learnt_from_nor_predicted(past: History) -> None:
-    paths = {name: curve(100 * ord(name), *size) for name, size in SIZES.items()}
-    prediction = predict(history(dense_run({**paths, "z": still()}, OBSERVED)), **QUICK)
-    assert prediction.abstained == {"z": "did not move since step 140"}
-    assert set(prediction.updates) == set(SIZES)
-    assert all(bool(found.isfinite().all()) for found in dense(prediction).values())
-
-
-def test_it_abstains_without_two_checkpoints_a_horizon_apart() -> None:
-    prediction = predict(history(run(curve, OBSERVED[:5])))
-    assert not prediction.updates
-    assert "next-mlp-reduced: no two checkpoints lie 50 steps apart" in (prediction.abstention or "")
-
-
-def test_it_abstains_when_nothing_moves() -> None:
-    prediction = predict(history(dense_run({"a": still()}, OBSERVED)))
-    assert "no matrix moved" in (prediction.abstention or "")
-
-
 def test_either_input_can_be_switched_off(past: History) -> None:
     both, position, velocity = (
         predict(past, **QUICK, **switch) for switch in ({}, {"use_local": False}, {"use_global": False})
@@ -195,16 +141,7 @@ def test_either_input_can_be_switched_off(past: History) -> None:
     assert not same(position, velocity)
 
 
-def test_wrong_settings_are_refused(past: History) -> None:
-    with pytest.raises(ConfigError, match="use_global or use_local"):
-        NextMlpReducedConfig(use_global=False, use_local=False)
-    with pytest.raises(ConfigError, match="q"):
-        make_predictor("next-mlp-reduced", q=0)
-    with pytest.raises(ConfigError, match="at least 1 step"):
-        predict(past, horizon=0)
-
-
-def test_a_plan_knows_what_training_takes() -> None:
+def test_the_estimated_cost_hardly_depends_on_the_size_of_matrices() -> None:
     small = NextMLPReduced().work(SIZES, OBSERVED, HORIZON, 1)
     with_a_large_one = NextMLPReduced().work({**SIZES, "e": (4096, 4096)}, OBSERVED, HORIZON, 1)
     assert with_a_large_one.single_flops < 2 * small.single_flops

@@ -1,4 +1,4 @@
-"""A random direction: as long as the run's own motion, decided by a seed, and factored."""
+"""A random direction: a seeded low-rank jump as long as the run's last motion."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from next_core.interfaces import LowRankUpdate, Prediction
-from next_core.mathematics import low_rank as lowrank
-from next_core.mathematics.low_rank import LowRank
+from next_core.mathematics.low_rank import LowRank, dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import curve, curved_lora_run, dense_run, history, still
@@ -32,14 +31,14 @@ def test_is_as_long_as_the_motion_of_the_last_horizon(lora: bool, rank: int) -> 
     found = predict(source, rank=rank)
     assert found.anchor == "newest"
     for name in ("a", "b"):
-        moved = lowrank.dense(source.delta(name, 100, 70))
+        moved = dense(source.delta(name, 100, 70))
         assert float(matrix(found, name).dense().norm()) == pytest.approx(float(moved.norm()), rel=1e-9)
         assert int(torch.linalg.matrix_rank(matrix(found, name).dense())) == min(rank, 5)
 
 
 def test_a_horizon_as_long_as_the_run_counts_from_where_rl_began() -> None:
     source = dense_run({"a": curve(1)})
-    wanted = float(lowrank.dense(source.delta("a", 100)).norm())
+    wanted = float(dense(source.delta("a", 100)).norm())
     assert float(matrix(predict(source, 100), "a").dense().norm()) == pytest.approx(wanted)
 
 
@@ -58,23 +57,15 @@ def test_seed_step_and_name_decide_the_direction_and_nothing_else() -> None:
         assert abs(cosine(other)) < 0.9
 
 
-def test_the_global_generator_is_left_alone() -> None:
-    torch.manual_seed(3)
-    wanted = torch.rand(1)
-    torch.manual_seed(3)
-    predict(dense_run({"a": curve(1)}))
-    assert torch.equal(torch.rand(1), wanted)
-
-
-def test_abstains_where_it_cannot_tell_how_far() -> None:
+def test_abstains_without_a_checkpoint_a_horizon_before() -> None:
     source = dense_run({"a": curve(1), "b": still()})
     missing = predict(source, 35)
-    assert missing.abstention is not None
-    assert missing.abstention.startswith("random: no checkpoint 35 steps before step 100; horizons that are: [10, 20,")
+    assert all(figure in (missing.abstention or "") for figure in ("35 steps before step 100", "[10, 20,"))
     assert set(predict(source).abstained) == {"b"}
 
 
-def test_stays_where_a_matrix_came_back_to_where_it_was() -> None:
+def test_does_not_move_a_matrix_that_returned_to_where_it_was() -> None:
     there_and_back = {t: curve(1)(10) * (1.0 if t % 20 else 0.0) for t in range(0, 110, 10)}
     found = predict(dense_run({"a": lambda t: there_and_back[t]}), 20)
-    assert found.abstained == {"a": "random: it stood still over the last 20 steps"}
+    assert set(found.abstained) == {"a"}
+    assert not found.updates

@@ -83,5 +83,4 @@ def test_the_line_is_over_the_steps_where_checkpoints_are_not_evenly_spaced() ->
 
 def test_two_checkpoints_are_enough_and_one_is_not() -> None:
     assert predict(dense_run({"a": drift(1)}, steps=[10, 20])).abstention is None
-    one = predict(dense_run({"a": drift(1)}, steps=[10]))
-    assert one.abstention == "relex: a line over time needs at least 2 checkpoints (got 1)"
+    assert "2 checkpoints" in (predict(dense_run({"a": drift(1)}, steps=[10])).abstention or "")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
+from tests.errors import raises_kind
 from tests.predictors.trajectories import (
     curve,
     curved_lora_run,
@@ -85,17 +85,17 @@ def test_the_default_penalty_costs_little_on_a_straight_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "horizon", "reason"),
+    ("steps", "horizon", "figures"),
     [
-        ([10, 20, 30], 50, "needs at least 6 checkpoints 10 steps apart (got 3)"),
-        ([0, 50], 50, "needs at least 2 checkpoints (got 1)"),
-        ([10, 20, 30, 40, 50], 25, "choose a multiple of the 10 steps between checkpoints"),
-        ([10], 10, "needs at least 2 checkpoints (got 1)"),
+        ([10, 20, 30], 50, ("6 checkpoints 10 steps apart", "3")),
+        ([0, 50], 50, ("2 checkpoints", "1")),
+        ([10, 20, 30, 40, 50], 25, ("multiple of the 10 steps",)),
+        ([10], 10, ("2 checkpoints", "1")),
     ],
 )
-def test_abstains_while_no_target_was_observed(steps: list[int], horizon: int, reason: str) -> None:
+def test_abstains_while_no_target_was_observed(steps: list[int], horizon: int, figures: tuple[str, ...]) -> None:
     prediction = predict(dense_run({"a": drift(1)}, steps=steps), horizon)
-    assert prediction.abstention == f"ridge: no two checkpoints are {horizon} steps apart; {reason}"
+    assert all(figure in (prediction.abstention or "") for figure in (f"{horizon} steps apart", *figures))
     assert not prediction.updates
 
 
@@ -104,10 +104,10 @@ def test_a_matrix_that_only_began_to_move_has_nothing_to_learn_from() -> None:
         return drift(1)(max(t - 90, 0))
 
     prediction = predict(dense_run({"a": drift(1), "late": late}))
-    assert prediction.abstained == {"late": "ridge: position and velocity are zero at every observed pair"}
+    assert set(prediction.abstained) == {"late"}
     assert set(prediction.updates) == {"a"}
 
 
 def test_refuses_to_regress_on_nothing() -> None:
-    with pytest.raises(ConfigError, match="use_global and use_local are both off"):
+    with raises_kind("config-contradiction", "use_global", "use_local"):
         make_predictor("ridge", use_global=False, use_local=False)

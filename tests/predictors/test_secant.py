@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from next_core.errors import ConfigError
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
+from tests.errors import raises_kind
 from tests.predictors.trajectories import curved_lora_run, dense_run, drift, history, resolve_dense, still, walk
 
 QUARTERS = (25, 50, 75)
@@ -40,7 +39,7 @@ def bend(share: float, side: float = 0.0, before: float = 1.0) -> Callable[[int]
     return path
 
 
-def test_goes_on_at_the_velocity_of_the_window() -> None:
+def test_continues_at_the_velocity_of_the_window() -> None:
     assert weights(predict(dense_run({"a": drift(1)}), horizon=10, window=50)) == {100: 0.2, 50: -0.2}
 
 
@@ -54,7 +53,7 @@ def test_damping_scales_the_motion_and_not_the_position(anchor: str, wanted: dic
     assert found == pytest.approx(wanted)
 
 
-def test_weighs_factors_by_default_and_the_weights_sum_to_zero() -> None:
+def test_weights_of_factors_sum_to_zero() -> None:
     prediction = predict(curved_lora_run(), horizon=30, window=20)
     update = prediction.updates["a"]
     assert isinstance(update, CoefficientUpdate)
@@ -69,7 +68,7 @@ def test_weighs_factors_by_default_and_the_weights_sum_to_zero() -> None:
 
 def test_names_the_windows_that_are_there() -> None:
     prediction = predict(dense_run({"a": drift(1)}, steps=[20, 40, 50]), window=25)
-    assert prediction.abstention == "no checkpoint 25 steps before step 50; windows that are: [10, 30, 50]"
+    assert all(figure in (prediction.abstention or "") for figure in ("25 steps before step 50", "[10, 30, 50]"))
     assert not prediction.updates
 
 
@@ -96,7 +95,8 @@ def test_the_gate_follows_lambda_and_its_median() -> None:
     wanted = {name: (shares[name] - 0.2) / 0.4 * opening for name in "abde"}
     assert prediction.confidence == pytest.approx(wanted)
     assert set(prediction.updates) == set(wanted)
-    assert prediction.abstained == {"c": "gate: lambda 0.100 is not above 0.2"}
+    assert set(prediction.abstained) == {"c"}
+    assert "0.100" in prediction.abstained["c"]
     assert prediction.abstention is None
 
 
@@ -115,7 +115,7 @@ def test_the_gate_is_wide_open_on_a_straight_line() -> None:
 def test_the_gate_closes_for_all_on_a_low_median() -> None:
     source = dense_run({"a": bend(0.9), "b": bend(0.2), "c": bend(0.1)}, QUARTERS)
     prediction = predict(source, window=25, gate={})
-    assert prediction.abstention == "gate: median lambda 0.200 is not above 0.25: recent motion does not go on"
+    assert "median lambda 0.200" in (prediction.abstention or "")
     assert prediction.diagnostics == {"median_lambda": pytest.approx(0.2)}
     assert not prediction.updates
 
@@ -136,22 +136,20 @@ def test_the_gate_counts_the_backbone_as_the_checkpoint_of_step_0() -> None:
 
 
 def test_a_matrix_that_stood_still_before_has_no_lambda() -> None:
-    # A billionth of the later motion is not motion that lambda could be read from.
+    # A billionth of the later motion is rounding, from which no lambda can be computed.
     late = {"late": bend(1.0, before=0.0), "rounding": bend(1.0, before=1e-9)}
     source = dense_run({"a": bend(0.5), "b": bend(0.6), **late}, QUARTERS)
     prediction = predict(source, window=25, gate={})
     assert prediction.diagnostics == {"median_lambda": pytest.approx(0.55)}
-    reason = "gate: lambda is undefined, the matrix stood still over the earlier window"
-    assert prediction.abstained == dict.fromkeys(late, reason)
+    assert set(prediction.abstained) == set(late)
     all_late = predict(dense_run({"late": bend(1.0, before=0.0)}, QUARTERS), window=25, gate={})
-    assert all_late.abstention == "gate: no matrix moved from step 25 to 50"
+    assert "from step 25 to 50" in (all_late.abstention or "")
 
 
 def test_the_gate_says_which_checkpoints_it_needs() -> None:
     source = dense_run({"a": drift(1)}, steps=[10, 20, 30])
     prediction = predict(source, window=10, gate={"window": 25})
-    wanted = "gate: needs checkpoints 25 and 50 steps before step 30; observed: [10, 20, 30]"
-    assert prediction.abstention == wanted
+    assert all(figure in (prediction.abstention or "") for figure in ("gate", "25 steps before step 30"))
 
 
 def test_the_gate_leaves_frozen_matrices_out_of_the_median() -> None:
@@ -160,6 +158,7 @@ def test_the_gate_leaves_frozen_matrices_out_of_the_median() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"gate": {"width": 0}}, {"gate": {"windw": 3}}, {"window": 0}, {"damping": -1}])
-def test_refuses_settings_that_mean_nothing(wrong: dict[str, Any]) -> None:
-    with pytest.raises((ConfigError, ValidationError), match=r"predictor 'secant'\."):
+def test_refuses_invalid_settings(wrong: dict[str, Any]) -> None:
+    kind = "config-unknown-key" if "windw" in str(wrong) else "config-invalid-value"
+    with raises_kind(kind, "secant", next(iter(wrong))):
         make_predictor("secant", **wrong)

@@ -1,4 +1,4 @@
-"""Synthetic runs with known futures, and a prediction resolved to a dense matrix by the interface's words alone."""
+"""Synthetic runs with known futures, and predictions resolved to dense matrices from the interface's definition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dense_run(
     steps: Sequence[int] = EVERY_TEN,
     metrics: Metrics | None = None,
 ) -> MemorySource:
-    """Full-parameter checkpoints W_0 + path(t); ``paths`` give the global delta of each matrix."""
+    """Full-parameter checkpoints W_0 + path(t); ``paths`` are the global deltas of each matrix."""
     backbone = {name: noise(1000 + index, *path(0).shape) for index, (name, path) in enumerate(paths.items())}
     checkpoints = {t: {name: backbone[name] + path(t) for name, path in paths.items()} for t in steps}
     return MemorySource(checkpoints, backbone, metrics)
@@ -39,7 +39,7 @@ def drift(seed: int, m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
 
 
 def curve(seed: int, m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
-    """A main direction that slows down, another that bends, and noise on every checkpoint."""
+    """A main direction that slows down, another that bends, and noise at every checkpoint."""
     main, side = torch.outer(noise(seed, m), noise(seed + 1, n)), torch.outer(noise(seed + 2, m), noise(seed + 3, n))
     return lambda t: t**0.7 * main + 0.003 * t**1.4 * side + 0.1 * noise(seed + 10 + t, m, n)
 
@@ -55,7 +55,7 @@ def still(m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
 
 
 def linear_lora(seed: int, t: int, m: int = 7, n: int = 5) -> LoraFactors:
-    """A as initialised, B = t b with b of rank 1: exactly linear in the factors, and rank 1 as a matrix."""
+    """A does not move, B = t b with b of rank 1: exactly linear in the factors, and of rank 1 as a matrix."""
     b = torch.outer(noise(seed, m), noise(seed + 1, 2))
     return LoraFactors(A=noise(seed + 2, 2, n), B=t * b, scaling=2.0)
 
@@ -90,7 +90,7 @@ def resolve_dense(prediction: Prediction, name: str) -> Tensor:
         for step, weight in update.weights.items():
             then = source.factors(name, step)
             assert then is not None
-            # Each weight counts from the adapter as initialised: that is where step 0 takes what is missing.
+            # Each weight counts from the initial adapter: step 0 gets the weight missing to a sum of zero.
             A += weight * (then.A - first.A)
             B += weight * (then.B - first.B)
         predicted = at.scaling * (B @ A) - at.scaling * (at.B @ at.A)
@@ -101,6 +101,17 @@ def resolve_dense(prediction: Prediction, name: str) -> Tensor:
             moved = update.matrix.dense()
         predicted = moved - observed if prediction.anchor == "backbone" else moved
     return prediction.weight(name) * predicted
+
+
+def moved(prediction: Prediction) -> dict[str, Tensor]:
+    """W_hat - W_T of every parameter with an update."""
+    return {name: resolve_dense(prediction, name) for name in prediction.updates}
+
+
+def same(a: Prediction, b: Prediction) -> bool:
+    """Whether two predictions move the same parameters equally, bit for bit."""
+    first, second = moved(a), moved(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -139,7 +139,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_the_list_and_who_provi
         (
             "from next_core.predictor import TrajectoryPredictor\n"
             "class Half(TrajectoryPredictor):\n    name = 'half'\n" + HOOK + "    register(Half)",
-            "Half does not implement fit, predict",
+            "Half does not implement predict",
         ),
         (
             "from next_core.predictor import PerMatrixPredictor\n"

@@ -1,4 +1,4 @@
-"""Damage at random: of bytes, and of the values of JSON and YAML, so that what is read is nearly right."""
+"""Random damage to bytes, and to the values of JSON and YAML, so that files are nearly valid."""
 
 from __future__ import annotations
 
@@ -11,59 +11,24 @@ from next_core.storage.reading import with_checksum
 
 NUMBERS = (0, -1, 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30, 0.5, -0.0, 1e308, 5e-324, float("nan"))
 TEXTS = (
-    "",
-    "..",
-    "/",
-    "../x",
-    "/etc/passwd",
-    ".",
-    "a\0b",
-    "\ud800",
-    "é" * 300,
-    "[/x]",
-    "(a+)+$",
-    "%s{0}",
-    "NaN",
-    "1e5",
+    *("", "..", "/", "../x", "/etc/passwd", ".", "a\0b", "\ud800", "é" * 300),
+    *("[/x]", "(a+)+$", "%s{0}", "NaN", "1e5"),
 )
 VALUES: tuple[Any, ...] = (
-    *NUMBERS,
-    *TEXTS,
-    None,
-    True,
-    [],
-    {},
-    [[]],
-    [1, "a"],
-    {"name": "x"},
-    {"": None},
-    float("inf"),
+    *(*NUMBERS, *TEXTS, None, True, float("inf")),
+    *([], {}, [[]], [1, "a"], {"name": "x"}, {"": None}),
 )
 TOKENS = (
-    *(
-        "{",
-        "}",
-        "[",
-        "]",
-        '"',
-        ",",
-        ":",
-        "null",
-        "NaN",
-        "-Infinity",
-        "1e999",
-        "1" + "0" * 10_000,
-        "0x" + "f" * 5000,
-        "-",
-    ),
-    *("\n", "\t", "\0", "\xff", "\\ud800", "&a ", "*a", "<<: *a", "!!binary x", "!!set {a, b}", "!!python/object:os.x"),
-    *("? ", "- ", "2024-13-01", "2024-02-02", "1:30:59", ".nan", ".inf", "1_000", "0o17", "~", "|", ">", "%YAML 9.9\n"),
-    *("---\n", "...\n", "[" * 3000, '{"a":' * 3000, "9" * 5000 + "e", "=", "yes", "'", "#", "é", "\u2028"),
+    *("{", "}", "[", "]", '"', ",", ":", "null", "NaN", "-Infinity", "1e999", "1" + "0" * 10_000, "0x" + "f" * 5000),
+    *("-", "\n", "\t", "\0", "\xff", "\\ud800", "&a ", "*a", "<<: *a", "!!binary x", "!!set {a, b}"),
+    *("!!python/object:os.x", "? ", "- ", "2024-13-01", "2024-02-02", "1:30:59", ".nan", ".inf", "1_000", "0o17"),
+    *("~", "|", ">", "%YAML 9.9\n", "---\n", "...\n", "[" * 3000, '{"a":' * 3000, "9" * 5000 + "e", "=", "yes"),
+    *("'", "#", "é", "\u2028"),
 )
 
 
 def of_bytes(random: Random, data: bytes) -> bytes:
-    """A few bits, bytes or stretches of the data changed."""
+    """Change a few bits, bytes or ranges of the data."""
     found = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         at = random.randrange(len(found) + 1)
@@ -87,7 +52,7 @@ def of_bytes(random: Random, data: bytes) -> bytes:
 
 
 def of_value(random: Random, value: Any) -> Any:
-    """A few parts of nested lists and dicts replaced, removed, added, renamed or doubled."""
+    """Replace, remove, add, rename or duplicate a few parts of nested lists and dicts."""
     root = [copy.deepcopy(value)]
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         parent, key = random.choice(_places(root))
@@ -107,18 +72,18 @@ def of_value(random: Random, value: Any) -> Any:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every value below, as its list or dict and the index or key there."""
+    """Return every value below, as its list or dict and the index or key there."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
 
 
 def of_json(random: Random, data: bytes) -> bytes:
-    """A JSON file, damaged in its bytes or in its values."""
+    """Damage a JSON file in its bytes or in its values."""
     return of_bytes(random, data) if random.random() < 0.5 else json.dumps(of_value(random, json.loads(data))).encode()
 
 
 def of_checked(random: Random, data: bytes) -> bytes:
-    """A JSON object with its checksum: damaged, or with other values and the right checksum."""
+    """Damage a JSON object with its checksum, or change its values and correct the checksum."""
     if random.random() < 0.3:
         return of_bytes(random, data)
     record = json.loads(data)
@@ -129,7 +94,7 @@ def of_checked(random: Random, data: bytes) -> bytes:
 
 
 def of_lines(random: Random, data: bytes) -> bytes:
-    """Lines of such objects."""
+    """Damage, duplicate or swap lines of such objects."""
     lines = data.splitlines(keepends=True)
     at = random.randrange(len(lines))
     way = random.randrange(5)
@@ -143,7 +108,7 @@ def of_lines(random: Random, data: bytes) -> bytes:
 
 
 def of_yaml(random: Random, data: bytes) -> bytes:
-    """A YAML file that is JSON too: damaged, or with other values, some of them none that JSON has."""
+    """Damage a YAML file that is JSON, or change its values, also to some that JSON does not have."""
     damaged = of_json(random, data)
     if random.random() < 0.5:
         at = damaged.rfind(b": ", 0, random.randrange(len(damaged) + 1)) + 2
@@ -153,7 +118,7 @@ def of_yaml(random: Random, data: bytes) -> bytes:
 
 
 def of_safetensors(random: Random, data: bytes) -> bytes:
-    """A safetensors file whose header tells other things; its length is mostly right."""
+    """Damage a safetensors file, or change its header; the length of the header is mostly right."""
     if random.random() < 0.3:
         return of_bytes(random, data)
     size = int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind of file a real example, and the readers that a user's command would call."""
+"""The files that are fuzzed: a real example of each kind, and the readers that a user's command would call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Mutate = Callable[[Random, bytes], bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of file: where it lies in its folder, how it is damaged, who reads it, its share of all cases."""
+    """One kind of file: its path in the examples, how it is damaged, what reads it, its share of all cases."""
 
     file: str
     mutate: Mutate
@@ -107,7 +107,7 @@ def compared(folder: Path) -> None:
 
 
 def page(folder: Path) -> None:
-    """The whole page, where the files can be read."""
+    """Write whole pages."""
     for name in ("run", "compared"):
         write_report(folder / name, settings=GeometryOptions(wanted=False))
 
@@ -139,7 +139,7 @@ TARGETS = {
 
 
 def write_examples(folder: Path) -> None:
-    """A whole one of everything."""
+    """Write a valid file of every kind."""
     (folder / "base").mkdir(parents=True)
     for name in ("train", "validation", "test"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
@@ -181,16 +181,14 @@ def write_examples(folder: Path) -> None:
     (made / "jump.json").write_text('{"step": 10, "alpha": 1.5, "adapter": null}')
     (made / "undone.json").write_text('{"step": 15}')
     save_file({key: value * 0 for key, value in adapter_tensors(1).items()}, made / "shift.safetensors")
-    tried = arm({0: 0.5}, {0: 0.4})
-    jumps = [
-        {"step": 10, "accepted": True, "reason": "fine", "alpha": 1.0, "diagnostics": {"x": 0.5}, "norm_ratio": 2.0}
-    ]
+    secant = arm({0: 0.5}, {0: 0.4})
+    jump = {"step": 10, "accepted": True, "reason": "fine", "alpha": 1.0, "diagnostics": {"x": 0.5}, "norm_ratio": 2.0}
     point = {"step": 0, "seconds": 0.5, "validation": {"sampled": 0.5}, "test": {"sampled": 0.5, "greedy": None}}
     records = [
         {"event": "start", "step": 0, "steps": 20, "seed": 0},
         {"event": "accuracy", "step": 0, "milestone": "start", "value": 0.2},
         {"event": "curve"} | point,
-        {"event": "jump", **jumps[0]},
+        {"event": "jump"} | jump,
         {"event": "verify", "step": 12, "jump_step": 10, "accepted": True, "reason": "recovered", "accuracy": 0.3},
         {"event": "resume", "step": 12},
         {"event": "end", "step": 20},
@@ -199,27 +197,27 @@ def write_examples(folder: Path) -> None:
     logged = [{"step": step, "reward": 0.1 * step, "loss": 1.0, "note": "x"} for step in range(1, 6)]
     (folder / "run" / "metrics.jsonl").write_bytes(b"".join(map(json_line, logged)))
     (folder / "run" / "config.yaml").write_text(json.dumps(run))
-    found = {
+    result = {
         "steps": 20,
         "seconds": {"rl": 1.5},
         "accuracy": {"start": 0.2, "final": None},
-        "jumps": jumps,
+        "jumps": [jump],
         "folder": "x",
     }
-    found |= {"control": {"steps": 20, "seconds": 1.0, "accuracy": {"final": 0.3}, "curve": [point]}, "curve": [point]}
-    found |= {"resumed_from": None, "settings": {"predictor": "secant"}, "notes": [], "average": None, "advice": None}
-    (folder / "run" / "result.json").write_text(json.dumps(found))
+    result |= {"control": {"steps": 20, "seconds": 1.0, "accuracy": {"final": 0.3}, "curve": [point]}, "curve": [point]}
+    result |= {"resumed_from": None, "settings": {"predictor": "secant"}, "notes": [], "average": None, "advice": None}
+    (folder / "run" / "result.json").write_text(json.dumps(result))
 
     state = {"global_step": 10, "log_history": logged, "best_metric": None}
     (folder / "trainer" / "checkpoint-10").mkdir(parents=True)
     (folder / "trainer" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
     (folder / "compared").mkdir()
-    small = comparison(seeds=1) | {"arms": {"plain": arm({0: 0.4}, {0: 0.4}, role="plain"), "secant": tried}}
+    small = comparison(seeds=1) | {"arms": {"plain": arm({0: 0.4}, {0: 0.4}, role="plain"), "secant": secant}}
     (folder / "compared" / "compare.json").write_text(json.dumps(small))
 
 
 def fresh(folder: Path) -> Path:
-    """The examples, in an empty folder."""
+    """Write the examples into an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     write_examples(folder)
     return folder

@@ -36,7 +36,7 @@ def extrapolate(
     """Extrapolate recorded checkpoints and write the predicted weights."""
     from next_core.appliers.alpha_sweep import apply_sweep, makes_folders
     from next_core.appliers.folder_applier import FolderApplier
-    from next_core.cycle.jump_norm import jump_norm
+    from next_core.cycle.jump import jump_norm
     from next_core.plugins import make_applier
     from next_core.sources.precision import rounding_warnings
 

@@ -21,7 +21,8 @@ from next_core.comparison.comparison_results import Comparison, collect
 from next_core.comparison.races import Race, RacePlan, Trunk, make_plan
 from next_core.config import dump_yaml
 from next_core.cycle.journal import JOURNAL, read_journal
-from next_core.cycle.run import CONFIG, CURVE, RUNNING, run
+from next_core.cycle.measurements import CURVE
+from next_core.cycle.run import CONFIG, RUNNING, run
 from next_core.cycle.run_result import RESULT
 from next_core.cycle.trainer import ERROR_LOG
 from next_core.diagnostics.learning_rate import run_advice

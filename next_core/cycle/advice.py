@@ -1,4 +1,4 @@
-"""The advice at the end of a run, journalled. What computes it is passed in: diagnostics stand above the cycle."""
+"""Advice at the end of a run. The function that computes it is passed in: diagnostics are a layer above the cycle."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from next_core.errors import describe
 from next_core.interfaces import CheckpointSource
 
 Advise = Callable[[CheckpointSource, Sequence[Mapping[str, Any]]], str | None]
-"""From a run's checkpoints and its journalled jumps to one sentence, or None when there is nothing to change."""
+"""From a run's checkpoints and its journalled jumps to one sentence, or None when there is nothing to advise."""
 
 
 def journal_advice(advise: Advise | None, backend: Backend, journal: Journal, step: int) -> str | None:
-    """Ask for the advice after ``step`` and journal it. A failure is journalled too: it must not fail the run."""
+    """Return the advice after ``step`` and journal it. A failure is journalled too: it must not fail the run."""
     if advise is None:
         return None
     source = backend.source()  # raises here at the latest if a checkpoint could not be written

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
+from collections.abc import Sequence
+
+from next_core.backend import Backend
+from next_core.cycle.journal import Journal
+from next_core.cycle.jump import failure
+from next_core.cycle.measurements import Stopwatch
+from next_core.cycle.probes import Probes
+from next_core.interfaces import Applied, CheckpointSource, CoefficientUpdate, Prediction
 
 
 def windows(average: int, every: int) -> list[int]:
-    """How many RL steps the means reach back that are tried: ``average``, a half and a quarter of it."""
+    """Return the numbers of last RL steps to try a mean over: ``average``, a half and a quarter of it."""
     return sorted({window for window in (average // 4, average // 2, average) if window >= 2 * every})
 
 
 def mean_of_last(source: CheckpointSource, window: int) -> Prediction:
-    """From the newest checkpoint to the mean of those of the last ``window`` steps: of A and B each, where it is LoRA.
+    """Return the move from the newest checkpoint to the mean of those of the last ``window`` steps.
 
-    Weight averaging at a large learning rate: arXiv 2306.03241. Jumps within the window count in full.
+    LoRA: the mean of A and the mean of B. Weight averaging at a large learning rate: arXiv 2306.03241. Jumps within the
+    window count in full.
     """
     newest = source.steps[-1]
     steps = [step for step in source.steps if step > newest - window]
@@ -24,3 +32,39 @@ def mean_of_last(source: CheckpointSource, window: int) -> Prediction:
         for parameter in source.parameters
     }
     return Prediction(source, newest, 0, updates=updates)
+
+
+def end_in_mean(
+    backend: Backend, probes: Probes, journal: Journal, watch: Stopwatch, step: int, choices: Sequence[int]
+) -> None:
+    """Move to the mean over the window, one of ``choices``, that validates best, if it beats the last step.
+
+    Each mean is tried and rolled back. A mean that cannot be applied changes nothing and ends the search.
+    """
+
+    def apply_mean(window: int) -> Applied:
+        with watch:
+            return backend.apply_jump(mean_of_last(backend.source(), window), 1.0)
+
+    before = probes.measure(step, always=True)
+    tried: dict[int, float | None] = {}
+    best, reason = None, "there is nothing to measure accuracy with"
+    for window in choices if before is not None else ():
+        try:
+            applied = apply_mean(window)
+        except Exception as error:
+            reason = failure("mean", error)
+            break
+        tried[window] = probes.measure(step, always=True)
+        backend.rollback(applied, step)
+        reason = "no mean of the last checkpoints is better"
+    better = {window: value for window, value in tried.items() if value is not None and before is not None}
+    if before is not None and better and max(better.values()) > before:
+        best = max(better, key=lambda window: better[window])
+        reason = f"the mean of the last {best} steps"
+        try:
+            apply_mean(best)
+        except Exception as error:
+            best, reason = None, failure("mean", error)
+    shown = {str(window): accuracy for window, accuracy in tried.items()}
+    journal.append("average", step, accepted=best is not None, reason=reason, accuracy_before=before, tried=shown)

@@ -1,9 +1,10 @@
-"""One run from a config: a trainer, the cycle that drives it, a plain run beside it if asked for, and the result."""
+"""One run from a config: a trainer, the cycle that drives it, a plain run for comparison if asked for, the result."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 from next_core.backend import Backend
 from next_core.config import dump_yaml
 from next_core.cycle.advice import Advise, journal_advice
-from next_core.cycle.clock import Stopwatch, TrainingClock
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.loop import PredictExtendCycle
+from next_core.cycle.measurements import CURVE, Measurements
 from next_core.cycle.plain_run import plain_run
 from next_core.cycle.run_result import RESULT, RunResult, read_result
 from next_core.cycle.signals import Signals
-from next_core.cycle.trainer import accuracies, closed_after_an_error, start_trainer, tell, trainer_errors
+from next_core.cycle.trainer import closed_after_an_error, report_progress, start_trainer, trainer_errors
 from next_core.errors import ConfigError, Interrupted, describe
 from next_core.plugins import make_chosen
 from next_core.process.hardware import hardware, versions
@@ -31,37 +32,21 @@ from next_core.types import Progress
 CONFIG = "config.yaml"
 RUNNING = "RL with jumps"
 """What a run's progress is called."""
-CURVE = "curve"
-"""Event of a journal record with accuracies along the run, and the milestone that asks for them."""
 
 
-def check_folder(out: Path, config: RunConfig, overwrite: bool = False) -> bool:
-    """Whether ``out`` holds this run, begun or finished. Raises ``ConfigError`` for anything else; changes nothing."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out names the run's folder")
-    if not out.exists() or not any(out.iterdir()):
-        return False
-    if not (out / CONFIG).exists():
-        raise ConfigError(f"{out} is not empty, and no run (it has no {CONFIG}); choose another --out")
-    if overwrite:
-        return False
-    try:
-        there = read_text(out / CONFIG)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{out / CONFIG} cannot be read ({describe(error)}); choose another --out") from None
-    if there != dump_yaml(config):
-        raise ConfigError(
-            f"{out} holds a run of another config ({_difference(there, dump_yaml(config))}); go on with the config it "
-            "began with, choose another --out, or pass --overwrite to lose that run"
-        )
-    return True
+@dataclass(frozen=True)
+class _Job:
+    """What ``run`` was asked to do."""
 
+    config: RunConfig
+    out: Path
+    strict: bool
+    progress: Progress | None
+    signals: Signals
+    advise: Advise | None
 
-def _difference(there: str, here: str) -> str:
-    """The first line that tells two configs apart."""
-    pairs = zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
-    one, other = next(((one.strip(), other.strip()) for one, other in pairs if one != other), ("", ""))
-    return f"there '{one}', here '{other}'"
+    def write(self, result: RunResult) -> None:
+        write_text(self.out / RESULT, json_text(result.as_dict()) + "\n")
 
 
 def run(
@@ -76,53 +61,79 @@ def run(
 ) -> RunResult:
     """Train with jumps (and, for ``control: plain``, once more without), and write ``result.json``.
 
-    Where ``out`` holds this run already, it goes on from the last checkpoint that is whole, and a finished one is not
-    run again. Raises ``Interrupted`` when ``signals`` ended it, ``ConfigError`` for a folder of something else or one
-    in use.
+    If ``out`` holds this run already, it is resumed from the last complete checkpoint; a finished run is not repeated.
+    Raises ``Interrupted`` when ``signals`` ended it, ``ConfigError`` for a folder that holds something else or is in
+    use.
     """
+    job = _Job(config, out, strict, progress, signals or Signals(), advise)
     with locked(out):
         recover(out, CONFIG)
         sweep(out)
         begun = check_folder(out, config, overwrite)
-        if begun and (out / RESULT).exists():
-            result = read_result(out)
-        else:
-            result = _trained(config, out, begun, strict, progress, signals or Signals(), advise)
+        result = read_result(out) if begun and (out / RESULT).exists() else _train(job, begun)
         if config.control == "plain" and result.control is None:
             started = time.perf_counter()
             result.control = plain_run(config, out / "control", progress)
             result.seconds["total"] += time.perf_counter() - started
-            write_text(out / RESULT, json_text(result.as_dict()) + "\n")
+            job.write(result)
     return result
 
 
-def _trained(
-    config: RunConfig,
-    out: Path,
-    begun: bool,
-    strict: bool,
-    progress: Progress | None,
-    signals: Signals,
-    advise: Advise | None,
-) -> RunResult:
-    """The run itself, from its start or from the last checkpoint that is whole; its result is on disk at the end."""
+def check_folder(out: Path, config: RunConfig, overwrite: bool = False) -> bool:
+    """Return whether ``out`` holds this run, begun or finished. Raises ``ConfigError`` if it holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out names the run's folder", kind="config-folder-not-empty")
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (out / CONFIG).exists():
+        raise ConfigError(
+            f"{out} is not empty and holds no run (it has no {CONFIG}); choose another --out",
+            kind="config-folder-not-empty",
+        )
+    if overwrite:
+        return False
+    try:
+        there = read_text(out / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{out / CONFIG} cannot be read ({describe(error)}); choose another --out", kind="config-other-run"
+        ) from None
+    if there != dump_yaml(config):
+        raise ConfigError(
+            f"{out} holds a run of another config ({_difference(there, dump_yaml(config))}); use the config it began "
+            "with, choose another --out, or pass --overwrite to delete that run",
+            kind="config-other-run",
+        )
+    return True
+
+
+def _difference(there: str, here: str) -> str:
+    """Return the first line in which two configs differ."""
+    pairs = zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
+    one, other = next(((one.strip(), other.strip()) for one, other in pairs if one != other), ("", ""))
+    return f"there '{one}', here '{other}'"
+
+
+def _train(job: _Job, begun: bool) -> RunResult:
+    """Run from the start, or from the last complete checkpoint, and write the result."""
     started = time.perf_counter()
-    backend, start = _prepared(config, out, begun)
+    backend, start = _prepare(job, begun)
     with closed_after_an_error(backend):
-        start_trainer(backend, out, progress)
+        start_trainer(backend, job.out, job.progress)
         setup = time.perf_counter() - started
-        result = _with_jumps(backend, config, out, start or None, strict, progress, signals, advise)
+        result = _train_with_jumps(job, backend, start or None)
     result.seconds |= {"setup": setup, "total": time.perf_counter() - started}
-    write_text(out / RESULT, json_text(result.as_dict()) + "\n")  # what follows may still fail
-    with trainer_errors(out):
+    job.write(result)  # closing the trainer may still fail
+    with trainer_errors(job.out):
         backend.close()
     result.seconds["total"] = time.perf_counter() - started
-    write_text(out / RESULT, json_text(result.as_dict()) + "\n")
+    job.write(result)
     return result
 
 
-def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
-    """A backend that is ready, and the step to go on from."""
+def _prepare(job: _Job, begun: bool) -> tuple[Backend, int]:
+    """Return a backend that is ready, and the step to resume at, 0 for a new run."""
+    config, out = job.config, job.out
     backend: Backend = make_chosen("backend", config.backend)
     if begun:
         with closed_after_an_error(backend), trainer_errors(out):
@@ -131,12 +142,13 @@ def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
                 return backend, start
             if config.save_every is None:
                 raise ConfigError(
-                    f"{out} holds this run, which was ended before its end, and nothing to go on from: its config has "
-                    "no save_every; pass --overwrite to start again, or choose another --out"
+                    f"{out} holds this run, which ended early and cannot be resumed: its config has no save_every; "
+                    "pass --overwrite to start again, or choose another --out",
+                    kind="config-other-run",
                 )
-            backend.close()  # killed before anything was saved
+            backend.close()  # the run was killed before its first save
         backend = make_chosen("backend", config.backend)
-    # Ended before its folder goes: until then it may write there.
+    # After an error the trainer is closed before its folder is removed: until then it may write there.
     with fresh_directory(out, CONFIG), closed_after_an_error(backend):
         write_text(out / CONFIG, dump_yaml(config))
         with trainer_errors(out.parent):
@@ -144,33 +156,11 @@ def _prepared(config: RunConfig, out: Path, begun: bool) -> tuple[Backend, int]:
     return backend, 0
 
 
-def _with_jumps(
-    backend: Backend,
-    config: RunConfig,
-    out: Path,
-    resumed_from: int | None,
-    strict: bool,
-    progress: Progress | None,
-    signals: Signals,
-    advise: Advise | None,
-) -> RunResult:
-    """The cycle on a backend that is prepared, measured at its milestones."""
-    accuracy: dict[str, float | None] = {"start": None, "before_jump": None, "after_jump": None, "final": None}
-    measuring = Stopwatch()
+def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> RunResult:
+    """Run the cycle on a prepared backend, and measure it at its milestones."""
+    config, out = job.config, job.out
     journal = Journal(out / JOURNAL)
-    earlier = [r for r in journal.counted() if r["event"] == CURVE and r["step"] <= (resumed_from or 0)]
-    clock = TrainingClock(measuring, earlier[-1]["seconds"] if earlier else 0.0)
-
-    def measure(milestone: str, step: int) -> None:
-        if milestone == CURVE:
-            seconds = clock.seconds
-            with measuring, trainer_errors(out):
-                journal.append(CURVE, step, seconds=seconds, **accuracies(backend))
-            return
-        with measuring, trainer_errors(out):
-            accuracy[milestone] = backend.evaluate("test")
-        journal.append("accuracy", step, milestone=milestone, value=accuracy[milestone])
-
+    measure = Measurements(backend, journal, out, resumed_from or 0)
     cycle = PredictExtendCycle(
         backend,
         lambda: make_chosen("predictor", config.predictor),
@@ -181,11 +171,11 @@ def _with_jumps(
         rank=config.rank,
         compressor=None if config.compressor is None else make_chosen("compressor", config.compressor),
         executor=config.executor,
-        strict=strict,
-        progress=progress,
+        strict=job.strict,
+        progress=job.progress,
         milestone=measure,
         measure_every=config.measure_every,
-        interrupted=lambda: signals.received is not None,
+        interrupted=lambda: job.signals.received is not None,
     )
     if resumed_from is not None:
         cycle.resume(resumed_from)
@@ -194,27 +184,17 @@ def _with_jumps(
         measure("start", 0)
         if config.measure_every is not None:
             measure(CURVE, 0)
-    clock.start()
-    with trainer_errors(out), signals.patient() if backend.in_process else contextlib.nullcontext():
-        ended = cycle.run(on_step=lambda step: tell(progress, RUNNING, step, config.steps))
-    if signals.received is not None and ended < config.steps:
+    measure.clock.start()
+    with trainer_errors(out), job.signals.patient() if backend.in_process else contextlib.nullcontext():
+        last = cycle.run(on_step=lambda step: report_progress(job.progress, RUNNING, step, config.steps))
+    if job.signals.received is not None and last < config.steps:
         raise Interrupted(
-            f"{signals.name} ended the run after step {ended} of {config.steps}, with its state saved in {out}; the "
-            "same command goes on",
-            signals.received,
+            f"{job.signals.name} ended the run after step {last} of {config.steps}; its state is saved in {out}, and "
+            "the same command resumes it",
+            job.signals.received,
         )
-    training = clock.stop()
-    # A run that was killed past its last checkpoint has said some of this already.
-    said = {record.get("milestone", record["event"]): record for record in _counted_at(journal, config.steps)}
-    if config.measure_every is not None and CURVE not in said:
-        measure(CURVE, config.steps)
-    if "final" not in said:
-        measure("final", config.steps)
-    advice = said["advice"].get("text") if "advice" in said else journal_advice(advise, backend, journal, config.steps)
-    if "end" not in said:
-        journal.append("end", config.steps)
-    # A resumed run finds in the journal what it measured before.
-    accuracy |= {r["milestone"]: r["value"] for r in journal.counted() if r["event"] == "accuracy"}
+    training = measure.clock.since_start
+    advice = _conclude(job, backend, journal, measure)
     ours = sum(cycle.seconds.values())
     return RunResult(
         steps=config.steps,
@@ -222,9 +202,9 @@ def _with_jumps(
             "rl": training - ours,
             "ours": ours,
             **{f"ours_{what}": seconds for what, seconds in cycle.seconds.items()},
-            "measuring": measuring.seconds,
+            "measuring": measure.watch.seconds,
         },
-        accuracy=accuracy,
+        accuracy=measure.accuracy,
         jumps=journal.jumps(),
         folder=str(out),
         resumed_from=resumed_from,
@@ -234,13 +214,20 @@ def _with_jumps(
         notes=list(backend.notes),
         average=next((record for record in journal.counted() if record["event"] == "average"), None),
         advice=advice,
-        curve=[_point(record) for record in journal.counted() if record["event"] == CURVE],
+        curve=measure.curve,
     )
 
 
-def _counted_at(journal: Journal, step: int) -> list[dict[str, Any]]:
-    return [record for record in journal.counted() if record["step"] == step]
-
-
-def _point(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("step", "seconds", "validation", "test")}
+def _conclude(job: _Job, backend: Backend, journal: Journal, measure: Measurements) -> str | None:
+    """Make the last measurements and return the advice, but for what a run killed at its end had journalled."""
+    steps = job.config.steps
+    last: list[dict[str, Any]] = [record for record in journal.counted() if record["step"] == steps]
+    known = {record.get("milestone", record["event"]): record for record in last}
+    if job.config.measure_every is not None and CURVE not in known:
+        measure(CURVE, steps)
+    if "final" not in known:
+        measure("final", steps)
+    advice = known["advice"].get("text") if "advice" in known else journal_advice(job.advise, backend, journal, steps)
+    if "end" not in known:
+        journal.append("end", steps)
+    return advice

@@ -1,4 +1,4 @@
-"""A trainer from its start to its end, and what it throws."""
+"""A trainer from its start to its end, and its errors as ours."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ ERROR_LOG = "error.log"
 
 
 def start_trainer(backend: Backend, out: Path, progress: Progress | None) -> None:
+    """Start a trainer, which takes minutes and shows progress where it is a process of its own."""
+    shown = None if backend.in_process else progress
     with trainer_errors(out):
-        if not backend.in_process:
-            tell(progress, "the trainer starts", 0, 1)
+        report_progress(shown, "the trainer starts", 0, 1)
         backend.start()
-        if not backend.in_process:
-            tell(progress, "the trainer starts", 1, 1)
+        report_progress(shown, "the trainer starts", 1, 1)
 
 
 @contextlib.contextmanager
 def closed_after_an_error(backend: Backend) -> Iterator[None]:
-    """End the trainer when the body fails, and let the body's error be the one that is seen."""
+    """Close the trainer when the body fails; the body's error is the one that is raised."""
     try:
         yield
     except BaseException as error:
         try:
             backend.close()
         except Exception as second:
-            error.add_note(f"the trainer could not be ended either: {describe(second)}")
+            error.add_note(f"closing the trainer failed too: {describe(second)}")
         raise
 
 
 @contextlib.contextmanager
 def trainer_errors(out: Path) -> Iterator[None]:
-    """What the trainer, or a reward it calls, throws becomes one message; the traceback is kept in a file."""
+    """Turn an error of the trainer, or of a reward it calls, into a ``BackendError``; its traceback goes to a file."""
     try:
         yield
     except Exception as error:
@@ -49,18 +49,17 @@ def trainer_errors(out: Path) -> Iterator[None]:
         if full:
             raise StorageError(
                 f"the disk of {out} was full while the trainer wrote ({describe(error)}); free some space, and run the "
-                "same command again: it goes on from the last checkpoint that is whole"
+                "same command again: it resumes from the last complete checkpoint",
+                kind="storage-full",
             ) from error
         log = out / ERROR_LOG
-        with contextlib.suppress(OSError):  # the trainer's own error is the one to be seen
+        with contextlib.suppress(OSError):  # the trainer's own error matters more
             log.write_text(traceback.format_exc(), encoding="utf-8")
-        raise BackendError(f"the trainer failed: {describe(error)}; the whole traceback is in {log}") from error
+        raise BackendError(
+            f"the trainer failed: {describe(error)}; the whole traceback is in {log}", kind="backend-failed"
+        ) from error
 
 
-def accuracies(backend: Backend) -> dict[str, dict[str, float]]:
-    return {split: dict(backend.accuracies(split)) for split in ("validation", "test")}
-
-
-def tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+def report_progress(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, done, total)

@@ -10,7 +10,8 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError,
 
 from next_core.comparison.execution import COMPARE
 from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
-from next_core.cycle.run import CONFIG, CURVE
+from next_core.cycle.measurements import CURVE
+from next_core.cycle.run import CONFIG
 from next_core.cycle.run_result import RESULT
 from next_core.errors import CheckpointError, ConfigError
 from next_core.settings import explain

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from next_core.cycle.jump_norm import JumpNorm, jump_norm, recent_motion
+from next_core.cycle.jump import JumpNorm, jump_norm, recent_motion
 from next_core.errors import GuardError
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction

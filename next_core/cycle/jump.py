@@ -1,0 +1,99 @@
+"""One jump: its outcome, and its size relative to the run's recent motion."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from next_core.errors import GuardError, NextCoreError, describe
+from next_core.history.history import History
+from next_core.interfaces import Applied, Prediction
+from next_core.interfaces.prediction import jump_norms
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A jump after an RL step, and what became of it.
+
+    Each stage of the cycle (predict, guard, apply, verify) returns a copy with its own fields filled in; a stage that
+    refuses the jump clears ``accepted`` and gives the reason.
+    """
+
+    step: int
+    alpha: float
+    accepted: bool = True
+    reason: str = ""
+    predictor: str = "?"
+    horizon: int | None = None
+    diagnostics: Mapping[str, float] | None = None
+    norm: float | None = None
+    norm_ratio: float | None = None
+    prediction: Prediction | None = None
+    applied: Applied | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    def refused(self, reason: str) -> Self:
+        """Return this jump as one that is not made, or that was rolled back."""
+        return dataclasses.replace(self, accepted=False, reason=reason)
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields of the journal's record; those of a stage that was not reached are left out."""
+        reached = {
+            "horizon": self.horizon is not None,
+            "diagnostics": self.diagnostics is not None,
+            "norm": self.norm is not None,
+            "accuracy_before": self.applied is not None,
+            "accuracy_after": self.applied is not None,
+        }
+        always = ("accepted", "reason", "predictor", "alpha", "norm_ratio")
+        return {key: getattr(self, key) for key in (*always, *(key for key, there in reached.items() if there))}
+
+
+def failure(what: str, error: BaseException) -> str:
+    """Return the reason that the journal gives for an error: our own message, or what failed and how."""
+    return error.message if isinstance(error, NextCoreError) else f"the {what} failed: {describe(error)}"
+
+
+def check_origin(prediction: Any, history: History) -> None:
+    """Raise ``GuardError`` for what is not a prediction from the newest checkpoint of this history."""
+    if not isinstance(prediction, Prediction):
+        problem = f"the predictor returned no prediction but {type(prediction).__name__}"
+    elif prediction.source is not history.source:
+        problem = "the prediction is of another source than the run's"
+    elif prediction.step != history.newest:
+        problem = f"the prediction counts from step {prediction.step}, and the run is at step {history.newest}"
+    else:
+        return
+    raise GuardError(problem, kind="guard-refused")
+
+
+@dataclass(frozen=True)
+class JumpNorm:
+    """The size of a jump and of the run's recent motion: Frobenius norms over all matrices, in merged space."""
+
+    jump: float
+    recent: float
+
+    @property
+    def ratio(self) -> float:
+        """jump / recent motion; infinite when nothing moved."""
+        return self.jump / self.recent if self.recent > 0 else float("inf") if self.jump > 0 else 0.0
+
+
+def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
+    """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
+    jump = math.sqrt(sum(norm**2 for norm in jump_norms(prediction, alpha).values()))
+    return JumpNorm(jump, recent_motion(history, prediction.horizon))
+
+
+def recent_motion(history: History, window: int) -> float:
+    """||W_T - W_{T-window}||_F over the matrices that move; from where RL began when no checkpoint is that old."""
+    older = [step for step in history.steps if step <= history.newest - window]
+    since = older[-1] if older else None  # where RL began is ``newest`` steps ago
+    squares = history.inner_products([(history.newest, since)])
+    # Inner products of nearly equal deltas can round to a small negative number.
+    return math.sqrt(sum(max(float(square), 0.0) for square in squares.values()))

@@ -1,4 +1,4 @@
-"""Verifiable rewards: by registered name, or any function of the config's choosing."""
+"""Verifiable rewards: by registered name, or any function that a config names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from next_core.settings import Settings
 RewardFunction = Callable[..., list[float]]
 OPERATORS = frozenset("+-*/^=")
 BARE = re.compile(r"[\d\s.,()+\-*/^=]*")
-"""A completion that is one expression, and no text that an answer is to be found in."""
+"""A completion that is one expression, not text that contains an answer."""
 
 
 class MathVerifyConfig(Settings):
-    evaluated: bool = Field(
-        True, description="A sum that is still to be worked out (9+5 for 14) or an equation is not an answer"
-    )
+    evaluated: bool = Field(True, description="Reject an answer that is not worked out (9+5 for 14) or is an equation")
     correct: float = Field(1.0, description="Reward of a right answer")
     wrong: float = Field(0.0, description="Reward of any other")
     timeout: int = Field(5, ge=1, description="Seconds for one verification")
@@ -34,7 +32,7 @@ class MathVerifyConfig(Settings):
 class MathVerifyReward(Reward):
     """1 where math-verify finds the completion equal to ``answer``, else 0; verdicts are cached.
 
-    math-verify compares values, and 9+5 is worth 14: without ``evaluated``, a policy learns to repeat the question.
+    math-verify compares values, and 9+5 equals 14: without ``evaluated``, a policy learns to repeat the question.
     """
 
     name = "math-verify"
@@ -64,21 +62,21 @@ class MathVerifyReward(Reward):
         evaluated = self.config.evaluated and not _operates(answer.strip())
         if evaluated and BARE.fullmatch(text) and _operates(text):
             return False
-        # math-verify's time limit is an alarm signal, which only the main thread can set.
+        # math-verify's time limit uses an alarm signal, which only the main thread can set.
         limit = self.config.timeout if threading.current_thread() is threading.main_thread() else None
         gold, found = parse(answer, parsing_timeout=limit), parse(text, parsing_timeout=limit)
-        if evaluated and found and _operates(str(found[-1])):  # what it found in a longer text, as it stands there
+        if evaluated and found and _operates(str(found[-1])):  # found[-1] is the expression as written in a longer text
             return False
         return bool(gold and found and verify(gold, found, timeout_seconds=limit))
 
 
 def _operates(text: str) -> bool:
-    """Whether something is left to be worked out; a sign in front is none."""
+    """Whether an expression still has an operator; a leading sign does not count."""
     return bool(OPERATORS & set(text[1:]))
 
 
 def _text(completion: Any) -> str:
-    """A completion as text: TRL passes strings, or for conversations a list of messages."""
+    """Return a completion as text: TRL passes strings, or for conversations a list of messages."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 

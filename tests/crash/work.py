@@ -62,14 +62,14 @@ class Points:
         self._begun = False
         self._one = threading.Lock()  # checkpoints are written by a thread
         self.passed: list[Point] = []
-        self.told: Callable[[str], None] = lambda what: None
+        self.show: Callable[[str], None] = lambda what: None
 
     def __call__(self, what: str, path: Path) -> None:
         # A scratch name has the number of its process.
         name = re.sub(r"\.([^/]+)\.(tmp|old)-\d+", r"\1 (\2)", os.path.relpath(path, self._folder))
         self._begun = self._begun or path.name == JOURNAL
         between = TRAINING if self._begun else STARTING
-        self.report_progress(f"{what.removeprefix('before ')} {name}" if what.startswith("before") else between)
+        self.show(f"{what.removeprefix('before ')} {name}" if what.startswith("before") else between)
         with self._one:
             self._times[what, name] += 1
             point = Point(what, name, self._times[what, name])
@@ -176,11 +176,11 @@ def go(
         with phase.open("r+b") as file:
             page = mmap(file.fileno(), PHASE_BYTES)
 
-        def told(what: str) -> None:
+        def show(what: str) -> None:
             page[:] = what.encode()[:PHASE_BYTES].ljust(PHASE_BYTES)
 
-        points.told = told
-        told(STARTING)
+        points.show = show
+        show(STARTING)
     storage.failpoint = points
     if backwards:
         turn_back_the_clock()

@@ -5,53 +5,96 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from next_core.config import load_config, make_config
+from next_core.config import load_config
 from next_core.cycle.run import run
-from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.cycle.run_result import RunResult
 from next_core.plugins import registry
-from next_core.run_config import RunConfig
+from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
+from tests.crash import small_run
 from tests.cycle.descent import Descent
+from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS = 16
+OURS: dict[str, Any] = {
+    "steps": STEPS,
+    "save_every": None,
+    "measure_every": None,
+    "predictor": {"name": "secant", "window": 4},
+    "schedule": {"observe": 8, "every": 4, "horizon": 4, "jump_every": 4, "settle": 4, "alpha": 1.0, "average": None},
+    "guards": {"recovery": None, "tolerance": 0.02, "max_drop": 0.2},
+}
 
 
-def small(**changes: Any) -> dict[str, Any]:
-    """The quickstart with a twentieth of its work."""
-    raw = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
-    raw |= {
-        "steps": 16,
-        "control": "none",
-        "predictor": {"name": "secant", "window": 4},
-        "schedule": {"observe": 8, "every": 4, "horizon": 4, "jump_every": 4, "settle": 4},
-    }
-    raw["training"] |= {"prompts_per_step": 4, "generations": 4, "learning_rate": 1e-3}
-    raw["training"]["data"] = raw["training"]["data"] | {"test": "arithmetic/validation.jsonl"}
+def config(folder: Path, **changes: Any) -> RunConfig:
+    """A run of 16 steps that jumps after the 8th and the 12th; its prompts are written into ``folder``."""
+    raw = small_run.raw_config(folder / "data", **OURS)
     for key, value in changes.items():
-        merge = key in ("training", "schedule", "guards")
-        raw[key] = raw.get(key, {}) | value if merge else value
-    return raw
-
-
-def config(**changes: Any) -> RunConfig:
-    return make_config(small(**changes), base=EXAMPLES)
+        raw[key] = raw[key] | value if key in ("training", "schedule", "guards") else value
+    return small_run.checked(raw)
 
 
 def final_adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / "step-000016" / "adapter_model.safetensors")
+    return load_file(out / "checkpoints" / f"step-{STEPS:06d}" / "adapter_model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = final_adapter(one), final_adapter(other)
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def ends_after(step: int) -> Callable[[str, int, int], None]:
+    """A progress that kills the run after ``step``."""
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "RL with jumps" and done == step:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+@dataclass
+class Whole:
+    """A run to its end, with checkpoints of the trainer at steps 5, 10, 15 and 16 and a curve."""
+
+    config: RunConfig
+    out: Path
+    result: RunResult
+    progress: list[tuple[str, int, int]]
+
+    def copy(self, folder: Path) -> Path:
+        """The same run, of which the result was not written."""
+        out = shutil.copytree(self.out, folder / "copy")
+        (out / "result.json").unlink()
+        return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    seen: list[tuple[str, int, int]] = []
+    settings = config(folder, save_every=5, measure_every=4)
+    result = run(settings, folder / "run", progress=lambda *facts: seen.append(facts))
+    return Whole(settings, folder / "run", result, seen)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run whose predictor never jumps, and the plain run it is compared with."""
+    folder = tmp_path_factory.mktemp("plain")
+    return run(config(folder, predictor="stay", control="plain", measure_every=6), folder / "run")
 
 
 def test_the_quickstart_config_is_valid_and_jumps_five_times() -> None:
@@ -60,230 +103,227 @@ def test_the_quickstart_config_is_valid_and_jumps_five_times() -> None:
     assert loaded.control == "plain"
 
 
-def test_a_run_measures_itself_and_its_plain_control(tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    result = run(config(control="plain"), tmp_path / "run", progress=lambda *facts: seen.append(facts))
-    assert result.steps == 16
+def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None:
+    result = whole.result
+    assert result.steps == STEPS
     assert [jump["step"] for jump in result.jumps] == [8, 12]
     assert all(jump["accepted"] and jump["norm_ratio"] > 0 for jump in result.jumps)
-    assert all(0 < value < 1 for value in result.accuracy.values() if value is not None)
-    assert None not in result.accuracy.values()
+    assert set(result.accuracy) == {"start", "before_jump", "after_jump", "final"}
+    assert all(0 < (value or 0) < 1 for value in result.accuracy.values())
     assert result.accuracy["before_jump"] != result.accuracy["after_jump"]
-    assert result.control is not None
-    assert result.control["accuracy"]["final"] != result.accuracy["final"]
-    assert {what for what, _, _ in seen} >= {"RL with jumps", "plain RL"}
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result.as_dict()
-    assert (tmp_path / "run" / "config.yaml").exists()
-    for seconds in ("rl", "ours", "total"):
-        assert result.seconds[seconds] > 0
+    assert plain.control is not None
+    assert result.accuracy["final"] != plain.control["accuracy"]["final"]
+    assert ("RL with jumps", 16, 16) in whole.progress
+    assert json.loads((whole.out / "result.json").read_text()) == result.as_dict()
+    assert load_config(whole.out / "config.yaml") == whole.config
+    assert all(result.seconds[part] > 0 for part in ("rl", "ours", "total"))
 
 
-def test_stay_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
-    result = run(config(predictor="stay", control="plain"), tmp_path / "run")
-    assert {jump["accepted"] for jump in result.jumps} == {False}
-    assert result.control is not None
-    assert result.control["accuracy"]["final"] == result.accuracy["final"]
+def test_a_predictor_that_stays_gives_the_plain_run_bit_for_bit(plain: RunResult) -> None:
+    assert {jump["accepted"] for jump in plain.jumps} == {False}
+    assert plain.control is not None
+    assert plain.control["accuracy"]["final"] == plain.accuracy["final"]
+    curves = [[(point["step"], point["test"]) for point in curve] for curve in (plain.curve, plain.control["curve"])]
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == [0, 6, 12, 16]
 
 
-def test_a_curve_has_both_splits_both_ways_and_the_seconds_and_changes_nothing(tmp_path: Path) -> None:
-    unmeasured = run(config(), tmp_path / "unmeasured")
-    result = run(config(measure_every=6, control="plain"), tmp_path / "run")
-    assert [point["step"] for point in result.curve] == [0, 6, 12, 16]
-    assert result.curve[-1]["test"]["sampled"] == result.accuracy["final"] == unmeasured.accuracy["final"]
-    for point in result.curve:
+def test_a_curve_has_both_splits_both_ways_and_the_seconds(whole: Whole) -> None:
+    curve, seconds = whole.result.curve, [point["seconds"] for point in whole.result.curve]
+    assert [point["step"] for point in curve] == [0, 4, 8, 12, 16]
+    assert curve[-1]["test"]["sampled"] == whole.result.accuracy["final"]
+    for point in curve:
         assert set(point["validation"]) == set(point["test"]) == {"sampled", "greedy"}
-        assert all(0 < value < 1 for value in point["test"].values())
-    seconds = [point["seconds"] for point in result.curve]
     assert seconds[0] == 0
     assert seconds == sorted(seconds)
-    assert seconds[-1] == pytest.approx(result.seconds["rl"] + result.seconds["ours"], abs=0.1)
-    assert result.control is not None
-    plain = result.control["curve"]
-    assert [point["step"] for point in plain] == [0, 6, 12, 16]
-    assert plain[1]["test"] == result.curve[1]["test"], "no jump yet"
-    assert plain[-1]["test"]["sampled"] == result.control["accuracy"]["final"]
+    assert seconds[-1] <= whole.result.seconds["rl"] + whole.result.seconds["ours"]
 
 
-def test_a_resumed_run_has_the_curve_of_the_whole_run(tmp_path: Path) -> None:
-    def killed(what: str, done: int, total: int) -> None:
-        if what == "RL with jumps" and done == 13:
-            raise KeyboardInterrupt
+def test_neither_measuring_nor_saving_changes_a_run_and_another_seed_does(whole: Whole, tmp_path: Path) -> None:
+    unmeasured = run(config(tmp_path), tmp_path / "run")
+    assert unmeasured.accuracy["final"] == whole.result.accuracy["final"]
+    assert same_weights(tmp_path / "run", whole.out)
+    run(config(tmp_path, seed=1), tmp_path / "other")
+    assert not same_weights(tmp_path / "other", whole.out)
 
-    settings = config(save_every=5, measure_every=4)
-    whole = run(settings, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "killed", progress=killed)
-    resumed = run(settings, tmp_path / "killed")
+
+def check_resumed(resumed: RunResult, whole: RunResult) -> None:
+    assert resumed.accuracy == whole.accuracy
     assert [(p["step"], p["test"], p["validation"]) for p in resumed.curve] == [
         (p["step"], p["test"], p["validation"]) for p in whole.curve
     ]
     seconds = [point["seconds"] for point in resumed.curve]
     assert seconds == sorted(seconds)
+    assert resumed.jumps == whole.jumps
+    assert resumed.average == whole.average
 
 
-def test_two_runs_of_one_seed_agree_bit_for_bit_and_another_seed_does_not(tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(config(seed=seed), tmp_path / name)
-    a, b, c = (final_adapter(tmp_path / name) for name in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not all(torch.equal(a[key], c[key]) for key in a)
-
-
-@pytest.mark.parametrize(
-    "predictor", [{"name": "secant", "window": 4}, {"name": "rl-extra"}], ids=["factors", "merged"]
-)
-def test_a_killed_run_resumes_to_where_the_whole_run_ends(tmp_path: Path, predictor: dict[str, Any]) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = config(save_every=5, predictor=predictor)
-    finished = run(settings, whole)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(what: str, done: int, total: int) -> None:
-        if what == "RL with jumps" and done == 13:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(settings, killed, progress=kill)
-    resumed = run(settings, killed)
+def test_a_killed_run_resumes_to_where_the_whole_run_ends(whole: Whole, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(whole.config, tmp_path / "run", progress=ends_after(13))
+    resumed = run(whole.config, tmp_path / "run")
     assert resumed.resumed_from == 10
-    assert resumed.accuracy == finished.accuracy
-    assert [j["step"] for j in resumed.jumps] == [j["step"] for j in finished.jumps]
-    a, b = final_adapter(whole), final_adapter(killed)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    check_resumed(resumed, whole.result)
+    assert same_weights(tmp_path / "run", whole.out)
 
 
-def test_a_folder_that_cannot_be_used_says_what_stands_in_the_way(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(config(), out)
-    with pytest.raises(ConfigError, match="another config .there 'seed: 0', here 'seed: 5'.*--overwrite"):
-        run(config(seed=5), out)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.tex").write_text("precious")
-    for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="not empty, and no run"):
-            run(config(), other, overwrite=overwrite)
-    assert (other / "thesis.tex").read_text() == "precious"
+def test_a_killed_run_whose_jumps_are_adapters_resumes_as_well(tmp_path: Path) -> None:
+    settings = config(tmp_path, save_every=5, predictor="rl-extra")
+    finished = run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run", progress=ends_after(13))
+    check_resumed(run(settings, tmp_path / "run"), finished)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    first = run(config(), tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert run(config(), tmp_path / "run") == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    (tmp_path / "run" / "result.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"result\.json is damaged .*; remove it"):
-        run(config(), tmp_path / "run")
+def test_a_run_resumed_at_its_last_step_trains_no_further(whole: Whole, tmp_path: Path) -> None:
+    """transformers resets its sign to stop when training begins, and looks at it after a step only."""
+    out = whole.copy(tmp_path)
+    resumed = run(whole.config, out)
+    assert resumed.resumed_from == 16
+    check_resumed(resumed, whole.result)
+    assert json.loads((out / "trainer" / "checkpoint-16" / "trainer_state.json").read_text())["global_step"] == 16
+    assert not (out / "trainer" / "checkpoint-17").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    def second(what: str, done: int, total: int) -> None:
-        if done == 3:
-            with pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()}"):
-                run(config(), tmp_path / "run", overwrite=True)
-
-    assert run(config(), tmp_path / "run", progress=second).steps == 16
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+def test_a_run_that_averaged_and_is_resumed_at_its_last_step_is_not_averaged_again(tmp_path: Path) -> None:
+    settings = config(tmp_path, save_every=8, schedule={"average": 8}, training={"learning_rate": 1e-2})
+    finished = run(settings, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    check_resumed(run(settings, tmp_path / "run"), finished)
 
 
-def test_a_setting_that_is_refused_leaves_the_earlier_run_as_it_was(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    wrong = config(backend={"name": "trl", "args": {"learning_rat": 1}})
-    with pytest.raises(ConfigError):
-        run(wrong, out)
-    assert not out.exists()
-    run(config(), out)
-    kept = sorted(path.relative_to(out) for path in out.rglob("*"))
-    with pytest.raises(ConfigError):
-        run(wrong, out, overwrite=True)
-    assert sorted(path.relative_to(out) for path in out.rglob("*")) == kept
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        run(config(), tmp_path / "file")
-
-
-def test_numbers_as_answers_and_conversations_are_understood_or_refused(tmp_path: Path) -> None:
-    numbers, chat = tmp_path / "numbers.jsonl", tmp_path / "chat.jsonl"
-    numbers.write_text("\n".join(json.dumps({"prompt": f"{a}+10=", "answer": a + 10}) for a in range(10, 30)))
-    chat.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}))
-    train = str(EXAMPLES / "arithmetic" / "train.jsonl")
-    result = run(config(training={"data": {"train": train, "test": str(numbers)}}), tmp_path / "run")
-    assert 0 < (result.accuracy["start"] or 0) < 1
-    with pytest.raises(ConfigError, match="conversations"):
-        run(config(training={"data": {"train": train, "test": str(chat)}}), tmp_path / "chat")
-
-
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
-    settings, out = config(save_every=5), tmp_path / "run"
-    finished = run(settings, out)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole: Whole, tmp_path: Path) -> None:
+    out = whole.copy(tmp_path)
     state = out / "trainer" / "checkpoint-15" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     shutil.rmtree(out / "trainer" / "checkpoint-16")
-    (out / "result.json").unlink()
-    resumed = run(settings, out)
+    resumed = run(whole.config, out)
     assert resumed.resumed_from == 10
-    assert resumed.accuracy == finished.accuracy
-    assert any("checkpoint-15/trainer_state.json is missing or truncated" in note for note in resumed.notes)
+    assert resumed.accuracy == whole.result.accuracy
+    assert any("checkpoint-15/trainer_state.json" in note for note in resumed.notes)
 
 
 @pytest.mark.parametrize(
     ("file", "step"), [("checkpoints/step-000012/adapter_model.safetensors", 10), ("jumps/0002/jump.json", 5)]
 )
-def test_damage_in_what_was_observed_falls_back_to_before_it(tmp_path: Path, file: str, step: int) -> None:
-    settings, out = config(save_every=5), tmp_path / "run"
-    finished = run(settings, out)
+def test_damage_in_what_was_observed_falls_back_to_before_it(
+    whole: Whole, tmp_path: Path, file: str, step: int
+) -> None:
+    out = whole.copy(tmp_path)
     content = bytearray((out / file).read_bytes())
     content[-3] ^= 1
     (out / file).write_bytes(content)
-    (out / "result.json").unlink()
-    resumed = run(settings, out)
+    resumed = run(whole.config, out)
     assert resumed.resumed_from == step  # of a jump that cannot be read it is not known when it was made
-    assert resumed.accuracy == finished.accuracy
-    assert any(file in note and f"went on from step {step}" in note for note in resumed.notes)
+    assert resumed.accuracy == whole.result.accuracy
+    assert any(file in note and f"step {step}" in note for note in resumed.notes)
 
 
-def test_a_run_that_was_killed_before_it_saved_anything_starts_again_or_says_why_not(tmp_path: Path) -> None:
-    def kill(what: str, done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    saving = config(save_every=15)
-    for name, settings in (("saving", saving), ("not", config())):
+def test_a_run_that_was_killed_before_it_saved_anything_starts_again_or_says_why_not(
+    whole: Whole, tmp_path: Path
+) -> None:
+    for name, settings in (("saving", whole.config), ("not", config(tmp_path))):
         with pytest.raises(KeyboardInterrupt):
-            run(settings, tmp_path / name, progress=kill)
-    assert run(saving, tmp_path / "saving").accuracy == run(saving, tmp_path / "whole").accuracy
-    with pytest.raises(ConfigError, match="nothing to go on from: its config has no save_every"):
-        run(config(), tmp_path / "not")
+            run(settings, tmp_path / name, progress=ends_after(3))
+    assert run(whole.config, tmp_path / "saving").accuracy == whole.result.accuracy
+    with raises_kind("config-other-run", tmp_path / "not", "save_every", "--overwrite"):
+        run(config(tmp_path), tmp_path / "not")
     assert (tmp_path / "not" / "checkpoints").is_dir()
+
+
+def test_a_folder_that_cannot_be_used_is_named_with_what_is_in_it(whole: Whole, tmp_path: Path) -> None:
+    with raises_kind("config-other-run", whole.out, "'seed: 0'", "'seed: 5'", "--overwrite"):
+        run(whole.config.model_copy(update={"seed": 5}), whole.out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with raises_kind("config-folder-not-empty", other):
+            run(whole.config, other, overwrite=overwrite)
+    assert (other / "thesis.tex").read_text() == "precious"
+    with raises_kind("config-folder-not-empty", "thesis.tex"):
+        run(whole.config, other / "thesis.tex")
+
+
+def test_a_finished_run_is_not_run_again(whole: Whole, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*")}
+    assert run(whole.config, whole.out) == whole.result
+    assert {path: path.stat().st_mtime_ns for path in whole.out.rglob("*")} == before
+    out = whole.copy(tmp_path)
+    (out / "result.json").write_text("{}")
+    with raises_kind("checkpoint-damaged", out / "result.json"):
+        run(whole.config, out)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_not_disturbed(
+    watched: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    refused: list[int] = []
+
+    def second(what: str, done: int, total: int) -> None:
+        if done == 3:
+            with raises_kind("config-folder-in-use", tmp_path / "run", os.getpid()):
+                run(watched(), tmp_path / "run", overwrite=True)
+            refused.append(done)
+
+    assert run(watched(), tmp_path / "run", progress=second).steps == STEPS
+    assert refused == [3, 3]  # with jumps, and in the plain run
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
+
+
+def test_a_setting_that_is_refused_leaves_the_earlier_run_as_it_was(whole: Whole, tmp_path: Path) -> None:
+    wrong = whole.config.model_copy(
+        update={"backend": Choice.model_validate({"name": "trl", "args": {"learning_rat": 1}})}
+    )
+    with raises_kind("config-unknown-key", "learning_rat"):
+        run(wrong, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    kept = sorted(whole.out.rglob("*"))
+    with raises_kind("config-unknown-key", "learning_rat"):
+        run(wrong, whole.out, overwrite=True)
+    assert sorted(whole.out.rglob("*")) == kept
+
+
+SHORT = {"steps": 6, "schedule": {"observe": 2, "every": 2, "horizon": 2, "jump_every": 2, "settle": 2}}
+SHORT |= {"predictor": {"name": "secant", "window": 2}}
+
+
+def test_numbers_as_answers_are_understood_and_conversations_refused(tmp_path: Path) -> None:
+    numbers, chat = tmp_path / "numbers.jsonl", tmp_path / "chat.jsonl"
+    numbers.write_text("\n".join(json.dumps({"prompt": f"{a}+10=", "answer": a + 10}) for a in range(10, 18)))
+    chat.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}))
+    train = str(EXAMPLES / "arithmetic" / "train.jsonl")
+    result = run(config(tmp_path, training={"data": {"train": train, "test": str(numbers)}}, **SHORT), tmp_path / "run")
+    assert 0 < (result.accuracy["start"] or 0) < 1
+    with raises_kind("config-contradiction", "conversations", "training.evaluation: generate"):
+        run(config(tmp_path, training={"data": {"train": train, "test": str(chat)}}), tmp_path / "chat")
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce++"])
 def test_other_algorithms_run_and_jump(tmp_path: Path, algorithm: str) -> None:
-    result = run(config(training={"algorithm": algorithm}), tmp_path / "run")
+    result = run(config(tmp_path, training={"algorithm": algorithm}, **SHORT), tmp_path / "run")
     assert [jump["accepted"] for jump in result.jumps] == [True, True]
 
 
 def test_full_parameter_runs_jump_in_the_live_weights(tmp_path: Path) -> None:
-    result = run(config(training={"lora": None, "learning_rate": 1e-4}), tmp_path / "run")
+    result = run(config(tmp_path, training={"lora": None, "learning_rate": 1e-4}, **SHORT), tmp_path / "run")
     assert [jump["accepted"] for jump in result.jumps] == [True, True]
-    assert (tmp_path / "run" / "checkpoints" / "step-000016" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors").exists()
 
 
-def test_generated_answers_can_be_the_measure(tmp_path: Path) -> None:
-    result = run(config(training={"evaluation": "generate"}, steps=12, schedule={"jump_every": None}), tmp_path / "run")
-    assert result.accuracy["start"] == pytest.approx(0.742, abs=0.03)  # greedy accuracy of the base on these prompts
+def test_generated_answers_can_be_the_measure(whole: Whole, tmp_path: Path) -> None:
+    result = run(config(tmp_path, training={"evaluation": "generate", "max_new_tokens": 5}, **SHORT), tmp_path / "run")
+    assert result.accuracy["start"] == whole.result.curve[0]["test"]["greedy"] > 0  # of the same prompts, exactly
 
 
 def always_wrong(completions: list[str], **columns: Any) -> list[float]:
     return [0.0 for _ in completions]
 
 
-def test_a_reward_is_chosen_by_module_and_function(tmp_path: Path) -> None:
-    settings = config(training={"reward": "tests.cycle.test_run:always_wrong"}, predictor="secant")
-    result = run(settings, tmp_path / "run")
-    # Equal rewards are no advantage, no advantage is no gradient: nothing moves, and no jump is made of it.
+def test_a_run_that_does_not_move_makes_no_jump(tmp_path: Path) -> None:
+    """Equal rewards are no advantage, no advantage is no gradient."""
+    result = run(config(tmp_path, training={"reward": "tests.cycle.test_run:always_wrong"}, **SHORT), tmp_path / "run")
     assert {jump["accepted"] for jump in result.jumps} == {False}
     assert result.accuracy["final"] == result.accuracy["start"]
     assert "moved" in result.jumps[0]["reason"]
@@ -294,53 +334,44 @@ def broken(completions: list[str], **columns: Any) -> list[float]:
 
 
 def test_an_error_inside_the_trainer_is_one_message_and_a_file(tmp_path: Path) -> None:
-    settings = config(training={"reward": "tests.cycle.test_run:broken"})
-    with pytest.raises(BackendError, match="the reward's own mistake"):
-        run(settings, tmp_path / "run")
-    assert "ZeroDivisionError" in (tmp_path / "run" / "error.log").read_text()
+    log = tmp_path / "run" / "error.log"
+    with raises_kind("backend-failed", "the reward's own mistake", log):
+        run(config(tmp_path, training={"reward": "tests.cycle.test_run:broken"}), tmp_path / "run")
+    assert "ZeroDivisionError" in log.read_text()
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "kind", "name"),
     [
-        ({"learning_rat": 1}, "did you mean"),
-        ({"max_steps": 5}, "run config"),
-        ({"num_iterations": 3}, "multiples of 3"),
+        ({"learning_rat": 1}, "config-unknown-key", "learning_rate"),
+        ({"max_steps": 5}, "config-contradiction", "max_steps"),
+        ({"num_iterations": 3}, "config-schedule", "multiples of 3"),
     ],
 )
-def test_trl_arguments_are_checked_before_training(tmp_path: Path, args: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(config(backend={"name": "trl", "args": args}), tmp_path / "run")
+def test_trl_arguments_are_checked_before_training(tmp_path: Path, args: dict[str, Any], kind: str, name: str) -> None:
+    with raises_kind(kind, name):
+        run(config(tmp_path, backend={"name": "trl", "args": args}), tmp_path / "run")
 
 
-def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
-    path = tmp_path / "small.yaml"
-    raw = small()
-    raw["training"]["model"] = str(EXAMPLES / "arithmetic" / "base")
-    raw["training"]["data"] = {k: str(EXAMPLES / v) for k, v in raw["training"]["data"].items()}
+def test_the_command_ends_with_one_json_object(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    raw = small_run.raw_config(tmp_path / "data", **OURS | SHORT)
     code = "def reward(completions, answer, **_):\n    return [1.0 * (c == a) for c, a in zip(completions, answer)]\n"
     (tmp_path / "beside.py").write_text(code)
     raw["training"]["reward"] = "beside:reward"
-    path.write_text(yaml.safe_dump(raw))
-    command = [
-        str(Path(sys.executable).parent / "next-core"),
-        "run",
-        str(path),
-        "--out",
-        str(tmp_path / "run"),
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (last,) = done.stdout.strip().splitlines()
+    path = tmp_path / "small.yaml"
+    path.write_text(small_run.dumped(raw))
+    command = ("run", path, "--out", tmp_path / "run", "--json")
+    done = cli(*command)
+    assert done.code == 0, done.err
+    (last,) = done.out.strip().splitlines()
     facts = json.loads(last)
-    assert facts["steps"] == 16
-    assert set(facts["accuracy"]) == {"start", "before_jump", "after_jump", "final"}
+    assert facts["steps"] == 6
     for jump in facts["jumps"]:
         assert {"step", "predictor", "alpha", "norm_ratio", "accepted", "reason"} <= set(jump)
-    assert "RL with jumps" in done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == facts
-    assert "holds this run, and it is finished; --overwrite runs it again" in again.stderr
+    assert "RL with jumps" in done.err
+    again = cli(*command)
+    assert json.loads(again.out) == facts
+    assert "--overwrite" in again.err
 
 
 class Failures(Settings):
@@ -360,33 +391,33 @@ class Watched(Descent):
         self.config = config
         self.number = 1 + max((int(event.split()[0]) for event in self.events), default=0)
 
-    def _told(self, what: str) -> None:
+    def _record(self, what: str) -> None:
         self.events.append(f"{self.number} {what}")
         if self.events[-1] in self.config.fails:
             raise ZeroDivisionError(f"{self.events[-1]} failed")
 
     def prepare(self, run: Any, out: Path, resume: bool = False) -> int:
         self.out = out
-        self._told("prepare")
+        self._record("prepare")
         return super().prepare(run, out, resume)
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        self._told("train")
+        self._record("train")
         super().train(until, step_ended)
 
     def close(self) -> None:
         self.folder_at_close.append(self.out.is_dir())
-        self._told("close")
+        self._record("close")
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., RunConfig]:
     """``watched("1 train")``: a run, and its plain control, of which the first trainer's training fails."""
     monkeypatch.setattr(registry(), "_entries", dict(registry()._entries))
     registry().add(Watched)
     Watched.events.clear()
     Watched.folder_at_close.clear()
-    return lambda *fails: config(backend={"name": "watched", "fails": fails}, control="plain", save_every=4)
+    return lambda *fails: config(tmp_path, backend={"name": "watched", "fails": fails}, control="plain", save_every=4)
 
 
 FIRST, CONTROL = ["1 prepare", "1 train", "1 close"], ["2 prepare", "2 train", "2 close"]
@@ -416,7 +447,7 @@ def test_a_trainer_is_ended_once_and_before_the_plain_one_is_started(
 def test_a_trainer_is_ended_once_when_something_fails(
     fails: str, events: list[str], watched: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    with pytest.raises(BackendError, match=f"ZeroDivisionError: {fails} failed"):
+    with raises_kind("backend-failed", f"ZeroDivisionError: {fails} failed"):
         run(watched(fails), tmp_path / "run")
     assert Watched.events == events
     assert all(Watched.folder_at_close)  # it may write there until it is ended
@@ -427,7 +458,7 @@ def test_a_trainer_is_ended_once_when_something_fails(
 
 @pytest.mark.parametrize("fails", ["1 prepare", "1 train", "2 prepare", "2 train"])
 def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[..., RunConfig], tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=f"ZeroDivisionError: {fails} failed") as caught:
+    with raises_kind("backend-failed", f"ZeroDivisionError: {fails} failed") as caught:
         run(watched(fails, "1 close" if fails[0] == "1" else "2 close"), tmp_path / "run")
     assert Watched.events[-1] == f"{fails[0]} close"
     (note,) = caught.value.__notes__
@@ -447,20 +478,3 @@ def test_an_interrupted_trainer_and_one_that_found_nothing_to_go_on_from_are_end
     run(settings, tmp_path / "run")
     again = [f"{number} {what}" for number in (3, 4) for what in ("prepare", "train", "close")]
     assert Watched.events[3:] == ["2 prepare", "2 close", *again]
-
-
-@pytest.mark.parametrize("average", [None, 8], ids=["plain", "averaged"])
-def test_a_run_resumed_at_its_last_step_trains_no_further(tmp_path: Path, average: int | None) -> None:
-    """transformers resets its sign to stop when training begins, and looks at it after a step only."""
-    settings = config(save_every=8, measure_every=4, schedule={"average": average}, training={"learning_rate": 1e-2})
-    finished = run(settings, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed just before
-    resumed = run(settings, tmp_path / "run")
-    assert resumed.resumed_from == 16
-    assert resumed.accuracy == finished.accuracy
-    assert [(p["step"], p["test"]) for p in resumed.curve] == [(p["step"], p["test"]) for p in finished.curve]
-    assert resumed.average == finished.average
-    assert resumed.jumps == finished.jumps
-    state = json.loads((tmp_path / "run" / "trainer" / "checkpoint-16" / "trainer_state.json").read_text())
-    assert state["global_step"] == 16
-    assert not (tmp_path / "run" / "trainer" / "checkpoint-17").exists()

@@ -15,18 +15,18 @@ from next_core.live_weights.in_memory import InMemoryApplied, remove_adapter
 from next_core.sources.tensor_files import SafetensorsFile
 
 BEFORE_FILE = "before.safetensors"
-"""In a jump's folder: what trained, and the optimizer's moments, from before the jump."""
+"""In a jump's folder: the trained weights and the optimizer's moments from before the jump."""
 
 State = dict[Any, dict[str, Any]]
 
 
 class TrlApplied(Applied):
-    """Keeps all that trains and its optimizer moments."""
+    """A jump of this process. Keeps all trained weights and optimizer moments from before it."""
 
     def __init__(self, model: nn.Module, optimizer: Any, live: InMemoryApplied, folder: Path) -> None:
         self.folder = folder
         self._live, self._optimizer = live, optimizer
-        written = {id(parameter) for parameter, _ in live.kept}  # those the applier has kept already
+        written = {id(parameter) for parameter, _ in live.kept}  # the applier has kept these already
         trained = [p for p in model.parameters() if p.requires_grad and id(p) not in written]
         self._kept = [(parameter, parameter.detach().clone()) for parameter in trained]
         self._state: State = {
@@ -57,7 +57,7 @@ class TrlApplied(Applied):
 
 
 class StoredApplied(Applied):
-    """A jump of an earlier process, undone from what it left on disk."""
+    """A jump of an earlier process, undone from the files in its folder."""
 
     def __init__(self, model: Any, optimizer: Any, folder: Path, adapter: str | None) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What a schedule and the trainer's arguments must have in common."""
+"""Checks of a schedule against the trainer's arguments, before training."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from next_core.errors import BackendError, ConfigError
 from next_core.run_config import Guards, Schedule
 
 SHARDED = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "XLA": "TorchXLA"}
-"""What accelerate calls the ways to train in which a process does not hold the weights as they are, and their names."""
+"""Distributed types, as accelerate names them, in which no process holds the whole weights, with their names."""
 
 
 def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, several: bool = False) -> None:
-    """Raise ``ConfigError`` or ``BackendError`` before training for what would go wrong in it.
+    """Raise ``ConfigError`` or ``BackendError`` for arguments under which jumps would go wrong.
 
-    ``several``: whether more than one process will do.
+    ``several`` allows more than one process.
 
-    TRL generates once every ``steps_per_generation * num_iterations`` micro-batches; weights that change in between
-    would train on roll-outs, and on log-probabilities, of weights that are gone.
+    TRL generates once every ``steps_per_generation * num_iterations`` micro-batches; after a jump in between, training
+    would go on with roll-outs and log-probabilities of the weights from before it.
     """
     kind = args.distributed_state.distributed_type.value
     if kind in SHARDED or args.deepspeed or args.fsdp:
         name = SHARDED.get(kind) or ("DeepSpeed" if args.deepspeed else "FSDP")
         raise BackendError(
-            f"jumps are not made under {name}, which keeps the weights in a form of its own: launch with plain data "
-            "parallelism (torchrun, or accelerate launch --multi_gpu), or use the backend openrlhf for DeepSpeed"
+            f"jumps are not supported under {name}, which shards the weights: launch with plain data parallelism "
+            "(torchrun, or accelerate launch --multi_gpu), or use the backend openrlhf for DeepSpeed",
+            kind="backend-unsupported",
         )
     if args.world_size > 1 and not several:
         raise BackendError(
-            f"{args.world_size} processes: a config trains in one; use PredictExtendCallback in a script of your own, "
-            "started with torchrun or accelerate launch"
+            f"{args.world_size} processes: a config trains in one; use PredictExtendCallback in your own script, "
+            "started with torchrun or accelerate launch",
+            kind="backend-unsupported",
         )
     schedule.check(total)
     guards.check(schedule)
@@ -42,23 +44,25 @@ def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, s
             if change % unit:
                 raise ConfigError(
                     f"weights would change after step {change}, inside a generation that serves {unit} steps; make "
-                    f"{what} multiples of {unit}"
+                    f"{what} multiples of {unit}",
+                    kind="config-schedule",
                 )
 
 
 def steps_of_a_generation(args: Any) -> int:
-    """Every so many steps no roll-outs are left over, and weights may change, or training end and be resumed."""
+    """Return how many RL steps one generation serves: only between generations may weights change or training end."""
     reuse = int(args.steps_per_generation * args.num_iterations)
     return reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ``BackendError`` where a process holds only a shard of a parameter."""
+    """Raise ``BackendError`` if this process holds only a shard of a parameter."""
     from torch.distributed.tensor import DTensor
 
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise BackendError(
                 f"'{name}' is sharded over the processes: jumps need every process to hold the whole model (plain data "
-                "parallelism); load it without tp_plan or a device mesh"
+                "parallelism); load it without tp_plan or a device mesh",
+                kind="backend-unsupported",
             )

@@ -1,4 +1,4 @@
-"""From a run config to a TRL trainer: model, LoRA, data, reward, arguments."""
+"""Builds a TRL trainer from a run config: model, LoRA, data, reward, arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from next_backends.data import read_rows, read_splits
 from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
-from next_core.errors import BackendError, CheckpointError, ConfigError, describe
+from next_backends.trl.packages import require_packages
+from next_core.errors import CheckpointError, ConfigError, describe
 from next_core.rewards import RewardFunction, make_reward
 from next_core.storage.manifest import MANIFEST, check_manifest
 
@@ -35,18 +36,16 @@ OURS = frozenset(
         "save_steps",
     }
 )
-"""Fields of TRL's config that the run config sets in its own words."""
+"""Fields of TRL's config that the run config sets under its own names."""
 Evaluate = Callable[[Any, str], dict[str, float]]
 
 
 def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[Any, Evaluate]:
-    """The trainer, and a function that measures accuracies on a split. Raises ``ConfigError`` or ``BackendError``."""
-    try:
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
-        from trl import GRPOTrainer, RLOOTrainer
-    except ImportError as error:
-        raise BackendError(f"the backend 'trl' needs {error.name}: pip install next-core[trl]") from None
+    """Return the trainer and a function that measures a split. Raises ``ConfigError`` or ``BackendError``."""
+    require_packages()
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
+    from trl import GRPOTrainer, RLOOTrainer
 
     training = run.training
     reward = make_reward(training.reward)
@@ -59,7 +58,9 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
         tokenizer = AutoTokenizer.from_pretrained(training.model, **local)
         model = AutoModelForCausalLM.from_pretrained(training.model, dtype=torch.float32, **local)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{training.model} cannot be loaded as a model: {describe(error)}") from None
+        raise CheckpointError(
+            f"{training.model} cannot be loaded as a model: {describe(error)}", kind="checkpoint-unknown-layout"
+        ) from None
     lora = training.lora and LoraConfig(
         r=training.lora.rank,
         lora_alpha=training.lora.alpha,
@@ -78,7 +79,7 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
             peft_config=lora,
         )
     except ValueError as error:
-        raise ConfigError(f"TRL refuses the settings: {describe(error)}") from None
+        raise ConfigError(f"TRL refuses the settings: {describe(error)}", kind="config-invalid-value") from None
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 
@@ -94,7 +95,7 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
 
 
 def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
-    """TRL's config. ``extra`` goes through as it is, but for what the run config says itself."""
+    """Return TRL's config. ``extra`` is passed through, except for what the run config sets itself."""
     from trl import GRPOConfig, RLOOConfig
 
     training = run.training
@@ -102,12 +103,16 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     for key in extra:
         if key in OURS:
-            raise ConfigError(f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config")
+            raise ConfigError(
+                f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config",
+                kind="config-contradiction",
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
                 f"backend.args.{key}: {config_class.__name__} has no such field"
-                + (f"; did you mean '{near[0]}'?" if near else "")
+                + (f"; did you mean '{near[0]}'?" if near else ""),
+                kind="config-unknown-key",
             )
     fields: dict[str, Any] = {
         "output_dir": str(output),
@@ -131,37 +136,40 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if training.algorithm == "reinforce++":
-        # Advantages are normalised over the whole batch; TRL keeps the group's mean as the baseline.
+        # REINFORCE++ normalises advantages over the whole batch; TRL keeps the group's mean as the baseline.
         fields |= {"scale_rewards": "batch"}
     try:
         made = config_class(**(fields | extra))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"TRL's {config_class.__name__} refuses the settings: {describe(error)}") from None
+        raise ConfigError(
+            f"TRL's {config_class.__name__} refuses the settings: {describe(error)}", kind="config-invalid-value"
+        ) from None
     a_step = made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
     if a_step != training.prompts_per_step * training.generations:
         raise ConfigError(
             f"backend.args make a step of {a_step} roll-outs, but prompts_per_step * generations is "
             f"{training.prompts_per_step * training.generations}; choose per_device_train_batch_size and "
-            "gradient_accumulation_steps whose product that is"
+            "gradient_accumulation_steps with that product",
+            kind="config-contradiction",
         )
     return made
 
 
 def last_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | None, int, list[str]]:
-    """The newest whole ``checkpoint-N`` of the trainer, N, and what is wrong with newer ones; (None, 0, ...) for none.
+    """Return the trainer's newest complete ``checkpoint-N``, N, and what is wrong with newer ones.
 
-    Whole are those that were sealed when they were complete, and whose files are still the same. ``before``: only those
-    of earlier steps.
+    A checkpoint is complete if it was sealed and its files are still the same. ``before`` restricts the search to
+    earlier steps. Returns (None, 0, notes) where there is none.
     """
     numbered = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
     notes: list[str] = []
     for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True):
         if not (path / MANIFEST).exists() or (before is not None and number >= before):
-            continue  # the process was killed while it was written
+            continue  # not sealed: the process was killed while writing it
         try:
             check_manifest(path, contents=True)
         except CheckpointError as error:
-            notes.append(str(error))
+            notes.append(error.message)
             continue
         return path, number, notes
     return None, 0, notes
@@ -175,7 +183,7 @@ def _load_data(training: TrainingSettings) -> tuple[Any, dict[str, Any]]:
 
 
 def _named(reward: RewardFunction, name: str) -> Callable[..., list[float]]:
-    """TRL wants a reward function with a name of its own."""
+    """Return a reward function with its own name, which TRL requires."""
 
     def function(prompts: Any, completions: Any, **columns: Any) -> list[float]:
         return reward(prompts=prompts, completions=completions, **columns)

@@ -15,7 +15,7 @@ BATCH = 512
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the random state is not touched, so a measured run equals an unmeasured."""
+    """Evaluation mode without gradients. No random number is drawn, so that a measured run equals an unmeasured one."""
     was_training = model.training
     model.eval()
     try:
@@ -28,10 +28,10 @@ def _evaluating(model: Any) -> Iterator[None]:
 def likelihood_accuracies(
     model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
 ) -> dict[str, float]:
-    """Exact accuracies by teacher forcing, without sampling noise.
+    """Return exact accuracies by teacher forcing, without sampling noise.
 
     ``sampled``: the mean probability of sampling exactly the answer and the end token; ``greedy``: the share of prompts
-    that greedy decoding answers so.
+    for which greedy decoding gives exactly that.
     """
     sampled, greedy = 0.0, 0
     with _evaluating(model):
@@ -45,7 +45,7 @@ def likelihood_accuracies(
 
 
 def _answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each pair log P(answer, end | prompt), (N,), and whether every token of it is the likeliest one, (N,)."""
+    """Return log P(answer, end | prompt) of each pair, (N,), and whether each of its tokens is the likeliest, (N,)."""
     asked = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     right = [
         [*tokenizer(str(answer), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs
@@ -67,7 +67,7 @@ def _answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tu
 
 
 def greedy_accuracy(model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int) -> float:
-    """Mean reward of greedy completions."""
+    """Return the mean reward of greedy completions."""
     total = 0.0
     device = next(model.parameters()).device
     with _evaluating(model):

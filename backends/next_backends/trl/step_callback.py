@@ -1,4 +1,4 @@
-"""Connects transformers' callback events to a backend."""
+"""Connects transformers' callback events to a backend that trains from a config."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class RunIsOver(Exception):  # noqa: N818 - nothing is wrong
-    """A run was resumed at its last step: the trainer, its weights loaded, would take a step more before it looks."""
+    """A run was resumed at its last step: the trainer has loaded its weights and would take one step more."""
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Passes on what the trainer reports: to the backend, and the end of each step to ``step_ended``."""
+    """Passes events to ``backend``, a ``TrlBackend``, and the end of each step to ``step_ended``."""
 
     def __init__(self, backend: Any, step_ended: Callable[[int], None]) -> None:
-        self._backend, self._step_ended = backend, step_ended
+        self.backend, self.step_ended = backend, step_ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.begin(state.global_step, kwargs["optimizer"])
-            if state.global_step >= state.max_steps:
-                raise RunIsOver
+        self.backend.begin(state.global_step, kwargs["optimizer"])
+        if state.global_step >= state.max_steps:
+            raise RunIsOver
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_ended(state.global_step)
-        if self._backend is not None and self._backend.ends_after(state.global_step, args):
+        self.step_ended(state.global_step)
+        if self.backend.ends_after(state.global_step, args):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.log(state.global_step, logs or {})
+        self.backend.log(state.global_step, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.saved(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self.backend.saved(checkpoint_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._backend is not None:
-            self._backend.flush()
+        self.backend.flush()
+
+
+def checkpoint_of(args: Any, state: Any) -> Path:
+    """Return the folder that the trainer saves the current step in."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,4 +1,4 @@
-"""The trained tensors of a live model, by the names their files have, and the files."""
+"""The trained tensors of a live model by the names in their files, and the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, describe
 from next_core.live_weights.in_memory import is_peft, trained_adapter
 from next_core.sources.adapter_source import CONFIG_FILE, JUMP_PREFIX, WEIGHTS_FILE
 from next_core.sources.hf_model import SINGLE
@@ -19,7 +19,7 @@ from next_core.storage.atomic import new_directory
 
 
 def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint of this project holds: the trained adapter, or every trained parameter."""
+    """Yield what a checkpoint of ours holds: the trained adapter, or every trained parameter."""
     if is_peft(model):
         yield from adapter_tensors(model, trained_adapter(model)).items()
     else:
@@ -27,12 +27,12 @@ def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_config(model: Any, adapter: str) -> str:
-    """PEFT's config of one adapter, as its file has it."""
+    """Return PEFT's config of one adapter as JSON."""
     return json.dumps(model.peft_config[adapter].to_dict(), default=_jsonable, indent=1)
 
 
 def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
-    """The live tensors of one adapter by their names in PEFT's file."""
+    """Return the live tensors of one adapter by their names in PEFT's file."""
     suffix = f".{adapter}.weight"
     tensors = {
         name.removesuffix(suffix) + ".weight": value.detach()
@@ -41,10 +41,10 @@ def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     }
     if adapter.startswith(JUMP_PREFIX) or len(tensors) == sum(p.requires_grad for p in model.parameters()):
         return tensors
-    # Embeddings, biases or whole modules train beside the linear layers: PEFT knows how it names them.
+    # Embeddings, biases or whole modules train too: PEFT knows how it names them.
     from peft import get_peft_model_state_dict
 
-    # Its embedding layers, if they are LoRA's, come as factors; the frozen matrices beneath are the backbone's.
+    # LoRA embedding layers are saved as factors; the frozen matrices below belong to the backbone.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {name: value.detach() for name, value in state.items()}
 
@@ -57,11 +57,13 @@ def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | Non
                 (folder / CONFIG_FILE).write_text(config)
             save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
+        raise CheckpointError(
+            f"the checkpoint {target} could not be written: {describe(error)}", kind="storage-not-writable"
+        ) from error
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them."""
+    """Return contiguous copies on the CPU, as safetensors requires."""
     return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""TRL's GRPO and RLOO trainers as the predict-extend cycle sees them: a live model, watched and moved in place."""
+"""TRL's GRPO and RLOO trainers as the predict-extend cycle sees them: a live model, observed and moved in place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrlConfig(Settings):
 
 
 class TrlBackend(Backend):
-    """Built from a config by ``prepare``, or tied to a running trainer's model by ``attach``."""
+    """Built from a config by ``prepare``, or attached to a running trainer's model by ``attach``."""
 
     name = "trl"
     config_class = TrlConfig
@@ -53,23 +53,24 @@ class TrlBackend(Backend):
         self._notes: list[str] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
-        self.moved: set[Literal["weights", "moments"]] = set()  # by jumps and rollbacks, since it was last cleared
+        self.moved: set[Literal["weights", "moments"]] = set()
+        """What jumps and rollbacks have changed since this was last cleared."""
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
-        """Build model, LoRA, data, reward and trainer. Returns the step to go on from. Raises ``ConfigError``."""
+        """Build model, LoRA, data, reward and trainer. Returns the step to resume at. Raises ``ConfigError``."""
         from next_backends.trl.build import build_trainer, last_checkpoint
 
         self.trainer, self._evaluate = build_trainer(run, self.config.args, out / "trainer")
         self.attach(self.trainer.model, out)
         if not resume:
             return 0
-        for halves in (self._history.checkpoints, self._history.jumps):
-            sweep(halves)  # what a killed process was writing is no damage
+        for folder in (self._history.checkpoints, self._history.jumps):
+            sweep(folder)  # what a killed process was writing is not damage
         broken = self._history.first_damaged()
         self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
         if broken is not None:
             self._history.forget_after(step)
-            self._notes.append(f"{broken[1]}; the run went on from step {step}, before it")
+            self._notes.append(f"{broken[1]}; the run was resumed at step {step}, before it")
         return step
 
     @property
@@ -79,12 +80,13 @@ class TrlBackend(Backend):
     def attach(
         self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
     ) -> None:
-        """Use a live model, and ``folder`` for checkpoints, jumps and metrics."""
-        self._model, self._history = model, HistoryFolder(folder)
+        """Use a live model, and ``folder`` for checkpoints, jumps and metrics. Nothing is written yet."""
+        self._model, self._history, self._source = model, HistoryFolder(folder), None
+        self._writing = None  # what an earlier training failed to write is that training's error
         self._evaluate = evaluate or self._evaluate
 
     def begin(self, step: int, optimizer: Any) -> None:
-        """Called when training begins or resumes: keep the starting point, or take up the history.
+        """Keep the starting point of a training that begins, or the history of one that is resumed.
 
         Everything is checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
         """
@@ -96,25 +98,30 @@ class TrlBackend(Backend):
             self._history.forget_after(step)
             self._source = None
         elif is_peft(self._model) and jump_adapters(self._model):
-            raise BackendError("the model was extended by an earlier training; make a new one, or resume")
+            raise BackendError(
+                "the model holds jump adapters of an earlier training; make a new model, or resume from a checkpoint",
+                kind="backend-unsupported",
+            )
         else:
             self._history.clear()
             self.observe(0)
-        self.source()  # what cannot be read back (DoRA, no linear layer) is said now, not at the first jump
+        self.source()  # what cannot be read back (DoRA, no linear layer) fails now, not at the first jump
 
     def _check_resume(self, step: int) -> None:
-        """Whether the trainer's checkpoint and this folder are of one run."""
+        """Raise ``CheckpointError`` unless the trainer's checkpoint and this folder are of one run."""
         folder = self._history.path
         if not self._history.checkpoints.is_dir():
             raise CheckpointError(
-                f"{folder} holds no history: this run was not watched from its start; resume it without jumps"
+                f"{folder} holds no history: this run was not observed from its start; resume it without jumps",
+                kind="checkpoint-no-history",
             )
-        standing = self._history.active_adapters(step)
+        expected = self._history.active_adapters(step)
         found = activate_jumps(self._model) if is_peft(self._model) else []
-        if found != standing:
+        if found != expected:
             raise CheckpointError(
-                f"resuming at step {step}: the jump adapters {standing} are recorded in {folder}, but the "
-                f"trainer's checkpoint brought {found or 'none'}; resume from a checkpoint of this run"
+                f"resuming at step {step}: {folder} records the jump adapters {expected}, but the trainer's checkpoint "
+                f"holds {found or 'none'}; resume from a checkpoint of this run",
+                kind="checkpoint-other-model",
             )
         if not self._history.checkpoint(step).is_dir():
             return
@@ -123,8 +130,9 @@ class TrlBackend(Backend):
             stored = source.stored(name, step)
             if stored.shape != live.shape or not torch.allclose(live.float().cpu(), stored, atol=1e-6, rtol=1e-5):
                 raise CheckpointError(
-                    f"resuming at step {step}: '{name}' is not what {folder} holds for that step; the trainer's "
-                    "checkpoint is of another run"
+                    f"resuming at step {step}: '{name}' differs from what {folder} holds for that step; the trainer's "
+                    "checkpoint is of another run",
+                    kind="checkpoint-other-model",
                 )
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
@@ -139,14 +147,15 @@ class TrlBackend(Backend):
             self.trainer.remove_callback(callback)
         if self.trainer.state.global_step < until and not self._stopping:
             raise BackendError(
-                f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
+                f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?",
+                kind="backend-failed",
             )
 
     def stop(self) -> None:
         self._stopping = True
 
     def ends_after(self, step: int, args: Any) -> bool:
-        """Whether training is to end here: it was asked to, and no roll-outs are left over."""
+        """Whether training should end here: ``stop`` was called, and no roll-outs are left over."""
         return self._stopping and step % steps_of_a_generation(args) == 0
 
     def observe(self, step: int) -> None:
@@ -164,7 +173,7 @@ class TrlBackend(Backend):
         self._writing = self._writer.submit(_seal, checkpoint)
 
     def flush(self) -> None:
-        """Wait for the checkpoint that is being written or sealed. Raises what went wrong with it."""
+        """Wait for the checkpoint that is being written or sealed. Raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -222,8 +231,8 @@ class TrlBackend(Backend):
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         return {} if self._evaluate is None else self._evaluate(self._model, split)
 
-    def log(self, step: int, logs: dict[str, Any]) -> None:
-        """Keep what the trainer logs, for predictors that read a metric."""
+    def log(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Write what the trainer logs, for predictors that read a metric."""
         self._history.log(step, logs)
 
     def _refuse_low_precision(self) -> None:
@@ -231,15 +240,16 @@ class TrlBackend(Backend):
             if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     f"'{name}' trains in {parameter.dtype}: most of a small jump would be lost in its rounding; "
-                    "load the model in float32 (bf16 autocast is fine), or train LoRA"
+                    "load the model in float32 (bf16 autocast is fine), or train LoRA",
+                    kind="backend-unsupported",
                 )
 
 
 def _seal(checkpoint: Path) -> None:
-    for half in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into the same folder
-        half.unlink(missing_ok=True)
+    for partial in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into this folder
+        partial.unlink(missing_ok=True)
     try:
         seal(checkpoint)
     except OSError:
-        if checkpoint.is_dir():  # else the trainer, which keeps the newest only, has removed it
+        if checkpoint.is_dir():  # otherwise the trainer, which keeps only the newest, has removed it
             raise

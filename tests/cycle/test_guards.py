@@ -66,7 +66,7 @@ def test_the_norm_of_a_jump_is_that_of_the_matrices_it_moves(source: MemorySourc
 
 def test_a_jump_that_is_not_finite_is_refused_by_name(source: MemorySource) -> None:
     update = LowRankUpdate(LowRank(torch.full((6, 1), math.nan), torch.ones(1, 5)))
-    with pytest.raises(GuardError, match="the jump of 'b' at step 20 is not finite"):
+    with pytest.raises(GuardError, match=r"'b' at step 20"):
         jump_norm(Prediction(source, 20, 5, updates={"b": update}), 1.0, History(source))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from next_core.cycle.journal import Journal, read_journal, valid_jumps
-from next_core.errors import CheckpointError
 from next_core.storage.json_lines import json_line
+from tests.errors import raises_kind
 
 
 def jump(step: int, accepted: bool = True) -> dict[str, Any]:
@@ -66,19 +66,18 @@ WRONG_RECORDS = ({"event": "jump"}, {"step": 5}, {"event": 5, "step": 5}, {"even
 @pytest.mark.parametrize("more", [(), (json_line(resume(3)),)], ids=["last", "not last"])
 def test_damage_in_a_whole_line_names_the_line(tmp_path: Path, bad: bytes, more: tuple[bytes, ...]) -> None:
     path = write(tmp_path / "journal.jsonl", json_line(resume(1)), bad.removesuffix(b"\n") + b"\n", *more)
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl, line 2 is damaged .*; restore the file"):
+    with raises_kind("checkpoint-journal-damaged", "journal.jsonl, line 2"):
         Journal(path)
 
 
-def test_every_changed_bit_of_a_line_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_bit_in_any_byte_of_a_line_is_noticed(tmp_path: Path) -> None:
     first, line = json_line(resume(1)), json_line(jump(50))
-    for at in range(len(line) - 1):  # without its end it is a torn one
-        for bit in range(8):
-            changed = bytearray(line)
-            changed[at] ^= 1 << bit
-            path = write(tmp_path / "journal.jsonl", first, bytes(changed))
-            with pytest.raises(CheckpointError, match="line 2 is damaged"):
-                read_journal(path)
+    for at in range(len(line) - 1):  # without its end it is an incomplete one
+        changed = bytearray(line)
+        changed[at] ^= 1 << at % 8
+        path = write(tmp_path / "journal.jsonl", first, bytes(changed))
+        with raises_kind("checkpoint-journal-damaged", "line 2"):
+            read_journal(path)
 
 
 def test_an_empty_journal_has_no_records(tmp_path: Path) -> None:
@@ -87,9 +86,8 @@ def test_an_empty_journal_has_no_records(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with raises_kind("checkpoint-journal-damaged", tmp_path):
         read_journal(tmp_path)
-    assert str(tmp_path) in str(caught.value)
 
 
 def test_jumps_after_the_step_a_run_was_resumed_at_do_not_count() -> None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError
 from next_core.plugins import make_predictor
 from next_core.run_config import Schedule
+from tests.errors import raises_kind
 
 
 def test_the_defaults_are_those_of_the_documentation() -> None:
@@ -62,14 +62,14 @@ def test_a_jump_may_fall_on_the_last_step_but_not_into_the_settling_ones() -> No
     ("fields", "total"), [({"observe": 50}, 49), ({"observe": 50, "settle": 51}, 100), ({"observe": 50}, 0)]
 )
 def test_a_run_without_room_for_a_jump_is_refused_with_its_numbers(fields: dict[str, Any], total: int) -> None:
-    with pytest.raises(ConfigError, match=rf"observe \(50\).*{total} steps; shorten one of them or train longer"):
+    with raises_kind("config-schedule", "observe (50)", f"{total} steps"):
         Schedule(every=5, **fields).check(total)
 
 
 @pytest.mark.parametrize(("window", "acts"), [(2, True), (3, False)])
 def test_a_predictor_must_find_what_it_needs_in_the_checkpoints_up_to_a_jump(window: int, acts: bool) -> None:
     schedule, predictor = Schedule(observe=2, every=1), make_predictor("secant", window=window)
-    with contextlib.nullcontext() if acts else pytest.raises(ConfigError, match="after step 2"):
+    with contextlib.nullcontext() if acts else raises_kind("config-schedule", "after step 2"):
         schedule.check_predictor(predictor, 10)
     schedule.check_predictor(predictor, 1)  # without a jump nothing is needed
 

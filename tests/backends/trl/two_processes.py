@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.argument_checks import check_whole
-from next_backends.trl.processes import moving_tensors
+from next_backends.trl.repeated_change import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
 from next_core.mathematics.low_rank import LowRank
@@ -38,6 +38,10 @@ SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
 MERGED = {"name": "secant", "window": 3, "space": "merged"}
 FACTORS = {"name": "secant", "window": 3, "space": "factors"}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+DATA = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 20) for b in range(10, 20)])
+TOKENIZER = AutoTokenizer.from_pretrained(BASE)
 
 
 class Seen(TrainerCallback):
@@ -122,19 +126,18 @@ class Runs:
             | {
                 "output_dir": str(self.out / name),
                 "max_steps": steps,
-                "per_device_train_batch_size": 8,
+                "per_device_train_batch_size": 4,
             }
             | fields
         )
         set_seed(3)
-        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 40) for b in range(10, 30)]
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, tie_word_embeddings=tied),
             reward_funcs=exact,
             args=GRPOConfig(**settings),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(BASE),
+            train_dataset=DATA,
+            processing_class=TOKENIZER,
             peft_config=adapter if lora else None,
             callbacks=[*(before or []), ahead, *([callback] if callback else []), after],
         )
@@ -145,7 +148,7 @@ class Runs:
                 resume_from_checkpoint=None if resume is None else str(self.out / name / f"checkpoint-{resume}")
             )
         except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}"
+            error = type(raised).__name__, getattr(raised, "kind", ""), getattr(raised, "message", str(raised))
         return {
             "error": error,
             "before": ahead.steps,
@@ -161,9 +164,6 @@ class Runs:
     def plain(self) -> Any:
         return self.go(None, "plain")
 
-    def stay(self) -> Any:
-        return self.go(PredictExtendCallback("stay", **SMALL), "stay")
-
     def refused(self) -> Any:
         """Made in the model, probed, and taken back at once."""
         probe = Probe([0.9, 0.1])
@@ -171,9 +171,9 @@ class Runs:
         return seen | {"models": probe.models}
 
     def factors(self) -> Any:
-        """Three jumps, and the reducer told that every parameter is used."""
+        """Two jumps; the reducer is told that every parameter is used."""
         made = PredictExtendCallback(FACTORS, alpha=3.0, **SMALL | {"jump_every": 3, "settle": 0})
-        return self.go(made, "factors", steps=13, ddp_find_unused_parameters=False)
+        return self.go(made, "factors", steps=10, ddp_find_unused_parameters=False)
 
     def merged(self) -> Any:
         """Two adapters beside the trained one, a reference policy, and two micro-batches a step."""
@@ -184,27 +184,24 @@ class Runs:
             steps=11,
             beta=0.05,
             ddp_find_unused_parameters=False,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
         )
 
     def full(self) -> Any:
-        return self.go(PredictExtendCallback(MERGED, alpha=2.0, **SMALL), "full", lora=False)
-
-    def tied(self) -> Any:
         """Embeddings and head are one parameter."""
-        made = PredictExtendCallback(lambda: nudge(), guards={"max_norm_ratio": None}, **SMALL)
-        return self.go(made, "tied", lora=False, tied=True, weight_decay=0.1)
+        made = PredictExtendCallback(MERGED, alpha=2.0, **SMALL)
+        return self.go(made, "full", lora=False, tied=True, weight_decay=0.1)
 
     def recovery(self) -> Any:
         """``jump-1`` is rolled back after its window, and another ``jump-1`` is made at that step."""
         made = PredictExtendCallback(
-            lambda: nudge(),
+            nudge,
             evaluate=Probe([0.5, 0.5, 0.1, 0.1, 0.1]),
             guards={"recovery": 3, "max_norm_ratio": None},
             **SMALL | {"jump_every": 3, "settle": 3},
         )
-        return self.go(made, "recovery", steps=13)
+        return self.go(made, "recovery", steps=12)
 
     def average(self) -> Any:
         made = PredictExtendCallback(
@@ -219,13 +216,6 @@ class Runs:
         """From the middle of a recovery window; the reducer is told that every parameter is used."""
         return self._saved("whole", readings=[0.1], resume=8, ddp_find_unused_parameters=False)
 
-    def one_dies(self) -> Any:
-        def die(step: int, model: Any) -> None:
-            if step == 7 and RANK == 1:
-                self._die("one_dies")
-
-        return self._saved("one_dies", before=[OnStep(die)])
-
     def zero_dies(self) -> Any:
         """Process 0, in the probe after the jump, while the other waits."""
 
@@ -239,10 +229,7 @@ class Runs:
         (self.out / f"{run}.at").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def one_goes_on(self) -> Any:
-        return self._saved("one_dies", resume=4)
-
-    def zero_goes_on(self) -> Any:
+    def survived(self) -> Any:
         return self._saved("zero_dies", resume=4)
 
     def _saved(self, name: str, readings: Iterable[float] = (0.5, 0.5, 0.1), **fields: Any) -> Any:
@@ -290,7 +277,7 @@ class Runs:
 
     def taken(self) -> Any:
         """A folder that holds another run."""
-        return self.go(PredictExtendCallback("stay", **SMALL), "stay")
+        return self.go(PredictExtendCallback("stay", **SMALL), "refused")
 
     def unlike(self) -> Any:
         return self.go(PredictExtendCallback("stay", **SMALL | {"settle": RANK}), "unlike")
@@ -306,16 +293,16 @@ class Runs:
         try:
             check_whole(layer)
         except BackendError as error:
-            return {"error": f"BackendError: {error}"}
+            return {"error": ("BackendError", error.kind, error.message)}
         return {"error": None}
 
     def alone(self) -> Any:
         """For one process: as many roll-outs a step."""
-        return self._saved("alone", per_device_train_batch_size=16)
+        return self._saved("alone", per_device_train_batch_size=8)
 
     def alone_goes_on(self) -> Any:
         """What two processes began, in one."""
-        return self._saved("whole", readings=[0.1], resume=8, per_device_train_batch_size=16)
+        return self._saved("whole", readings=[0.1], resume=8, per_device_train_batch_size=8)
 
     def from_one(self) -> Any:
         """A run that began in one process."""

@@ -189,8 +189,8 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
         last = cycle.run(on_step=lambda step: report_progress(job.progress, RUNNING, step, config.steps))
     if job.signals.received is not None and last < config.steps:
         raise Interrupted(
-            f"{job.signals.name} ended the run after step {last} of {config.steps}; its state is saved in {out}, and "
-            "the same command resumes it",
+            f"{job.signals.name} stopped the run after step {last} of {config.steps}; its state is saved in {out}: run "
+            "the same command again to resume",
             job.signals.received,
         )
     training = measure.clock.since_start

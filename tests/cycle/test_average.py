@@ -158,7 +158,7 @@ def test_a_run_of_the_real_trainer_ends_in_the_mean_of_its_factors(tmp_path: Pat
         predictor="stay",
         schedule={"average": 8, "every": 1},
         guards={"probe": False},
-        training={"learning_rate": 3e-2},  # far too large: the mean has to be better
+        training={"learning_rate": 1e-2},  # far too large: the mean has to be better
     )
     result = run(settings, tmp_path / "run")
     assert result.average is not None

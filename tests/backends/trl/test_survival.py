@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from next_backends.trl import PredictExtendCallback, TrlBackend
 from next_core import History, make_applier, make_predictor, open_checkpoints
-from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.errors import NextCoreError
 from next_core.mathematics.low_rank import LowRank
 from next_core.storage.manifest import check_manifest
 from tests.backends.trl.conftest import BASE
+from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
 FACTORS = {"name": "secant", "window": 3, "space": "factors"}
@@ -74,7 +75,7 @@ def test_a_refused_resume_changes_nothing(make_trainer: Any, tmp_path: Path) -> 
     make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train()
     folder = tmp_path / "trainer" / "next-core"
     before = names(folder / "checkpoints"), names(folder / "jumps"), (folder / "journal.jsonl").read_text()
-    with pytest.raises(CheckpointError, match="of another run"):
+    with raises_kind("checkpoint-other-model", "step 8", "another run"):
         make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train(
             resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-8")
         )
@@ -83,7 +84,7 @@ def test_a_refused_resume_changes_nothing(make_trainer: Any, tmp_path: Path) -> 
 
 def test_a_run_that_was_not_watched_cannot_be_resumed_with_jumps(make_trainer: Any, tmp_path: Path) -> None:
     make_trainer([], steps=8, **SAVING).train()
-    with pytest.raises(CheckpointError, match="not watched from its start"):
+    with raises_kind("checkpoint-no-history", tmp_path / "trainer" / "next-core"):
         make_trainer([callback()], steps=12).train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
 
 
@@ -100,7 +101,7 @@ def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(
 
 
 def test_a_setting_that_is_refused_leaves_no_run_behind(make_trainer: Any) -> None:
-    with pytest.raises(CheckpointError, match="DoRA"):
+    with pytest.raises(NextCoreError, match="DoRA"):
         make_trainer([callback()], steps=8, lora={"use_dora": True}).train()
     make_trainer([callback()], steps=8).train()
 
@@ -117,7 +118,7 @@ def test_another_persons_files_in_the_folder_survive_overwrite(make_trainer: Any
 def test_a_model_that_was_extended_before_is_not_trained_as_if_it_were_new(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer([callback(MERGED, folder=tmp_path / "w", overwrite=True)], steps=8)
     trainer.train()
-    with pytest.raises(BackendError, match="extended by an earlier training"):
+    with raises_kind("backend-unsupported", "jump adapters"):
         trainer.train()
 
 
@@ -137,7 +138,7 @@ def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
         real(values, path, **fields)
 
     monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(CheckpointError, match="step-000009 could not be written: .*No space left"):
+    with raises_kind("storage-not-writable", "step-000009", "No space left"):
         make_trainer([callback(folder=tmp_path / "v")], steps=9).train()
 
 
@@ -181,7 +182,7 @@ def test_what_trains_beside_the_linear_layers_is_exported_as_trained(
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     exported = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
     torch.testing.assert_close(exported, logits(trainer.model), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="peft-adapter"):
+    with pytest.raises(NextCoreError, match="peft-adapter"):
         make_applier("merged-model").apply(prediction, out=tmp_path / "merged")
 
 

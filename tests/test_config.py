@@ -180,15 +180,15 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
     load: Callable[..., RunConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (folder / "beside.py").write_text(
+    (folder / "next_to_config.py").write_text(
         "from next_predictors.secant import Secant\n"
         "class Mine(Secant):\n    name = 'mine'\n    recommended = {'schedule': {'every': 2}}\n"
     )
-    config = load(predictor={"name": "beside:Mine", "window": 8})
+    config = load(predictor={"name": "next_to_config:Mine", "window": 8})
     assert make_chosen("predictor", config.predictor).config.window == 8
     assert config.schedule.every == 2
     with raises_kind("config-unknown-key", "predictor.windw", "'window'"):
-        load(predictor={"name": "beside:Mine", "windw": 7})
+        load(predictor={"name": "next_to_config:Mine", "windw": 7})
     with raises_kind("plugin-broken", "nowhere:Mine"):
         load(predictor="nowhere:Mine")
 

@@ -356,8 +356,8 @@ def test_trl_arguments_are_checked_before_training(tmp_path: Path, args: dict[st
 def test_the_command_ends_with_one_json_object(tmp_path: Path, cli: Callable[..., Any]) -> None:
     raw = small_run.raw_config(tmp_path / "data", **OURS | SHORT)
     code = "def reward(completions, answer, **_):\n    return [1.0 * (c == a) for c, a in zip(completions, answer)]\n"
-    (tmp_path / "beside.py").write_text(code)
-    raw["training"]["reward"] = "beside:reward"
+    (tmp_path / "reward_of_mine.py").write_text(code)
+    raw["training"]["reward"] = "reward_of_mine:reward"
     path = tmp_path / "small.yaml"
     path.write_text(small_run.dumped(raw))
     command = ("run", path, "--out", tmp_path / "run", "--json")

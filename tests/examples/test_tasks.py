@@ -1,4 +1,4 @@
-"""Every example task is what examples/README.md says: right answers, honest rewards, a base with the recorded accuracy."""
+"""Every example task is what examples/README.md says: right answers, honest rewards, a base of that accuracy."""
 
 from __future__ import annotations
 

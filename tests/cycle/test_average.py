@@ -16,7 +16,7 @@ from next_core.cycle.average import mean_of_last, windows
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.run import run
-from next_core.interfaces import Prediction
+from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.live_weights.in_memory import InMemoryApplied
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
@@ -41,8 +41,11 @@ def test_the_mean_is_of_the_last_checkpoints_of_each_factor_where_it_is_lora_els
     A, B = (torch.stack([getattr(one, side) for one in at]).mean(0) for side in "AB")
     expected = 2 * B @ A - 2 * at[-1].B @ at[-1].A
     moved = torch.stack([curve(1)(step) for step in last]).mean(0) - curve(1)(100)
-    for source, wanted in ((lora, expected), (whole, moved)):
+    for source, space, wanted in ((lora, "factors", expected), (whole, "merged", moved)):
         mean = mean_of_last(source, 30)
+        update = mean.updates["a"]
+        assert isinstance(update, CoefficientUpdate)
+        assert update.space == space
         assert (mean.step, mean.horizon) == (100, 0)
         torch.testing.assert_close(resolve_dense(mean, "a"), wanted)
 

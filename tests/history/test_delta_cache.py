@@ -103,8 +103,10 @@ def test_a_damaged_file_is_computed_again_and_named(cache: DeltaCache) -> None:
 def test_a_folder_that_cannot_be_written_only_disables_the_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = DeltaCache(tmp_path / "file" / "cache")
-    assert History(on_disk(lora_run()), cache=cache).components("global")
+    history = History(on_disk(lora_run()), cache=cache)
+    assert history.components("global")
     assert str(cache.folder) in (cache.trouble or "")
+    assert history.cache_trouble == cache.trouble
 
 
 def test_the_least_recently_used_are_dropped_above_the_limit(cache: DeltaCache) -> None:

@@ -123,7 +123,7 @@ def test_signs_follow_the_newest_global_delta_backwards(source: MemorySource, ki
 
 def test_the_reference_for_signs_is_the_newest_global_delta_where_directions_turn() -> None:
     def at(step: int) -> Tensor:
-        angle = torch.tensor(step * math.pi / 36)  # 5 degrees a step: 200 between the first and the newest
+        angle = torch.tensor(step * math.pi / 45)  # 4 degrees a step: 80 between the last two
         direction = torch.stack([angle.cos(), angle.sin()]).double()
         return step * torch.outer(direction, direction.flip(0))
 

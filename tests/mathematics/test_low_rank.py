@@ -154,6 +154,14 @@ def test_arithmetic_is_that_of_the_dense_matrices(parts: list[LowRank], alpha: f
         torch.testing.assert_close(found.dense(), wanted, rtol=0, atol=1e-11 * (1 + largest))
 
 
+def test_inner_products_of_single_precision_are_taken_in_double() -> None:
+    a, b = (LowRank(noise(seed, 9, 2), noise(seed + 1, 2, 7)).to(torch.float32) for seed in (0, 2))
+    for other in (b, b.to(torch.float64)):
+        found = inner(a, other)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, (a.to(torch.float64).dense() * b.to(torch.float64).dense()).sum())
+
+
 def test_a_batch_is_scaled_matrix_by_matrix() -> None:
     a = LowRank(noise(0, 2, 5, 3), noise(1, 2, 3, 4))
     alpha = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -268,8 +276,9 @@ def test_nan_and_infinity_are_refused_by_the_matrix_that_holds_them(side: str, v
         truncated_svd(LowRank(**factors), 1)
 
 
-def test_energy_ratios_follow_their_formulas() -> None:
-    found = truncated_svd(with_spectrum(torch.tensor([3.0, 1.0], dtype=torch.float64), 6, 5), 1)
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_energy_ratios_follow_their_formulas(size: float) -> None:
+    found = truncated_svd(with_spectrum(torch.tensor([3 * size, size], dtype=torch.float64), 6, 5), 1)
     assert found.energy_ratio.item() == pytest.approx(3 / 4)
     assert found.squared_energy_ratio.item() == pytest.approx(9 / 10)
     with raises_kind("numbers-partial-spectrum", "squared_energy_ratio"):
@@ -328,6 +337,9 @@ def test_the_walk_carries_the_last_component_past_zero_ones(gone: list[int]) -> 
 def test_a_reference_of_another_shape_is_refused() -> None:
     with raises_kind("numbers-shape", "(29, 3)", "(6, 30, 3)"):
         align_signs(drifting(), truncated_svd(LowRank(noise(0, 29, 3), noise(1, 3, 20)), 3))
+    narrow = truncated_svd(LowRank(noise(0, 30, 3), noise(1, 3, 19)), 3)
+    with raises_kind("numbers-shape", "(19, 3)", "(6, 20, 3)"):
+        align_signs(drifting(), narrow)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,17 @@ class ApplierCase:
     def newest(self) -> int:
         return self.source.steps[-1]
 
+    @property
+    def names(self) -> list[str]:
+        return [parameter.name for parameter in self.source.parameters]
+
     def make(self) -> WeightApplier:
         """Return a new applier of the same settings."""
         return type(self.plugin)(self.plugin.config)
 
     def moving(self) -> tuple[str, str]:
         """Return the first two matrices that moved over the run."""
-        found = [p.name for p in self.source.parameters if bool(self.delta(p.name).any())]
+        found = [name for name in self.names if bool(self.delta(name).any())]
         expect(len(found) > 1, "a run in which two matrices move", found)
         return found[0], found[1]
 
@@ -63,23 +67,19 @@ class ApplierCase:
         """Return how far a matrix moved until the newest checkpoint, dense (m, n), fp64."""
         return dense(self.source.delta(name, self.newest, since)).double()
 
-    def random(self, name: str) -> LowRank:
-        """Return a delta of rank 2 with half the norm of what the matrix moved by."""
-        (m, n), generator = self.shape(name), torch.Generator().manual_seed(len(name))
-        left, right = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((m, 2), (2, n)))
-        return LowRank(left * (0.5 * self.delta(name).norm() / (left @ right).norm()), right)
+    def random(self, name: str) -> LowRankUpdate:
+        """Return an update of rank 2 with half the norm of what the matrix moved by."""
+        whole, generator = self.delta(name), torch.Generator().manual_seed(len(name))
+        (m, n), options = whole.shape, {"generator": generator, "dtype": torch.float64}
+        left, right = torch.randn(m, 2, **options), torch.randn(2, n, **options)  # type: ignore[call-overload]
+        return LowRankUpdate(LowRank(left * (0.5 * whole.norm() / (left @ right).norm()), right))
 
-    def shape(self, name: str) -> tuple[int, int]:
-        return next(p.shape for p in self.source.parameters if p.name == name)
+    def secant(self, space: Space = "merged") -> CoefficientUpdate:
+        """Return the motion between the first and the newest checkpoint."""
+        return CoefficientUpdate({self.newest: 1.0, self.source.steps[0]: -1.0}, space)
 
-    def prediction(
-        self, updates: Mapping[str, Update], anchor: Anchor = "newest", confidence: Mapping[str, float] | None = None
-    ) -> Prediction:
-        return Prediction(self.source, self.newest, 1, anchor, updates, confidence or {})
-
-    def secant(self, name: str, space: Space = "merged", factor: float = 1.0) -> CoefficientUpdate:
-        """Return ``factor`` times the motion between the first and the newest checkpoint."""
-        return CoefficientUpdate({self.newest: factor, self.source.steps[0]: -factor}, space)
+    def prediction(self, updates: Mapping[str, Update], anchor: Anchor = "newest", **fields: Any) -> Prediction:
+        return Prediction(self.source, self.newest, 1, anchor, updates, **fields)
 
     def after(self, prediction: Prediction, alpha: float = 1.0) -> dict[str, Tensor]:
         """Apply a prediction to a new target, and return where each parameter is, (m, n)."""
@@ -87,11 +87,6 @@ class ApplierCase:
         applied = self.make().apply(prediction, alpha, out=out)
         expect(isinstance(applied, Applied), "apply returns an Applied", type(applied).__name__)
         return {name: value.detach().double().clone() for name, value in self.read(out).items()}
-
-    def moved(self, prediction: Prediction, alpha: float = 1.0) -> dict[str, Tensor]:
-        """Return how far an apply moves each parameter, (m, n)."""
-        still, after = self.after(self.prediction({})), self.after(prediction, alpha)
-        return {name: value - still[name] for name, value in after.items()}
 
     def expect_close(self, found: Tensor, wanted: Tensor, name: str, what: str) -> None:
         """Raise ``CheckError`` unless two deltas of one parameter agree up to rounding."""
@@ -111,82 +106,58 @@ def check_applier(case: ApplierCase, *, expected_failures: Mapping[str, str] | N
 
 
 @check
-def no_update_and_alpha_zero_keep_the_newest_checkpoint(case: ApplierCase) -> None:
-    """Without updates, or with alpha 0, the result is the newest checkpoint."""
-    after = case.after(case.prediction({}))
-    for name in (parameter.name for parameter in case.source.parameters):
-        newest = dense(case.source.position(name, case.newest)).double()
-        case.expect_close(after[name], newest, name, f"'{name}' at the newest checkpoint")
-    first, second = case.moving()
-    for anchor in get_args(Anchor):
-        updates: dict[str, Update] = {first: case.secant(first), second: LowRankUpdate(case.random(second))}
-        for name, by in case.moved(case.prediction(updates, anchor), 0.0).items():
-            case.expect_close(by, 0 * by, name, f"'{name}' does not move at alpha 0, anchor {anchor}")
-
-
-@check
-def updates_count_from_their_anchor(case: ApplierCase) -> None:
-    """anchor newest: W_T + X. anchor backbone: W_0 + X, so W_T moves by X - G_T and G_T is counted once."""
-    name = case.moving()[0]
-    low, whole = case.random(name), case.delta(name)
-    cases: list[tuple[Anchor, Update, Tensor]] = [
-        ("newest", case.secant(name, factor=0.5), 0.5 * case.delta(name, case.source.steps[0])),
-        ("backbone", CoefficientUpdate({case.newest: 1.5}), 0.5 * whole),
-        ("newest", LowRankUpdate(low), low.dense()),
-        ("backbone", LowRankUpdate(low), low.dense() - whole),
-    ]
-    for anchor, update, wanted in cases:
-        by = case.moved(case.prediction({name: update}, anchor))[name]
-        case.expect_close(by, wanted, name, f"a {type(update).__name__} of '{name}' from anchor {anchor}")
-
-
-@check
-def factor_space_moves_the_factors(case: ApplierCase) -> None:
-    """space factors: A and B each move by alpha times the weighted sum of their own values; without LoRA, as merged."""
-    name, first = case.moving()[0], case.source.steps[0]
-    now, then = case.source.factors(name, case.newest), case.source.factors(name, first)
-    for alpha in (0.5, 2.0):
-        if now is None or then is None:
-            wanted = alpha * case.delta(name, first)
-        else:
-            A, B, A_1, B_1 = (x.double() for x in (now.A, now.B, then.A, then.B))
-            wanted = now.scaling * ((B + alpha * (B - B_1)) @ (A + alpha * (A - A_1)) - B @ A)
-        by = case.moved(case.prediction({name: case.secant(name, "factors")}), alpha)[name]
-        case.expect_close(by, wanted, name, f"'{name}' in factor space at alpha {alpha:g}")
-
-
-@check
-def alpha_and_confidence_scale_the_delta(case: ApplierCase) -> None:
-    """In merged space a parameter moves by alpha * confidence times its update, also for a negative alpha."""
-    first, second = case.moving()
-    updates: dict[str, Update] = {first: case.secant(first), second: LowRankUpdate(case.random(second))}
-    once = case.moved(case.prediction(updates))
-    for alpha, trust in ((0.25, 1.0), (2.0, 1.0), (-1.0, 1.0), (1.0, 0.25), (1.0, 0.0)):
-        by = case.moved(case.prediction(updates, confidence={second: trust} if trust != 1.0 else {}), alpha)
-        case.expect_close(by[first], alpha * once[first], first, f"'{first}' at alpha {alpha:g}")
-        what = f"'{second}' at alpha {alpha:g}, confidence {trust:g}"
-        case.expect_close(by[second], alpha * trust * once[second], second, what)
-
-
-@check
-def unpredicted_parameters_do_not_change(case: ApplierCase) -> None:
-    """A parameter without an update does not change, bit for bit."""
-    name = case.moving()[0]
+def moves_by_the_update(case: ApplierCase) -> None:
+    """A parameter moves by alpha * confidence * update from its anchor: W_T + X, or W_0 + X with G_T counted once."""
+    name, low = case.moving()[0], case.random(case.moving()[0])
+    secant, whole = case.delta(name, case.source.steps[0]), case.delta(name)
     still = case.after(case.prediction({}))
-    for update in (case.secant(name), LowRankUpdate(case.random(name))):
-        after = case.after(case.prediction({name: update}))
-        moved = sorted(other for other in after if other != name and not torch.equal(after[other], still[other]))
-        expect(not moved, f"only '{name}', which has an update, moves", f"{moved} move too")
+    rows: list[tuple[Anchor, Update, float, float, Tensor]] = [
+        ("newest", case.secant(), 1.0, 1.0, secant),
+        ("newest", case.secant(), 0.25, 1.0, 0.25 * secant),
+        ("newest", case.secant(), -1.0, 1.0, -secant),
+        ("newest", case.secant(), 1.0, 0.25, 0.25 * secant),
+        ("newest", case.secant(), 0.0, 1.0, 0 * secant),
+        ("newest", low, 2.0, 1.0, 2.0 * low.matrix.dense()),
+        ("newest", low, 1.0, 0.0, 0 * secant),
+        ("backbone", CoefficientUpdate({case.newest: 1.5}), 1.0, 1.0, 0.5 * whole),
+        ("backbone", low, 0.5, 1.0, 0.5 * (low.matrix.dense() - whole)),
+        ("backbone", low, 0.0, 1.0, 0 * whole),
+        *(("newest", case.secant("factors"), alpha, 1.0, _in_factor_space(case, name, alpha)) for alpha in (0.5, 2.0)),
+    ]
+    for anchor, update, alpha, confidence, wanted in rows:
+        trust = {} if confidence == 1.0 else {name: confidence}
+        after = case.after(case.prediction({name: update}, anchor, confidence=trust), alpha)
+        what = f"{type(update).__name__} of '{name}', anchor {anchor}, alpha {alpha:g}, confidence {confidence:g}"
+        case.expect_close(after[name] - still[name], wanted, name, what)
+
+
+def _in_factor_space(case: ApplierCase, name: str, alpha: float) -> Tensor:
+    """A and B each move by alpha times the weighted sum of their own values; without LoRA it means merged."""
+    now, then = (case.source.factors(name, step) for step in (case.newest, case.source.steps[0]))
+    if now is None or then is None:
+        return alpha * case.delta(name, case.source.steps[0])
+    A, B, A_1, B_1 = (x.double() for x in (now.A, now.B, then.A, then.B))
+    return now.scaling * ((B + alpha * (B - B_1)) @ (A + alpha * (A - A_1)) - B @ A)
+
+
+@check
+def parameters_without_update_do_not_change(case: ApplierCase) -> None:
+    """Without any update the result is the newest checkpoint; one update changes no bit of other parameters."""
+    moving, still = case.moving()[0], case.after(case.prediction({}))
+    for name in case.names:
+        newest = dense(case.source.position(name, case.newest)).double()
+        case.expect_close(still[name], newest, name, f"'{name}' at the newest checkpoint")
+    for update in (case.secant(), case.random(moving)):
+        after = case.after(case.prediction({moving: update}))
+        moved = sorted(name for name in after if name != moving and not torch.equal(after[name], still[name]))
+        expect(not moved, f"only '{moving}', which has an update, moves", f"{moved} move too")
 
 
 @check
 def rollback_restores_every_bit(case: ApplierCase) -> None:
     """`rollback` restores exactly what was there: a model's weights and buffers, or the absence of a folder."""
     first, second = case.moving()
-    for updates in (
-        {first: case.secant(first, "factors"), second: case.secant(second)},
-        {first: LowRankUpdate(case.random(first))},
-    ):
+    for updates in ({first: case.secant("factors"), second: case.secant()}, {first: case.random(first)}):
         out = case.target()
         before = _snapshot(out, case)
         applied = case.make().apply(case.prediction(updates), 1.5, out=out)
@@ -200,22 +171,22 @@ def rollback_restores_every_bit(case: ApplierCase) -> None:
 def bad_updates_change_nothing(case: ApplierCase) -> None:
     """NaN, infinity, a wrong shape, an unknown matrix or step are errors of next-core, and no parameter moves."""
     first, second = case.moving()
-    m, n = case.shape(second)
+    m, n = case.delta(second).shape
     spoilt = case.random(second)
-    spoilt.left[0, 0] = torch.nan
+    spoilt.matrix.left[0, 0] = torch.nan
     start, unknown = case.source.steps[0], case.newest + 1_000_003
     bad: dict[str, tuple[str, Update]] = {
-        "NaN": (second, LowRankUpdate(spoilt)),
+        "NaN": (second, spoilt),
         "an infinite weight": (second, CoefficientUpdate({case.newest: math.inf, start: -1.0})),
         f"an update {(m + 1, n)} of a matrix {(m, n)}": (
             second,
             LowRankUpdate(LowRank(torch.ones(m + 1, 1), torch.ones(1, n))),
         ),
-        "the unknown matrix 'no.such_matrix'": ("no.such_matrix", case.secant(first)),
+        "the unknown matrix 'no.such_matrix'": ("no.such_matrix", case.secant()),
         f"the unknown step {unknown}": (second, CoefficientUpdate({case.newest: 1.0, unknown: -1.0})),
     }
     for what, (name, update) in bad.items():
-        prediction, out = case.prediction({first: case.secant(first), name: update}), case.target()
+        prediction, out = case.prediction({first: case.secant(), name: update}), case.target()
         before = _snapshot(out, case)
         error = expect_raises(
             NextCoreError,
@@ -232,7 +203,7 @@ def changes_only_its_target(case: ApplierCase) -> None:
     """The checkpoints and the trainer's global random states do not change; `progress` gets text, done and total."""
     first, second = case.moving()
     before = {name: case.delta(name).clone() for name in (first, second)}
-    prediction = case.prediction({first: case.secant(first, "factors"), second: LowRankUpdate(case.random(second))})
+    prediction = case.prediction({first: case.secant("factors"), second: case.random(second)})
     applier, out, calls = case.make(), case.target(), list[tuple[Any, ...]]()
     applier.progress = lambda *call: calls.append(call)
     with global_state_unchanged():

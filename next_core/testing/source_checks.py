@@ -100,21 +100,6 @@ def parameters_can_be_read_at_every_step(case: SourceCase) -> None:
 
 
 @check
-def describes_itself(case: SourceCase) -> None:
-    """`skipped` gives a reason per name, `naming` is text, `notes` are texts, `precision` is a floating-point dtype."""
-    for name, reason in case.source.skipped.items():
-        expect_text(reason, f"a reason why '{name}' is skipped")
-        expect(name not in case.names, "skipped names are not parameters", f"'{name}' is both")
-    expect(isinstance(case.source.naming, str), "`naming` is text", repr(case.source.naming))
-    notes = case.source.notes
-    expect(not isinstance(notes, str) and all(isinstance(n, str) for n in notes), "a list of texts", repr(notes))
-    for name in case.names:
-        found = case.source.precision(name)
-        good = isinstance(found, torch.dtype) and found.is_floating_point
-        expect(good, f"a floating-point torch.dtype as precision of '{name}'", repr(found))
-
-
-@check
 def deltas_add_up(case: SourceCase) -> None:
     """Deltas are finite, some are not zero, and W_b - W_0 = (W_b - W_a) + (W_a - W_0) for any two steps."""
     first, last = case.source.steps[0], case.source.steps[-1]
@@ -192,13 +177,21 @@ def refuses_unknown_steps_and_parameters(case: SourceCase) -> None:
 
 
 @check
-def metrics_are_numbers(case: SourceCase) -> None:
-    """`metrics` are numbers by name, and `metrics(step, step)` is empty."""
+def describes_its_parameters_and_metrics(case: SourceCase) -> None:
+    """`skipped` and `notes` hold reasons as text, `precision` is a float dtype, and `metrics` are numbers by name."""
+    for name, reason in case.source.skipped.items():
+        expect_text(reason, f"a reason why '{name}' is skipped")
+        expect(name not in case.names, "skipped names are not parameters", f"'{name}' is both")
+    notes = case.source.notes
+    expect(not isinstance(notes, str) and all(isinstance(n, str) for n in notes), "a list of texts", repr(notes))
+    for name in case.names:
+        found = case.source.precision(name)
+        good = isinstance(found, torch.dtype) and found.is_floating_point
+        expect(good, f"a floating-point torch.dtype as precision of '{name}'", repr(found))
     for step in case.source.steps:
-        for name, value in case.source.metrics(step).items():
-            good = isinstance(name, str) and isinstance(value, int | float)
-            expect(good, f"numbers by name as metrics of step {step}", repr((name, value)))
-        none = dict(case.source.metrics(step, step))
+        logged, none = dict(case.source.metrics(step)), dict(case.source.metrics(step, step))
+        good = all(isinstance(k, str) and isinstance(v, int | float) for k, v in logged.items())
+        expect(good, f"numbers by name as metrics of step {step}", logged)
         expect(not none, f"no metrics after step {step} and up to it", none)
 
 

@@ -207,22 +207,22 @@ def without_unknown(given: Prediction) -> Prediction:
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
     (
-        "no_update_and_alpha_zero_keep_the_newest_checkpoint",
+        "parameters_without_update_do_not_change",
         {"apply": apply_that(also=lambda applied, given, out: next(out.parameters()).data.add_(1.0))},
     ),
-    ("no_update_and_alpha_zero_keep_the_newest_checkpoint", {"apply": apply_that(alpha=lambda given: given or 0.1)}),
-    ("updates_count_from_their_anchor", {"apply": apply_that(kind_doubled("merged"))}),
+    ("moves_by_the_update", {"apply": apply_that(alpha=lambda given: given or 0.1)}),
+    ("moves_by_the_update", {"apply": apply_that(kind_doubled("merged"))}),
     (
-        "updates_count_from_their_anchor",
+        "moves_by_the_update",
         {"apply": apply_that(lambda given: dataclasses.replace(given, anchor="newest"))},
     ),
-    ("factor_space_moves_the_factors", {"apply": apply_that(kind_doubled("factors"))}),
-    ("alpha_and_confidence_scale_the_delta", {"apply": apply_that(alpha=lambda given: given * abs(given))}),
+    ("moves_by_the_update", {"apply": apply_that(kind_doubled("factors"))}),
+    ("moves_by_the_update", {"apply": apply_that(alpha=lambda given: given * abs(given))}),
     (
-        "alpha_and_confidence_scale_the_delta",
+        "moves_by_the_update",
         {"apply": apply_that(lambda given: dataclasses.replace(given, confidence={}))},
     ),
-    ("unpredicted_parameters_do_not_change", {"apply": apply_that(also=write(FROZEN, 1e-6))}),
+    ("parameters_without_update_do_not_change", {"apply": apply_that(also=write(FROZEN, 1e-6))}),
     (
         "rollback_restores_every_bit",
         {"apply": apply_that(also=lambda applied, given, out: applied.kept.pop())},

@@ -14,7 +14,6 @@ from typing import Any
 
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.rewards import RewardFunction
-from next_core.sources.tensor_files import read_json
 
 MOST_REQUESTS = 256
 """Requests answered by one call of the reward."""
@@ -116,13 +115,13 @@ def special_tokens(model: Path) -> list[str]:
         path = model / name
         if path.exists():
             try:
-                config = read_json(path, limit=2**30)
+                config = json.loads(path.read_text(encoding="utf-8"))  # with numbers as large as 10**30
                 tokens = [value for key, value in config.items() if key.endswith("_token")]
                 tokens += config.get("additional_special_tokens") or []
                 added = [*(config.get("added_tokens_decoder") or {}).values(), *(config.get("added_tokens") or [])]
                 tokens += [token for token in added if token.get("special")]
                 found |= {token["content"] if isinstance(token, dict) else token for token in tokens}
-            except (AttributeError, KeyError, TypeError) as error:
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{path} is not a tokenizer's ({describe(error)}); restore it", kind="checkpoint-damaged"
                 ) from None

@@ -227,6 +227,7 @@ DECODER = {"7": {"content": "<s>", "special": True}, "8": {"content": "word", "s
                 "pad_token": None,
                 "unk_token": {"content": "<unk>", "__type": "AddedToken"},
                 "add_bos_token": True,
+                "model_max_length": 10**30,
                 "tokenizer_class": "LlamaTokenizer",
             },
             ["<unk>", "</s>", "<s>"],
@@ -248,7 +249,7 @@ def test_special_tokens_are_found_the_longest_first(
     assert found == sorted(found, key=len, reverse=True)  # one may begin as another does
 
 
-@pytest.mark.parametrize("content", ['{"added_tokens": [1]}', '{"added_tokens": [{"special": true}]}'])
+@pytest.mark.parametrize("content", ['{"added_tokens": [1]}', '{"added_tokens": [{"special": true}]}', "[]", "{"])
 def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with raises_kind("checkpoint-damaged", tmp_path / "tokenizer.json"):

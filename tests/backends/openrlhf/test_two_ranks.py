@@ -33,7 +33,7 @@ def test_both_ranks_hold_what_was_written(
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+        said = [rank.communicate(timeout=1200)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -123,8 +123,8 @@ def missing(done: list[dict[str, Any]], seeds: int) -> Iterator[tuple[str, int]]
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds."""
     lines = [
-        "| run | before and right after the first jump | end | jumps made | first jump / recent motion |",
-        "|---|---|---|---|---|",
+        "| run | before and right after the first jump | end | jumps made |",
+        "|---|---|---|---|",
     ]
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
@@ -134,17 +134,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         ends = [row["accuracy"]["final"] for row in mine]
         end = f"{statistics.mean(ends):.3f}" + (f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else "")
         jumps = sorted({row["jumps"] for row in mine})
-        ratio = mean([row["norm_ratio"][0] if row["norm_ratio"] else None for row in mine], 2)
         made = str(jumps[0]) if len(jumps) == 1 else f"{jumps[0]}-{jumps[-1]}"
-        lines.append(f"| {arm} | {before}{'' if before == '-' else f' → {after}'} | {end} | {made} | {ratio} |")
+        lines.append(f"| {arm} | {before}{'' if before == '-' else f' → {after}'} | {end} | {made} |")
     seeds = len({row["seed"] for row in rows})
     lines += ["", f"{seeds} seeds, ± one standard deviation. {json.loads(RESULTS.read_text())['hardware']}."]
     return "\n".join(lines)
 
 
-def mean(values: list[float | None], digits: int = 3) -> str:
+def mean(values: list[float | None]) -> str:
     found = [value for value in values if value is not None]
-    return f"{statistics.mean(found):.{digits}f}" if found else "-"
+    return f"{statistics.mean(found):.3f}" if found else "-"
 
 
 def main() -> None:

@@ -143,17 +143,10 @@ def plain_finals(found: By, task: str) -> dict[float, dict[int, float]]:
     return {rate: {seed: row["before_average"] for seed, row in found[task, rate, "plain"].items()} for rate in rates}
 
 
-def best_rate(found: By, task: str) -> float:
-    """The constant rate whose plain runs end best, the mean over their seeds."""
-    plain = plain_finals(found, task)
-    return max(plain, key=lambda rate: statistics.mean(plain[rate].values()), default=0.0)
-
-
 def every_rate(found: By) -> str:
     """Each task and rate: means over the seeds that both arms have, and their paired differences."""
     rows = []
     for task in TASKS:
-        best = best_rate(found, task)
         for rate in sorted(RATES):
             plain, auto = (found.get((task, rate, arm), {}) for arm in ("plain", "auto"))
             seeds = sorted(plain.keys() & auto.keys())
@@ -172,12 +165,11 @@ def every_rate(found: By) -> str:
                     interval([a - b for a, b in zip(ours, bare, strict=True)]),
                     interval([a - b for a, b in zip(ours, averaged, strict=True)]),
                     f"{statistics.median(advised):.2g}" if advised else "",
-                    f"{best / rate:.2g}",
                     str(len(seeds)),
                 ]
             )
     headings = "task|learning rate|plain|plain, mean at the end|auto|auto - plain, 95%|auto - plain with mean, 95%"
-    return table([*headings.split("|"), "advised factor", "best rate / this", "seeds"], rows)
+    return table([*headings.split("|"), "advised factor", "seeds"], rows)
 
 
 def conservative(found: By) -> str:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks" / "speed.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.speed table -->", "<!-- end of tables -->"
+OTHERS = ("torch.svd_lowrank", "scipy.sparse.linalg.svds")
 Facts = dict[str, Any]
 
 
@@ -50,14 +51,14 @@ def _cost(results: list[Facts]) -> str:
     cells = []
     for stage, row in _rows(results):
         if "skipped" in row:
-            cells.append([stage, row["what"], f"not run: {row['skipped']}", *["-"] * 6])
+            cells.append([stage, row["what"], f"not run: {row['skipped']}", *["-"] * 5])
             continue
         reference, floor = row.get("reference", {}), row.get("floor", {})
         times = _number(reference["cpu_s"] / row["cpu_s"]) if reference else "-"
-        floors = [_number(floor.get("seconds")), f"{floor['ratio']:.3g}" if floor else "-"]
-        cost = [_number(row["cpu_s"]), _number(row.get("target_cpu_s")), *floors, _memory(row)]
+        over = f"{floor['ratio']:.3g}" if floor else "-"
+        cost = [_number(row["cpu_s"]), _number(row.get("target_cpu_s")), over, _memory(row)]
         cells.append([stage, row["what"], *cost, _number(reference.get("cpu_s")), times])
-    heads = ["stage", "what", "CPU-s", "target", "floor, s", "CPU-s / floor", "own memory, GiB", "reference CPU-s"]
+    heads = ["stage", "what", "CPU-s", "target", "CPU-s / floor", "own memory, GiB", "reference CPU-s"]
     return _table([*heads, "speed-up"], cells)
 
 
@@ -69,14 +70,16 @@ def _memory(row: dict[str, Any]) -> str:
 
 
 def _errors(results: list[Facts]) -> str:
-    """The sine of the angle of u, ours and the reference's."""
+    """The sine of the angle of u: ours, the reference's and, of dense deltas, that of other libraries."""
     cells = []
     for stage, row in _rows(results):
-        theirs = [each for each in (row.get("reference", {}), *row.get("others", [])) if "u" in each.get("errors", {})]
-        if "u" in row.get("errors", {}):
-            others = "; ".join(f"{each['what']}: {each['errors']['u']:.0e}" for each in theirs)
-            cells.append([stage, row["what"], f"{row['errors']['u']:.0e}", others])
-    return _table(["stage", "what", "sine of u's angle", "others"], cells)
+        if "u" not in row.get("errors", {}):
+            continue
+        known = {each["what"].partition("(")[0]: each for each in row.get("others", [])}
+        all_of = [row, row.get("reference", {}), *(known.get(name, {}) for name in OTHERS)]
+        found = [each.get("errors", {}).get("u") for each in all_of]
+        cells.append([stage, row["what"], *("-" if value is None else f"{value:.0e}" for value in found)])
+    return _table(["stage", "what", "next-core", "reference", *OTHERS], cells)
 
 
 def _growth(results: list[Facts]) -> str:

@@ -72,7 +72,7 @@ def test_tables_show_targets_references_and_what_was_skipped() -> None:
     hardware = {"cpu": "C", "cores": 2, "ram_gib": 8.0, "torch": "2", "blas": "B", "threads": 1}
     rates = {"gemm_gflop_s": RATES.gemm, "copy_gb_s": RATES.copy}
     text = table.render([{"stage": "s", "hardware": hardware, "rates": rates, "rows": rows}])
-    assert "| s | a | 2 | 4 | 1 | 2 | 0.20 (target 1) | 50 | 25 |" in text
+    assert "| s | a | 2 | 4 | 2 | 0.20 (target 1) | 50 | 25 |" in text
     assert "| s | b | not run: not installed |" in text
 
 

@@ -90,7 +90,7 @@ class ControlledTrainer(Trainer):
     def train(self, until: int) -> None:
         """Train up to and including step ``until``, and pause there."""
         self.paused = False
-        self._socket.send({"do": "train", "until": until})
+        self._send({"do": "train", "until": until})
         self.step = self._wait_for_pause()
         if self.step != until:
             raise BackendError(f"the trainer paused after step {self.step}, not {until}", kind="backend-failed")
@@ -98,7 +98,7 @@ class ControlledTrainer(Trainer):
     def ask(self, what: str, **request: Any) -> Any:
         """Have the paused trainer do something. Raises ``BackendError`` with its reason if it cannot."""
         self._requests += 1
-        self._socket.send({"do": what, "number": self._requests, **request})
+        self._send({"do": what, "number": self._requests, **request})
         answer = self._message()
         while answer.get("number") != self._requests:  # answers an earlier request that failed on our side
             answer = self._message()
@@ -110,7 +110,7 @@ class ControlledTrainer(Trainer):
     def finish(self) -> None:
         """Let the paused trainer save its model and end by itself."""
         try:
-            self._socket.send({"do": "stop"})
+            self._send({"do": "stop"})
             self.wait_for_end(END_TIMEOUT)
         finally:
             self.kill()
@@ -148,10 +148,7 @@ class ControlledTrainer(Trainer):
             try:
                 message = self._socket.receive()
             except BackendError as error:
-                with contextlib.suppress(BackendError):
-                    self.wait_for_end(LAST_WORDS)
-                self.process.check("while it was needed")
-                raise BackendError(f"{error.message}; its log: {self.process.log}", kind=error.kind) from None
+                raise self._lost(error) from None
             if message is not None:
                 return message
             if ended:
@@ -161,3 +158,16 @@ class ControlledTrainer(Trainer):
                     f"the trainer was not ready in time; its log: {self.process.log}", kind="backend-process-lost"
                 )
             self.wait()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._socket.send(message)
+        except BackendError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: BackendError) -> BackendError:
+        """Wait for the end of a trainer that hung up, and raise or return the best explanation."""
+        with contextlib.suppress(BackendError):
+            self.wait_for_end(LAST_WORDS)
+        self.process.check("while it was needed")
+        return BackendError(f"{error.message}; its log: {self.process.log}", kind=error.kind)

@@ -198,6 +198,14 @@ def test_a_trainer_that_dies_is_reported_with_its_last_lines(
     assert pretence.metrics() == []
 
 
+def test_a_trainer_that_died_while_it_paused_is_reported(pretence: Pretence) -> None:
+    mode = pretence.started()
+    mode.train(1)
+    pretence.kill_trainer()
+    with raises_kind("backend-process-lost", "SIGKILL", "trainer.log"):
+        mode.train(2)
+
+
 def test_a_trainer_that_does_not_start_is_reported_and_none_runs(pretence: Pretence) -> None:
     mode = pretence.mode({"does_not_start_at": 0})
     with raises_kind("backend-process-lost", "no such device"):

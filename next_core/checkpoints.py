@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
-from next_core.sources.layouts import common_folder
 from next_core.storage.checkpoint_errors import not_found
 
 
@@ -58,7 +58,7 @@ def _locate(path: str | Path | Sequence[str | Path]) -> tuple[Path, tuple[Path, 
         listed = tuple(_absolute(Path(one)) for one in path)
         if not listed:
             raise not_found("the list of checkpoints is empty; pass at least two folders")
-        return common_folder(listed), listed
+        return Path(os.path.commonpath([folder.absolute().parent for folder in listed])), listed
     folder = Path(path)
     if not folder.is_dir():
         raise not_found(f"{folder} is not a folder; pass the folder that holds checkpoint-N or step-N")

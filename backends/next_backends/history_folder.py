@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core.errors import BackendError, CheckpointError, describe
-from next_core.sources.adapter_source import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
+from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from next_core.sources.adapter_source import ADAPTER
 from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
 from next_core.sources.metrics import METRICS
 from next_core.sources.tensor_files import read_json

@@ -22,7 +22,8 @@ from next_core.interfaces.prediction import resolve_scaled
 from next_core.interfaces.weight_delta import FactorStep, Resolved
 from next_core.mathematics.low_rank import LowRank, truncated_svd
 from next_core.settings import Settings
-from next_core.sources.adapter_source import CONFIG_FILE, WEIGHTS_FILE, PeftAdapterSource
+from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.types import LoraFactors
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
-from next_core.sources.adapter_files import CONFIG_FILE, KEY, WEIGHTS_FILE, AdapterFiles
+from next_core.sources.adapter_files import KEY, AdapterFiles
 from next_core.sources.deepspeed import replacement
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.jumps import Shift, jump_folders
@@ -216,15 +216,3 @@ class PeftAdapterSource(RunFolder[AdapterFiles]):
 def _reopen(cls: type[PeftAdapterSource], config: PeftAdapterSourceConfig, as_of: int | None) -> PeftAdapterSource:
     source = cls(config)
     return source if as_of is None else source.as_of(as_of)
-
-
-__all__ = [
-    "ADAPTER",
-    "CONFIG_FILE",
-    "JUMP_PREFIX",
-    "KEY",
-    "SHIFT_KEYS",
-    "WEIGHTS_FILE",
-    "PeftAdapterSource",
-    "PeftAdapterSourceConfig",
-]

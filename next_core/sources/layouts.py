@@ -41,8 +41,8 @@ class CheckpointFolders:
     notes: tuple[str, ...] = ()
 
 
-Row = tuple[int, Path, str]
-"""The step of a checkpoint, its folder, and the pattern of its name."""
+Rows = tuple[list[tuple[int, Path, str]], list[str]]
+"""The step, folder and pattern of the name of each checkpoint; notes for the user."""
 
 
 def find_checkpoints(path: Path, listed: Sequence[Path] = ()) -> CheckpointFolders:
@@ -52,19 +52,21 @@ def find_checkpoints(path: Path, listed: Sequence[Path] = ()) -> CheckpointFolde
     Face Hub, or contain adapters or models with steps in their names. Raises ``CheckpointError`` if a folder is
     missing, two have the same step, or names are ambiguous.
     """
-    if listed:
-        return _find_listed(path, listed)
+    return _collect(*(_rows_listed(path, listed) if listed else _rows_under(path)))
+
+
+def _rows_under(path: Path) -> Rows:
     if not path.is_dir():
-        raise _not_a_folder(path, "pass the folder that holds checkpoint-N or step-N")
+        raise not_found(f"{path} is not a folder; pass the folder that holds checkpoint-N or step-N")
     named = _trainers_folders(path)
     if named:
-        return _collect([(step, folder, _naming(child, folder)) for child, (step, folder) in named.items()])
+        return [(step, folder, _naming(child, folder)) for child, (step, folder) in named.items()], []
     snapshots = hub.find_snapshots(path, has_any)
     if snapshots:
-        return _collect(*_from_hub(snapshots))
-    rows, notes = _from_names({child.name: child for child in _numbered(path)})
+        return _rows_from_hub(snapshots)
+    rows, notes = _rows_from_names({child.name: child for child in _numbered(path)})
     ignored = [child for child in path.iterdir() if rows and not NUMBER.search(child.name) and has_any(child)]
-    return _collect(rows, [*notes, *(f"ignored {child}: no number in its name" for child in sorted(ignored))])
+    return rows, [*notes, *(f"ignored {child}: no number in its name" for child in sorted(ignored))]
 
 
 def _trainers_folders(path: Path) -> dict[Path, tuple[int, Path]]:
@@ -123,38 +125,25 @@ def _is_ours(folder: Path) -> bool:
     return in_run_folder or next(above.glob(f"step-*/{MANIFEST}"), None) is not None
 
 
-def common_folder(folders: Sequence[Path]) -> Path:
-    """Return the deepest folder that contains them all."""
-    return Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
-
-
-def _find_listed(root: Path, folders: Sequence[Path]) -> CheckpointFolders:
-    rows: list[Row] = []
-    notes: list[str] = []
+def _rows_listed(root: Path, folders: Sequence[Path]) -> Rows:
+    parts: list[Rows] = []
     plain: dict[str, Path] = {}
     snapshots: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise _not_a_folder(folder, "list the folders of the checkpoints")
+            raise not_found(f"{folder} is not a folder; list the folders of the checkpoints")
         _refuse_jumps(root, folder if jump_places(folder) else folder.parent)
         known = step_folder(folder)
         if known is not None:
-            rows.append((*known, _naming(folder, known[1])))
+            parts.append(([(*known, _naming(folder, known[1]))], []))
         elif not _trainers_folders(folder) and (found := hub.find_snapshots(folder, has_any)):
             snapshots += found
-        elif has_any(folder) or not (inside := find_checkpoints(folder)).folders:
+        elif has_any(folder) or not (inside := _rows_under(folder))[0]:
             plain[folder.absolute().relative_to(root.absolute()).as_posix()] = folder
         else:
-            rows += [(step, below, inside.naming) for step, below in inside.folders.items()]
-            notes += inside.notes
-    for more_rows, more_notes in (_from_names(plain), _from_hub(snapshots)):
-        rows += more_rows
-        notes += more_notes
-    return _collect(rows, notes)
-
-
-def _not_a_folder(path: Path, remedy: str) -> CheckpointError:
-    return not_found(f"{path} is not a folder; {remedy}")
+            parts.append(inside)
+    parts += [_rows_from_names(plain), _rows_from_hub(snapshots)]
+    return [row for rows, _ in parts for row in rows], [note for _, notes in parts for note in notes]
 
 
 def _refuse_jumps(root: Path, checkpoints: Path) -> None:
@@ -167,7 +156,7 @@ def _refuse_jumps(root: Path, checkpoints: Path) -> None:
         )
 
 
-def _collect(rows: Sequence[Row], notes: Sequence[str] = ()) -> CheckpointFolders:
+def _collect(rows: Sequence[tuple[int, Path, str]], notes: Sequence[str]) -> CheckpointFolders:
     folders: dict[int, Path] = {}
     for step, folder, _ in rows:
         if step > LARGEST_STEP:
@@ -182,7 +171,7 @@ def _naming(child: Path, folder: Path) -> str:
     return (Path(pattern_of(child.name)) / folder.relative_to(child)).as_posix()
 
 
-def _from_names(named: Mapping[str, Path], remedy: str = REMEDY, suffix: str = "") -> tuple[list[Row], list[str]]:
+def _rows_from_names(named: Mapping[str, Path], remedy: str = REMEDY, suffix: str = "") -> Rows:
     """Return rows for folders whose names contain their steps, and a note about how these were read."""
     found = steps_in_names(sorted(named), remedy)
     rows = [(step, named[name], f"{naming}{suffix}") for name, (step, naming) in found.items()]
@@ -190,9 +179,9 @@ def _from_names(named: Mapping[str, Path], remedy: str = REMEDY, suffix: str = "
     return rows, [f"steps are read from unknown names: {name} is taken as step {step}" for name, (step, _) in first]
 
 
-def _from_hub(snapshots: Sequence[Path]) -> tuple[list[Row], list[str]]:
+def _rows_from_hub(snapshots: Sequence[Path]) -> Rows:
     named, notes = hub.names_with_steps(snapshots)
-    rows, more_notes = _from_names(named, hub.REMEDY, " (Hub cache)")
+    rows, more_notes = _rows_from_names(named, hub.REMEDY, " (Hub cache)")
     return rows, [*notes, *more_notes]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from next_core.errors import CheckpointError
 from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.layouts import RUN_FOLDER
 from next_core.sources.tensor_files import read_json
@@ -51,7 +52,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                     if ours:
                         raise ValueError(f"line {number}: {error}") from None
     except (OSError, ValueError) as error:
-        raise damaged(path, f"is damaged ({error})") from None
+        raise CheckpointError(
+            f"{path} is damaged ({error}); restore it, or remove it to predict without metrics",
+            kind="checkpoint-damaged",
+        ) from None
     return records
 
 

@@ -48,9 +48,7 @@ PIECE = 256
 class RoundingReport:
     """One matrix between two checkpoints: its motion as stored, and how much of it may be rounding.
 
-    - ``delta_rms``, ``delta_mean``: root mean square and mean absolute value of the stored difference. Rounding
-      inflates the former and not the latter.
-    - ``changed``: the share of weights that differ at all.
+    - ``delta_rms``: root mean square of the stored difference, which rounding inflates.
     - ``noise_rms``: rms of two independent rounding errors (0 if both ends are fp32).
     - ``delta_to_ulp``: ``delta_rms`` over the rms of the ulps, infinite without any.
     - ``sigma``, ``noise_sigma``: the largest singular value of the stored difference, and the largest that rounding
@@ -62,8 +60,6 @@ class RoundingReport:
     step: int
     since: int | None
     delta_rms: float
-    delta_mean: float
-    changed: float
     noise_rms: float
     delta_to_ulp: float
     sigma: float
@@ -101,8 +97,7 @@ def rounding_report(
     blocks = list(_blocks(shape, most_rows))
     m, n = sum(rows.stop - rows.start for rows in blocks), shape[1]
     size = m * n
-    squares = ulps = total = row_noise = 0.0
-    changed = 0
+    squares = ulps = row_noise = 0.0
     column_squares, column_noise = torch.zeros(n).double(), torch.zeros(n).double()
     held, filled = torch.empty((m if sigma is None else 0, n)), 0
     for rows in blocks:
@@ -110,8 +105,6 @@ def rounding_report(
         if sigma is None:
             held[filled : filled + len(delta)] = delta
             filled += len(delta)
-        total += float(delta.abs().sum())
-        changed += int(delta.count_nonzero())
         square, noise = delta.square_(), torch.zeros(delta.shape).double()
         for model, dtype in low:
             noise += ulp(model.read(name, rows), dtype).square_() / 12
@@ -128,8 +121,6 @@ def rounding_report(
         step=step,
         since=since,
         delta_rms=math.sqrt(squares / size),
-        delta_mean=total / size,
-        changed=changed / size,
         noise_rms=math.sqrt(independent / size),
         delta_to_ulp=math.sqrt(squares / ulps) if ulps > 0 else math.inf,
         sigma=sigma,

@@ -17,7 +17,7 @@ from next_core.sources.checkpoint_names import missing_steps
 from next_core.sources.jumps import Shift, Shifts
 from next_core.sources.layouts import CheckpointFolders, check_complete, detect, find_checkpoints
 from next_core.sources.metrics import read_metrics
-from next_core.storage.checkpoint_errors import damaged, not_found
+from next_core.storage.checkpoint_errors import not_found
 from next_core.storage.manifest import file_digest
 
 FRESH_ADAPTER = "lora-zero"
@@ -102,7 +102,10 @@ class RunFolder(CheckpointSource, Generic[T]):
                     raise
                 skipped[step] = f"skipped {folder}, step {step}: {error.message}"
         if skipped and not any(opened):  # step 0 alone is not an observation
-            raise damaged(self.config.path, f"has only damaged checkpoints ({skipped[min(skipped)]})")
+            raise CheckpointError(
+                f"every checkpoint under {self.config.path} is damaged: {skipped[min(skipped)]}",
+                kind="checkpoint-damaged",
+            )
         self._check(opened)
         stale = {step for step, before in self._checkpoints.items() if opened.get(step) is not before}
         self._checkpoints, self._found, self._skipped_folders = opened, found, skipped

@@ -40,13 +40,13 @@ def disk_operation(what: str, path: Path) -> Iterator[None]:
 def storage_error(operation: str, error: OSError) -> StorageError:
     """Return the ``StorageError`` for a disk operation that failed."""
     if error.errno in FULL:
-        kind, reason = "storage-full", "the disk is full; free some space, and run the same command again"
+        reason = "the disk is full; free some space, and run the same command again"
+        converted = StorageError(f"{operation}: {reason}", kind="storage-full")
     elif error.errno in FORBIDDEN:
-        kind = "storage-not-writable"
         reason = f"it is not writable ({error.strerror}); change its permissions, or choose another folder"
+        converted = StorageError(f"{operation}: {reason}", kind="storage-not-writable")
     else:
-        kind, reason = "storage-failed", str(error.strerror or error)
-    converted = StorageError(f"{operation}: {reason}", kind=kind)
+        converted = StorageError(f"{operation}: {error.strerror or error}", kind="storage-failed")
     converted.errno = error.errno
     return converted
 

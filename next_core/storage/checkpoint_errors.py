@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from next_core.errors import CheckpointError
 
-ambiguous_step = partial(CheckpointError, kind="checkpoint-ambiguous-step")
-not_found = partial(CheckpointError, kind="checkpoint-not-found")
-other_model = partial(CheckpointError, kind="checkpoint-other-model")
-unsafe_path = partial(CheckpointError, kind="checkpoint-unsafe-path")
+
+def ambiguous_step(message: str) -> CheckpointError:
+    """Return the error for names that do not tell the steps."""
+    return CheckpointError(message, kind="checkpoint-ambiguous-step")
+
+
+def not_found(message: str) -> CheckpointError:
+    """Return the error for a folder, step or tensor that does not exist."""
+    return CheckpointError(message, kind="checkpoint-not-found")
+
+
+def other_model(message: str) -> CheckpointError:
+    """Return the error for files that do not belong to one run."""
+    return CheckpointError(message, kind="checkpoint-other-model")
+
+
+def unsafe_path(message: str) -> CheckpointError:
+    """Return the error for a path that leads out of its folder."""
+    return CheckpointError(message, kind="checkpoint-unsafe-path")
 
 
 def damaged(path: Path, problem: str) -> CheckpointError:
     """Return the error for a file whose content is wrong."""
-    return CheckpointError(f"{path} {problem}; remove or restore this checkpoint", kind="checkpoint-damaged")
+    return CheckpointError(f"{path} {problem}; restore it, or remove its folder", kind="checkpoint-damaged")
 
 
 def incomplete(path: Path, problem: str) -> CheckpointError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from next_core.errors import CheckpointError
 from next_core.storage.checkpoint_errors import damaged, incomplete, unsafe_path
 from next_core.storage.reading import LARGE, Stamp, parse_checked, parse_json, read_bytes, stamp, with_checksum
 from next_core.storage.safetensors_header import read_header
@@ -77,7 +78,9 @@ def check_contents(path: Path) -> None:
         if os.path.lexists(manifest) and (folder == path.parent or not _is_foreign(manifest)):
             facts = _files(manifest).get(path.relative_to(folder).as_posix())
             if facts is None:
-                raise damaged(path, f"is not listed in {manifest}, so another program added it")
+                raise CheckpointError(
+                    f"{path} is not listed in {manifest}: it was added later; remove it", kind="checkpoint-damaged"
+                )
             _check_size(path, facts)
             _check_digest(path, facts)
             return

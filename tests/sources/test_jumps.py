@@ -66,7 +66,7 @@ def test_a_jump_moves_the_checkpoints_up_to_its_step_and_no_later_one(own_lora_r
         assert torch.equal(source.factors(OTHER, step).B, plain.factors(OTHER, step).B)
 
 
-def test_jumps_add_up_and_reading_twice_counts_them_once(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+def test_jumps_add_up_and_are_added_once_however_often_they_are_read(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     plain, first, second = opened(lora_run), moved("s"), moved("t")
     jump(own_lora_run, 1, 30, first)
     jump(own_lora_run, 2, 50, second)
@@ -106,7 +106,7 @@ def test_a_delta_across_a_jump_is_what_rl_did(own_lora_run: LoraRun, lora_run: L
     torch.testing.assert_close(source.position(NAME, 30).dense(), before, atol=1e-6, rtol=1e-5)
 
 
-def test_a_history_reads_the_same_deltas_whether_of_one_matrix_or_along_its_path(
+def test_a_history_has_the_same_deltas_as_its_source(
     own_lora_run: LoraRun,
 ) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
@@ -149,7 +149,7 @@ def test_a_rolled_back_jump_is_forgotten_when_the_next_one_takes_its_name(
         assert_moved(source.factors(NAME, 20), plain)
 
 
-def test_a_jump_undone_steps_later_moves_nothing_and_the_history_starts_anew_there(
+def test_after_a_jump_was_undone_the_history_starts_again_at_that_step(
     own_lora_run: LoraRun, lora_run: LoraRun
 ) -> None:
     folder = jump(own_lora_run, 1, 30, moved("s"))
@@ -159,13 +159,13 @@ def test_a_jump_undone_steps_later_moves_nothing_and_the_history_starts_anew_the
     assert_moved(source.factors(NAME, 50), opened(lora_run).factors(NAME, 50))
 
 
-def test_a_trainers_own_folder_holds_its_jumps_already(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
+def test_jumps_are_not_added_to_a_trainers_own_folder(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     trainer = LoraRun(own_lora_run.path.rename(own_lora_run.path.with_name("trainer")), own_lora_run.base)
     assert_moved(opened(trainer).factors(NAME, 20), opened(lora_run).factors(NAME, 20))
 
 
-def test_shifts_that_share_a_cache_never_take_one_for_another(tmp_path: Path) -> None:
+def test_shifts_that_share_a_cache_are_not_confused(tmp_path: Path) -> None:
     cache, begin = TensorCache(), torch.zeros(2)
     for value in range(5):  # each may stand in memory where the one before did
         save_file({"x": torch.full((2,), float(value))}, tmp_path / "shift.safetensors")
@@ -203,7 +203,7 @@ def test_a_shift_that_is_damaged_or_of_another_shape_is_named(own_lora_run: Lora
 @pytest.mark.parametrize(
     "way", ["..", ".", "a link", "a link of the same name", "itself a link", "the checkpoint's parent"]
 )
-def test_a_run_is_read_the_same_by_whichever_name(
+def test_a_run_is_read_the_same_by_any_name(
     own_lora_run: LoraRun, lora_run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     jump(own_lora_run, 1, 30, moved("s"))

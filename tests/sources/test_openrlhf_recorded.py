@@ -1,4 +1,4 @@
-"""Checkpoints that the real OpenRLHF 0.11.2 left (tests/backends/openrlhf/cpu/record.py), read and extended."""
+"""Checkpoints that the real OpenRLHF 0.11.2 wrote (tests/backends/openrlhf/cpu/record.py), read and extended."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_an_adapter_has_every_linear_layer_and_its_rank_and_scaling(name: str) -
             assert factors.scaling == 2.0
 
 
-def test_a_model_has_every_matrix_and_says_what_is_none() -> None:
+def test_a_model_has_every_matrix_and_skips_the_rest() -> None:
     source = opened("full-zero2")
     shapes = {parameter.name: parameter.shape for parameter in source.parameters}
     assert shapes == {
@@ -91,15 +91,6 @@ def test_a_model_has_every_matrix_and_says_what_is_none() -> None:
     }
     assert len(source.skipped) == 6  # norms and biases
     assert set(shapes) | set(source.skipped) == set(stored("full-zero2", NEW))
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_every_matrix_moved_in_every_step(name: str) -> None:
-    source = opened(name)
-    for parameter in source.parameters:
-        for step, since in ((1, None), (2, 1), (3, 2)):
-            assert dense(source.delta(parameter.name, step, since)).abs().max() > 1e-5, (parameter.name, step)
-    assert History(source).frozen == {}
 
 
 def test_deltas_of_models_are_the_differences_of_what_is_stored() -> None:
@@ -141,15 +132,6 @@ def test_a_torn_file_is_named(name: str, copied: Callable[[str], Path]) -> None:
     assert opened(name, path, skip_damaged=True).steps == (1, 3)
 
 
-def test_what_is_stored_is_deepspeeds_masters_rounded() -> None:
-    masters, weights = load_file(RECORDED / "lora-zero2" / "masters.safetensors"), stored("lora-zero2", NEW)
-    assert len(masters) == len(weights) == 2 * len(LAYERS)
-    for key, value in weights.items():
-        master = masters[key.replace(".weight", ".default.weight")]
-        assert torch.equal(master.bfloat16(), value)
-        assert not torch.equal(master, value.float())
-
-
 @pytest.fixture
 def recorded_masters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """What DeepSpeed's reader said of the recorded states, in its place."""
@@ -177,7 +159,7 @@ def check_masters(masters: dict[str, Tensor]) -> None:
         assert torch.equal(found.B, masters[key.format("B")])
 
 
-def test_masters_stand_in_the_place_of_what_is_stored(recorded_masters: dict[str, Tensor]) -> None:
+def test_masters_replace_the_stored_weights(recorded_masters: dict[str, Tensor]) -> None:
     check_masters(recorded_masters)
 
 

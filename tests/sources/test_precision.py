@@ -57,14 +57,14 @@ def test_a_direction_is_called_drowned_when_bf16_hides_it(tmp_path: Path, shape:
         report = rounding_report(source, "w", 20, 10, sigma=float(S[0]))
         assert rounding_report(source, "w", 20, 10).drowned == report.drowned
         cosines[report.drowned].append(abs(float(U[:, 0] @ u)))
-    # Never said to be seen where it is not; and where it is hidden at all, it is well.
+    # A hidden direction is never called visible, and a drowned one is well hidden.
     assert len(cosines[True]) >= 3
     assert len(cosines[False]) >= 4
     assert min(cosines[False]) > 0.9
     assert max(cosines[True]) < 0.9
 
 
-def test_rounding_alone_stays_below_what_it_is_said_to_reach(tmp_path: Path) -> None:
+def test_rounding_alone_stays_below_its_bound(tmp_path: Path) -> None:
     for seed, bulk in enumerate((1e-7, 1e-6, 1e-5, 3e-5)):
         W, D, _ = moved((300, 500), 0.0, bulk, seed)
         source = save(tmp_path / str(seed), {10: {"w": W.bfloat16()}, 20: {"w": (W + D).bfloat16()}})
@@ -82,8 +82,6 @@ def test_the_figures_are_those_of_the_matrices(tmp_path: Path, sigma: float, bul
     delta = then.double() - first.double()
     spacing = torch.stack([ulp(first, torch.bfloat16), ulp(then, torch.bfloat16)])
     assert report.delta_rms == pytest.approx(float(delta.square().mean().sqrt()))
-    assert report.delta_mean == pytest.approx(float(delta.abs().mean()))
-    assert report.changed == pytest.approx(float((delta != 0).double().mean()))
     assert report.noise_rms == pytest.approx(float((spacing.square().sum(0) / 12).mean().sqrt()))
     assert report.delta_to_ulp == pytest.approx(report.delta_rms / float(spacing.square().mean().sqrt()))
     assert report.sigma == pytest.approx(float(torch.linalg.matrix_norm(delta, 2)), rel=1e-4)
@@ -95,25 +93,17 @@ def test_the_figures_are_those_of_the_matrices(tmp_path: Path, sigma: float, bul
     assert report.drowned == (report.sigma <= report.noise_sigma)
 
 
-def test_the_mean_motion_survives_rounding_where_its_square_does_not(tmp_path: Path) -> None:
-    W, D, _ = moved((500, 500), 0.0, 3e-6, 0)
-    source = save(tmp_path, {10: {"w": W.bfloat16()}, 20: {"w": (W + D).bfloat16()}})
-    report = rounding_report(source, "w", 20, 10)
-    assert report.delta_mean == pytest.approx(float(D.abs().mean()), rel=0.05)
-    assert report.delta_rms > 3 * float(D.square().mean().sqrt())
-
-
 def test_blocks_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     W, D, _ = moved((50, 30), 0.01, 1e-5, 0)
     source = save(tmp_path, {10: {"w": W.bfloat16()}, 20: {"w": (W + D).bfloat16()}})
     whole = rounding_report(source, "w", 20, 10)
     monkeypatch.setattr("next_core.sources.precision.BLOCK", 100)
     parts = rounding_report(source, "w", 20, 10)
-    for figure in ("delta_rms", "delta_mean", "noise_rms", "delta_to_ulp", "sigma", "noise_sigma", "floor"):
+    for figure in ("delta_rms", "noise_rms", "delta_to_ulp", "sigma", "noise_sigma", "floor"):
         assert getattr(parts, figure) == pytest.approx(getattr(whole, figure)), figure
 
 
-def test_full_precision_drowns_nothing(tmp_path: Path) -> None:
+def test_in_full_precision_nothing_is_drowned(tmp_path: Path) -> None:
     W, D, _ = moved((40, 30), 1e-6, 0.0, 0)
     source = save(tmp_path, {10: {"w": W.float()}, 20: {"w": (W + D).float()}})
     report = rounding_report(source, "w", 20, 10)
@@ -129,7 +119,7 @@ def test_a_backbone_in_bf16_counts_for_one_end(tmp_path: Path) -> None:
     assert report.drowned
 
 
-def test_warnings_are_short_and_say_what_was_looked_at(tmp_path: Path) -> None:
+def test_warnings_say_how_many_matrices_were_examined(tmp_path: Path) -> None:
     names = [f"layers.{i}.w" for i in range(30)]
     pairs = {name: moved((60, 60), 0.0 if i < 29 else 0.1, 1e-6, i) for i, name in enumerate(names)}
     source = save(
@@ -162,13 +152,13 @@ def test_a_precision_is_that_of_the_newest_checkpoint(tmp_path: Path, lora_run: 
     assert open_checkpoints(tmp_path / "lora").precision(name) == torch.bfloat16
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integers_are_skipped(tmp_path: Path) -> None:
     source = save(tmp_path, {s: {"w": torch.ones(2, 2), "packed": torch.ones(2, 2).byte()} for s in (10, 20)})
     assert [p.name for p in source.parameters] == ["w"]
     assert source.skipped == {"packed": "stored as integers; stays as it is"}
 
 
-def test_what_cannot_be_reported_is_refused(tmp_path: Path, lora_run: LoraRun) -> None:
+def test_a_report_needs_full_weights_and_a_known_parameter(tmp_path: Path, lora_run: LoraRun) -> None:
     lora = open_checkpoints(lora_run.path)
     with raises_kind("checkpoint-no-full-weights", "peft-adapter"):
         rounding_report(lora, lora.parameters[0].name, 20, 10)
@@ -183,7 +173,7 @@ def test_a_matrix_that_never_moved_has_no_singular_value() -> None:
     assert _largest(torch.zeros(3, 4)) == 0
 
 
-def test_of_a_large_matrix_a_bounded_number_of_rows_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bounded_number_of_rows_of_a_matrix_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
 
     def seen(matrix: torch.Tensor) -> float:
@@ -197,12 +187,11 @@ def test_of_a_large_matrix_a_bounded_number_of_rows_is_held(tmp_path: Path, monk
     assert held == [(4096, 8)]
     assert "drowned in rounding, such as 'w'" in warnings[1]
     whole, part = rounding_report(source, "w", 20, 10), rounding_report(source, "w", 20, 10, most_rows=4096)
-    assert part.delta_mean == pytest.approx(whole.delta_mean, rel=0.2)
     assert part.delta_to_ulp == pytest.approx(whole.delta_to_ulp, rel=0.2)
 
 
 @pytest.mark.parametrize("most", [1, 3, 256, 1000, 4096])
-def test_sampled_rows_are_spread_over_the_matrix_and_none_is_there_twice(most: int) -> None:
+def test_sampled_rows_are_spread_over_the_matrix_without_duplicates(most: int) -> None:
     rows = [row for block in _blocks((5000, 3), most) for row in range(block.start, block.stop)]
     assert len(rows) == len(set(rows)) <= most
     assert len(rows) >= most * 0.7
@@ -210,7 +199,7 @@ def test_sampled_rows_are_spread_over_the_matrix_and_none_is_there_twice(most: i
     assert len(rows) <= 256 or (min(rows), max(rows)) == (0, 4999)
 
 
-def test_embeddings_and_heads_are_looked_at_only_where_there_is_nothing_else(tmp_path: Path) -> None:
+def test_embeddings_and_heads_are_examined_only_if_there_is_nothing_else(tmp_path: Path) -> None:
     W, D, _ = moved((60, 60), 0.0, 1e-6, 0)
     names = ("lm_head.weight", "model.embed_tokens.weight")
     still = {10: dict.fromkeys(names, W.bfloat16()), 20: {name: (W + D).bfloat16() for name in names}}

@@ -61,7 +61,7 @@ def test_two_stored_names_are_two_parameters_otherwise(tmp_path: Path, declared:
     assert source.notes == []
 
 
-def test_an_untied_head_that_is_missing_is_missing(tmp_path: Path) -> None:
+def test_an_untied_head_must_be_in_every_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 10, EMBEDDING, HEAD, tied=False)
     save(tmp_path, 20, EMBEDDING, tied=False)
     with raises_kind("checkpoint-other-model", "checkpoint-20", f"'{HEAD}'"):
@@ -83,7 +83,7 @@ def test_a_backbone_may_store_the_other_name(tmp_path: Path) -> None:
     assert torch.equal(torch.as_tensor(source.delta(EMBEDDING, 10)), torch.full((4, 2), 10.0).double())
 
 
-def test_the_tie_of_a_model_with_its_text_part_inside_is_found(tmp_path: Path) -> None:
+def test_the_tie_may_be_declared_in_text_config(tmp_path: Path) -> None:
     for step in (10, 20):
         folder = save(tmp_path, step, EMBEDDING, HEAD)
         (folder / "config.json").write_text(json.dumps({"text_config": {"tie_word_embeddings": True}}))

@@ -158,7 +158,7 @@ def backtest(
     Stay, random and ridge are always judged too, as baselines.
     """
     history = run if isinstance(run, History) else _opened(run).history(rank)
-    found = backtests.backtest(history, predictors, horizon=horizon, **options)  # type: ignore[arg-type]
+    found = backtests.backtest(history, predictors, horizon=horizon, **options)
     return RunBacktest(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
 
 

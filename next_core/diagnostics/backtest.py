@@ -1,37 +1,35 @@
-"""``backtest``: predictors judged on a recorded run, walking forward, without training; see docs/backtest.md."""
+"""``backtest``: judge predictors on a recorded run, walking forward, without training; see docs/backtest.md."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.backtest_cut import Coordinates, CutHistory, Shared
-from next_core.diagnostics.backtest_geometry import Asked, Grams, MeasureMotion, MeasurePredictions
-from next_core.diagnostics.backtest_inputs import BacktestInputs, make_setting
+from next_core.diagnostics.backtest_cut import CutHistory, MeasureMotion, Shared
+from next_core.diagnostics.backtest_inputs import BacktestInputs, make_inputs
 from next_core.diagnostics.backtest_results import Backtest, Failure, Judged, Score, WalkNull, skill_interval
-from next_core.errors import PluginError
-from next_core.history.executor import Executor, Task
-from next_core.history.history import DeltaKind, History, Result
-from next_core.interfaces import CheckpointSource, Prediction
-from next_core.plugins import registry
+from next_core.errors import PluginError, describe
+from next_core.history.history import DeltaKind, History
+from next_core.interfaces import CheckpointSource, Prediction, Update
+from next_core.plugins import PredictorLike, registry, resolve_predictor
 from next_core.predictor import TrajectoryPredictor
 from next_core.types import Progress
 
 BASELINES = ("stay", "random", "ridge")
-"""Always there: no jump, a jump in a random direction, the linear control."""
-Chosen = Mapping[str, Mapping[str, Any]]
-"""Predictors by name, each with the fields of its config."""
+"""Always judged: no jump, a jump in a random direction, the linear control."""
+Chosen = Mapping[str, Callable[[], TrajectoryPredictor]]
+"""What makes each predictor anew, by the name it is reported under."""
 
 
 def backtest(
     run: CheckpointSource | History,
-    predictors: Sequence[str] | Chosen | None = None,
+    predictors: Sequence[PredictorLike] | Mapping[str, Mapping[str, Any]] | None = None,
     *,
     horizon: int | None = None,
     cuts: int | None = None,
@@ -39,26 +37,26 @@ def backtest(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Backtest:
-    """Predict ``horizon`` RL steps ahead from every observed step that has one so much later, and compare.
+    """Predict ``horizon`` RL steps ahead of every observed step that has a checkpoint there, and compare.
 
-    At each cut a predictor is fitted to what was observed by then, and to nothing else. It is judged in merged space at
-    alpha 1, with its own confidences. ``predictors`` are registered names, or names with fields; None takes those that
-    treat each matrix alone. A ``History`` brings its rank, compressor, cache and executor. ``horizon`` None is
-    ``default_horizon``'s; ``cuts`` limits the cuts to so many, evenly spaced back from the last. ``draws`` random walks
-    (``next_core.sources.replay.Signs``) give each figure its null; 0 is none.
+    At each cut a predictor is fitted to what was observed up to it, and to nothing else. It is judged in merged space
+    at alpha 1, with its own confidences. ``predictors`` are whatever ``resolve_predictor`` accepts, or names with their
+    settings; None takes the registered ones that treat each matrix alone. A ``History`` brings its rank, compressor,
+    cache and executor. ``horizon`` None: see ``default_horizon``. ``cuts`` limits their number, evenly spaced back from
+    the last. The same is done on ``draws`` random walks (``next_core.sources.replay.RandomWalk``) for the null.
 
-    A predictor that raises or answers nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
-    predictor, ``ConfigError`` for its fields or a horizon that no two checkpoints span, ``CheckpointError`` for what
+    A predictor that raises or returns nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
+    predictor, ``ConfigError`` for its settings or a horizon that no two checkpoints span, ``CheckpointError`` for what
     cannot be read, such as a backbone that is missing.
     """
     chosen, notes = _choose(predictors)
     whole = run if isinstance(run, History) else History(run)
-    setting = make_setting(whole.source, horizon, cuts, draws, seed, whole.steps)
-    return _Replay(whole, setting, chosen, progress).judge(notes)
+    inputs = make_inputs(whole.source, whole.steps, horizon, cuts, draws, seed)
+    return _WalkForward(whole, inputs, chosen, progress).judge(notes)
 
 
 def default_predictors() -> tuple[list[str], list[str]]:
-    """Those that treat each matrix alone, and notes on what was left out; a network for all is trained at every cut."""
+    """Return the predictors that treat each matrix alone, and notes on the others: networks train at every cut."""
     known, notes = registry(), []
     alone: list[str] = []
     shared: list[str] = []
@@ -66,176 +64,162 @@ def default_predictors() -> tuple[list[str], list[str]]:
         try:
             (shared if known.get("predictor", name).shares else alone).append(name)
         except PluginError as error:
-            notes.append(str(error))
+            notes.append(error.message)
     if shared:
-        notes.append(f"not judged, as they train at every cut: {', '.join(shared)}; name them, or all")
+        notes.append(f"not judged, because they train at every cut: {', '.join(shared)}; name them, or all")
     return alone, notes
 
 
-def _choose(predictors: Sequence[str] | Chosen | None) -> tuple[Chosen, list[str]]:
-    """The predictors with their fields, baselines included, checked before any work."""
+def _choose(predictors: Sequence[PredictorLike] | Mapping[str, Mapping[str, Any]] | None) -> tuple[Chosen, list[str]]:
+    """Check the predictors and their settings before any work, and add the baselines."""
     notes: list[str] = []
     if predictors is None:
         predictors, notes = default_predictors()
-    every: dict[str, Mapping[str, Any]] = {name: {} for name in BASELINES}
-    every |= predictors if isinstance(predictors, Mapping) else {name: {} for name in predictors}
-    for name, fields in every.items():
-        registry().make_config("predictor", name, fields)
-    return every, notes
+    if isinstance(predictors, Mapping):
+        predictors = [{"name": name, **fields} for name, fields in predictors.items()]
+    chosen: dict[str, Callable[[], TrajectoryPredictor]] = {}
+    for given in predictors:
+        make = resolve_predictor(given)
+        name = given if isinstance(given, str) else make().name
+        while name in chosen:  # the same predictor with other settings
+            stem, _, number = name.partition("#")
+            name = f"{stem}#{int(number or 1) + 1}"
+        chosen[name] = make
+    return {name: resolve_predictor(name) for name in BASELINES if name not in chosen} | chosen, notes
 
 
-class _Replay:
-    """One backtest at work; what predictors said is kept until all of one matrix is measured at once."""
+class _WalkForward:
+    """A backtest at work."""
 
-    def __init__(self, whole: History, setting: BacktestInputs, chosen: Chosen, progress: Progress | None) -> None:
-        self.whole, self.setting, self.chosen, self.progress = whole, setting, chosen, progress
+    def __init__(self, whole: History, inputs: BacktestInputs, chosen: Chosen, progress: Progress | None) -> None:
+        self.whole, self.inputs, self.chosen = whole, inputs, chosen
+        self.progress: Progress = progress or (lambda what, done, total: None)
         self.names = tuple(sorted(whole.shapes))
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.failures: dict[str, list[Failure]] = defaultdict(list)
-        self.reasons: dict[str, dict[int, str]] = defaultdict(dict)
-        self.asked: dict[str, list[Asked]] = {name: [] for name in self.names}
-        self.owners: dict[str, list[str]] = {name: [] for name in self.names}
-        self.grams: Mapping[str, Grams] = {}
-        self.coordinates: dict[int, Coordinates] = {}
+        self.done = 0
+        self.seconds = dict.fromkeys(chosen, 0.0)
+        self.problems: dict[str, dict[int, list[str]]] = {name: defaultdict(list) for name in chosen}
+        self.silence: dict[str, dict[int, str]] = {name: {} for name in chosen}
+        # <P, P>, <P, D> and <D, D> by draw (0 is the run itself), cut and matrix
+        shape = 1 + inputs.draws, len(inputs.cuts), len(self.names), 3
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in chosen}
 
     def judge(self, notes: Sequence[str]) -> Backtest:
-        """Measure the motion, predict at every cut of the run and of its walks, measure the predictions."""
-        setting, begin = self.setting, time.perf_counter()
-        self.grams = self._map("read motion", MeasureMotion(setting), self.whole.executor)
-        kept = self._keeps_step_0()
-        self.coordinates = {cut: Coordinates(setting, cut, kept) for cut in setting.cuts}
-        walks = 1 + setting.draws
-        total, done = walks * len(setting.cuts) * len(self.chosen), 0
-        for draw in range(walks):
-            shared: Shared = {}
-            for cut in reversed(setting.cuts):  # the last one decomposes at once what those before it share
-                # A jump still to come shows in no delta before it: these differ from cut to cut.
-                history = CutHistory(self.whole, setting, draw, cut, self.grams, {} if setting.jumps else shared)
-                for name in self.chosen:
-                    self._predict(name, history, draw, cut)
-                    done += 1
-                    if self.progress is not None:
-                        self.progress("predict", done, total)
-        sums = self._sums(self._map("compare", MeasurePredictions(setting, self.grams, self.asked), Executor()))
-        judged = sorted((self._judged(name, sums[name]) for name in self.chosen), key=_skill, reverse=True)
+        inputs, begin = self.inputs, time.perf_counter()
+        motion = {}
+        for name, found in zip(self.names, self.whole.executor.map(MeasureMotion(inputs), self.names), strict=True):
+            motion[name] = found
+            self.progress("read motion", len(motion), len(self.names))
+        # Without jumps, all cuts share what was decomposed. With jumps, each cut sees other factors.
+        together = [(cut,) for cut in inputs.cuts] if inputs.jumps else [inputs.cuts]
+        for draw in range(1 + inputs.draws):
+            for cuts in together:
+                self._replay(draw, cuts, {cut: {name: motion[name][draw, cut] for name in self.names} for cut in cuts})
+        judged = sorted(map(self._judged, self.chosen), key=_skill, reverse=True)
         return Backtest(
-            horizon=setting.horizon,
-            cuts=setting.cuts,
-            block=setting.block,
-            draws=setting.draws,
-            seed=setting.seed,
+            horizon=inputs.horizon,
+            cuts=inputs.cuts,
+            block=inputs.block,
+            draws=inputs.draws,
+            seed=inputs.seed,
             matrices=len(self.names),
             predictors={one.name: one for one in judged},
             shared_seconds=time.perf_counter() - begin - sum(self.seconds.values()),
             notes=tuple(notes),
         )
 
-    def _map(self, what: str, task: Task[Result], executor: Executor) -> dict[str, Result]:
-        found: dict[str, Result] = {}
-        for name, value in zip(self.names, executor.map(task, self.names), strict=True):
-            found[name] = value
-            if self.progress is not None:
-                self.progress(what, len(found), len(self.names))
-        return found
+    def _replay(self, draw: int, cuts: Sequence[int], motion: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Predict at some cuts of the run or of a walk, then compare matrix by matrix, which reads each one once."""
+        run, horizon, shared = self.inputs.run(draw), self.inputs.horizon, Shared()
+        asked: list[tuple[int, str, CutHistory, Prediction | None]] = []
+        for cut in reversed(cuts):  # the last one decomposes at once what the cuts before it need as well
+            history = CutHistory(self.whole, run, cut, cut + horizon, motion[cut], shared)
+            asked += [(cut, name, history, self._predict(name, history, draw, cut)) for name in self.chosen]
+            self.done += len(self.chosen)
+            self.progress("predict", self.done, (1 + self.inputs.draws) * len(self.inputs.cuts) * len(self.chosen))
+        for column, matrix in enumerate(self.names):
+            for cut, name, history, prediction in asked:
+                sums = self.sums[name][draw, self.inputs.cuts.index(cut), column]
+                sums[2] = motion[cut][matrix][-1, -1].clamp_min(0)
+                if prediction is not None and matrix in prediction.updates:
+                    try:
+                        sums[0], sums[1] = history.compare(prediction, matrix)
+                    except Exception as error:  # a wrong update of one matrix leaves the others
+                        self._failed(name, draw, cut, error)
 
-    def _keeps_step_0(self) -> bool:
-        """Whether the adapter that RL began with can be read."""
-        return any(self.grams[name].kept for name in self.names)
-
-    def _predict(self, name: str, history: History, draw: int, cut: int) -> None:
-        """Fit and predict, and take down what was said; failures of the run itself are reported."""
-        setting = self.setting
-        problem: str | None = None
+    def _predict(self, name: str, history: History, draw: int, cut: int) -> Prediction | None:
+        """Fit and predict; report what goes wrong on the run itself."""
         try:
-            predictor: TrajectoryPredictor = registry().make("predictor", name, **self.chosen[name])
+            predictor = self.chosen[name]()
             predictor.progress = self.progress
-            _prepare(history, predictor, setting.horizon)
+            _decompose(history, predictor, self.inputs.horizon)
             begin = time.perf_counter()
-            prediction = predictor.fit(history).predict(setting.horizon)
-            if draw == 0:
-                self.seconds[name] += time.perf_counter() - begin
-            problem = self._take(name, prediction, draw, cut)
-        except Exception as error:  # anybody's code: it must not end the backtest
-            problem = f"{type(error).__name__}: {error}"
-        if problem is not None and draw == 0:
-            self.failures[name].append(Failure(cut, problem))
-
-    def _take(self, name: str, prediction: Any, draw: int, cut: int) -> str | None:
-        """Keep what it moves each matrix by; the problem, where a part of it cannot be used."""
-        if not isinstance(prediction, Prediction):
-            return f"predict answered {type(prediction).__name__}; return a Prediction"
-        if prediction.step != cut:
-            return f"the prediction counts from step {prediction.step}, but the newest observed is {cut}"
-        problems, moving = [], 0
-        if prediction.abstention is None:
-            for matrix in prediction.updates:
-                if matrix not in self.whole.shapes:
-                    problems.append(f"the prediction names '{matrix}', which the run does not have")
-                    continue
-                try:
-                    shape, rank = self.whole.shapes[matrix], self.whole.ranks[matrix]
-                    asked = self.coordinates[cut].ask(prediction, matrix, draw, shape, rank is not None)
-                except Exception as error:  # what is wrong with one update leaves the others
-                    problems.append(f"{type(error).__name__}: {error}")
-                    continue
-                if asked is not None:
-                    moving += 1
-                    self.asked[matrix].append(asked)
-                    self.owners[matrix].append(name)
-        if not moving and not problems and draw == 0:
+            prediction = predictor.fit(history).predict(self.inputs.horizon)
+            seconds = time.perf_counter() - begin
+            _check(prediction, cut, self.whole)
+        except Exception as error:  # anyone's code: it must not end the backtest
+            self._failed(name, draw, cut, error)
+            return None
+        if draw == 0:
+            self.seconds[name] += seconds
             why = Counter(prediction.abstained.values()).most_common(1)
-            self.reasons[name][cut] = prediction.abstention or (why[0][0] if why else "it predicted no motion")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        return f"{problems[0]}{more}" if problems else None
+            self.silence[name][cut] = prediction.abstention or (why[0][0] if why else "it predicted no motion")
+        return None if prediction.abstention is not None else prediction
 
-    def _sums(self, measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of each predictor <P, P>, <P, D> and <D, D>: (draws + 1, cuts, matrices, 3)."""
-        setting = self.setting
-        places = {cut: index for index, cut in enumerate(setting.cuts)}
-        motion = torch.zeros(1 + setting.draws, len(setting.cuts), len(self.names), 3, dtype=torch.float64)
-        for column, name in enumerate(self.names):
-            for draw in range(1 + setting.draws):
-                for cut, row in places.items():
-                    motion[draw, row, column, 2] = self.grams[name].at(draw, cut)[-1, -1].clamp_min(0)
-        sums = {name: motion.clone() for name in self.chosen}
-        for column, name in enumerate(self.names):
-            for asked, owner, products in zip(self.asked[name], self.owners[name], measured[name], strict=True):
-                sums[owner][asked.draw, places[asked.cut], column, :2] = products
-        return sums
+    def _failed(self, name: str, draw: int, cut: int, error: Exception) -> None:
+        if draw == 0:
+            self.problems[name][cut].append(describe(error))
 
-    def _judged(self, name: str, sums: Tensor) -> Judged:
-        setting = self.setting
-        run, score = sums[0], Score.of(sums[0])
+    def _judged(self, name: str) -> Judged:
+        inputs, sums, problems = self.inputs, self.sums[name], self.problems[name]
+        run = sums[0]
         acted = (run[..., 0] > 0).any(-1)
+        silent = [cut for cut, moved in zip(inputs.cuts, acted.tolist(), strict=True) if not moved]
+        reasons = Counter(self.silence[name][cut] for cut in silent if cut not in problems)
         return Judged(
             name=name,
-            fields=self.chosen[name],
-            score=score,
-            interval=skill_interval(run.sum(1), setting.block, setting.seed),
-            null=WalkNull.of(score.skill, [Score.of(walk).skill for walk in sums[1:]]),
+            fields=self.chosen[name]().config.model_dump(mode="json", exclude_unset=True),
+            score=Score.of(run),
+            interval=skill_interval(run.sum(1), inputs.block, inputs.seed),
+            null=WalkNull.of(sums),
             acting=Score.of(run[acted]),
             acted=int(acted.sum()),
-            abstained=len(self.reasons[name]) / len(setting.cuts),
+            abstained=reasons.total() / len(inputs.cuts),
             seconds=self.seconds[name],
             by_cut=tuple(Score.of(one).skill for one in run),
-            per_matrix={matrix: _one(sums[:, :, column]) for column, matrix in enumerate(self.names)},
-            failures=tuple(sorted(self.failures[name], key=lambda failure: failure.cut)),
-            reasons=dict(Counter(self.reasons[name].values())),
+            per_matrix={
+                matrix: (Score.of(run[:, column]), WalkNull.of(sums[:, :, column]))
+                for column, matrix in enumerate(self.names)
+            },
+            failures=tuple(Failure(cut, _first(problems[cut])) for cut in inputs.cuts if cut in problems),
+            reasons=dict(reasons),
         )
 
 
-def _one(sums: Tensor) -> tuple[Score, WalkNull | None]:
-    """The figures of one matrix, and their null."""
-    score = Score.of(sums[0])
-    return score, WalkNull.of(score.skill, [Score.of(walk).skill for walk in sums[1:]])
+def _check(prediction: Any, cut: int, whole: History) -> None:
+    """Raise ``PluginError`` for what is no prediction of this run from this step."""
+    problem = None
+    if not isinstance(prediction, Prediction):
+        problem = f"predict returned {type(prediction).__name__}; return a Prediction"
+    elif prediction.step != cut:
+        problem = f"the prediction counts from step {prediction.step}, but the newest observed step is {cut}"
+    elif unknown := sorted(set(prediction.updates) - set(whole.shapes)):
+        problem = f"the prediction names '{unknown[0]}', which the run does not have"
+    elif odd := [name for name, update in prediction.updates.items() if not isinstance(update, Update)]:
+        problem = f"the update of '{odd[0]}' is {type(prediction.updates[odd[0]]).__name__}; return an Update"
+    if problem is not None:
+        raise PluginError(problem, kind="predictor-wrong-answer")
+
+
+def _decompose(history: History, predictor: TrajectoryPredictor, horizon: int) -> None:
+    """Decompose what a predictor says that it reads: it is shared, so no predictor's seconds should include it."""
+    kinds: list[DeltaKind] = [kind for kind in get_args(DeltaKind) if kind in predictor.requires]
+    if kinds and predictor.why_not(history.steps, horizon) is None:
+        history.compress(*kinds, horizon=horizon)
 
 
 def _skill(judged: Judged) -> float:
     return -math.inf if judged.score.skill is None else judged.score.skill
 
 
-def _prepare(history: History, predictor: TrajectoryPredictor, horizon: int) -> None:
-    """Decompose what a predictor says that it reads, for it is shared and not the predictor's to pay for."""
-    kinds: list[DeltaKind] = [kind for kind in get_args(DeltaKind) if kind in predictor.requires]
-    if kinds and predictor.why_not(history.steps, horizon) is None:
-        history.compress(*kinds, horizon=horizon)
+def _first(problems: Sequence[str]) -> str:
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

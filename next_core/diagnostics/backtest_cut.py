@@ -1,43 +1,87 @@
-"""One cut of a backtest: the history a predictor is fitted to, and what its prediction moves each matrix by."""
+"""One cut of a backtest: the history that a predictor is fitted to, and how its predictions compare."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.backtest_geometry import Asked, Grams, Pieces
 from next_core.diagnostics.backtest_inputs import BacktestInputs
-from next_core.errors import CheckpointError, GuardError, PluginError
+from next_core.errors import CheckpointError
 from next_core.history.history import History
-from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.interfaces.prediction import weight_delta
-from next_core.interfaces.weight_delta import FactorStep
-from next_core.mathematics import low_rank as lowrank
+from next_core.history.matrix_tasks import InnerProducts
+from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
+from next_core.interfaces.prediction import coefficients
+from next_core.mathematics import low_rank
+from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank
-from next_core.sources.memory import MemorySource
-from next_core.types import LoraFactors, Span
+from next_core.sources.replay import RandomWalk, UpTo
+from next_core.types import Span
 
 Shared = dict[Span, dict[str, Factors]]
-"""Decomposed deltas, which are the same for every cut that has seen them."""
-MATRIX = "matrix"
+"""Decomposed deltas, which are the same at every cut that has seen them."""
+
+
+@dataclass(frozen=True)
+class MeasureMotion:
+    """Task: the motion of one matrix by draw (0 is the run itself) and cut, fp64, (n + 1, n + 1).
+
+    It is the Gram matrix of the n increments up to the cut and of the motion that followed, which comes last. Raises
+    ``CheckpointError`` for values that are not finite.
+    """
+
+    inputs: BacktestInputs
+
+    def __call__(self, name: str) -> dict[tuple[int, int], Tensor]:
+        inputs, found = self.inputs, dict[tuple[int, int], Tensor]()
+        lora = inputs.source.factors(name, inputs.cuts[0]) is not None
+        for draw in range(1 + inputs.draws):
+            run = inputs.run(draw)
+            if lora and inputs.jumps:
+                found |= {(draw, cut): self._as_of(cut, run, name) for cut in inputs.cuts}
+                continue
+            if lora or not isinstance(run, RandomWalk):
+                gram = plain = InnerProducts(run, tuple(inputs.increments(inputs.steps[-1])))(name)
+            else:  # the increments of a dense matrix are those of the run, but for their signs
+                signs = run.signs(name)
+                eps = torch.tensor([signs.get(step, 1.0) for step in inputs.steps], dtype=torch.float64)
+                gram = plain * eps * eps[:, None]
+            found |= {(draw, cut): (rows := inputs.contrasts(cut)) @ gram @ rows.T for cut in inputs.cuts}
+        if not all(bool(gram.isfinite().all()) for gram in found.values()):
+            raise CheckpointError(
+                f"'{name}' holds NaN, Inf or numbers whose squares are; is a checkpoint damaged?",
+                kind="checkpoint-not-finite",
+            )
+        return found
+
+    def _as_of(self, cut: int, run: CheckpointSource, name: str) -> Tensor:
+        """Measure a LoRA run with jumps: they move A and B, and so change every later B_t A_t - B_s A_s."""
+        end = cut + self.inputs.horizon
+        past, later, spans = run.as_of(cut), run.as_of(end), self.inputs.increments(cut)
+        # The motion that followed has two points of its own, -1 and -2: later jumps moved even its start.
+        points = {step: past.factors(name, step) for step, _ in spans}
+        points |= {-1: later.factors(name, cut), -2: later.factors(name, end)}
+        known = {step: at for step, at in points.items() if at is not None}
+        return LoraTrajectory(known, past.start(name)).gram([*spans, (-2, -1)])
 
 
 class CutHistory(History):
-    """A run, or a walk, as it stood at a cut. Inner products come from ``Grams``, which the cuts share.
+    """A run, or a walk, as it stood at a cut, and what followed, which predictors are never shown.
 
-    They are of increments up to the cut, so that nothing later is in them.
+    ``motion`` has per matrix what ``MeasureMotion`` found; ``shared`` is filled with what the history decomposes.
     """
 
     def __init__(
-        self, whole: History, setting: BacktestInputs, draw: int, cut: int, grams: Mapping[str, Grams], shared: Shared
+        self, whole: History, run: CheckpointSource, cut: int, end: int, motion: Mapping[str, Tensor], shared: Shared
     ) -> None:
-        self._setting, self._draw, self._cut, self._all_grams, self._shared = setting, draw, cut, grams, shared
+        self._motion, self._shared, self._cut = motion, shared, cut
+        later = run.as_of(end)
+        self._motion_ahead = functools.lru_cache(1)(lambda name: later.delta(name, end, cut))
         super().__init__(
-            setting.past(draw, cut),
+            UpTo(run, cut),
             whole.rank,
             whole.compressor,
             spectrum=whole.spectrum,
@@ -46,98 +90,54 @@ class CutHistory(History):
         )
 
     def _unchanged(self, name: str, step: int, before: int | None) -> bool:
-        return not self._all_grams[name].moved[self._setting.steps.index(step)]
+        return not bool(self._motion[name][-2, -2] > 0)
 
     def inner_products(self, spans: Sequence[Span]) -> Mapping[str, Tensor]:
-        where = {step: index for index, step in enumerate(self.steps)}
-        if any(step not in where or (since is not None and since not in where) for step, since in spans):
+        known = (None, *self.steps)
+        if any(step not in known or since not in known for step, since in spans):
             return super().inner_products(spans)
-        chosen = tuple(spans)
-        if chosen not in self._grams:
-            rows = torch.zeros(len(chosen), len(self.steps), dtype=torch.float64)
-            for row, (step, since) in enumerate(chosen):
-                rows[row, : where[step] + 1] += 1
-                if since is not None:
-                    rows[row, : where[since] + 1] -= 1
-            self._grams[chosen] = {
-                name: rows @ self._all_grams[name].at(self._draw, self._cut)[:-1, :-1] @ rows.T for name in self.names
-            }
-        return self._grams[chosen]
+        sums = torch.stack([self._path(step) - self._path(since) for step, since in spans])
+        return {name: sums @ self._motion[name] @ sums.T for name in self.names}
 
     def _decompose(self, spans: Sequence[Span]) -> dict[str, Factors]:
         todo = [span for span in spans if not self._shared.get(span, {}).keys() >= set(self.names)]
-        made = super()._decompose(todo) if todo else {}
-        for row, span in enumerate(todo):
-            self._shared.setdefault(span, {}).update({name: _row(factors, row) for name, factors in made.items()})
-        return {name: lowrank.concatenate_batches([self._shared[span][name] for span in spans]) for name in self.names}
+        for name, factors in (super()._decompose(todo) if todo else {}).items():
+            for row, span in enumerate(todo):
+                self._shared.setdefault(span, {})[name] = factors.rows([row])
+        return {name: low_rank.concatenate_batches([self._shared[span][name] for span in spans]) for name in self.names}
 
+    def _path(self, step: int | None) -> Tensor:
+        """Return W_step - W_0 as coefficients of the rows of ``motion``, (n + 1,); None is where RL began."""
+        along = torch.zeros(len(self.steps) + 1, dtype=torch.float64)
+        if step is not None:
+            along[: self.steps.index(step) + 1] = 1
+        return along
 
-def _row(factors: Factors, row: int) -> Factors:
-    here = slice(row, row + 1)
-    nuclear = None if factors.nuclear is None else factors.nuclear[here]
-    return Factors(factors.U[here], factors.S[here], factors.V[here], factors.energy[here], nuclear)
+    def compare(self, prediction: Prediction, name: str) -> tuple[float, float]:
+        """Return <P, P> and <P, D>: P the predicted motion of one matrix at alpha 1, D the motion that followed.
 
-
-class Coordinates:
-    """A cut's run in coordinates, so that the applier's own arithmetic says which combination a prediction is.
-
-    ``along``: a dense run of (1, n) weights, the sums of the increments up to each step. ``factors``: a LoRA run of A
-    (1, size) and B (size, 1), the sums of the parts of the factors.
-    """
-
-    def __init__(self, setting: BacktestInputs, cut: int, kept: bool) -> None:
-        self.cut, self.steps, course = cut, setting.seen(cut), setting.course
-        ones = torch.ones(len(self.steps), len(self.steps), dtype=torch.float64).tril()
-        weights = {step: {MATRIX: ones[i][None]} for i, step in enumerate(self.steps)}
-        self.along = MemorySource(weights, {MATRIX: torch.zeros(1, len(self.steps), dtype=torch.float64)})
-        readable = [0] * (kept and 0 not in self.steps) + list(self.steps)
-        each = {step: course.at(step, cut) for step in readable}
-        self.factors = MemorySource({s: {MATRIX: LoraFactors(c[None], c[:, None], 1.0)} for s, c in each.items()})
-
-    def ask(self, prediction: Prediction, name: str, draw: int, shape: tuple[int, int], lora: bool) -> Asked | None:
-        """What a prediction moves one matrix by at alpha 1, in merged space; None where it stays.
-
-        Raises ``GuardError`` for what is not finite, ``CheckpointError`` for steps that were not observed,
-        ``PluginError`` for a wrong shape or what is no update.
+        Raises ``GuardError`` for a prediction that is not finite, ``CheckpointError`` for steps that were not observed,
+        ``PluginError`` for a wrong shape.
         """
-        update, weight = prediction.updates.get(name), prediction.weight(name)
-        if update is None or weight == 0.0:
-            return None
-        matrix: LowRank | None = None
-        finite = math.isfinite(weight)
-        if isinstance(update, CoefficientUpdate):
-            unknown = set(update.weights) - {0, *self.steps}
+        update = prediction.updates[name]
+        if isinstance(update, CoefficientUpdate) and (update.space == "merged" or self.ranks[name] is None):
+            weights = coefficients(prediction, name, 1.0)
+            weights.pop(0, None)  # where RL began, which W_t - W_0 counts from
+            unknown = sorted(set(weights) - set(self.steps))
             if unknown:
-                raise CheckpointError(f"'{name}': step {min(unknown)} was not observed; observed: {self.steps}")
-            finite = finite and all(math.isfinite(value) for value in update.weights.values())
-        elif isinstance(update, LowRankUpdate):
-            matrix = update.matrix
-            if matrix.shape != shape:
-                raise PluginError(f"the update of '{name}' is {matrix.shape}, the parameter {shape}")
-            finite = finite and bool(matrix.left.isfinite().all() and matrix.right.isfinite().all())
-            update = LowRankUpdate(LowRank.zero(1, len(self.steps)))  # its anchor is left to be resolved
-            # Copied: they may be views of components of all checkpoints, which would be kept for every cut and walk.
-            matrix = LowRank(matrix.left * weight, matrix.right.clone())
-        else:
-            raise PluginError(f"'{name}': {type(update).__name__} is no update")
-        if not finite:
-            raise GuardError(f"the prediction of '{name}' is not finite")
-        in_factors = lora and isinstance(update, CoefficientUpdate) and update.space == "factors"
-        moved = weight_delta(
-            replace(
-                prediction,
-                source=self.factors if in_factors else self.along,
-                updates={MATRIX: update},
-                confidence={MATRIX: weight},
-            ),
-            MATRIX,
-            1.0,
-        )
-        still = torch.zeros(len(self.steps), dtype=torch.float64)
-        if isinstance(moved, FactorStep):
-            step = moved.merged()
-            pieces: Pieces = step.left.mT, step.right
-            return Asked(draw, self.cut, still, pieces=pieces)
-        if moved is None:
-            return None if matrix is None else Asked(draw, self.cut, still, matrix)
-        return Asked(draw, self.cut, lowrank.dense(moved)[0], matrix)
+                message = f"'{name}': step {unknown[0]} was not observed; observed: {self.steps}"
+                raise CheckpointError(message, kind="predictor-wrong-answer")
+            along = sum((weight * self._path(step) for step, weight in weights.items()), self._path(None))
+            return float(along @ self._motion[name] @ along), float(along @ self._motion[name][-1])
+        predicted, ahead = prediction.delta(name), self._motion_ahead(name)
+        return _inner(predicted, predicted), _inner(predicted, ahead)
+
+
+def _inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
+    """Return the Frobenius inner product; b is dense where a is."""
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        return float(low_rank.inner(a, b))
+    assert isinstance(b, Tensor)
+    if isinstance(a, LowRank):
+        return float(((a.left.double().mT @ b.double()) * a.right.double()).sum())
+    return float((a.double() * b.double()).sum())

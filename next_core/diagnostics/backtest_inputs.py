@@ -1,26 +1,26 @@
-"""What a backtest replays: the run, the steps it predicts from, and the random walks that it is compared with."""
+"""What a backtest replays: the run, the steps it predicts from and how far ahead."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource
-from next_core.sources.replay import Course, Jumps, Past, Signs, factor_jumps
+from next_core.sources.replay import RandomWalk
 from next_core.types import Span
 
 
 @dataclass(frozen=True)
 class BacktestInputs:
-    """A run (draw 0) and its walks (draws 1 to ``draws``), each to be predicted from ``cuts``, ``horizon`` steps ahead.
+    """A run, predicted ``horizon`` steps ahead from each of ``cuts``, and ``draws`` random walks of it likewise.
 
-    ``steps`` are all observed ones; ``jumps`` those of the run folder that moved LoRA factors.
+    ``steps`` are all observed ones.
     """
 
     source: CheckpointSource
@@ -29,83 +29,70 @@ class BacktestInputs:
     horizon: int
     draws: int
     seed: int
-    jumps: Jumps = field(default=(), repr=False)
 
     @property
-    def moments(self) -> tuple[int, ...]:
-        """The observed steps after 0."""
-        return tuple(step for step in self.steps if step > 0)
+    def jumps(self) -> bool:
+        """Whether later jumps moved the checkpoints before them: the same delta then differs from cut to cut."""
+        return self.source.as_of(self.cuts[0]) is not self.source
 
-    @property
-    def course(self) -> Course:
-        """What LoRA factors are sums of."""
-        return Course(self.moments, tuple(step for step, _ in self.jumps))
-
-    def signs(self, draw: int) -> Signs | None:
-        """None for the run itself."""
-        return Signs(self.seed, draw, self.moments) if draw else None
-
-    def past(self, draw: int, until: int) -> Past:
-        """The run or a walk, as it stood at a step."""
-        return Past(self.source, until, self.signs(draw), self.jumps)
-
-    def seen(self, cut: int) -> tuple[int, ...]:
-        """The steps observed up to a cut."""
-        return tuple(step for step in self.steps if step <= cut)
+    def run(self, draw: int) -> CheckpointSource:
+        """Return the run itself for draw 0, else one of its random walks."""
+        return RandomWalk(self.source, self.seed, draw) if draw else self.source
 
     def increments(self, until: int) -> list[Span]:
-        """The motion between neighbouring checkpoints up to a step, the first since RL began."""
-        return list(zip((seen := self.seen(until)), (None, *seen), strict=False))
+        """Return the spans between neighbouring checkpoints up to a step; the first counts from where RL began."""
+        seen = [step for step in self.steps if step <= until]
+        return list(zip(seen, (None, *seen), strict=False))
 
     def contrasts(self, cut: int) -> Tensor:
-        """The increments up to a cut, and the motion to be predicted from there, as sums of all increments.
-
-        (n + 1, N): n increments up to the cut, of N in all.
-        """
-        count = len(self.seen(cut))
+        """Return each increment up to a cut, and the motion that followed, as sums of all N increments: (n + 1, N)."""
         ahead = torch.tensor([float(cut < step <= cut + self.horizon) for step in self.steps], dtype=torch.float64)
-        return torch.cat([torch.eye(len(self.steps), dtype=torch.float64)[:count], ahead[None]])
+        return torch.cat([torch.eye(len(self.steps), dtype=torch.float64)[: len(self.increments(cut))], ahead[None]])
 
     @property
     def block(self) -> int:
-        """How many neighbouring cuts look at overlapping motion."""
+        """How many neighbouring cuts predict overlapping motion."""
         gaps = [after - before for before, after in itertools.pairwise(self.cuts)]
         return max(1, -(-self.horizon // int(statistics.median(gaps)))) if gaps else 1
 
 
-def make_setting(
-    source: CheckpointSource, horizon: int | None, cuts: int | None, draws: int, seed: int, steps: Sequence[int]
+def make_inputs(
+    source: CheckpointSource, steps: Sequence[int], horizon: int | None, cuts: int | None, draws: int, seed: int
 ) -> BacktestInputs:
-    """Choose what was left open. Raises ``ConfigError`` for what cannot be, ``CheckpointError`` for too short a run."""
+    """Fill in what was left open. Raises ``ConfigError`` for wrong settings, ``CheckpointError`` for a short run."""
     if horizon is not None and horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})")
+        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})", kind="config-invalid-value")
     if cuts is not None and cuts < 1:
-        raise ConfigError(f"cuts must be at least 1 (got {cuts})")
+        raise ConfigError(f"cuts must be at least 1 (got {cuts})", kind="config-invalid-value")
     if draws < 0 or draws == 1:
-        raise ConfigError(f"draws must be 0 (no null) or at least 2, for an interval (got {draws})")
+        raise ConfigError(
+            f"draws must be 0 (no null) or at least 2, for an interval (got {draws})", kind="config-invalid-value"
+        )
     if len([step for step in steps if step > 0]) < 2:
-        raise CheckpointError(f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})")
+        raise CheckpointError(
+            f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})", kind="checkpoint-too-few"
+        )
     chosen = default_horizon(steps) if horizon is None else horizon
     every = cuts_of(steps, chosen)
     if not every:
         there = ", ".join(map(str, sorted({b - a for a, b in itertools.combinations(steps, 2) if a > 0})))
-        raise ConfigError(f"no two checkpoints lie {chosen} steps apart; horizons that are: {there}")
+        raise ConfigError(
+            f"no two checkpoints are {chosen} steps apart; choose a horizon of {there}", kind="config-invalid-value"
+        )
     if cuts is not None and cuts < len(every):
-        stride = len(every) // cuts
-        every = every[::-stride][:cuts][::-1]
-    return BacktestInputs(source, tuple(steps), every, chosen, draws, seed, factor_jumps(source))
+        every = every[:: -(len(every) // cuts)][:cuts][::-1]  # evenly spaced, back from the last
+    return BacktestInputs(source, tuple(steps), every, chosen, draws, seed)
 
 
 def cuts_of(steps: Sequence[int], horizon: int) -> tuple[int, ...]:
-    """The observed steps after 0 from which ``horizon`` steps ahead was observed too."""
+    """Return the observed steps after 0 that have a checkpoint ``horizon`` steps later."""
     return tuple(step for step in steps if step > 0 and step + horizon in steps)
 
 
 def default_horizon(steps: Sequence[int]) -> int:
-    """Of the horizons of at least twice the usual spacing the one with most cuts, the shortest of equals.
+    """Return the horizon with most cuts among those of at least twice the usual spacing; of equals the shortest.
 
-    One step of the grid ahead is the easiest to predict and says least of a jump. Where no horizon is as long, all are
-    candidates.
+    Predicting one checkpoint ahead is easiest and says least about a jump. Where no horizon is that long, any will do.
     """
     moments = [step for step in steps if step > 0]
     spacing = statistics.median(after - before for before, after in itertools.pairwise(moments))

@@ -1,11 +1,11 @@
-"""What a backtest answers: each predictor's figures, their intervals, and the same figures of random walks."""
+"""What a backtest answers: each predictor's figures, their intervals, and the same figures on random walks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Score:
-    """Pooled over cuts (and matrices), P what was predicted and D what followed; None where a norm is zero.
+    """Figures pooled over cuts and matrices, of the prediction P and what followed, D; None where a norm is zero.
 
     ``skill`` 1 - sum |P - D|^2 / sum |D|^2; ``rel_error`` the root of that quotient; ``cosine`` sum <P, D> /
     sqrt(sum |P|^2 sum |D|^2); ``norm_ratio`` sqrt(sum |P|^2 / sum |D|^2); ``best_lambda`` sum <P, D> / sum |P|^2, the
@@ -35,7 +35,7 @@ class Score:
 
     @classmethod
     def of(cls, sums: Tensor) -> Score:
-        """From sums of <P, P>, <P, D>, <D, D> over all dimensions but the last."""
+        """Pool <P, P>, <P, D>, <D, D> over all dimensions but the last."""
         PP, PD, DD = sums.reshape(-1, 3).sum(0).tolist()
         if not DD > 0:
             return cls()
@@ -46,21 +46,14 @@ class Score:
         return cls(skill, rel_error, PD / math.sqrt(PP * DD), ratio, PD / PP, max(PD, 0.0) ** 2 / (PP * DD))
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "skill": self.skill,
-            "rel_error": self.rel_error,
-            "cosine": self.cosine,
-            "norm_ratio": self.norm_ratio,
-            "lambda": self.best_lambda,
-            "damped_skill": self.damped_skill,
-        }
+        return {"lambda" if name == "best_lambda" else name: value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class WalkNull:
-    """The skill on random walks: mean, 95% interval, and where the run's own skill lies among them.
+    """The skill on random walks: mean, 95% interval, and where the run's own skill is among them.
 
-    ``p`` is (1 + walks at least as good) / (1 + walks), which few walks keep from being small; ``z`` is in standard
+    ``p`` is (1 + walks at least as good) / (1 + walks), which cannot be small with few walks; ``z`` counts standard
     deviations of the walks, None where they do not differ.
     """
 
@@ -71,7 +64,9 @@ class WalkNull:
     z: float | None
 
     @classmethod
-    def of(cls, skill: float | None, walks: Sequence[float | None]) -> WalkNull | None:
+    def of(cls, sums: Tensor) -> WalkNull | None:
+        """Take what ``Score.of`` pools, with a leading dimension: the run itself, then its walks."""
+        skill, *walks = (Score.of(one).skill for one in sums)
         drawn = torch.tensor([one for one in walks if one is not None], dtype=torch.float64)
         if skill is None or len(drawn) < 2:
             return None
@@ -80,22 +75,12 @@ class WalkNull:
         p = (1 + int((drawn >= skill).sum())) / (1 + len(drawn))
         return cls(mean, low, high, p, (skill - mean) / spread if spread > 0 else None)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"null_skill": self.mean, "null_low": self.low, "null_high": self.high, "p": self.p, "z": self.z}
 
-
-NO_NULL = {"null_skill": None, "null_low": None, "null_high": None, "p": None, "z": None}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cut at which a predictor raised or answered what cannot be used; it counts as staying there."""
+class Failure(NamedTuple):
+    """A cut at which a predictor raised or returned something unusable; it counts as staying there."""
 
     cut: int
     reason: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"cut": self.cut, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -103,8 +88,8 @@ class Judged:
     """One predictor. Where it abstained or failed it counts as staying put, except in ``acting``.
 
     ``acting``: over the ``acted`` cuts at which it moved anything. ``interval``: 95%, of the skill; None with too few
-    cuts. ``seconds``: of fit and predict over all cuts of the run itself, deltas decomposed beforehand. ``by_cut``: the
-    skill of each cut.
+    cuts. ``abstained``: the share of cuts, and ``reasons`` their number by reason. ``seconds``: of fit and predict over
+    all cuts of the run itself, after deltas were decomposed. ``by_cut``: the skill of each cut.
     """
 
     name: str
@@ -117,14 +102,13 @@ class Judged:
     abstained: float
     seconds: float
     by_cut: Sequence[float | None]
-    per_matrix: Mapping[str, tuple[Score, WalkNull | None]]
+    per_matrix: Mapping[str, tuple[Score, WalkNull | None]] = field(repr=False)
     failures: Sequence[Failure] = ()
     reasons: Mapping[str, int] = field(default_factory=dict)
-    """Why it abstained, and at how many cuts."""
 
     @property
     def above_null(self) -> bool:
-        """Whether the skill lies above the 95% interval of random walks."""
+        """Whether the skill is above the 95% interval of random walks."""
         return self.score.skill is not None and self.null is not None and self.score.skill > self.null.high
 
     @property
@@ -135,10 +119,9 @@ class Judged:
     def as_dict(self) -> dict[str, Any]:
         low, high = self.interval or (None, None)
         return {
-            **self.score.as_dict(),
+            **_figures(self.score, self.null),
             "skill_low": low,
             "skill_high": high,
-            **(NO_NULL if self.null is None else self.null.as_dict()),
             "above_null": self.above_null,
             "useful": self.useful,
             "fields": dict(self.fields),
@@ -148,11 +131,8 @@ class Judged:
             "acting": self.acting.as_dict(),
             "seconds": self.seconds,
             "skill_by_cut": list(self.by_cut),
-            "per_matrix": {
-                name: score.as_dict() | (NO_NULL if null is None else null.as_dict())
-                for name, (score, null) in self.per_matrix.items()
-            },
-            "failures": [failure.as_dict() for failure in self.failures],
+            "per_matrix": {name: _figures(*one) for name, one in self.per_matrix.items()},
+            "failures": [failure._asdict() for failure in self.failures],
         }
 
 
@@ -171,25 +151,21 @@ class Backtest:
     notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain objects with the keys that docs/backtest.md lists."""
-        return {
-            "horizon": self.horizon,
-            "cuts": list(self.cuts),
-            "block": self.block,
-            "draws": self.draws,
-            "seed": self.seed,
-            "matrices": self.matrices,
-            "shared_seconds": self.shared_seconds,
-            "notes": list(self.notes),
-            "predictors": {name: judged.as_dict() for name, judged in self.predictors.items()},
-        }
+        """Return plain objects with the keys that docs/backtest.md lists."""
+        predictors = {name: judged.as_dict() for name, judged in self.predictors.items()}
+        return {**vars(self), "cuts": list(self.cuts), "notes": list(self.notes), "predictors": predictors}
+
+
+def _figures(score: Score, null: WalkNull | None) -> dict[str, Any]:
+    names = {"null_skill": "mean", "null_low": "low", "null_high": "high", "p": "p", "z": "z"}
+    return score.as_dict() | {key: getattr(null, name, None) for key, name in names.items()}
 
 
 def skill_interval(sums: Tensor, block: int, seed: int) -> tuple[float, float] | None:
-    """95% of the pooled skill under a circular block bootstrap over cuts (Politis and Romano 1992).
+    """Return the 95% interval of the pooled skill under a circular block bootstrap over cuts (Politis and Romano 1992).
 
-    ``sums`` (cuts, 3) are <P, P>, <P, D>, <D, D>. Blocks of ``block`` neighbouring cuts are drawn, which look at
-    overlapping motion. None with fewer cuts than two blocks.
+    ``sums`` (cuts, 3) are <P, P>, <P, D>, <D, D>. Blocks of ``block`` neighbouring cuts are drawn, because these look
+    at overlapping motion. None with fewer cuts than two blocks.
     """
     cuts = len(sums)
     if cuts < max(2, 2 * block):

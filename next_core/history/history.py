@@ -159,7 +159,7 @@ class History:
         found: dict[str, Factors] = {}
         flips: dict[str, Tensor] = {}
         for name, raw in self._components[kind, horizon].items():
-            found[name] = align_signs(raw, _rows(references[name], -1) if references else None)
+            found[name] = align_signs(raw, references[name].rows(-1) if references else None)
             flips[name] = torch.where((found[name].U * raw.U).sum(-2) < 0, -1.0, 1.0)
         self._components[kind, horizon], self._flips[kind, horizon] = found, flips
 
@@ -184,7 +184,7 @@ class History:
         where = {span: row for row, span in enumerate(union)}
         for key, some in spans.items():
             rows = [where[span] for span in some]
-            self._components[key] = {name: _rows(factors, rows) for name, factors in made.items()} if rows else {}
+            self._components[key] = {name: factors.rows(rows) for name, factors in made.items()} if rows else {}
 
     def _decompose(self, spans: Sequence[Span]) -> dict[str, Factors]:
         """Return the triplets of every matrix, one row per span, from the cache where it has them."""
@@ -198,13 +198,13 @@ class History:
             made = self._map("compress", Compress(self.source, self.compressor, todo, self.rank, self.spectrum))
         if self.cache is not None:
             for row, span in enumerate(todo):
-                self.cache.save(keys[span], {name: _rows(found, [row]) for name, found in made.items()})
+                self.cache.save(keys[span], {name: found.rows([row]) for name, found in made.items()})
         if not known:
             return made
         where = {span: row for row, span in enumerate(todo)}
         return {
             name: concatenate_batches(
-                [known[span][name] if span in known else _rows(made[name], [where[span]]) for span in spans]
+                [known[span][name] if span in known else made[name].rows([where[span]]) for span in spans]
             )
             for name in self.names
         }
@@ -264,8 +264,3 @@ class MatrixHistory:
     def metrics(self, key: str) -> list[float | None]:
         """Return one value per checkpoint, None where none was logged."""
         return self.history.metrics(key)
-
-
-def _rows(factors: Factors, rows: list[int] | int) -> Factors:
-    nuclear = None if factors.nuclear is None else factors.nuclear[rows]
-    return Factors(factors.U[rows], factors.S[rows], factors.V[rows], factors.energy[rows], nuclear)

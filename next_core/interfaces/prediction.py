@@ -117,12 +117,7 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
     parameter = _parameter(prediction.source, name)
     if isinstance(update, LowRankUpdate):
         return _checked(prediction, name, _from_matrix(prediction, parameter, update.matrix.to(torch.float64), scale))
-    weights = dict(update.weights)
-    if prediction.anchor == "backbone":  # counted from W_0: subtract what the newest checkpoint already has
-        weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
-    weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
-    if not all(math.isfinite(weight) for weight in weights.values()):  # their sum may hide it
-        raise _not_finite(prediction, name)
+    weights = coefficients(prediction, name, alpha)
     if all(step == 0 for step in weights):
         return None
     moved: Resolved
@@ -133,6 +128,22 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
     else:
         moved = _sum_of_deltas(prediction, parameter, weights)
     return _checked(prediction, name, moved)
+
+
+def coefficients(prediction: Prediction, name: str, alpha: float) -> dict[int, float]:
+    """Return the coefficient of each step's W_t - W_0 in alpha * confidence * (predicted - W_T).
+
+    For a parameter with a ``CoefficientUpdate``. Raises ``GuardError`` when one is not finite.
+    """
+    update, scale = prediction.updates[name], alpha * prediction.weight(name)
+    assert isinstance(update, CoefficientUpdate)
+    weights = dict(update.weights)
+    if prediction.anchor == "backbone":  # counted from W_0: subtract what the newest checkpoint already has
+        weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
+    weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
+    if not all(math.isfinite(weight) for weight in weights.values()):  # their sum may hide it
+        raise _not_finite(prediction, name)
+    return weights
 
 
 def resolve_scaled(prediction: Prediction, name: str, alpha: float) -> Resolved | None:

@@ -123,6 +123,11 @@ class Factors:
             given = {name: None if x is None else tuple(x.shape) for name, x in vars(self).items()}
             raise NextCoreError(f"the shapes of these singular triplets do not fit: {given}", kind="numbers-shape")
 
+    def rows(self, rows: list[int] | int) -> Factors:
+        """Return the triplets of some matrices of the batch, by their index along the first leading dimension."""
+        nuclear = None if self.nuclear is None else self.nuclear[rows]
+        return Factors(self.U[rows], self.S[rows], self.V[rows], self.energy[rows], nuclear)
+
     @property
     def energy_ratio(self) -> Tensor:
         """sigma_1 / (sum of all sigma), (...), not squared, as in NExt (arXiv 2604.11446). 0 for a zero matrix.

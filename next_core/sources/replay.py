@@ -1,12 +1,11 @@
-"""A recorded run as it stood at one of its steps, and the same run with each of its increments given a random sign."""
+"""A recorded run as it stood at one of its steps, and random walks that take the run's own steps."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,164 +15,20 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.low_rank import LowRank
-from next_core.sources.adapter_source import SHIFT_KEYS, PeftAdapterSource
-from next_core.sources.jumps import SHIFT_FILE, Shift, Shifts, jump_folders
 from next_core.sources.memory import lora_delta
-from next_core.sources.tensor_cache import TensorCache
 from next_core.types import LoraFactors, Parameter
 
-Jumps = tuple[tuple[int, Path], ...]
-"""Jumps that moved a run's LoRA factors: the step each was made after, and the file of what it moved them by."""
 
+class SourceView(CheckpointSource):
+    """A source that shows another one; what it does not override is the other's."""
 
-@dataclass(frozen=True)
-class Signs:
-    """One random walk with a run's own step lengths: each increment between neighbouring checkpoints is kept or turned.
-
-    ``steps`` are the observed steps after 0; ``seed``, ``draw`` and a matrix's name decide its signs.
-    """
-
-    seed: int
-    draw: int
-    steps: tuple[int, ...]
-
-    def of(self, name: str) -> Tensor:
-        """+1 or -1 for the increment that ends at each step, (T,), fp64."""
-        random = np.random.default_rng([self.seed, self.draw, zlib.crc32(name.encode())])
-        return torch.from_numpy(random.integers(0, 2, len(self.steps)) * 2.0 - 1.0)
-
-
-@dataclass(frozen=True)
-class Course:
-    """What LoRA factors at a step are sums of: those RL began with, the increments up to it, and the jumps before.
-
-    ``steps`` are the observed steps after 0, ``jumps`` the steps after which a jump moved the factors.
-    """
-
-    steps: tuple[int, ...]
-    jumps: tuple[int, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """How many parts there are."""
-        return 1 + len(self.steps) + len(self.jumps)
-
-    def at(self, step: int, until: int) -> Tensor:
-        """Which parts make up the factors at a step, (size,), fp64, as one knows them when ``until`` is reached.
-
-        A jump moves the checkpoints before it as well, so that deltas show what RL did; one that is still to come
-        moves none.
-        """
-        parts = [1.0, *(float(each <= step) for each in self.steps), *(float(made < until) for made in self.jumps)]
-        return torch.tensor(parts, dtype=torch.float64)
-
-    def signs(self, signs: Signs | None, name: str) -> Tensor:
-        """The sign of each part, (size,)."""
-        found = torch.ones(self.size, dtype=torch.float64)
-        if signs is not None:
-            found[1 : 1 + len(self.steps)] = signs.of(name)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """The parts of one LoRA matrix: A (size, r, n), B (size, m, r), fp64; ``kept`` says whether step 0 can be read.
-
-    ``starts`` tells, for the run without its jumps, whether deltas count from the adapter at step 0, because it adds
-    something, or from the backbone.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    kept: bool
-    starts: bool
-
-    def factors(self, parts: Tensor) -> LoraFactors:
-        """The sum of the parts, each times its coefficient (size,)."""
-        return LoraFactors(torch.tensordot(parts, self.A, 1), torch.tensordot(parts, self.B, 1), self.scaling)
-
-
-def factor_jumps(source: CheckpointSource) -> Jumps:
-    """The jumps of a run folder that stand and moved LoRA factors; dense deltas have none left in them."""
-    if not isinstance(source, PeftAdapterSource):
-        return ()
-    shifts = Shifts(source.config.path)
-    if not shifts.in_run_folder:
-        return ()
-    found = [(record["step"], folder / SHIFT_FILE) for folder, record in jump_folders(shifts.root)]
-    return tuple((step, path) for step, path in found if path.exists())
-
-
-def read_parts(source: CheckpointSource, name: str, steps: Sequence[int], jumps: Jumps = ()) -> Parts | None:
-    """The parts of one matrix, from its factors at the observed steps after 0; None where the run is not LoRA.
-
-    Without a checkpoint of step 0, B began at zero and A where the first checkpoint has it.
-    """
-    found = [source.factors(name, step) for step in steps]
-    path = [at for at in found if at is not None]
-    if not path or len(path) < len(steps):
-        return None
-    try:
-        origin = source.factors(name, 0)
-    except CheckpointError:
-        origin = None
-    sides = []
-    for key, side in zip(SHIFT_KEYS, "AB", strict=True):
-        values = [getattr(at, side).detach() for at in path]
-        shape, dtype = values[0].shape, values[0].dtype
-        moved = [
-            Shift(file, TensorCache()).added(torch.zeros(shape), key.format(name=name)).double() for _, file in jumps
-        ]
-        parts = torch.zeros(1 + len(path) + len(jumps), *shape, dtype=torch.float64)
-        for index, (before, after) in enumerate(itertools.pairwise(values), 2):
-            torch.sub(after.double(), before.double(), out=parts[index])
-        first = _without(values[0].double(), moved, dtype)
-        if origin is not None:
-            start = getattr(origin, side).detach().double()
-            parts[0], parts[1] = _without(start, moved, dtype), values[0].double() - start
-        else:
-            parts[1 if side == "B" else 0] = first
-        for index, shift in enumerate(moved, 1 + len(path)):
-            parts[index] = shift
-        sides.append(parts)
-    A, B = sides
-    starts = bool(B[0].any()) if jumps else source.start(name) is not None
-    return Parts(A, B, path[0].scaling, origin is not None, starts)
-
-
-def _without(value: Tensor, moved: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A tensor before jumps were added to it; what is then no more than rounding is zero, as B = 0 was."""
-    if not moved:
-        return value
-    total, size = torch.stack(list(moved)).sum(0), torch.stack(list(moved)).abs().sum(0)
-    rest = value - total
-    return torch.where(rest.abs() <= 8 * torch.finfo(dtype).eps * size, 0.0, rest)
-
-
-class Past(CheckpointSource):
-    """A run as it stood when step ``until`` had been observed: no later checkpoint, metric or jump is in it.
-
-    With ``signs`` its increments have random signs: A_t = A_0 + sum_i eps_i dA_i, and B_t with the same eps_i; a dense
-    delta is sum_i eps_i x_i. Where nothing is to be changed, values are those of the run, bit for bit.
-    """
-
-    name = "past"
-
-    def __init__(self, inner: CheckpointSource, until: int, signs: Signs | None = None, jumps: Jumps = ()) -> None:
+    def __init__(self, inner: CheckpointSource) -> None:
         super().__init__()
-        self.inner, self.until, self.signs, self.jumps = inner, until, signs, jumps
-        self._steps = tuple(step for step in inner.steps if step <= until)
-        self._course = Course(tuple(step for step in inner.steps if step > 0), tuple(step for step, _ in jumps))
-        self._as_is = signs is None and all(made < until for made, _ in jumps)
-        self._parts: tuple[str, Parts | None] | None = None
-
-    def __reduce__(self) -> tuple[type[Past], tuple[Any, ...]]:
-        return type(self), (self.inner, self.until, self.signs, self.jumps)
+        self.inner = inner
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return self._steps
+        return self.inner.steps
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -186,110 +41,146 @@ class Past(CheckpointSource):
     def precision(self, name: str) -> torch.dtype:
         return self.inner.precision(name)
 
-    def fingerprint(self, step: int | None) -> str | None:
-        self._refuse_later(step)
-        return self.inner.fingerprint(step) if self._as_is else None
+    def start(self, name: str) -> LoraFactors | None:
+        return self.inner.start(name)
 
-    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
-        self._refuse_later(step)
-        return self.inner.metrics(step, since)
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return self.inner.logged_metrics()
+
+
+class UpTo(SourceView):
+    """A run as it stood when step ``last`` was reached: no later checkpoint, metric or jump is in it.
+
+    Raises ``CheckpointError`` when a later step is asked for.
+    """
+
+    name = "up-to"
+
+    def __init__(self, run: CheckpointSource, last: int) -> None:
+        super().__init__(run.as_of(last))
+        self.last = last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.inner, self.last)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(step for step in self.inner.steps if step <= self.last)
+
+    def fingerprint(self, step: int | None) -> str | None:
+        return self.inner.fingerprint(self._seen(step))
 
     def factors(self, name: str, step: int) -> LoraFactors | None:
-        self._refuse_later(step)
-        at = self.inner.factors(name, step)
-        if at is None or self._as_is:
-            return at
-        return _WhenRead(lambda: self._sum(name, step))
-
-    def start(self, name: str) -> LoraFactors | None:
-        if self._as_is:
-            return self.inner.start(name)
-        parts = self._read(name)
-        if parts is None or not parts.kept:
-            return None
-        if not parts.starts and not any(made < self.until for made, _ in self.jumps):
-            return None
-        first = self._sum(name, 0)
-        return first if bool(first.B.any()) else None
+        self._seen(step)
+        return self.inner.factors(name, step)
 
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
-        self._refuse_later(step, since)
-        if self._as_is:
-            return self.inner.delta(name, step, since)
-        if self._read(name) is None:
-            return self._walked(name, step, since, self.inner.delta)
-        start = self.start(name) if step > 0 else None
-        return lora_delta(self._sum(name, step), start if since is None else self._sum(name, since))
+        self._seen(step)
+        return self.inner.delta(name, step, self._seen(since))
 
     def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
-        self._refuse_later(step, since)
-        if self._as_is:
-            return self.inner.delta_rows(name, rows, step, since)
-        if self._read(name) is not None:
-            return super().delta_rows(name, rows, step, since)
-        found = self._walked(name, step, since, lambda name, t, s: self.inner.delta_rows(name, rows, t, s))
-        assert isinstance(found, Tensor)
-        return found
+        self._seen(step)
+        return self.inner.delta_rows(name, rows, step, self._seen(since))
 
-    def _walked(
-        self, name: str, step: int, since: int | None, read: Callable[[str, int, int | None], LowRank | Tensor]
-    ) -> LowRank | Tensor:
-        """sum_i eps_i x_i over the increments from ``since`` to ``step``; neighbours of one sign are read as one."""
-        if since is not None and since > step:
-            back = self._walked(name, since, step, read)
-            return -back
-        assert self.signs is not None
-        signs = self.signs.of(name).tolist()
-        begin: int | None = since
-        runs: list[tuple[float, int | None, int]] = []
-        for sign, end in zip(signs, self._course.steps, strict=True):
-            if (since or 0) < end <= step:
-                if runs and runs[-1][0] == sign:
-                    runs[-1] = sign, runs[-1][1], end
-                else:
-                    runs.append((sign, begin, end))
-                begin = end
-        if not runs:
-            return read(name, step, step if since is None else since)
-        total: LowRank | Tensor | None = None
-        for sign, before, after in runs:
-            part = read(name, after, before)
-            part = part.scale(sign) if isinstance(part, LowRank) else sign * part
-            total = part if total is None else total + part  # type: ignore[operator]
-        assert total is not None
-        return total
+    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
+        return {step: logged for step, logged in super().logged_metrics().items() if step <= self.last}
 
-    def _read(self, name: str) -> Parts | None:
-        """The parts of a matrix; those of the last one are kept."""
-        if self._parts is None or self._parts[0] != name:
-            lora = any(parameter.name == name and parameter.rank is not None for parameter in self.parameters)
-            parts = read_parts(self.inner, name, self._course.steps, self.jumps) if lora else None
-            self._parts = name, parts
-        return self._parts[1]
+    def metrics(self, step: int, since: int | None = None) -> Mapping[str, float]:
+        self._seen(step)
+        return super().metrics(step, since)
 
-    def _sum(self, name: str, step: int) -> LoraFactors:
-        parts = self._read(name)
-        assert parts is not None
-        return parts.factors(self._course.at(step, self.until) * self._course.signs(self.signs, name))
-
-    def _refuse_later(self, *steps: int | None) -> None:
-        later = [step for step in steps if step is not None and step > self.until]
-        if later:
+    def _seen(self, step: int | None) -> int | None:
+        if step is not None and step > self.last:
             raise CheckpointError(
-                f"step {later[0]} lies after step {self.until}, where this view of the run ends; observed: {self.steps}"
+                f"step {step} is later than step {self.last}, where this view of the run ends; it shows {self.steps}",
+                kind="checkpoint-not-found",
             )
+        return step
 
 
-class _WhenRead(LoraFactors):
-    """Factors that are computed once something is read of them: many callers only ask whether there are any."""
+class RandomWalk(SourceView):
+    """A run whose every increment between neighbouring checkpoints is multiplied by a random sign.
 
-    def __init__(self, make: Callable[[], LoraFactors]) -> None:
-        object.__setattr__(self, "_make", make)
+    The steps keep their lengths, but nothing of the walk can be predicted. Dense: W_t = W_0 + sum_i eps_i (W_i -
+    W_{i-1}). LoRA: the factors walk, A_t = A_0 + sum_i eps_i (A_i - A_{i-1}), and B_t with the same eps_i.
+    """
 
-    def __getattr__(self, field: str) -> Any:
-        if field not in ("A", "B", "scaling"):
-            raise AttributeError(field)
-        made = self.__dict__["_make"]()
-        for each in ("A", "B", "scaling"):
-            object.__setattr__(self, each, getattr(made, each))
-        return getattr(made, field)
+    name = "random-walk"
+
+    def __init__(self, run: CheckpointSource, seed: int, draw: int) -> None:
+        super().__init__(run)
+        self.seed, self.draw = seed, draw
+        self._lora = {parameter.name for parameter in run.parameters if parameter.kind == "lora"}
+        self._walked: tuple[str, dict[int, LoraFactors]] = "", {}  # of the matrix that was read last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.inner, self.seed, self.draw)
+
+    def as_of(self, step: int) -> CheckpointSource:
+        run = self.inner.as_of(step)
+        return self if run is self.inner else RandomWalk(run, self.seed, self.draw)
+
+    def signs(self, name: str) -> dict[int, float]:
+        """Return the sign of each increment of one matrix, by the observed step that it ends at.
+
+        They depend on the seed, the draw and the matrix's name alone.
+        """
+        ends = [step for step in self.steps if step > 0]
+        random = np.random.default_rng([self.seed, self.draw, zlib.crc32(name.encode())])
+        return dict(zip(ends, (random.integers(0, 2, len(ends)) * 2.0 - 1.0).tolist(), strict=True))
+
+    def factors(self, name: str, step: int) -> LoraFactors | None:
+        if name not in self._lora:
+            return None
+        if self._walked[0] != name:
+            self._walked = name, self._walk(name)
+        walked = self._walked[1]
+        return walked[step] if step in walked else self.inner.factors(name, step)  # which raises the right error
+
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
+        now = self.factors(name, step)
+        if now is None:
+            return self._signed_sum(name, functools.partial(self.inner.delta, name), step, since)  # type: ignore[arg-type]
+        if since is None:
+            return lora_delta(now, self.start(name) if step > 0 else None)
+        return lora_delta(now, self.factors(name, since))
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        if name in self._lora:
+            return super().delta_rows(name, rows, step, since)
+        return self._signed_sum(name, functools.partial(self.inner.delta_rows, name, rows), step, since)
+
+    def _walk(self, name: str) -> dict[int, LoraFactors]:
+        """Return the factors at every observed step, and at step 0 where it was kept."""
+        signs = self.signs(name)
+        path = [self.inner.factors(name, step) for step in signs]
+        first, kept = next(iter(signs)), True
+        try:
+            start = self.inner.factors(name, 0)
+        except CheckpointError:
+            kept, start = False, self.inner.as_of(first).factors(name, first)
+        points = [at for at in (start, *path) if at is not None]
+        A, B = ([at.A for at in points], [at.B for at in points])
+        if not kept:  # A began where it was first seen, and B at zero, or where later jumps put it
+            A[0], B[0] = A[1], B[1] - B[0]
+        walked = map(LoraFactors, *(_signed_path(x, [*signs.values()]) for x in (A, B)), [at.scaling for at in points])
+        return {step: at for step, at in zip((0, *signs), walked, strict=True) if step or kept}
+
+    def _signed_sum(self, name: str, read: Callable[[int, int | None], Tensor], step: int, since: int | None) -> Tensor:
+        """Return sum_i eps_i (W_i - W_{i-1}) over the increments from ``since`` to ``step`` of a dense matrix."""
+        if since is not None and since > step:
+            return -self._signed_sum(name, read, since, step)
+        signs = {end: sign for end, sign in self.signs(name).items() if (since or 0) < end <= step}
+        if not signs:
+            return read(step, step if since is None else since)
+        starts = (since, *signs)
+        parts = (sign * read(end, start) for (end, sign), start in zip(signs.items(), starts, strict=False))
+        return functools.reduce(torch.add, parts)
+
+
+def _signed_path(path: Sequence[Tensor], signs: Sequence[float]) -> list[Tensor]:
+    """Return the walk that starts at the first value and takes the steps to the others, each with its sign, fp64."""
+    walk = [path[0].double()]
+    for (before, after), sign in zip(itertools.pairwise(path), signs, strict=True):
+        walk.append(torch.add(walk[-1], after.double() - before.double(), alpha=sign))
+    return walk

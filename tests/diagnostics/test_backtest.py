@@ -1,49 +1,48 @@
-"""The backtest: what it says of runs whose future is known, and against predictions computed whole from less."""
+"""The backtest: what it finds in runs whose future is known, against predictions computed from whole matrices."""
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable
-from typing import Any
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from next_core import History, open_checkpoints
 from next_core.diagnostics.backtest import backtest
-from next_core.diagnostics.backtest_geometry import MeasureMotion
-from next_core.diagnostics.backtest_inputs import default_horizon, make_setting
-from next_core.diagnostics.backtest_results import Backtest, Score, WalkNull, skill_interval
-from next_core.errors import CheckpointError, ConfigError, PluginError
-from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.diagnostics.backtest_cut import MeasureMotion
+from next_core.diagnostics.backtest_inputs import default_horizon, make_inputs
+from next_core.diagnostics.backtest_results import Judged, Score, WalkNull, skill_interval
+from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
-from next_core.predictor import TrajectoryPredictor
+from next_core.plugins import make_predictor
+from next_core.predictor import Abstain, TrajectoryPredictor, matrix_predictor
 from next_core.sources.memory import MemorySource
-from next_core.sources.replay import Signs
-from tests.conftest import LoraRun
-from tests.diagnostics.replayed import (
-    ALONE,
-    assert_close,
-    dense_curves,
-    replayed,
-    until,
-    walked,
-    whole_lora,
-    without_step_0,
-)
+from next_core.types import LoraFactors
+from next_predictors.secant import Secant
+from tests.conftest import STEPS, LoraRun
+from tests.diagnostics.replayed import ALONE, RUNS, assert_close, replayed, until, walked
 from tests.diagnostics.runs import FIFTEEN, lora_walks, name, straight, walks
-from tests.predictors.trajectories import (
-    dense_run,
-    linear_lora_run,
-    noise,
-)
+from tests.errors import raises_kind
+from tests.predictors.trajectories import dense_run, drift, linear_lora_run, noise
+from tests.sources.test_jumps import jump, moved
 
 
-@pytest.mark.parametrize("make", [dense_curves, whole_lora, without_step_0])
-def test_every_figure_is_that_of_whole_matrices_and_of_a_run_that_ends_at_the_cut(
-    make: Callable[[], MemorySource],
-) -> None:
+def judge(source: CheckpointSource, predictor: Any, horizon: int = 10) -> Judged:
+    found = backtest(source, [predictor], horizon=horizon, draws=0)
+    return next(one for key, one in found.predictors.items() if key not in ("stay", "random", "ridge"))
+
+
+# Against whole matrices
+
+
+@pytest.mark.parametrize("make", RUNS.values(), ids=RUNS.keys())
+def test_every_figure_is_that_of_whole_matrices_and_of_a_run_that_ends_at_the_cut(make: Any) -> None:
     source = make()
     fields = {**ALONE, "secant": {"window": 10, "space": "factors"}}
     found = backtest(source, fields, horizon=20, draws=0)
@@ -56,46 +55,63 @@ def test_every_figure_is_that_of_whole_matrices_and_of_a_run_that_ends_at_the_cu
         assert judged.acted > 0
 
 
-@pytest.mark.parametrize("make", [dense_curves, whole_lora])
-def test_the_null_is_the_skill_on_the_run_with_its_increments_signed(make: Callable[[], MemorySource]) -> None:
-    source = make()
-    found = backtest(source, ALONE, horizon=20, draws=2, seed=3)
-    for predictor, given in ALONE.items():
+@pytest.mark.parametrize("make", RUNS.values(), ids=RUNS.keys())
+def test_the_null_is_the_skill_on_the_run_with_its_increments_signed(make: Any) -> None:
+    source, some = make(), {key: ALONE[key] for key in ("secant", "alpharl", "random")}
+    found = backtest(source, some, horizon=20, cuts=4, draws=2, seed=3)
+    for predictor, given in some.items():
         skills = []
         for draw in (1, 2):
-            walk = walked(source, Signs(3, draw, tuple(t for t in source.steps if t > 0)))
+            walk = walked(source, 3, draw)
             score = replayed(lambda t, w=walk: until(w, t), lambda t, w=walk: w, found.cuts, 20, predictor, given)  # type: ignore[misc]
             skills.append(score.skill)
-        wanted = WalkNull.of(found.predictors[predictor].score.skill, skills)
         null = found.predictors[predictor].null
         assert null is not None
-        assert wanted is not None
-        assert null.mean == pytest.approx(wanted.mean, rel=1e-6, abs=1e-7)
-        assert null.high == pytest.approx(wanted.high, rel=1e-5, abs=1e-6)
+        assert null.mean == pytest.approx(sum(skills) / 2, rel=1e-6, abs=1e-7)
+        half = 12.706 * math.sqrt(1.5) * abs(skills[0] - skills[1]) / math.sqrt(2)  # Student's t with 1 degree
+        assert null.high == pytest.approx(null.mean + half, rel=1e-4, abs=1e-6)
 
 
-def test_walks_of_a_matrix_are_signs_of_its_own_and_the_same_whatever_else_there_is() -> None:
-    signs = Signs(0, 1, FIFTEEN)
-    a, b = signs.of("a"), signs.of("b")
-    assert set(a.tolist()) == {-1.0, 1.0}
-    assert not torch.equal(a, b)
-    assert torch.equal(a, Signs(0, 1, FIFTEEN).of("a"))
-    assert not torch.equal(a, Signs(0, 2, FIFTEEN).of("a"))
-    assert not torch.equal(a, Signs(1, 1, FIFTEEN).of("a"))
+def reopened(run: LoraRun, target: Path, step: int) -> CheckpointSource:
+    """The run folder as it was when a step had been observed: no later checkpoint, no jump made since."""
+    root = target / f"at-{step}"
+    if not root.exists():
+        shutil.copytree(run.path.parent, root)
+        for folder in (root / "checkpoints").iterdir():
+            if int(folder.name.split("-")[1]) > step:
+                shutil.rmtree(folder)
+        for number, made in (("0001", 30), ("0002", 50)):
+            if made >= step:
+                shutil.rmtree(root / "jumps" / number)
+    return open_checkpoints(root / "checkpoints")
+
+
+def test_jumps_of_a_run_folder_count_as_they_did_when_the_cut_was_reached(
+    own_lora_run: LoraRun, tmp_path: Path
+) -> None:
+    jump(own_lora_run, 1, 30, moved("s"))
+    jump(own_lora_run, 2, 50, moved("t"))
+    found = backtest(open_checkpoints(own_lora_run.path), ALONE, horizon=20, draws=0)
+    assert found.cuts == (10, 20, 30, 40)
+    for predictor, given in ALONE.items():
+        at = lambda step: reopened(own_lora_run, tmp_path, step)  # noqa: E731
+        assert not found.predictors[predictor].failures
+        wanted = replayed(at, at, found.cuts, 20, predictor, given)
+        assert_close(found.predictors[predictor].score, wanted, 1e-4)  # jumps are added to the checkpoints in fp32
+
+
+# Known futures
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_straight_line_is_predicted_exactly(lora: bool) -> None:
-    source = linear_lora_run() if lora else straight()
-    found = backtest(source, ["secant", "rl-extra"], horizon=10, draws=40)
+    found = backtest(linear_lora_run() if lora else straight(), ["secant", "rl-extra"], horizon=10, cuts=8, draws=40)
     for predictor in ("secant", "rl-extra"):
-        judged = found.predictors[predictor]
-        assert judged.score.skill == pytest.approx(1, abs=1e-9)
-        assert judged.score.cosine == pytest.approx(1, abs=1e-9)
-        assert judged.score.norm_ratio == pytest.approx(1, abs=1e-9)
-        assert judged.score.best_lambda == pytest.approx(1, abs=1e-9)
-        assert judged.score.rel_error == pytest.approx(0, abs=1e-4)
-        assert judged.interval == (pytest.approx(1), pytest.approx(1))
+        judged, one = found.predictors[predictor], pytest.approx(1, abs=1e-9)
+        score = judged.score
+        assert (score.skill, score.cosine, score.norm_ratio, score.best_lambda) == (one, one, one, one)
+        assert score.rel_error == pytest.approx(0, abs=1e-4)
+        assert judged.interval == (one, one)
         assert judged.above_null
         assert judged.useful
         assert judged.abstained == 0
@@ -112,45 +128,37 @@ def test_a_quadratic_has_the_figures_of_its_formula() -> None:
     DD, PP, PD = sum(d * d for d in D), sum(p * p for p in P), sum(p * d for p, d in zip(P, D, strict=True))
     judged = found.predictors["secant"]
     assert found.cuts == tuple(range(10, 150, 10))
-    assert judged.score.skill == pytest.approx(1 - sum((p - d) ** 2 for p, d in zip(P, D, strict=True)) / DD, rel=1e-9)
-    assert judged.score.rel_error == pytest.approx(math.sqrt(200**2 * 14 / DD), rel=1e-9)
-    assert judged.score.cosine == pytest.approx(PD / math.sqrt(PP * DD), rel=1e-9)
-    assert judged.score.norm_ratio == pytest.approx(math.sqrt(PP / DD), rel=1e-9)
-    assert judged.score.best_lambda == pytest.approx(PD / PP, rel=1e-9)
-    assert judged.score.damped_skill == pytest.approx(PD**2 / PP / DD, rel=1e-9)
+    wanted = {
+        "skill": 1 - 200**2 * 14 / DD,
+        "rel_error": math.sqrt(200**2 * 14 / DD),
+        "cosine": PD / math.sqrt(PP * DD),
+        "norm_ratio": math.sqrt(PP / DD),
+        "lambda": PD / PP,
+        "damped_skill": PD**2 / PP / DD,
+    }
+    assert judged.score.as_dict() == pytest.approx(wanted, rel=1e-9)
     assert judged.by_cut[1] == pytest.approx(1 - 200**2 / D[1] ** 2, rel=1e-9)
-
-
-def test_what_points_backwards_gains_nothing_by_damping() -> None:
-    backwards = Score.of(torch.tensor([4.0, -1.0, 1.0]))
-    assert (backwards.skill, backwards.best_lambda, backwards.cosine) == (-6.0, -0.25, -0.5)
-    assert backwards.damped_skill == 0.0
-    assert Score.of(torch.zeros(3)) == Score()
-    assert Score.of(torch.tensor([0.0, 0.0, 2.0])) == Score(0.0, 1.0, None, 0.0, None, 0.0)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_on_a_random_walk_nothing_beats_its_null_and_staying_is_zero(lora: bool) -> None:
-    steps = tuple(range(10, 260, 10))
+    steps = tuple(range(10, 210, 10))
     source = lora_walks(4, (0, *steps)) if lora else walks(4, steps, m=30, n=20)
-    found = backtest(source, horizon=20)
-    stay = found.predictors["stay"]
-    assert stay.score.skill == 0.0
-    assert stay.interval == (0.0, 0.0)
+    found = backtest(source, ["secant"], horizon=20)
+    stay, secant = found.predictors["stay"], found.predictors["secant"]
     assert stay.null is not None
-    assert (stay.null.mean, stay.null.high) == (0.0, 0.0)
+    assert (stay.score.skill, stay.interval, stay.null.mean, stay.null.high) == (0.0, (0.0, 0.0), 0.0, 0.0)
     assert stay.abstained == 1.0
-    assert not any(judged.useful for judged in found.predictors.values())
-    assert not any(judged.above_null for judged in found.predictors.values())
+    for judged in found.predictors.values():
+        assert not judged.useful
+        assert not judged.above_null
     for predictor in ("secant", "random", "ridge"):
-        judged = found.predictors[predictor]
-        assert judged.score.skill is not None
-        assert judged.null is not None
-        assert judged.score.skill < 0.05
-        assert judged.score.norm_ratio is not None
-        assert judged.score.cosine == pytest.approx(0, abs=0.05)
-    assert found.predictors["secant"].score.best_lambda == pytest.approx(0, abs=0.05)
-    assert found.predictors["secant"].score.skill == pytest.approx(-1, abs=0.15)
+        score = found.predictors[predictor].score
+        assert score.skill is not None
+        assert score.skill < 0.05
+        assert score.cosine == pytest.approx(0, abs=0.06)
+    assert secant.score.best_lambda == pytest.approx(0, abs=0.06)
+    assert secant.score.skill == pytest.approx(-1, abs=0.15)
 
 
 def test_a_random_direction_is_as_long_as_recent_motion_and_leads_nowhere() -> None:
@@ -160,7 +168,137 @@ def test_a_random_direction_is_as_long_as_recent_motion_and_leads_nowhere() -> N
     assert judged.acting.skill == pytest.approx(-1, abs=0.1)
 
 
-def test_what_goes_wrong_is_reported_and_ends_nothing(register: Callable[[type[Any]], None]) -> None:
+def test_a_recorded_run_has_walks_too(lora_run: LoraRun) -> None:
+    found = backtest(open_checkpoints(lora_run.path), {"secant": {}, "alpharl": {}}, horizon=10, draws=2)
+    assert found.cuts == STEPS[:-1]
+    assert not any(judged.failures for judged in found.predictors.values())
+    frozen, _ = found.predictors["secant"].per_matrix["model.layers.1.self_attn.k_proj.weight"]
+    assert frozen == Score()
+    assert found.predictors["secant"].score.skill is not None
+
+
+def test_what_runs_elsewhere_can_be_sent_there(lora_run: LoraRun) -> None:
+    source, key = open_checkpoints(lora_run.path), "model.layers.0.self_attn.q_proj.weight"
+    measure = MeasureMotion(make_inputs(source, source.steps, 10, 2, 2, 0))
+    sent, here = pickle.loads(pickle.dumps(measure))(key), measure(key)
+    assert all(torch.equal(sent[place], gram) for place, gram in here.items())
+
+
+# What a predictor is shown
+
+
+class Recording(TrajectoryPredictor):
+    """Passes on what another predictor answers, and keeps it."""
+
+    name = "recording"
+    requires = frozenset({"global", "local", "target", "gram"})
+    inner: ClassVar[tuple[str, Mapping[str, Any]]]
+    answers: ClassVar[dict[int, Prediction]] = {}
+
+    def fit(self, history: History) -> Recording:
+        predictor, fields = self.inner
+        self.made = make_predictor(predictor, **fields).fit(history)
+        self.newest = history.newest
+        return self
+
+    def predict(self, horizon: int) -> Prediction:
+        self.answers[self.newest] = self.made.predict(horizon)
+        return self.answers[self.newest]
+
+
+def recorded(run: CheckpointSource, horizon: int, inner: str, **fields: Any) -> dict[int, Prediction]:
+    """What a predictor answered at each cut."""
+    Recording.answers, Recording.inner = {}, (inner, fields)
+    backtest(run, [Recording], horizon=horizon, draws=0)
+    return Recording.answers
+
+
+def numbers(prediction: Prediction, key: str) -> Tensor:
+    """An update's own numbers, with its confidence."""
+    update, weight = prediction.updates[key], prediction.weight(key)
+    if isinstance(update, CoefficientUpdate):
+        return torch.tensor([*update.weights, *update.weights.values(), weight], dtype=torch.float64)
+    assert isinstance(update, LowRankUpdate)
+    return weight * update.matrix.dense()
+
+
+@pytest.mark.parametrize("make", [RUNS["dense"], RUNS["lora"]], ids=["dense", "lora"])
+@pytest.mark.parametrize(
+    ("inner", "fields"),
+    [
+        ("secant", {"gate": {"window": 10, "floor": -99, "width": 999, "median_floor": -99}}),
+        ("relex", {}),
+        ("ridge", {}),
+        ("alpharl", {}),
+        ("next-mlp-reduced", {"epochs": 5}),
+    ],
+)
+def test_what_is_changed_after_a_cut_does_not_change_its_prediction(
+    inner: str, fields: dict[str, Any], make: Callable[[], MemorySource]
+) -> None:
+    source, other = make(), make()
+    for step in (80, 90, 100):
+        for key, value in other._checkpoints[step].items():
+            changed = noise(step, 7, 2)
+            if isinstance(value, LoraFactors):
+                other._checkpoints[step][key] = LoraFactors(value.A + 1, value.B + changed, value.scaling)
+            else:
+                other._checkpoints[step][key] = value + noise(step, *value.shape)
+    first, second = recorded(source, 20, inner, **fields), recorded(other, 20, inner, **fields)
+    assert set(first) == set(range(10, 90, 10))
+    acted = 0
+    for cut in range(10, 80, 10):
+        a, b = first[cut], second[cut]
+        assert (a.abstention, dict(a.abstained)) == (b.abstention, dict(b.abstained))
+        assert dict(a.confidence) == dict(b.confidence)
+        assert a.updates.keys() == b.updates.keys()
+        assert all(torch.equal(numbers(a, key), numbers(b, key)) for key in a.updates)
+        acted += len(a.updates)
+    assert acted
+    assert any(not torch.equal(numbers(first[80], key), numbers(second[80], key)) for key in first[80].updates)
+
+
+def test_a_jump_made_after_a_cut_does_not_change_its_prediction(own_lora_run: LoraRun) -> None:
+    answers = []
+    for seed in ("t", "u"):
+        folder = jump(own_lora_run, 1, 40, moved(seed))
+        answers.append(recorded(open_checkpoints(own_lora_run.path), 10, "ridge"))
+        shutil.rmtree(folder)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    for cut in (20, 30, 40):
+        assert torch.equal(*(numbers(each[cut], key) for each in answers))
+    assert not torch.allclose(*(numbers(each[50], key) for each in answers), atol=1e-2, rtol=1e-2)
+
+
+def test_a_predictor_that_looks_ahead_is_found_out() -> None:
+    @matrix_predictor("prophet")
+    def prophet(matrix: Any, horizon: int, config: Any) -> CoefficientUpdate:
+        delta = matrix.history.source.delta(matrix.name, matrix.steps[-1] + horizon, matrix.steps[-1])
+        return CoefficientUpdate({matrix.steps[-1]: float(delta.sum())})
+
+    judged = judge(straight(), prophet)
+    assert len(judged.failures) == 14
+    assert "CheckpointError" in judged.failures[0].reason
+    assert "step 20" in judged.failures[0].reason
+    assert judged.score.skill == 0.0
+
+
+# What a predictor answers
+
+
+def test_predictors_are_names_classes_instances_mappings_and_references() -> None:
+    secant = {"name": "secant", "window": 20}
+    given = ["secant", Secant, Secant(window=20), secant, "next_predictors.secant:Secant"]
+    found = backtest(straight(), given, horizon=10, draws=0).predictors
+    assert len(found) == 3 + len(given)
+    assert found["secant#3"].fields == found["secant#4"].fields == {"window": 20}
+    assert found["secant"].fields == found["secant#2"].fields == {}
+    assert {judged.acted for key, judged in found.items() if "ecant" in key} == {13, 14}
+    with raises_kind("plugin-invalid", "42"):
+        backtest(straight(), [42])  # type: ignore[list-item]
+
+
+def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
     class Wrong(TrajectoryPredictor):
         name = "wrong"
 
@@ -187,38 +325,92 @@ def test_what_goes_wrong_is_reported_and_ends_nothing(register: Callable[[type[A
             update = updates.get(newest, CoefficientUpdate({newest: horizon / newest}))
             return Prediction(history.source, step, horizon, updates={key: update})
 
-    register(Wrong)
-    found = backtest(straight(), ["wrong", "secant"], horizon=10, draws=2)
+    found = backtest(straight(), [Wrong, "secant"], horizon=10, draws=2)
     judged = found.predictors["wrong"]
-    assert {failure.cut: failure.reason for failure in judged.failures} == {
-        10: "ZeroDivisionError: by hand",
-        20: f"GuardError: the prediction of '{name(0)}' is not finite",
-        30: f"GuardError: the prediction of '{name(0)}' is not finite",
-        40: f"CheckpointError: '{name(0)}': step 50 was not observed; observed: (10, 20, 30, 40)",
-        50: f"PluginError: the update of '{name(0)}' is (5, 7), the parameter (7, 5)",
-        60: f"PluginError: '{name(0)}': str is no update",
-        70: "predict answered NoneType; return a Prediction",
-        80: "the prediction names 'elsewhere', which the run does not have",
-        90: "the prediction counts from step 10, but the newest observed is 90",
+    expected = {
+        10: ("ZeroDivisionError", "by hand"),
+        20: ("GuardError", name(0)),
+        30: ("GuardError", name(0)),
+        40: ("CheckpointError", name(0), "step 50"),
+        50: ("PluginError", name(0), "(5, 7)", "(7, 5)"),
+        60: ("PluginError", name(0), "str"),
+        70: ("PluginError", "NoneType"),
+        80: ("PluginError", "elsewhere"),
+        90: ("PluginError", "step 10", "90"),
     }
-    assert judged.acted == 5
-    assert judged.abstained == 0
+    assert [failure.cut for failure in judged.failures] == list(expected)
+    for failure in judged.failures:
+        assert all(part in failure.reason for part in expected[failure.cut]), failure
+    assert (judged.acted, judged.abstained) == (5, 0)
     assert judged.score.skill == pytest.approx(5 / 14)
     assert judged.acting.skill == pytest.approx(1)
     assert found.predictors["secant"].score.skill == pytest.approx(1)
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_one_another_interval() -> None:
-    source = dense_curves()
+def test_an_abstention_counts_as_staying_and_figures_of_the_other_cuts_are_separate() -> None:
+    @matrix_predictor("sometimes")
+    def sometimes(matrix: Any, horizon: int, config: Any) -> Any:
+        newest = matrix.steps[-1]
+        return Abstain("not at even tens") if newest % 20 == 0 else CoefficientUpdate({newest: horizon / newest})
 
-    def told(seed: int) -> dict[str, Any]:
-        found = backtest(source, ["secant"], horizon=20, draws=3, seed=seed).as_dict()
+    direction = noise(1, 7, 5)
+    judged = judge(dense_run({"a": lambda t: t * direction}, FIFTEEN), sometimes, horizon=20)
+    assert judged.acted == 7  # 10, 30, ... 130 of 10, 20, ... 130
+    assert judged.abstained == pytest.approx(6 / 13)
+    assert judged.reasons == {"not at even tens": 6}
+    assert judged.acting.skill == pytest.approx(1, abs=1e-12)
+    assert judged.score.skill == pytest.approx(7 / 13)
+    assert judged.score.rel_error == pytest.approx(math.sqrt(6 / 13))
+    assert judged.by_cut[1] == 0.0
+
+
+def test_confidence_scales_what_is_predicted() -> None:
+    @matrix_predictor("half")
+    def half(matrix: Any, horizon: int, config: Any) -> Any:
+        c = horizon / matrix.steps[-1]
+        if matrix.name == name(1):
+            return LowRankUpdate(LowRank(torch.full((7, 1), c), torch.ones(1, 5))), 0.5
+        return CoefficientUpdate({matrix.steps[-1]: c}), 0.5
+
+    judged = judge(dense_run({name(0): drift(1), name(1): lambda t: t * torch.ones(7, 5).double() / 10}), half)
+    score, _ = judged.per_matrix[name(0)]
+    assert score.skill == pytest.approx(0.75)
+    assert score.best_lambda == pytest.approx(2)
+    ratios = [0.5 * 10 / t for t in range(10, 100, 10)]
+    score, _ = judged.per_matrix[name(1)]
+    assert score.norm_ratio == pytest.approx(math.sqrt(sum(r * r for r in ratios) / len(ratios)), rel=1e-6)
+
+
+# Figures and settings
+
+
+def test_what_points_backwards_gains_nothing_by_damping() -> None:
+    backwards = Score.of(torch.tensor([4.0, -1.0, 1.0]))
+    assert (backwards.skill, backwards.best_lambda, backwards.cosine) == (-6.0, -0.25, -0.5)
+    assert backwards.damped_skill == 0.0
+    assert Score.of(torch.zeros(3)) == Score()
+    assert Score.of(torch.tensor([0.0, 0.0, 2.0])) == Score(0.0, 1.0, None, 0.0, None, 0.0)
+
+
+def test_the_null_says_where_the_run_is_among_its_walks() -> None:
+    # Skills 2 PD - PP, as DD is 1: 0.75 of the run, then -2, 0, 0.75 and -4 of four walks.
+    sums = torch.tensor([[0.25, 0.5, 1.0], [2.0, 0.0, 1.0], [1.0, 0.5, 1.0], [0.25, 0.5, 1.0], [4.0, 0.0, 1.0]])
+    null = WalkNull.of(sums.double())
+    assert null is not None
+    assert (null.mean, null.p) == (pytest.approx(-1.3125), pytest.approx(2 / 5))
+    assert null.z == pytest.approx((0.75 + 1.3125) / torch.tensor([-2, 0, 0.75, -4]).double().std().item())
+    assert WalkNull.of(sums[:2].double()) is None
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_one_another_interval() -> None:
+    def answer(seed: int) -> dict[str, Any]:
+        found = backtest(RUNS["dense"](), ["secant"], horizon=20, draws=3, seed=seed).as_dict()
         found.pop("shared_seconds")
         for judged in found["predictors"].values():
             judged.pop("seconds")
         return found
 
-    first, again, other = told(0), told(0), told(1)
+    first, again, other = answer(0), answer(0), answer(1)
     assert first == again
     for key in ("skill_low", "null_skill"):
         assert first["predictors"]["secant"][key] != other["predictors"]["secant"][key]
@@ -230,11 +422,9 @@ def test_the_interval_is_that_of_resampled_blocks() -> None:
     # have means of .5, .75, 1, 1.25 and 1.5 with variance .09375: 40 of them have sd .0484.
     error = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 1.5] * 20, dtype=torch.float64)
     sums = torch.stack([error, torch.full_like(error, 0.5), torch.ones_like(error)], 1)  # |P - D|^2 = error
-    alone, blocks = skill_interval(sums, 1, 0), skill_interval(sums, 4, 0)
-    assert alone is not None
-    assert blocks is not None
-    assert alone == (pytest.approx(-1.96 * 0.0395, abs=0.008), pytest.approx(1.96 * 0.0395, abs=0.008))
-    assert blocks == (pytest.approx(-1.96 * 0.0484, abs=0.008), pytest.approx(1.96 * 0.0484, abs=0.008))
+    for block, sd in ((1, 0.0395), (4, 0.0484)):
+        wanted = pytest.approx(-1.96 * sd, abs=0.008), pytest.approx(1.96 * sd, abs=0.008)
+        assert skill_interval(sums, block, 0) == wanted
     assert skill_interval(sums[:7], 4, 0) is None
     assert skill_interval(sums[:8], 4, 0) is not None
 
@@ -244,56 +434,40 @@ def test_the_horizon_and_the_cuts_are_chosen_sensibly() -> None:
     assert default_horizon((0, 5, 10, 15)) == 10
     assert default_horizon((10, 20)) == 10
     assert default_horizon((10, 20, 30, 45, 60, 75)) == 30
-    setting = make_setting(walks(1), None, 4, 0, 0, FIFTEEN)
-    assert (setting.horizon, setting.cuts, setting.block) == (20, (40, 70, 100, 130), 1)
-    setting = make_setting(walks(1), 50, None, 0, 0, FIFTEEN)
-    assert (setting.cuts, setting.block) == (tuple(range(10, 110, 10)), 5)
+    inputs = make_inputs(walks(1), FIFTEEN, None, 4, 0, 0)
+    assert (inputs.horizon, inputs.cuts, inputs.block) == (20, (40, 70, 100, 130), 1)
+    inputs = make_inputs(walks(1), FIFTEEN, 50, None, 0, 0)
+    assert (inputs.cuts, inputs.block) == (tuple(range(10, 110, 10)), 5)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "kind", "names"),
     [
-        ({"horizon": 0}, "at least 1 RL step"),
-        ({"horizon": 15}, "no two checkpoints lie 15 steps apart; horizons that are: 10, 20"),
-        ({"draws": 1}, "at least 2"),
-        ({"cuts": 0}, "cuts must be at least 1"),
-        ({"predictors": {"secant": {"windw": 5}}}, "did you mean 'window'"),
+        ({"horizon": 0}, "config-invalid-value", ["horizon"]),
+        ({"horizon": 15}, "config-invalid-value", ["15", "10, 20"]),
+        ({"draws": 1}, "config-invalid-value", ["draws"]),
+        ({"cuts": 0}, "config-invalid-value", ["cuts"]),
+        ({"predictors": {"secant": {"windw": 5}}}, "config-unknown-key", ["windw", "'window'"]),
+        ({"predictors": ["secnt"]}, "plugin-unknown", ["secnt", "'secant'"]),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_work(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_settings_are_refused_before_the_work(options: dict[str, Any], kind: str, names: list[str]) -> None:
+    with raises_kind(kind, *names):
         backtest(straight(), **options)
 
 
-def test_an_unknown_predictor_and_too_short_a_run_are_refused() -> None:
-    with pytest.raises(PluginError, match="Did you mean 'secant'"):
-        backtest(straight(), ["secnt"])
-    with pytest.raises(CheckpointError, match="at least 2 checkpoints"):
+def test_too_short_a_run_and_nan_in_a_checkpoint_are_refused() -> None:
+    with raises_kind("checkpoint-too-few", "2 checkpoints"):
         backtest(straight((10,)))
-
-
-def test_nan_in_a_checkpoint_is_named() -> None:
     source = straight()
     source._checkpoints[50][name(0)] = torch.full((7, 5), torch.nan).double()
-    with pytest.raises(CheckpointError, match=f"'{name(0)}' holds NaN"):
+    with raises_kind("checkpoint-not-finite", name(0)):
         backtest(source, horizon=10)
 
 
-def test_what_runs_elsewhere_can_be_sent_there(lora_run: LoraRun) -> None:
-    source = open_checkpoints(lora_run.path)
-    setting = make_setting(source, 10, None, 2, 0, source.steps)
-    key = "model.layers.0.self_attn.q_proj.weight"
-    sent = pickle.loads(pickle.dumps(MeasureMotion(setting)))
-    assert torch.equal(sent(key).whole, MeasureMotion(setting)(key).whole)
-    past = pickle.loads(pickle.dumps(setting.past(1, 30)))
-    assert torch.equal(past.factors(key, 20).B, setting.past(1, 30).factors(key, 20).B)
-
-
 def test_as_plain_objects_it_has_what_the_page_lists() -> None:
-    found: Backtest = backtest(straight(), ["secant"], horizon=10, draws=2)
-    plain = found.as_dict()
-    assert plain["horizon"] == 10
-    assert plain["cuts"] == list(range(10, 150, 10))
+    plain = backtest(straight(), ["secant"], horizon=10, draws=2).as_dict()
+    assert (plain["horizon"], plain["cuts"]) == (10, list(range(10, 150, 10)))
     secant = plain["predictors"]["secant"]
     assert {"skill", "skill_low", "skill_high", "null_skill", "null_high", "rel_error", "cosine", "norm_ratio"} < set(
         secant

@@ -19,7 +19,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.mathematics.low_rank import dense
 from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
-from next_core.sources.replay import Past, Signs
+from next_core.sources.replay import RandomWalk, UpTo
 from next_core.testing import (
     Check,
     SyntheticRun,
@@ -56,8 +56,8 @@ RUNS: dict[str, tuple[str, Callable[[Path], CheckpointSource]]] = {
     "adapters without step 0": ("peft-adapter", lambda folder: adapters(folder, start=False)),
     "adapters, listed": ("peft-adapter", listed),
     "models": ("full-model", models),
-    "past": ("past", lambda folder: Past(lora_run(), 40)),
-    "past, random signs": ("past", lambda folder: Past(lora_run(), 40, Signs(0, 0, lora_run().steps))),
+    "up to a step": ("up-to", lambda folder: UpTo(lora_run(), 40)),
+    "random walk": ("up-to", lambda folder: UpTo(RandomWalk(lora_run(), 0, 0), 40)),
 }
 
 

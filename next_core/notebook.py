@@ -20,13 +20,13 @@ from next_core.diagnostics.analysis_results import FIGURES, Analysis, Group
 from next_core.diagnostics.backtest_results import Backtest
 from next_core.diagnostics.drawing import BLUE, GREY, WIDTH, Drawing, check_drawing, draw, label
 from next_core.diagnostics.plots import draw_analysis
-from next_core.diagnostics.trajectory import with_origin
 from next_core.errors import CheckpointError, ConfigError
 from next_core.history.history import History
 from next_core.interfaces import Applied, CheckpointSource, WeightApplier
 from next_core.plugins import PredictorLike, make_applier, resolve_predictor
 from next_core.process.optional_packages import import_optional
 from next_core.sources.jumps import jump_places
+from next_core.sources.source_views import with_origin
 from next_core.storage.atomic import move_directory, remove_directory
 from next_core.types import Progress
 

@@ -12,7 +12,7 @@ from next_core.diagnostics.analysis_results import (
     Series,
 )
 from next_core.diagnostics.learning_rate import learning_rate_factor, run_advice
-from next_core.diagnostics.trajectory import FromFirstCheckpoint, with_origin
+from next_core.sources.source_views import FromFirstCheckpoint, with_origin
 
 __all__ = [
     "FIGURES",

@@ -25,7 +25,7 @@ from next_core.diagnostics.figures import (
 from next_core.diagnostics.learning_rate import judge
 from next_core.diagnostics.nulls import Band, band
 from next_core.diagnostics.stored_precision import read_precision
-from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured_steps, origin, read_trajectory
+from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured_steps, read_trajectory
 from next_core.errors import ConfigError
 from next_core.history.history import History
 
@@ -61,7 +61,7 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
     alone = _each(raw, len(names) + 1)
     found = Analysis(
         steps=measured_steps(history),
-        origin=origin(history),
+        origin=history.source.origin,
         even=trajectory.grid.even,
         horizon=chosen,
         draws=draws,

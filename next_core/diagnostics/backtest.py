@@ -43,7 +43,7 @@ def backtest(
     at alpha 1, with its own confidences. ``predictors`` are whatever ``resolve_predictor`` accepts, or names with their
     settings; None takes the registered ones that treat each matrix alone. A ``History`` brings its rank, compressor,
     cache and executor. ``horizon`` None: see ``default_horizon``. ``cuts`` limits their number, evenly spaced back from
-    the last. The same is done on ``draws`` random walks (``next_core.sources.replay.RandomWalk``) for the null.
+    the last. The same is done on ``draws`` random walks (``next_core.sources.source_views.RandomWalk``) for the null.
 
     A predictor that raises or returns nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
     predictor, ``ConfigError`` for its settings or a horizon that no two checkpoints span, ``CheckpointError`` for what

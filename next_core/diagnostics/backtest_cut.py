@@ -18,7 +18,7 @@ from next_core.interfaces.prediction import coefficients
 from next_core.mathematics import low_rank
 from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank
-from next_core.sources.replay import RandomWalk, UpTo
+from next_core.sources.source_views import RandomWalk, UpTo
 from next_core.types import Span
 
 Shared = dict[Span, dict[str, Factors]]

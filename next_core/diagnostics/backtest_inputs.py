@@ -12,7 +12,7 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource
-from next_core.sources.replay import RandomWalk
+from next_core.sources.source_views import RandomWalk
 from next_core.types import Span
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from next_core.diagnostics.analysis_results import Precision
-from next_core.diagnostics.trajectory import FromFirstCheckpoint, measured_steps
+from next_core.diagnostics.trajectory import measured_steps
 from next_core.history.history import History
 from next_core.sources.precision import LOW, rounding_report
 
@@ -16,8 +16,6 @@ def read_precision(history: History) -> Precision | None:
     The largest singular values are those of the local components, so that nothing is decomposed again.
     """
     source, steps = history.source, measured_steps(history)
-    if isinstance(source, FromFirstCheckpoint):
-        source = source.inner
     coarse = [name for name in history.names if source.precision(name) in LOW]
     if len(steps) < 2 or not coarse or not source.stores_full_weights:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,10 +13,8 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.history.motion_grams import motion_grams
-from next_core.interfaces import CheckpointSource
 from next_core.mathematics.agreement import agreement, comparable_span
-from next_core.mathematics.low_rank import LowRank
-from next_core.types import LoraFactors, Parameter, Span
+from next_core.types import Span
 
 MOST_HORIZONS = 32
 """Lags and horizons looked at; of more distinct ones (uneven spacing, many checkpoints) an even choice is taken."""
@@ -133,7 +131,7 @@ def read_motions(history: History) -> Motions | str:
     if not history.names:
         return "no matrix moved over the last interval: did training change the weights?"
     steps = measured_steps(history)
-    known = {*steps, origin(history)} if _start_is_known(history) else {*steps}
+    known = {*steps, history.source.origin} if _start_is_known(history) else {*steps}
     span = comparable_span(known, steps)
     if span is None:
         return f"no two successive motions of one length between {len(known)} points: {_listed(sorted(known))}"
@@ -158,7 +156,7 @@ def _start_is_known(history: History) -> bool:
     try:
         for name in history.names:
             if history.ranks[name] is not None:
-                return history.source.factors(name, origin(history)) is not None
+                return history.source.factors(name, history.source.origin) is not None
     except CheckpointError:
         return False
     return True
@@ -180,13 +178,7 @@ def apply_forms(grams: Tensor, forms: Sequence[Tensor]) -> Tensor:
 
 def measured_steps(history: History) -> tuple[int, ...]:
     """The observed steps but step 0, which is where RL began and so the start itself."""
-    return tuple(step for step in history.steps if step > origin(history))
-
-
-def origin(history: History) -> int:
-    """The RL step the deltas count from."""
-    source = history.source
-    return source.origin if isinstance(source, FromFirstCheckpoint) else 0
+    return tuple(step for step in history.steps if step > history.source.origin)
 
 
 def read_trajectory(history: History) -> Trajectory:
@@ -195,79 +187,12 @@ def read_trajectory(history: History) -> Trajectory:
     Raises what the source raises: ``CheckpointError`` for values that are not finite or a backbone that is not there.
     """
     steps = measured_steps(history)
-    grid = Grid((origin(history), *steps))
+    grid = Grid((history.source.origin, *steps))
     spans: list[Span] = [(step, before) for before, step in itertools.pairwise((None, *steps)) if step is not None]
     found = history.inner_products(spans) if history.names and steps else {}
     size = len(steps)
     grams = torch.stack([found[name] for name in history.names]) if found else torch.zeros(0, size, size).double()
     return Trajectory(history.names if found else (), grid, grams)
-
-
-class FromFirstCheckpoint(CheckpointSource):
-    """A run whose backbone is not at hand, counted from its first checkpoint instead."""
-
-    name = "from-first-checkpoint"
-
-    def __init__(self, inner: CheckpointSource) -> None:
-        super().__init__()
-        if len(inner.steps) < 2:
-            raise CheckpointError(
-                "one checkpoint and no backbone to compare it with; pass --backbone, or a folder with more checkpoints"
-            )
-        self.inner = inner
-        self.origin = inner.steps[0]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.inner.steps[1:]
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        return self.inner.parameters
-
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        return self.inner.skipped
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return (*self.inner.notes, f"no backbone: deltas count from the first checkpoint, step {self.origin}")
-
-    def precision(self, name: str) -> torch.dtype:
-        return self.inner.precision(name)
-
-    def fingerprint(self, step: int | None) -> str | None:
-        return self.inner.fingerprint(self.origin if step is None else step)
-
-    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
-        return self.inner.delta(name, step, self.origin if since is None else since)
-
-    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
-        return self.inner.delta_rows(name, rows, step, self.origin if since is None else since)
-
-    def factors(self, name: str, step: int) -> LoraFactors | None:
-        return self.inner.factors(name, step)
-
-    def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
-        return self.inner.logged_metrics()
-
-
-def with_origin(source: CheckpointSource) -> CheckpointSource:
-    """The source, or ``FromFirstCheckpoint`` of it when its backbone cannot be read.
-
-    Raises ``CheckpointError`` when there is one checkpoint only and nothing to compare it with.
-    """
-    dense = [parameter for parameter in source.parameters if parameter.rank is None] if source.steps else []
-    if not dense:
-        return source
-    smallest = min(dense, key=lambda parameter: parameter.shape[0] * parameter.shape[1]).name
-    first = source.steps[0]
-    source.delta_rows(smallest, slice(0, 1), first, first)  # damaged itself: its own error
-    try:
-        source.delta_rows(smallest, slice(0, 1), first, None)
-    except CheckpointError:
-        return FromFirstCheckpoint(source)
-    return source
 
 
 def _some(values: list[int], most: int = MOST_HORIZONS) -> tuple[int, ...]:

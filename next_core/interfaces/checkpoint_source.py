@@ -57,6 +57,11 @@ class CheckpointSource(Plugin):
         """The observed RL steps, ascending."""
 
     @property
+    def origin(self) -> int:
+        """The step that deltas without ``since`` count from."""
+        return 0
+
+    @property
     @abstractmethod
     def parameters(self) -> tuple[Parameter, ...]:
         """The weight matrices of the run; they are the same in every checkpoint."""

@@ -16,7 +16,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.mathematics.low_rank import dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
-from next_core.sources.replay import RandomWalk
+from next_core.sources.source_views import RandomWalk
 from next_core.types import LoraFactors
 from tests.predictors.trajectories import curve, curved_lora_run, dense_run
 

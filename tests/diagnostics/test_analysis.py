@@ -247,12 +247,11 @@ def test_half_precision_checkpoints_that_drown_the_signal_are_warned_of(tmp_path
     strict(half)
 
 
-def test_the_answer_has_the_documented_keys_and_documentation_names_every_figure() -> None:
+def test_the_documentation_names_every_figure_and_the_json_has_no_nan() -> None:
     found = analyze(history(lora_walks(2))).as_dict()
     page = (Path(__file__).parents[2] / "docs" / "analyze.md").read_text()
-    for key in (*found, *found["overall"], *found["overall"]["figures"]["c1_r2"], *FIGURES):
-        assert f"`{key}`" in page, key
-    assert json.loads(json_text(found)) == json.loads(json.dumps(found))
+    assert not [figure for figure in FIGURES if f"`{figure}`" not in page]
+    assert json.loads(json_text(found)) == json.loads(json.dumps(found, allow_nan=False))
 
 
 def test_advice_reads_the_figures_it_has() -> None:

@@ -19,7 +19,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.mathematics.low_rank import dense
 from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
-from next_core.sources.replay import RandomWalk, UpTo
+from next_core.sources.source_views import RandomWalk, UpTo
 from next_core.testing import (
     Check,
     SyntheticRun,

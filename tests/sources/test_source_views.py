@@ -10,7 +10,7 @@ import torch
 from next_core import History, open_checkpoints
 from next_core.mathematics.low_rank import dense
 from next_core.sources.memory import MemorySource
-from next_core.sources.replay import RandomWalk, UpTo
+from next_core.sources.source_views import RandomWalk, UpTo
 from tests.conftest import LoraRun
 from tests.diagnostics.replayed import RUNS, walked
 from tests.errors import raises_kind

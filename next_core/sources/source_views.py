@@ -1,4 +1,4 @@
-"""A recorded run as it stood at one of its steps, and random walks that take the run's own steps."""
+"""Other views of a run: as it stood at a step, as a random walk, and counted from its first checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
+from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import lora_delta
 from next_core.types import LoraFactors, Parameter
 
 
 class SourceView(CheckpointSource):
-    """A source that shows another one; what it does not override is the other's."""
+    """A source that shows another one, ``inner``, and changes some of it."""
 
     def __init__(self, inner: CheckpointSource) -> None:
         super().__init__()
@@ -40,6 +41,9 @@ class SourceView(CheckpointSource):
 
     def precision(self, name: str) -> torch.dtype:
         return self.inner.precision(name)
+
+    def factors(self, name: str, step: int) -> LoraFactors | None:
+        return self.inner.factors(name, step)
 
     def start(self, name: str) -> LoraFactors | None:
         return self.inner.start(name)
@@ -176,6 +180,69 @@ class RandomWalk(SourceView):
         starts = (since, *signs)
         parts = (sign * read(end, start) for (end, sign), start in zip(signs.items(), starts, strict=False))
         return functools.reduce(torch.add, parts)
+
+
+class FromFirstCheckpoint(SourceView):
+    """A full-parameter run whose backbone cannot be read: deltas count from its first checkpoint instead.
+
+    Raises ``CheckpointError`` when there is only one checkpoint.
+    """
+
+    name = "from-first-checkpoint"
+
+    def __init__(self, inner: CheckpointSource) -> None:
+        super().__init__(inner)
+        if len(inner.steps) < 2:
+            raise CheckpointError(
+                "one checkpoint and no backbone to compare it with; pass --backbone, or a folder with more checkpoints",
+                kind="checkpoint-too-few",
+            )
+
+    @property
+    def origin(self) -> int:
+        return self.inner.steps[0]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.inner.steps[1:]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return (*self.inner.notes, f"no backbone: deltas count from the first checkpoint, step {self.origin}")
+
+    @property
+    def stores_full_weights(self) -> bool:
+        return self.inner.stores_full_weights
+
+    def model(self, step: int | None) -> StoredModel:
+        return self.inner.model(self.origin if step is None else step)
+
+    def fingerprint(self, step: int | None) -> str | None:
+        return self.inner.fingerprint(self.origin if step is None else step)
+
+    def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
+        return self.inner.delta(name, step, self.origin if since is None else since)
+
+    def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
+        return self.inner.delta_rows(name, rows, step, self.origin if since is None else since)
+
+
+def with_origin(source: CheckpointSource) -> CheckpointSource:
+    """Return the source, or ``FromFirstCheckpoint`` of it when its backbone cannot be read.
+
+    Raises ``CheckpointError`` when there is only one checkpoint and nothing to compare it with.
+    """
+    dense = [parameter for parameter in source.parameters if parameter.rank is None] if source.steps else []
+    if not dense:
+        return source
+    smallest = min(dense, key=lambda parameter: parameter.shape[0] * parameter.shape[1]).name
+    first = source.steps[0]
+    source.delta_rows(smallest, slice(0, 1), first, first)  # a damaged checkpoint raises its own error here
+    try:
+        source.delta_rows(smallest, slice(0, 1), first, None)
+    except CheckpointError:
+        return FromFirstCheckpoint(source)
+    return source
 
 
 def _signed_path(path: Sequence[Tensor], signs: Sequence[float]) -> list[Tensor]:

@@ -1,64 +1,97 @@
-"""``analyze``: what is going on in a run's weights, each figure beside its random-walk null."""
+"""``analyze``: the geometry of a run's weights over time, each figure with its random-walk null."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from next_core.diagnostics.advice import advice
-from next_core.diagnostics.analysis_results import FIGURES, Analysis, Figure, Group, Null, Series
-from next_core.diagnostics.figures import (
+from next_core.diagnostics.analysis_results import FIGURES, Analysis, Figure, Group, Null, Precision, Series
+from next_core.diagnostics.gram_figures import OUT_OF_SAMPLE, Curve, gram_figures, step_lengths
+from next_core.diagnostics.learning_rate import Agreements, judge, measure_agreements
+from next_core.diagnostics.random_walks import (
     FEWEST_DRAWS,
-    OUT_OF_SAMPLE,
-    Agreements,
-    Raw,
-    measure,
-    measure_agreements,
+    and_whole,
+    band,
+    chunks,
+    dimensions,
+    isotropic_walks,
     median,
     quantile,
 )
-from next_core.diagnostics.learning_rate import judge
-from next_core.diagnostics.nulls import Band, band
-from next_core.diagnostics.stored_precision import read_precision
 from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured_steps, read_trajectory
+from next_core.diagnostics.triplet_figures import triplet_figures, triplet_nulls
 from next_core.errors import ConfigError
 from next_core.history.history import History
+from next_core.sources.precision import LOW, rounding_report
 
 LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 SHARES = frozenset(name for name in FIGURES if name.startswith(("energy", "squared", "cosine_u", "cosine_v")))
 """Figures between 0 and 1: the interval of their few draws is cut there."""
+NEWEST = ("energy_ratio_global", "squared_energy_ratio_global")
+"""Read at the newest checkpoint; other figures over time are summed up by their median over time."""
+MANY = 32
+"""Beyond so many intervals, the figures of the SVD over time are taken of fewer walks: cost grows with the cube."""
+
+
+class Measured(NamedTuple):
+    """One figure of M matrices and, last, of the whole run as one vector: (M + 1,); of its walks: (D, M + 1)."""
+
+    values: Tensor
+    draws: Tensor | None = None
+
+
+class MeasuredCurve(NamedTuple):
+    """A figure of M matrices over L points, (M, L), and its median over the matrices on walks, (D, L)."""
+
+    curve: Curve
+    draws: Tensor | None = None
+
+
+Figures = dict[str, Measured]
+Curves = dict[str, MeasuredCurve]
 
 
 def analyze(history: History, *, horizon: int | None = None, draws: int = 200, seed: int = 0) -> Analysis:
-    """The figures of ``FIGURES`` per matrix, layer and kind, and overall, with ``draws`` random walks for the nulls.
+    """Measure the figures of ``FIGURES`` per matrix, layer and kind, and overall, with ``draws`` walks for the nulls.
 
     ``horizon`` (RL steps) is that of the out-of-sample figures; None takes the longest up to a third of the run. What
     the checkpoints do not allow is None, with its reason in ``missing``. Raises ``ConfigError`` for a horizon below 1
     or too few draws, ``CheckpointError`` for what cannot be read (see ``with_origin`` for a backbone that is missing).
     """
     if horizon is not None and horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})")
+        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})", kind="config-invalid-value")
     if draws < FEWEST_DRAWS:
-        raise ConfigError(f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})")
+        raise ConfigError(
+            f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})", kind="config-invalid-value"
+        )
     trajectory = read_trajectory(history)
-    chosen = trajectory.grid.default_horizon() if horizon is None else horizon
+    names, chosen = trajectory.names, trajectory.grid.default_horizon() if horizon is None else horizon
     agreements = measure_agreements(history, draws, seed)
-    raw = measure(history, trajectory, agreements, chosen, draws, seed)
-    names = trajectory.names
-    places = {name: index for index, name in enumerate(names)}
+    figures: Figures = {}
+    curves: Curves = {}
+    if names:
+        _add_gram_figures(figures, curves, history, trajectory, chosen, draws, seed)
+        _add_triplet_figures(figures, curves, history, seed)
+    if isinstance(agreements, Agreements):
+        values, drawn = agreements.values, agreements.draws
+        figures["agreement"] = Measured(median(values), median(drawn))
+        curves["agreement"] = MeasuredCurve(Curve("step", agreements.moments, values[:-1]), median(drawn[:, :-1], 1))
     layers: dict[int, list[int]] = {}
     kinds: dict[str, list[int]] = {}
-    for name, index in places.items():
+    for index, name in enumerate(names):
         kinds.setdefault(kind_of(name), []).append(index)
         layer = layer_of(name)
         if layer is not None:
             layers.setdefault(layer, []).append(index)
-    alone = _each(raw, len(names) + 1)
+    *alone, whole = _each(figures, len(names) + 1)
     found = Analysis(
         steps=measured_steps(history),
         origin=history.source.origin,
@@ -66,104 +99,153 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         horizon=chosen,
         draws=draws,
         seed=seed,
-        overall=_group(raw, names, list(places.values()), with_null=True),
-        whole=Group(names, {k: figure for k, figure in alone[-1].items() if figure.value is not None}),
-        layers={layer: _group(raw, names, layers[layer]) for layer in sorted(layers)},
-        kinds={kind: _group(raw, names, kinds[kind]) for kind in sorted(kinds)},
+        overall=_group(figures, curves, names, list(range(len(names))), with_null=True),
+        whole=Group(names, {k: figure for k, figure in whole.items() if figure.value is not None}),
+        layers={layer: _group(figures, curves, names, layers[layer]) for layer in sorted(layers)},
+        kinds={kind: _group(figures, curves, names, kinds[kind]) for kind in sorted(kinds)},
         matrices={
-            name: Group((name,), alone[index], layer=layer_of(name), kind=kind_of(name))
-            for name, index in places.items()
+            name: Group((name,), own, layer=layer_of(name), kind=kind_of(name))
+            for name, own in zip(names, alone, strict=True)
         },
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
-        missing=_missing(trajectory, raw, agreements, chosen),
+        missing=dict(_missing(trajectory, figures, agreements, chosen)),
         learning_rate=judge(agreements, history.jump_log),
         notes=tuple(history.source.notes),
-        precision=read_precision(history),
+        precision=_read_precision(history),
     )
     return dataclasses.replace(found, advice=advice(found))
 
 
 def layer_of(name: str) -> int | None:
-    """12 for ``model.layers.12.self_attn.q_proj.weight``; None for what belongs to no layer."""
+    """Return 12 for ``model.layers.12.self_attn.q_proj.weight``; None for a matrix outside the layers."""
     match = LAYER.search(f".{name}")
     return None if match is None else int(match.group(1))
 
 
 def kind_of(name: str) -> str:
-    """``q_proj`` for ``model.layers.12.self_attn.q_proj.weight``."""
-    parts = name.removesuffix(".weight").split(".")
-    return parts[-1]
+    """Return ``q_proj`` for ``model.layers.12.self_attn.q_proj.weight``."""
+    return name.removesuffix(".weight").split(".")[-1]
 
 
-def _each(raw: Raw, count: int) -> list[dict[str, Figure]]:
-    """The figures of each matrix alone, the whole run last."""
+def _add_gram_figures(
+    figures: Figures,
+    curves: Curves,
+    history: History,
+    trajectory: Trajectory,
+    horizon: int | None,
+    draws: int,
+    seed: int,
+) -> None:
+    """Add what follows from inner products; walks take the observed step lengths in random directions."""
+    grid, lengths = trajectory.grid, step_lengths(trajectory.grams)
+    found, found_curves = gram_figures(and_whole(trajectory.grams), grid, horizon)
+    drawn: dict[str, list[Tensor]] = {}
+    drawn_curves: dict[str, list[Tensor]] = {}
+    if found:
+        space, rng = dimensions(history, measured_steps(history)), np.random.default_rng(seed)
+        decomposed = draws if grid.intervals <= MANY else max(FEWEST_DRAWS, int(draws * (MANY / grid.intervals) ** 3))
+        for start, count in chunks(draws, lengths):
+            walks = and_whole(isotropic_walks(lengths, space, count, rng))
+            some, some_curves = gram_figures(walks, grid, horizon, start < decomposed)
+            for name, value in some.items():
+                drawn.setdefault(name, []).append(value)
+            for name, curve in some_curves.items():
+                drawn_curves.setdefault(name, []).append(median(curve.values[:, :-1], 1))
+    # Walks have the observed speed: there is nothing to compare.
+    drawn.pop("speed_ratio", None)
+    drawn_curves.pop("speed", None)
+    for name, value in found.items():
+        figures[name] = Measured(value, torch.cat(drawn[name]) if name in drawn else None)
+    for name, curve in found_curves.items():
+        null = torch.cat(drawn_curves[name]) if name in drawn_curves else None
+        curves[name] = MeasuredCurve(curve._replace(values=curve.values[:-1]), null)
+
+
+def _add_triplet_figures(figures: Figures, curves: Curves, history: History, seed: int) -> None:
+    """Add what needs singular triplets; the whole run as one vector is no matrix and has none."""
+
+    def over_time(name: str, value: Tensor) -> Tensor:
+        summed_up = value[..., -1] if name in NEWEST else median(value)
+        return torch.nn.functional.pad(summed_up, (0, 1), value=torch.nan)
+
+    steps, nulls = measured_steps(history), triplet_nulls(history, seed)
+    for name, value in triplet_figures(history).items():
+        drawn = nulls.get(name)
+        first = 1 if name.startswith("cosine") else 0
+        if len(steps) > first:
+            curve = Curve("step", steps[first:], value[:, first:])
+            curves[name] = MeasuredCurve(curve, None if drawn is None else median(drawn[:, :, first:], 1))
+            figures[name] = Measured(over_time(name, value), None if drawn is None else over_time(name, drawn))
+
+
+def _each(figures: Figures, count: int) -> list[dict[str, Figure]]:
+    """Return the figures of each matrix alone, and last those of the whole run."""
     found: list[dict[str, Figure]] = [{} for _ in range(count)]
-    for name in FIGURES:
-        if name not in raw.scalars:
-            continue
-        nulls = _nulls(name, band(raw.scalar_draws[name])) if name in raw.scalar_draws else [None] * count
-        for index, value in enumerate(_numbers(raw.scalars[name])):
-            found[index][name] = Figure(value, None, int(value is not None), nulls[index])
+    for name in filter(figures.__contains__, FIGURES):
+        values, draws = figures[name]
+        nulls = [None] * count if draws is None else _nulls(name, draws)
+        for own, value, null in zip(found, _numbers(values), nulls, strict=True):
+            own[name] = Figure(value, None, int(value is not None), null)
     return found
 
 
-def _group(raw: Raw, names: Sequence[str], members: list[int], with_null: bool = False) -> Group:
-    """Medians over some matrices; the null is that of the median."""
-    figures: dict[str, Figure] = {}
-    for name in FIGURES:
-        if name not in raw.scalars or not members:
-            continue
-        values = raw.scalars[name][members]
-        [low], [middle], [high] = (_numbers(quantile(values, q)[None]) for q in (0.25, 0.5, 0.75))
-        quartiles = None if low is None or high is None else (low, high)
-        null = None
-        if name in raw.scalar_draws:
-            [null] = _nulls(name, band(median(raw.scalar_draws[name][:, members])[:, None]))
-        figures[name] = Figure(middle, quartiles, int((~values.isnan()).sum()), null)
+def _group(
+    figures: Figures, curves: Curves, names: Sequence[str], members: list[int], with_null: bool = False
+) -> Group:
+    """Return medians over some matrices; the null is that of the median."""
+    found: dict[str, Figure] = {}
     series: dict[str, Series] = {}
-    for name, (over, x, each) in raw.series.items() if members else ():
-        low_, middle_, high_ = (_numbers(quantile(each[members], q, 0)) for q in (0.25, 0.5, 0.75))
-        drawn = raw.series_draws.get(name) if with_null else None
-        null_ = None if drawn is None else tuple(_nulls(name, band(drawn)))
-        series[name] = Series(over, x, tuple(middle_), tuple(low_), tuple(high_), null_)
-    return Group(tuple(names[index] for index in members), figures, series)
+    for name in filter(figures.__contains__, FIGURES if members else ()):
+        values, draws = figures[name]
+        low, middle, high = _numbers(torch.stack([quantile(values[members], q) for q in (0.25, 0.5, 0.75)]))
+        quartiles = None if low is None or high is None else (low, high)
+        null = None if draws is None else _nulls(name, median(draws[:, members])[:, None])[0]
+        found[name] = Figure(middle, quartiles, int((~values[members].isnan()).sum()), null)
+    for name, ((over, x, each), drawn) in curves.items() if members else ():
+        low_, middle_, high_ = (tuple(_numbers(quantile(each[members], q, 0))) for q in (0.25, 0.5, 0.75))
+        nulls = None if drawn is None or not with_null else tuple(_nulls(name, drawn))
+        series[name] = Series(over, x, middle_, low_, high_, nulls)
+    return Group(tuple(names[index] for index in members), found, series)
 
 
 def _numbers(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _nulls(name: str, bands: Band) -> list[Null | None]:
+def _nulls(name: str, draws: Tensor) -> list[Null | None]:
+    """Return the null of each of L columns of draws (D, L)."""
     low, high = (0.0, 1.0) if name in SHARES else (-math.inf, math.inf)
-    each = torch.stack(list(bands), -1).clamp(low, high).tolist()
+    each = torch.stack(list(band(draws)), -1).clamp(low, high).tolist()
     return [Null(*one) if all(map(math.isfinite, one)) else None for one in each]
 
 
-def _missing(trajectory: Trajectory, raw: Raw, agreements: Agreements | str, horizon: int | None) -> Mapping[str, str]:
-    """Why a figure is not there for any matrix."""
+FEWEST_INTERVALS = {
+    "c1_r2": 3, "line_r2": 3, "speed_ratio": 3, "top_5_share": 6, "top_1_of_top_5": 6, "msd_exponent": 4
+}  # fmt: skip
+
+
+def _missing(
+    trajectory: Trajectory, figures: Figures, agreements: Agreements | str, horizon: int | None
+) -> Iterator[tuple[str, str]]:
+    """Say why a figure is not there for any matrix."""
     grid = trajectory.grid
-    found: dict[str, str] = {}
     for name in FIGURES:
-        if name in raw.scalars and not bool(raw.scalars[name].isnan().all()):
+        if name in figures and not bool(figures[name].values.isnan().all()):
             continue
         if not trajectory.names:
-            found[name] = "no matrix moved over the last interval: did training change the weights?"
+            yield name, "no matrix moved over the last interval: did training change the weights?"
         elif name == "agreement" and isinstance(agreements, str):
-            found[name] = agreements
+            yield name, agreements
         elif name in OUT_OF_SAMPLE:
-            found[name] = _no_target(trajectory, horizon)
+            yield name, _no_target(trajectory, horizon)
         elif name.startswith("energy_ratio"):
-            found[name] = "needs all singular values: --spectrum, or History(source, rank, spectrum=True)"
-        else:
-            needs = _FEWEST.get(name, 2)
+            yield name, "needs all singular values: --spectrum, or History(source, rank, spectrum=True)"
+        elif grid.intervals < (needs := FEWEST_INTERVALS.get(name, 2)):
             have = f"{grid.intervals} checkpoint{'s' if grid.intervals != 1 else ''} after step {grid.times[0]}"
-            few = f"needs {needs} checkpoints, there {'is' if grid.intervals == 1 else 'are'} {have}"
-            found[name] = few if grid.intervals < needs else "not defined for any matrix: they stood still in between"
-    return found
-
-
-_FEWEST = {"c1_r2": 3, "line_r2": 3, "speed_ratio": 3, "top_5_share": 6, "top_1_of_top_5": 6, "msd_exponent": 4}
+            yield name, f"needs {needs} checkpoints, there {'is' if grid.intervals == 1 else 'are'} {have}"
+        else:
+            yield name, "not defined for any matrix: they stood still in between"
 
 
 def _no_target(trajectory: Trajectory, horizon: int | None) -> str:
@@ -172,5 +254,22 @@ def _no_target(trajectory: Trajectory, horizon: int | None) -> str:
         return f"needs {FEWEST_POINTS} checkpoints, so that a line through {FEWEST_POINTS} points meets a later one"
     if horizon not in grid.horizons:
         there = ", ".join(map(str, grid.horizons))
-        return f"no checkpoints {horizon} steps apart to check a line with; horizons that are: {there}"
+        return f"no checkpoints are {horizon} steps apart to check a line with; choose a horizon of {there}"
     return "needs two checkpoints to predict at this horizon, there is one; take a shorter horizon"
+
+
+def _read_precision(history: History) -> Precision | None:
+    """Compare the newest interval with the rounding step; None unless full checkpoints are stored in low precision."""
+    source, steps = history.source, measured_steps(history)
+    coarse = [name for name in history.names if source.precision(name) in LOW]
+    if len(steps) < 2 or not coarse or not source.stores_full_weights:
+        return None
+    components = history.components("local", align=False)  # their singular values are known: nothing is decomposed anew
+    step, since = steps[-1], steps[-2]
+    reports = [rounding_report(source, name, step, since, sigma=float(components[name].S[-1, 0])) for name in coarse]
+    return Precision(
+        step=step,
+        since=since,
+        delta_to_ulp={report.name: report.delta_to_ulp for report in reports if math.isfinite(report.delta_to_ulp)},
+        drowned=tuple(report.name for report in reports if report.drowned),
+    )

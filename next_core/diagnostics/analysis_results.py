@@ -1,16 +1,16 @@
-"""What an analysis answers: figures beside their nulls, as frozen values and as plain objects for JSON."""
+"""What an analysis finds: figures with their nulls, as frozen values and as plain objects for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Numbers = tuple[float | None, ...]
 
 
 class Described(NamedTuple):
-    """How a figure is called: a heading for tables, and in words."""
+    """A figure's heading in tables, and what it is in words."""
 
     heading: str
     words: str
@@ -49,7 +49,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Null:
-    """A figure under the random walk: its mean and 95% interval; None where there is none at this place."""
+    """A figure under the random walk: its mean and 95% interval; None in place of it where there is none."""
 
     mean: float
     low: float
@@ -58,10 +58,7 @@ class Null:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a group: its median over the matrices that have it, quartiles, and its null.
-
-    ``outside`` is where the value lies against the null's interval; None without a null, or inside.
-    """
+    """One figure of a group: its median over the matrices that have it, quartiles, and its null."""
 
     value: float | None
     quartiles: tuple[float, float] | None = None
@@ -70,19 +67,13 @@ class Figure:
 
     @property
     def outside(self) -> Literal["above", "below"] | None:
+        """Where the value is against the null's interval; None without a null, or inside."""
         if self.value is None or self.null is None:
             return None
         return "above" if self.value > self.null.high else "below" if self.value < self.null.low else None
 
     def as_dict(self) -> dict[str, Any]:
-        null = None if self.null is None else vars(self.null)
-        return {
-            "value": self.value,
-            "quartiles": None if self.quartiles is None else list(self.quartiles),
-            "matrices": self.matrices,
-            "null": null,
-            "outside": self.outside,
-        }
+        return asdict(self) | {"outside": self.outside}
 
 
 @dataclass(frozen=True)
@@ -96,10 +87,6 @@ class Series:
     high: Numbers
     null: tuple[Null | None, ...] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        null = None if self.null is None else [None if one is None else vars(one) for one in self.null]
-        return {"over": self.over, "x": self.x, "value": self.value, "low": self.low, "high": self.high, "null": null}
-
 
 @dataclass(frozen=True)
 class Group:
@@ -112,45 +99,32 @@ class Group:
     kind: str | None = None
 
     def value(self, figure: str) -> float | None:
-        """The figure, or None."""
+        """Return the figure, or None."""
         return self.figures[figure].value if figure in self.figures else None
 
     def as_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "matrices": len(self.members),
-            "figures": {name: figure.as_dict() for name, figure in self.figures.items()},
-        }
-        if self.series:
-            found["series"] = {name: series.as_dict() for name, series in self.series.items()}
-        return found
+        figures = {name: figure.as_dict() for name, figure in self.figures.items()}
+        series = {name: asdict(series) for name, series in self.series.items()}
+        return {"matrices": len(self.members), "figures": figures} | ({"series": series} if series else {})
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How large deltas of half-precision checkpoints are beside the rounding step, per matrix over one interval."""
+    """How large deltas of half-precision checkpoints are next to the rounding step, per matrix over one interval."""
 
     step: int
     since: int
     delta_to_ulp: Mapping[str, float]
     drowned: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "since": self.since,
-            "delta_to_ulp": dict(self.delta_to_ulp),
-            "drowned": list(self.drowned),
-        }
-
 
 @dataclass(frozen=True)
 class LearningRate:
-    """How many times too small a run's learning rate looks: about ``factor``, between ``low`` and ``high``.
+    """How many times too small a run's learning rate looks: about ``factor``, between ``low`` and ``high``; 1 is fine.
 
     It follows from ``agreement``: lambda of successive motions of ``span`` RL steps, the median over matrices, and of
-    that the median over ``moments`` in time (``quartiles`` over time). 1: it does not look too small. Where ``auto``
-    was at work, its median ``multiple`` is in the factor. ``jumps``: how many were made, by whichever predictor.
-    ``reason`` says why nothing can be told.
+    that the median over ``moments`` in time (``quartiles`` over time). Where ``auto`` was at work, its median
+    ``multiple`` is in the factor. ``jumps``: how many were made, by any predictor. ``reason``: why there is no figure.
     """
 
     agreement: float | None = None
@@ -164,21 +138,6 @@ class LearningRate:
     multiple: float | None = None
     jumps: int = 0
     reason: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "factor": self.factor,
-            "low": self.low,
-            "high": self.high,
-            "agreement": self.agreement,
-            "quartiles": None if self.quartiles is None else list(self.quartiles),
-            "null": None if self.null is None else vars(self.null),
-            "span": self.span,
-            "moments": self.moments,
-            "multiple": self.multiple,
-            "jumps": self.jumps,
-            "reason": self.reason,
-        }
 
 
 @dataclass(frozen=True)
@@ -205,27 +164,17 @@ class Analysis:
     advice: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain objects with the keys that docs/analyze.md lists; no number is NaN or infinite."""
-        return {
-            "steps": list(self.steps),
-            "origin": self.origin,
+        """Return plain objects for JSON; no number is NaN or infinite."""
+        each = {n: {"layer": one.layer, "kind": one.kind} | one.as_dict() for n, one in self.matrices.items()}
+        found = {
+            **vars(self),
             "evenly_spaced": self.even,
-            "horizon": self.horizon,
-            "draws": self.draws,
-            "seed": self.seed,
             "overall": self.overall.as_dict(),
             "whole": self.whole.as_dict(),
             "layers": {str(layer): group.as_dict() for layer, group in self.layers.items()},
             "kinds": {kind: group.as_dict() for kind, group in self.kinds.items()},
-            "per_matrix": {
-                name: {"layer": group.layer, "kind": group.kind} | group.as_dict()
-                for name, group in self.matrices.items()
-            },
-            "frozen": dict(self.frozen),
-            "skipped": dict(self.skipped),
-            "missing": dict(self.missing),
-            "learning_rate": self.learning_rate.as_dict(),
-            "notes": list(self.notes),
-            "precision": None if self.precision is None else self.precision.as_dict(),
-            "advice": list(self.advice),
+            "per_matrix": each,
+            "learning_rate": asdict(self.learning_rate),
+            "precision": None if self.precision is None else asdict(self.precision),
         }
+        return {key: value for key, value in found.items() if key not in ("even", "matrices")}

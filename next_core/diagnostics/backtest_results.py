@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.nulls import band
+from next_core.diagnostics.random_walks import band
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""

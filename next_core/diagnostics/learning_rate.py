@@ -1,16 +1,21 @@
-"""Whether a run's learning rate is too small, and how many times: from the agreement of its successive motions."""
+"""How many times too small a run's learning rate is, from the agreement of its consecutive updates."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from next_core.diagnostics.advice import learning_rate_advice
-from next_core.diagnostics.analysis_results import LearningRate, Null
-from next_core.diagnostics.figures import Agreements, measure_agreements, median, quantile
-from next_core.diagnostics.nulls import band
+import numpy as np
+import torch
+from torch import Tensor
+
+from next_core.diagnostics.analysis_results import LearningRate, Null, number
+from next_core.diagnostics.gram_figures import step_lengths
+from next_core.diagnostics.random_walks import and_whole, band, chunks, isotropic_walks, median, quantile
+from next_core.diagnostics.trajectory import read_motions
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource
 
@@ -21,14 +26,45 @@ STRAIGHT = 0.98
 EXPONENT = 0.63
 """On the arithmetic task (lambda / (1 - lambda)) to this power falls as the learning rate grows."""
 
+WORTH_TELLING = 2.0
+"""A smaller factor cannot be told from a rate that is right."""
+
+
+@dataclass(frozen=True)
+class Agreements:
+    """lambda of successive motions of ``span`` RL steps at L moments, (M + 1, L), and of D walks, (D, M + 1, L).
+
+    The last of the M + 1 is the whole run as one vector.
+    """
+
+    span: int
+    moments: tuple[int, ...]
+    values: Tensor
+    draws: Tensor
+
+
+def measure_agreements(history: History, draws: int, seed: int) -> Agreements | str:
+    """Return the agreement of successive motions and its null, or why it cannot be measured."""
+    motions = read_motions(history)
+    if isinstance(motions, str):
+        return motions
+    lengths, rng = step_lengths(motions.grams), np.random.default_rng(seed)
+    drawn = [
+        motions.agreements(and_whole(isotropic_walks(lengths, motions.dimensions, count, rng)))
+        for _, count in chunks(draws, lengths)
+    ]
+    values = motions.agreements(and_whole(motions.grams))
+    return Agreements(motions.span, motions.moments, values, torch.cat(drawn))
+
 
 def learning_rate_factor(
     history: History, jumps: Sequence[Mapping[str, Any]] = (), *, draws: int = 100, seed: int = 0
 ) -> LearningRate:
-    """How many times too small the learning rate of a run looks, from its checkpoints and the jumps tried in it.
+    """Estimate how many times too small the learning rate of a run is, from its checkpoints and jumps.
 
-    ``jumps`` are records of the run's journal; ``draws`` random walks say what agreement is by chance. A full-parameter
-    run whose backbone may be missing is opened by ``with_origin``. Raises ``CheckpointError`` for what cannot be read.
+    ``jumps`` are records of the run's journal; ``draws`` random walks show what agreement arises by chance. Open a
+    full-parameter run whose backbone may be missing by ``with_origin``. Raises ``CheckpointError`` for what cannot be
+    read.
     """
     return judge(measure_agreements(history, draws, seed), jumps)
 
@@ -43,10 +79,31 @@ def run_advice(source: CheckpointSource, jumps: Sequence[Mapping[str, Any]]) -> 
     return learning_rate_advice(learning_rate_factor(History(source), jumps))
 
 
-def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
-    """From lambda, as far as it is above a random walk's, and from the multiple that ``auto`` added to the rate.
+def learning_rate_advice(rate: LearningRate) -> str | None:
+    """Return how many times too small the learning rate looks, and why; None where it does not."""
+    if rate.factor is None or rate.factor < WORTH_TELLING or rate.low is None or rate.high is None:
+        return None
+    assert rate.agreement is not None
+    why = f"consecutive {rate.span}-step updates have agreement {number(rate.agreement)}"
+    if rate.multiple is not None:
+        why = f"auto multiplied its steps by {rate.multiple:.1f} (median), and {why}"
+    elif rate.jumps:
+        why += ", jumps excluded"
+    times = f"{rate.factor:.2g} times too small ({rate.low:.2g} to {rate.high:.2g})"
+    return f"The learning rate looks about {times}: {why}{null_in_words(rate.null)}."
 
-    With jumps in play lambda is that of RL at the rate they make it act with: what they did comes on top.
+
+def null_in_words(null: Null | None, what: str = "") -> str:
+    """Return the null in parentheses, to follow a figure."""
+    if null is None:
+        return ""
+    return f" (random walk{what} {number(null.mean)}, 95% {number(null.low)} to {number(null.high)})"
+
+
+def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
+    """Turn lambda, where it is above a random walk's, into a factor, times the multiple that ``auto`` applied.
+
+    Jumps are not in lambda, but RL ran with them: it is the lambda of the rate that they made RL act with.
     """
     made, multiple = sum(bool(jump["accepted"]) for jump in jumps), _multiple(jumps)
     if isinstance(agreements, str):
@@ -57,32 +114,19 @@ def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> L
     low, middle, high = (float(quantile(over_time, q)) for q in (0.25, 0.5, 0.75))
     null = Null(*(float(one) for one in band(median(median(agreements.draws[:, :-1], 1)))))
     base = 1.0 if multiple is None else multiple
-
-    def factor(value: float) -> float:
-        return base * (_too_small(value) if middle > null.high else 1.0)
-
-    return LearningRate(
-        agreement=middle,
-        quartiles=(low, high),
-        null=null,
-        factor=factor(middle),
-        low=factor(low),
-        high=factor(high),
-        span=agreements.span,
-        moments=len(agreements.moments),
-        multiple=multiple,
-        jumps=made,
-    )
+    factor, least, most = (base * (_too_small(x) if middle > null.high else 1.0) for x in (middle, low, high))
+    span, moments = agreements.span, len(agreements.moments)
+    return LearningRate(middle, (low, high), null, factor, least, most, span, moments, multiple, made)
 
 
 def _too_small(value: float) -> float:
-    """lambda / (1 - lambda) over what it is at ``BALANCED``, to the power of ``EXPONENT``; 1 at least."""
+    """Return lambda / (1 - lambda) relative to its value at ``BALANCED``, to the power of ``EXPONENT``; at least 1."""
     at = min(max(value, BALANCED), STRAIGHT)
     return math.pow(at / (1 - at) * (1 - BALANCED) / BALANCED, EXPONENT)
 
 
 def _multiple(jumps: Sequence[Mapping[str, Any]]) -> float | None:
-    """The median of the multiples ``auto`` tried, 1 where one was refused; None of a run without it."""
+    """Return the median of the multiples that ``auto`` tried, 1 where one was refused; None without ``auto``."""
     each = [
         float(jump["diagnostics"]["multiple"]) if jump["accepted"] else 1.0
         for jump in jumps

@@ -1,4 +1,4 @@
-"""A run as points in time: where each matrix was, as inner products of its steps. All linear figures need no more."""
+"""A run as points in time: inner products of each matrix's steps, from which all linear figures follow."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from next_core.mathematics.agreement import agreement, comparable_span
 from next_core.types import Span
 
 MOST_HORIZONS = 32
-"""Lags and horizons looked at; of more distinct ones (uneven spacing, many checkpoints) an even choice is taken."""
+"""At most so many lags and horizons are measured, evenly chosen: unevenly spaced runs have many distinct ones."""
 MOST_MOMENTS = 32
-"""Moments at which successive motions are compared; of more, an even choice is taken."""
+"""At most so many moments at which successive motions are compared."""
 FEWEST_POINTS = 3
-"""A line is fitted to at least this many points, the start among them, before it has to predict."""
+"""A line must be fitted to at least so many points, the start among them, before it has to predict."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Grid:
 
     @property
     def even(self) -> bool:
-        """Whether all intervals are of one length."""
+        """Whether all intervals have one length."""
         return len({b - a for a, b in itertools.pairwise(self.times)}) <= 1
 
     @cached_property
@@ -60,26 +60,26 @@ class Grid:
         return tuple(lag for lag in self.lags if self.targets(lag))
 
     def pairs(self, lag: int) -> list[tuple[int, int]]:
-        """Index pairs (i, j) of points that lie ``lag`` RL steps apart."""
+        """Return index pairs (i, j) of points that are ``lag`` RL steps apart."""
         where = {time: index for index, time in enumerate(self.times)}
         return [(i, where[time + lag]) for i, time in enumerate(self.times) if time + lag in where]
 
     def targets(self, horizon: int) -> list[tuple[int, int]]:
-        """The pairs (i, j) of ``pairs(horizon)`` with at least ``FEWEST_POINTS`` points up to i."""
+        """Return the pairs (i, j) of ``pairs(horizon)`` with at least ``FEWEST_POINTS`` points up to i."""
         return [(i, j) for i, j in self.pairs(horizon) if i + 1 >= FEWEST_POINTS]
 
     def default_horizon(self) -> int | None:
-        """The longest horizon up to a third of the span (as 50 after 150 observed steps), else the shortest."""
+        """Return the longest horizon up to a third of the span (as 50 after 150 observed steps), else the shortest."""
         short = [horizon for horizon in self.horizons if 3 * horizon <= self.span]
         return short[-1] if short else (self.horizons[0] if self.horizons else None)
 
     def form(self, rows: Tensor) -> Tensor:
-        """sum over rows c of |sum_j c_j W_j|^2 as a quadratic form in the N steps: (N, N).
+        """Return the quadratic form in the N steps, (N, N), that gives sum over rows c of |sum_j c_j W_j|^2.
 
-        ``rows`` (K, N + 1) are coefficients over the points, each row summing to zero, so that only differences of
-        points count. The sum is <form, K> with K the Gram matrix of the steps.
+        ``rows`` (K, N + 1) are coefficients over the points; each row sums to zero, so only differences of points
+        count. With K the Gram matrix of the steps the sum is <form, K>: point j is the start and the first j steps.
         """
-        of_steps = rows.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # point j is the start and the first j steps
+        of_steps = rows.flip(-1).cumsum(-1).flip(-1)[:, 1:]
         return of_steps.T @ of_steps
 
 
@@ -91,18 +91,32 @@ class Trajectory:
     grid: Grid
     grams: Tensor
 
-    @property
-    def lengths(self) -> Tensor:
-        """The norm of each step, (M, N)."""
-        return self.grams.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+
+def read_trajectory(history: History) -> Trajectory:
+    """Read the steps between neighbouring checkpoints directly, so that nothing cancels.
+
+    Raises what the source raises: ``CheckpointError`` for values that are not finite or a missing backbone.
+    """
+    steps = measured_steps(history)
+    grid = Grid((history.source.origin, *steps))
+    spans: list[Span] = [(step, before) for before, step in itertools.pairwise((None, *steps)) if step is not None]
+    found = history.inner_products(spans) if history.names and steps else {}
+    empty = torch.zeros(0, len(steps), len(steps), dtype=torch.float64)
+    grams = torch.stack([found[name] for name in history.names]) if found else empty
+    return Trajectory(history.names if found else (), grid, grams)
+
+
+def measured_steps(history: History) -> tuple[int, ...]:
+    """Return the observed steps but step 0, which is where RL began and so the start itself."""
+    return tuple(step for step in history.steps if step > history.source.origin)
 
 
 @dataclass(frozen=True)
 class Motions:
-    """What the agreement of successive motions needs: inner products of the motions between neighbouring ``points``.
+    """Inner products of the motions between neighbouring ``points``, for the agreement of successive motions.
 
     At each of ``moments`` two successive motions of ``span`` RL steps end. ``grams`` (M, N, N), fp64, are those of
-    the adapter's own factors, of which there are ``dimensions`` (M,) many entries, and of the matrices without LoRA.
+    the adapter's own factors, which have ``dimensions`` (M,) many entries, or of the matrices without LoRA.
     """
 
     span: int
@@ -111,13 +125,8 @@ class Motions:
     grams: Tensor
     dimensions: Tensor
 
-    @property
-    def lengths(self) -> Tensor:
-        """The norm of each motion, (M, N)."""
-        return self.grams.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-
     def agreements(self, grams: Tensor) -> Tensor:
-        """lambda at each moment, of motions whose Gram matrices are (..., N, N): (..., moments)."""
+        """Return lambda at each moment, of motions whose Gram matrices are (..., N, N): (..., moments)."""
         at = {point: index for index, point in enumerate(self.points)}
         each = []
         for moment in self.moments:
@@ -127,7 +136,10 @@ class Motions:
 
 
 def read_motions(history: History) -> Motions | str:
-    """The motions whose agreement can be told, or why there are none. Moments lie half a span apart or more."""
+    """Return the motions whose agreement can be measured, or why there are none.
+
+    Moments are half a span apart or more.
+    """
     if not history.names:
         return "no matrix moved over the last interval: did training change the weights?"
     steps = measured_steps(history)
@@ -142,17 +154,14 @@ def read_motions(history: History) -> Motions | str:
     chosen = _some(moments[::-1], MOST_MOMENTS)
     points = tuple(sorted({moment - back * span for moment in chosen for back in (0, 1, 2)}))
     grams = motion_grams(history, points)
+    entries = [_entries(history.shapes[name], history.ranks[name]) for name in history.names]
     return Motions(
-        span,
-        chosen,
-        points,
-        torch.stack([grams[name] for name in history.names]),
-        torch.tensor([_entries(history, name) for name in history.names], dtype=torch.float64),
+        span, chosen, points, torch.stack([grams[name] for name in history.names]), torch.tensor(entries).double()
     )
 
 
 def _start_is_known(history: History) -> bool:
-    """Whether where RL began can be compared with: of LoRA, only where the adapter's own step 0 was kept."""
+    """Whether steps can be compared with where RL began: for LoRA, only where the adapter's own step 0 was kept."""
     try:
         for name in history.names:
             if history.ranks[name] is not None:
@@ -162,37 +171,12 @@ def _start_is_known(history: History) -> bool:
     return True
 
 
-def _entries(history: History, name: str) -> int:
-    (m, n), rank = history.shapes[name], history.ranks[name]
-    return m * n if rank is None else rank * (m + n)
+def _entries(shape: tuple[int, int], rank: int | None) -> int:
+    return shape[0] * shape[1] if rank is None else rank * sum(shape)
 
 
 def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
-
-
-def apply_forms(grams: Tensor, forms: Sequence[Tensor]) -> Tensor:
-    """<form_f, K> for each Gram matrix (..., N, N) and each of F forms (N, N): (..., F)."""
-    return grams.flatten(-2) @ torch.stack(list(forms)).flatten(1).T
-
-
-def measured_steps(history: History) -> tuple[int, ...]:
-    """The observed steps but step 0, which is where RL began and so the start itself."""
-    return tuple(step for step in history.steps if step > history.source.origin)
-
-
-def read_trajectory(history: History) -> Trajectory:
-    """The steps between neighbouring checkpoints, taken directly: nothing cancels.
-
-    Raises what the source raises: ``CheckpointError`` for values that are not finite or a backbone that is not there.
-    """
-    steps = measured_steps(history)
-    grid = Grid((history.source.origin, *steps))
-    spans: list[Span] = [(step, before) for before, step in itertools.pairwise((None, *steps)) if step is not None]
-    found = history.inner_products(spans) if history.names and steps else {}
-    size = len(steps)
-    grams = torch.stack([found[name] for name in history.names]) if found else torch.zeros(0, size, size).double()
-    return Trajectory(history.names if found else (), grid, grams)
 
 
 def _some(values: list[int], most: int = MOST_HORIZONS) -> tuple[int, ...]:

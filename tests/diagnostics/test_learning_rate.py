@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics import LearningRate, analyze, learning_rate_factor, run_advice
+from next_core.diagnostics.learning_rate import learning_rate_advice
 from next_core.diagnostics.trajectory import MOST_MOMENTS, Motions, read_motions
 from next_core.errors import CheckpointError
 from next_core.history.history import History
@@ -71,20 +72,19 @@ def test_a_straight_path_has_the_largest_factor(source: MemorySource) -> None:
     assert rate.agreement == pytest.approx(1.0)
     assert (rate.factor, rate.low, rate.high) == (MOST, MOST, MOST)
     assert (rate.span, rate.moments, rate.reason) == (20, 22, None)
-    said = run_advice(source, [])
-    assert said is not None
-    assert said.startswith("The learning rate looks about 46 times too small (46 to 46): ")
-    assert "successive motions of 20 steps agree by 1.00 (random walk " in said
+    said = str(learning_rate_advice(rate))
+    assert "46 times too small (46 to 46)" in said
+    assert "20-step updates have agreement 1.00 (random walk" in said
 
 
-@pytest.mark.parametrize("source", [walks(20), lora_walks(20)], ids=["dense", "lora"])
+@pytest.mark.parametrize("source", [walks(8), lora_walks(8)], ids=["dense", "lora"])
 def test_a_random_walk_gets_no_advice(source: MemorySource) -> None:
     rate = told(source)
     assert rate.agreement is not None
     assert abs(rate.agreement) < 0.1
     assert rate.factor == pytest.approx(1.0)
-    assert run_advice(source, []) is None
-    assert not any("learning rate" in sentence for sentence in analyze(History(source)).advice)
+    assert learning_rate_advice(rate) is None
+    assert not any("learning rate" in sentence for sentence in analyze(History(source), draws=20).advice)
 
 
 def test_agreement_that_a_walk_can_have_by_chance_is_no_sign() -> None:
@@ -108,7 +108,7 @@ def test_a_known_mixture_has_its_agreement_and_factor(make: Any, share: float, f
     assert rate.high is not None
     assert rate.factor is not None
     assert 1.0 <= rate.low <= rate.factor <= rate.high
-    assert (run_advice(make(share), []) is None) == (factor < 2)
+    assert (learning_rate_advice(rate) is None) == (factor < 2)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,8 @@ def test_too_few_checkpoints_are_the_reason(source: MemorySource) -> None:
     rate = told(source)
     assert rate.factor is None
     assert rate.reason is not None
-    assert rate.reason.startswith("no two successive motions of one length between ")
-    assert run_advice(source, []) is None
-    assert analyze(History(source)).missing["agreement"] == rate.reason
+    assert learning_rate_advice(rate) is None
+    assert analyze(History(source), draws=20).missing["agreement"] == rate.reason
 
 
 def test_a_run_that_does_not_move_is_the_reason() -> None:
@@ -155,18 +154,17 @@ def test_the_multiples_of_auto_are_in_the_factor() -> None:
         assert mine == pytest.approx(7 * without)
     said = run_advice(lora_walks(20), jumps)
     assert said is not None
-    assert said.startswith("The learning rate looks about 7 times too small (7 to 7): auto multiplied its steps by 7.0")
+    assert "7 times too small (7 to 7)" in said
+    assert "auto multiplied its steps by 7.0" in said
     refused = told(lora_walks(20), [tried(5.0), tried(9.0, accepted=False), tried(1.0, accepted=False)])
     assert (refused.multiple, refused.jumps, refused.factor) == (1.0, 1, pytest.approx(1.0))
 
 
-def test_jumps_of_other_predictors_come_on_top() -> None:
+def test_jumps_of_other_predictors_are_mentioned() -> None:
     jump = {"step": 50, "accepted": True, "diagnostics": {"median_lambda": 0.7}}
-    for jumps, words in (([jump], "with its 1 jump in play, which come on top, "), ([jump] * 2, "its 2 jumps in play")):
-        said = run_advice(lora_mixture(0.85), jumps)
-        assert said is not None
-        assert words in said
-    assert told(lora_mixture(0.85), [jump]).multiple is None
+    assert "jumps excluded" in str(run_advice(lora_mixture(0.85), [jump]))
+    rate = told(lora_mixture(0.85), [jump] * 2)
+    assert (rate.multiple, rate.jumps) == (None, 2)
 
 
 def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> None:
@@ -181,12 +179,12 @@ def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> 
     assert (series.over, series.x) == ("step", TWENTIES[2:])
     assert series.null is not None
     assert rate.multiple == 3.0
-    assert any(sentence.startswith("The learning rate looks about") for sentence in analysis.advice)
-    assert analysis.as_dict()["learning_rate"] == rate.as_dict()
-    assert rate.as_dict().keys() >= {"factor", "low", "high", "agreement", "span", "reason"}
+    assert any("learning rate" in sentence for sentence in analysis.advice)
+    assert analysis.as_dict()["learning_rate"].keys() >= {"factor", "low", "high", "agreement", "span", "reason"}
 
 
 def test_a_run_whose_start_cannot_be_read_is_named() -> None:
     lost = MemorySource(dense_run({"a": drift(1)}, (10, 20))._checkpoints)
     with pytest.raises(CheckpointError):
-        run_advice(lost, [])
+        told(lost)
+    assert run_advice(lost, []) is None  # reading whole matrices would take long

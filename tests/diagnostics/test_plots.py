@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from next_core.diagnostics import Analysis, analyze
-from next_core.diagnostics.drawing import check_drawing
-from next_core.diagnostics.plots import PICTURES, write_plots
-from next_core.errors import ConfigError, PluginError
+from next_core.diagnostics.drawing import Drawing, check_drawing
+from next_core.diagnostics.plots import PICTURES, draw_analysis, write_plots
 from tests.diagnostics.runs import history, lora_walks, straight
+from tests.errors import raises_kind
 from tests.predictors.trajectories import dense_run, drift
 
 pytest.importorskip("matplotlib")
@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def analysis() -> Analysis:
-    return analyze(history(lora_walks(3)))
+    return analyze(history(lora_walks(3)), draws=40)
 
 
 def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analysis: Analysis, tmp_path: Path) -> None:
@@ -34,32 +34,34 @@ def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analys
         assert words in text
 
 
-def test_the_same_analysis_makes_the_same_files(analysis: Analysis, tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_plots(analysis, tmp_path / folder)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+def test_the_same_analysis_makes_the_same_pictures(analysis: Analysis) -> None:
+    first, again = draw_analysis(analysis), draw_analysis(analysis)
+    for name, one in first.items():
+        other = again[name]
+        assert isinstance(one, Drawing)
+        assert isinstance(other, Drawing)
+        assert one.svg() == other.svg(), name
 
 
-def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
-    told = write_plots(analyze(history(dense_run({"head.weight": drift(0)}, (10,)))), tmp_path)
-    assert told["skill"].startswith("not drawn: needs 3 checkpoints")
-    assert told["displacement"].startswith("not drawn: needs 4 checkpoints")
-    assert "which tell layers" in told["layers"]
-    assert told["energy-ratios"].endswith(".png")
+def test_what_cannot_be_drawn_says_why() -> None:
+    drawn = draw_analysis(analyze(history(dense_run({"head.weight": drift(0)}, (10,))), draws=20))
+    assert isinstance(drawn["energy-ratios"], Drawing)
+    for name, words in (("skill", "3 checkpoints"), ("displacement", "4 checkpoints"), ("layers", "layers")):
+        assert words in str(drawn[name])
 
 
-def test_a_single_straight_matrix_is_drawn_without_a_warning(tmp_path: Path) -> None:
-    assert all(path.endswith(".png") for path in write_plots(analyze(history(straight())), tmp_path).values())
+def test_a_single_straight_matrix_is_drawn_without_a_warning() -> None:
+    drawn = draw_analysis(analyze(history(straight()), draws=20))
+    assert all(isinstance(one, Drawing) and one.svg() for one in drawn.values())
 
 
 def test_without_matplotlib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(PluginError, match=r"pip install next-core\[report\]"):
+    with raises_kind("config-missing-package", "next-core[report]"):
         check_drawing(tmp_path)
 
 
 def test_a_file_in_the_folders_place_is_refused(analysis: Analysis, tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
+    with raises_kind("config-invalid-value", "plots"):
         write_plots(analysis, tmp_path / "plots")

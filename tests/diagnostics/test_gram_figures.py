@@ -1,4 +1,4 @@
-"""Lines in time, in sample and out of it, against plain least squares on the points themselves."""
+"""Figures from inner products, against plain least squares on the points themselves and paths with known answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.linearity import line_in_sample, time_components, walk_forward
-from next_core.diagnostics.nulls import isotropic_walks
+from next_core.diagnostics.gram_figures import (
+    displacement_exponent,
+    gram_figures,
+    line_in_sample,
+    mean_squared_displacement,
+    speed,
+    speed_ratio,
+    successive_cosines,
+    time_components,
+    walk_forward,
+)
+from next_core.diagnostics.random_walks import isotropic_walks
 from next_core.diagnostics.trajectory import Grid
 from tests.predictors.trajectories import noise
 
@@ -30,15 +40,16 @@ def curve(times: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("times", [EVEN, UNEVEN])
-def test_a_straight_line_has_every_r2_and_every_skill_at_one(times: tuple[int, ...]) -> None:
-    points = torch.tensor(times, dtype=torch.float64)[:, None] * noise(0, 1, 6)
-    grams, grid = steps_of(points), Grid(times)
-    found = {**time_components(grams, grid), **line_in_sample(grams, grid), **walk_forward(grams, grid)}
-    assert set(found) >= {"c1_r2", "top_1_share", "line_r2", "line_skill", "pinned_skill", "line_r2_out"}
-    for value in found.values():
-        defined = value[~value.isnan()]
-        assert len(defined)
-        assert torch.allclose(defined, torch.ones_like(defined), atol=1e-9)
+def test_a_straight_line_has_every_figure_at_one_and_exponent_two(times: tuple[int, ...]) -> None:
+    grid = Grid(times)
+    points = grid.t[:, None] * noise(0, 1, 6)
+    found, curves = gram_figures(steps_of(points), grid, grid.default_horizon())
+    assert float(found.pop("msd_exponent")) == pytest.approx(2)
+    assert found.keys() >= {"c1_r2", "top_1_share", "line_r2", "line_skill", "pinned_skill", "cosine_local"}
+    assert torch.cat(list(found.values())).tolist() == pytest.approx([1] * len(found))
+    lags = torch.tensor(grid.lags).double()
+    assert torch.allclose(curves["msd"].values[0], (lags / lags[0]).square())
+    assert torch.allclose(curves["cosine_local"].values, torch.ones(1, len(times) - 2).double())
 
 
 @pytest.mark.parametrize("times", [EVEN, UNEVEN])
@@ -102,19 +113,12 @@ def test_a_hand_computed_skill() -> None:
 def test_a_random_walk_alone_has_the_published_in_sample_figures() -> None:
     """R2(c_1 ~ t) of 0.958 and a top-1/top-5 share of 0.844: the limits of many steps in many dimensions, where c_1 is
     a quarter of a sine and the eigenvalues fall as 1, 1/9, 1/25, ..."""
-    count = 400
+    count = 200
     walk = isotropic_walks(torch.ones(1, count), torch.tensor([1e9]), 4, np.random.default_rng(0))
     found = time_components(walk, Grid(tuple(range(count + 1))))
     assert float(found["c1_r2"].mean()) == pytest.approx(0.958, abs=0.002)
     assert float(found["top_1_of_top_5"].mean()) == pytest.approx(0.844, abs=0.002)
     assert float(found["top_1_share"].mean()) == pytest.approx(8 / math.pi**2, abs=0.003)
-
-
-def test_fifteen_checkpoints_of_a_random_walk_are_near_those_limits() -> None:
-    walk = isotropic_walks(torch.ones(1, 15), torch.tensor([1e6]), 100, np.random.default_rng(0))
-    found = time_components(walk, Grid(tuple(range(0, 160, 10))))
-    assert float(found["c1_r2"].mean()) == pytest.approx(0.957, abs=0.01)
-    assert float(found["top_1_of_top_5"].mean()) == pytest.approx(0.844, abs=0.01)
 
 
 def test_what_stood_still_is_undefined_and_not_a_number_that_misleads() -> None:
@@ -128,3 +132,37 @@ def test_too_few_points_give_no_figure() -> None:
     assert set(time_components(grams, Grid((0, 10, 20)))) == {"top_1_share"}
     assert line_in_sample(grams, Grid((0, 10, 20))) == {}
     assert walk_forward(grams, Grid((0, 10, 20))) == {}
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN])
+def test_a_random_walk_in_many_dimensions_has_exponent_one_and_cosine_zero(times: tuple[int, ...]) -> None:
+    lengths = torch.tensor(times, dtype=torch.float64).diff().sqrt()[None]
+    grams = isotropic_walks(lengths, torch.tensor([1e9]), 1, np.random.default_rng(0))[0]
+    grid = Grid(times)
+    assert float(displacement_exponent(mean_squared_displacement(grams, grid), grid)) == pytest.approx(1, abs=1e-3)
+    assert successive_cosines(grams).abs().max() < 1e-3
+
+
+def test_the_displacement_is_that_of_the_points() -> None:
+    points = torch.tensor([[0.0, 0], [1, 0], [1, 2], [0, 2], [4, 4]]).double()
+    steps = points.diff(dim=0)
+    grid = Grid((0, 1, 2, 3, 4))
+    assert grid.lags == (1, 2)
+    found = mean_squared_displacement((steps @ steps.T)[None], grid)[0].tolist()
+    assert found == pytest.approx([(1 + 4 + 1 + 20) / 4, (5 + 5 + 13) / 3])
+
+
+def test_turning_back_is_a_cosine_of_minus_one_and_standing_still_is_none() -> None:
+    steps = torch.tensor([[1.0], [-1.0], [0.0], [2.0]]).double()
+    found = successive_cosines((steps @ steps.T)[None])[0].tolist()
+    assert found[0] == pytest.approx(-1)
+    assert math.isnan(found[1])
+    assert math.isnan(found[2])
+
+
+def test_motion_that_slows_down_has_a_speed_ratio_below_one() -> None:
+    steps = torch.tensor([4.0, 4, 2, 2, 1, 1]).double()
+    grid = Grid((0, 10, 20, 30, 40, 50, 60))
+    speeds = speed(torch.outer(steps, steps)[None], grid)
+    assert speeds[0].tolist() == pytest.approx([0.4, 0.4, 0.2, 0.2, 0.1, 0.1])
+    assert float(speed_ratio(speeds)) == pytest.approx(0.25)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from next_core.diagnostics.energy_nulls import asymptotic, mean_singular_value, sampled
-from next_core.diagnostics.nulls import band, factor_walk_dimension, isotropic_walks
+from next_core.diagnostics.random_walks import band, factor_walk_dimension, isotropic_walks
 from next_core.types import LoraFactors
 from tests.predictors.trajectories import noise
 
@@ -54,15 +53,3 @@ def test_an_interval_holds_95_percent_of_what_it_was_drawn_from() -> None:
     few = [band(noise(seed, 9)) for seed in range(400)]
     inside = sum(float(one.low) <= float(noise(10_000 + seed, 1)) <= float(one.high) for seed, one in enumerate(few))
     assert 0.92 < inside / 400 < 0.98
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (64, 64), (30, 400)])
-def test_the_limits_of_large_matrices_agree_with_sampled_ones(shape: tuple[int, int]) -> None:
-    drawn, limits = (draw(*shape, 400, np.random.default_rng(0)) for draw in (sampled, asymptotic))
-    for one, other in zip(drawn, limits, strict=True):
-        assert float(one.mean()) == pytest.approx(float(other.mean()), rel=0.015)
-        assert 0.9 < float(other.std() / one.std()) < 1.45  # wider, if anything
-
-
-def test_the_mean_singular_value_of_a_square_gaussian_matrix_is_the_quarter_circles() -> None:
-    assert mean_singular_value(900, 900) / 30 == pytest.approx(8 / (3 * np.pi), rel=1e-3)

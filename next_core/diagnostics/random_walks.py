@@ -1,7 +1,8 @@
-"""The null of every figure that is read from inner products: isotropic random walks with the observed step lengths."""
+"""Isotropic random walks with the observed step lengths: the null of every figure that follows from inner products."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 from next_core.history.history import History
 from next_core.types import LoraFactors
 
+CHUNK_BYTES = 32 * 2**20
+"""Gram matrices that are drawn at a time take at most this much memory."""
+FEWEST_DRAWS = 20
+"""Fewer walks than this give no interval."""
 FEW_DRAWS = 40
 """Below this many draws, quantiles say little and the interval is Student's prediction interval."""
 
@@ -93,3 +98,29 @@ def factor_walk_dimension(now: LoraFactors, before: LoraFactors) -> float:
     square = b2**2 * m * left.square().sum() + a2**2 * n * right.square().sum()
     square = square + 2 * a2 * b2 * left.trace() * right.trace()
     return float(trace**2 / square) if square > 0 else float(r * (m + n - r))
+
+
+def chunks(draws: int, lengths: Tensor) -> Iterator[tuple[int, int]]:
+    """Split walks with step lengths (M, N) into parts that fit ``CHUNK_BYTES``: where each begins, and its size."""
+    size = max(1, CHUNK_BYTES // (8 * max(1, lengths.numel()) * lengths.shape[1]))
+    return ((start, min(size, draws - start)) for start in range(0, draws, size))
+
+
+def and_whole(grams: Tensor) -> Tensor:
+    """Append the Gram matrix of all matrices together to those of each, (..., M, N, N): (..., M + 1, N, N)."""
+    return torch.cat([grams, grams.sum(-3, keepdim=True)], -3)
+
+
+def median(values: Tensor, dim: int = -1) -> Tensor:
+    """Return the median of what is not NaN, the mean of the middle two for an even count; NaN where nothing is left."""
+    return quantile(values, 0.5, dim)
+
+
+def quantile(values: Tensor, q: float, dim: int = -1) -> Tensor:
+    """Return quantile q of what is not NaN, linear between neighbours; NaN where nothing is left."""
+    ordered = values.movedim(dim, -1).sort(-1).values  # NaN last
+    there = (~ordered.isnan()).sum(-1, keepdim=True)
+    place = q * (there - 1).clamp_min(0).double()
+    below, above = place.floor().long(), place.ceil().long()
+    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
+    return torch.lerp(low, high, place - place.floor())[..., 0]

@@ -1,4 +1,7 @@
-"""The null of the figures of singular triplets: it depends on how a matrix is stored, and is drawn per class."""
+"""How far each delta is one direction, and whether that direction stays: figures of singular triplets and their null.
+
+The null depends on how a matrix is stored, so it is drawn per class of equal shape and rank.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.energy import triplet_figures
 from next_core.diagnostics.trajectory import measured_steps
 from next_core.errors import CheckpointError
-from next_core.history.history import History
-from next_core.mathematics.low_rank import lora_difference, truncated_svd
+from next_core.history.history import DeltaKind, History
+from next_core.mathematics.low_rank import Factors, lora_difference, truncated_svd
 from next_core.types import LoraFactors
 
+KINDS: tuple[DeltaKind, ...] = ("global", "local")
 LORA_DRAWS = 8
 """Walks of factors per class of matrices (one shape, one rank): the figures vary little between them."""
 DENSE_DRAWS = 100
@@ -25,8 +28,49 @@ TRACY_WIDOM = (-1.2065, 1.2680)
 """Mean and standard deviation of the law of the largest eigenvalue of a real Wishart matrix."""
 
 
-def energy_nulls(history: History, seed: int) -> dict[str, Tensor]:
-    """Per figure of ``energy_over_time`` (draws, M, T); all matrices of a class share their draws. NaN: no null."""
+def triplet_figures(history: History) -> dict[str, Tensor]:
+    """Per figure (M, T), T checkpoints after the start; NaN where it is not defined or the spectrum is not known.
+
+    For global and local deltas: ``energy_ratio_*`` = sigma_1 / sum sigma (NExt, arXiv 2604.11446),
+    ``squared_energy_ratio_*`` = sigma_1^2 / sum sigma^2, ``cosine_u_*`` and ``cosine_v_*`` = |cos| of the leading left
+    and right singular vectors with those of the checkpoint before; their first column is NaN.
+    """
+    rows = slice(len(history.steps) - len(measured_steps(history)), None)
+    found: dict[str, Tensor] = {}
+    history.compress(*KINDS)
+    for kind in KINDS:
+        components = history.components(kind, align=False)
+        each = [figures_of(components[name], rows) for name in history.names]
+        for figure in each[0] if each else ():
+            found[f"{figure}_{kind}"] = torch.stack([one[figure] for one in each])
+    return found
+
+
+def figures_of(factors: Factors, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """The four figures of one kind of delta, each (..., T), of ``Factors`` with leading dimensions (..., T)."""
+    sigma, energy = factors.S[..., 0].double(), factors.energy.double()
+    nothing = torch.full_like(energy, torch.nan)
+    ratio = nothing if factors.nuclear is None else factors.energy_ratio.double()
+    moved = (energy > 0) & (sigma > 0)
+    cosines = {f"cosine_{side}": _turning(x[..., 0]) for side, x in (("u", factors.U), ("v", factors.V))}
+    found = {
+        "energy_ratio": torch.where(moved, ratio, torch.nan),
+        "squared_energy_ratio": torch.where(moved, factors.squared_energy_ratio.double(), torch.nan),
+    } | cosines
+    return {figure: value[..., rows] for figure, value in found.items()}
+
+
+def _turning(vectors: Tensor) -> Tensor:
+    """|<x_t, x_{t-1}>| of vectors (..., T, m) of unit norm or zero: (..., T), NaN first and where one is zero."""
+    vectors = vectors.double()
+    cosine = (vectors[..., 1:, :] * vectors[..., :-1, :]).sum(-1).abs().clamp_max(1)
+    there = vectors.square().sum(-1) > 0.5
+    cosine = torch.where(there[..., 1:] & there[..., :-1], cosine, torch.nan)
+    return torch.nn.functional.pad(cosine, (1, 0), value=torch.nan)
+
+
+def triplet_nulls(history: History, seed: int) -> dict[str, Tensor]:
+    """Per figure of ``triplet_figures`` (draws, M, T); all matrices of a class share their draws. NaN: no null."""
     draws = LORA_DRAWS if all(history.ranks[name] is not None for name in history.names) else DENSE_DRAWS
     rng = np.random.default_rng(seed)
     classes: dict[tuple[tuple[int, int], int | None], list[int]] = {}
@@ -92,7 +136,7 @@ def factor_walk_figures(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {
         f"{figure}_{kind}": value
         for kind, delta in deltas.items()
-        for figure, value in triplet_figures(truncated_svd(delta, 1)).items()
+        for figure, value in figures_of(truncated_svd(delta, 1)).items()
     }
 
 

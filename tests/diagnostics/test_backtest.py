@@ -302,10 +302,6 @@ def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
     class Wrong(TrajectoryPredictor):
         name = "wrong"
 
-        def fit(self, history: History) -> Wrong:
-            self.history = history
-            return self
-
         def predict(self, horizon: int) -> Any:
             history = self.history
             newest, nan = history.newest, torch.full((7, 1), torch.nan)

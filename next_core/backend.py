@@ -1,4 +1,4 @@
-"""What a trainer promises to the predict-extend cycle."""
+"""The interface of a trainer, as the predict-extend cycle uses it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from next_core.types import Plugin
 
 
 class Backend(Plugin):
-    """A trainer, as the predict-extend cycle sees it."""
+    """A trainer that the predict-extend cycle drives."""
 
     in_process: ClassVar[bool] = True
     """True: one call of ``train`` reports every step. False: ``train`` is called once per segment."""
     exact_resume: ClassVar[bool] = False
-    """Whether a resumed run ends, on a CPU, bit for bit where the run that was not interrupted does."""
+    """Whether a resumed run ends, on a CPU, with the same bits as the uninterrupted run."""
 
     @abstractmethod
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
-        """Build the trainer of a run config, working in ``out``. Returns the step to go on from, 0 for a new run.
+        """Build the trainer of a run config in ``out``. Returns the step to resume at, 0 for a new run.
 
         Raises ``ConfigError`` or ``BackendError`` for what the trainer cannot do.
         """
 
     def start(self) -> None:
-        """Start a trainer that is a process of its own, once after ``prepare``: it may take minutes."""
+        """Start a trainer that is a process of its own, once, after ``prepare``. It may take minutes."""
 
     @abstractmethod
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         """Train up to and including RL step ``until``, calling ``step_ended(step)`` after each step it can report."""
 
     def stop(self) -> None:
-        """Let ``train`` return early: at the next step that a resumed run goes on from as if it had not ended there.
+        """Make ``train`` return early, at the next step from which a resumed run ends as the uninterrupted one does.
 
-        Asked for at the end of a step, by an in-process trainer's user; one that cannot is ended at once.
+        Called at the end of a step of an in-process trainer. The default raises ``KeyboardInterrupt``, which ends the
+        trainer at once.
         """
         raise KeyboardInterrupt
 
@@ -47,45 +48,45 @@ class Backend(Plugin):
 
     @abstractmethod
     def source(self) -> CheckpointSource:
-        """The checkpoints so far, shifted by the jumps that were made: what RL did, not what we did."""
+        """Return the checkpoints so far, with the jumps subtracted: what RL did, not what we did."""
 
     @abstractmethod
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:
-        """Give the trainer the extrapolated weights, at a point where it holds no roll-outs of the old ones.
+        """Give the trainer the extrapolated weights, at a step where it holds no roll-outs of the old ones.
 
-        What it returns puts weights and optimizer state back, also after further steps; with ``keep`` a resumed run
-        can do so too (``standing``).
+        The result restores weights and optimizer state, also after further steps. With ``keep`` a resumed run can
+        restore them too, through ``active_jump``.
         """
 
     @abstractmethod
     def rollback(self, applied: Applied, step: int) -> None:
-        """Put back what was there before a jump, after ``step`` ended.
+        """Restore the weights and optimizer state from before a jump, after ``step`` ended.
 
-        At the jump's own step it is as if it had not been made; later, the checkpoints since are of a path that was
-        left, and the history starts anew at ``step``.
+        At the jump's own step this leaves no trace. Later, the checkpoints since the jump belong to an abandoned path,
+        and the history starts again at ``step``.
         """
 
     def active_jump(self, step: int) -> Applied | None:
-        """The jump made after ``step``, as a resumed run finds it; None where its undoing was not kept."""
+        """Return the jump made after ``step``, for a resumed run; None if it was not kept."""
         return None
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
-        """Accuracy in [0, 1] on held-out prompts; None where there is nothing to measure with."""
+        """Return the accuracy in [0, 1] on held-out prompts; None without such prompts."""
         return None
 
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
-        """The same by the way of answering, ``sampled`` or ``greedy``; empty where there is nothing to measure with."""
+        """Return accuracies by decoding, ``sampled`` or ``greedy``; empty without such prompts."""
         found = self.evaluate(split)
         return {} if found is None else {"sampled": found}
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user should know of how the run was observed, such as the precision of its checkpoints."""
+        """Remarks for the user on how the run was observed, such as the precision of its checkpoints."""
         return ()
 
     def close(self) -> None:
-        """End what still runs, when the run is over or has failed; before ``prepare``, and again, it does nothing."""
+        """Stop the trainer when the run is over or has failed. May be called before ``prepare``, and again."""
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
-        """Facts for a dry run as plain values, such as the command line that would be started; nothing is started."""
+        """Return facts for a dry run as plain values, such as the command line; start nothing."""
         return {}

@@ -35,14 +35,7 @@ BASES: dict[Kind, type[Plugin]] = {
     "reward": Reward,
     "backend": Backend,
 }
-PredictorLike = (
-    str
-    | Mapping[str, Any]
-    | Choice
-    | TrajectoryPredictor
-    | type[TrajectoryPredictor]
-    | Callable[[], TrajectoryPredictor]
-)
+PredictorLike = str | Mapping[str, Any] | Choice | TrajectoryPredictor | Callable[[], TrajectoryPredictor]
 """Everything that ``resolve_predictor`` accepts."""
 
 

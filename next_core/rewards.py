@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import Field
 
-from next_core.errors import BackendError, ConfigError
+from next_core.errors import ConfigError
 from next_core.interfaces import Reward
 from next_core.plugins import import_object, make_chosen
+from next_core.process.optional_packages import import_optional
 from next_core.run_config import Choice
 from next_core.settings import Settings
 
@@ -40,13 +41,7 @@ class MathVerifyReward(Reward):
 
     def __init__(self, config: MathVerifyConfig | None = None, /, **fields: Any) -> None:
         super().__init__(config, **fields)
-        try:
-            import math_verify  # noqa: F401
-        except ImportError:
-            raise BackendError(
-                "the reward 'math-verify' needs the package math-verify: pip install next-core[trl]",
-                kind="config-missing-package",
-            ) from None
+        import_optional("math_verify", "trl")
         self._verify = functools.lru_cache(maxsize=100_000)(self._verify_once)
 
     def __call__(self, completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:

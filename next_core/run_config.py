@@ -13,13 +13,13 @@ from next_core.predictor import TrajectoryPredictor
 from next_core.settings import Settings
 
 DEFAULT_PREDICTOR = "auto"
-"""What a run extrapolates with where nothing is said; docs/benchmarks/auto.md has the figures."""
+"""The predictor of a config that names none; docs/benchmarks/auto.md has the figures."""
 MOST_STEPS = 1_000_000
-"""RL steps of a run; a schedule is checked step by step."""
+"""Limit on a run's RL steps: a schedule is checked step by step."""
 
 
 class Choice(BaseModel):
-    """A plug-in by name with its own fields; the bare name alone will do."""
+    """A plug-in by name with its own settings; a bare name stands for its defaults."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -37,7 +37,7 @@ class Choice(BaseModel):
 
 
 class Schedule(Settings):
-    """All counts are RL steps. A jump costs no step: the counter goes on where it was."""
+    """When to observe and when to jump. All counts are RL steps; a jump is not a step."""
 
     observe: int = Field(50, ge=1, description="Steps before the first jump")
     every: int = Field(5, ge=1, description="Steps between checkpoints")
@@ -69,7 +69,7 @@ class Schedule(Settings):
 
     @property
     def limit(self) -> float:
-        """How many jumps at most."""
+        """The largest number of jumps."""
         if self.jumps is not None:
             return self.jumps
         return 1 if self.jump_every is None else float("inf")
@@ -79,17 +79,17 @@ class Schedule(Settings):
         return step % self.every == 0
 
     def attempts(self, step: int, total: int) -> bool:
-        """Whether a jump is tried after ``step`` of a run of ``total`` steps (the limit not counted)."""
+        """Whether a jump is attempted after ``step`` of a run of ``total`` steps, regardless of ``limit``."""
         if not self.observe <= step <= total - self.settle:
             return False
         return step == self.observe if self.jump_every is None else (step - self.observe) % self.jump_every == 0
 
     def attempt_steps(self, total: int) -> list[int]:
-        """Every step after which a jump is tried."""
+        """Return every step after which a jump is attempted."""
         return [step for step in range(self.observe, total + 1) if self.attempts(step, total)]
 
     def check_predictor(self, predictor: TrajectoryPredictor, total: int) -> None:
-        """Raise ``ConfigError`` when the checkpoints of this schedule never carry what a predictor needs."""
+        """Raise ``ConfigError`` if the checkpoints of this schedule never suffice for the predictor."""
         attempts = self.attempt_steps(total)
         reasons = [predictor.why_not(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
         if reasons and None not in reasons:
@@ -100,7 +100,7 @@ class Schedule(Settings):
             )
 
     def check(self, total: int) -> None:
-        """Raise ``ConfigError`` when a run of ``total`` steps leaves no room for a jump."""
+        """Raise ``ConfigError`` if a run of ``total`` steps leaves no room for a jump."""
         if not self.attempt_steps(total):
             raise ConfigError(
                 f"no jump would ever happen: observe ({self.observe}) + settle ({self.settle}) exceed the run's "
@@ -110,13 +110,13 @@ class Schedule(Settings):
 
 
 class Guards(Settings):
-    """Bounds on a jump. Whatever is refused is journalled, and the run goes on as a plain one."""
+    """Bounds on a jump. A refused jump is journalled, and training goes on without it."""
 
     max_norm_ratio: float | None = Field(
-        10.0, gt=0, description="Bound on the jump's norm over that of the motion in the last `horizon` steps"
+        10.0, gt=0, description="Bound on the jump's norm divided by the norm of the motion in the last `horizon` steps"
     )
     time_limit: float | None = Field(
-        3600.0, gt=0, description="Seconds a prediction may take; one that takes longer is ended, and the jump refused"
+        3600.0, gt=0, description="Seconds a prediction may take; a slower one is stopped, and the jump refused"
     )
     probe: bool = Field(True, description="Measure accuracy before and after each jump, where the backend can")
     max_drop: float = Field(0.2, ge=0, le=1, description="Roll back when accuracy falls by more right after the jump")
@@ -124,18 +124,19 @@ class Guards(Settings):
         None, ge=1, description="RL steps after which accuracy is measured again, and the jump rolled back if it fails"
     )
     against: Literal["start", "trend"] = Field(
-        "start", description="What the run must reach after recovery: where it started, or the trend it was on"
+        "start",
+        description="What accuracy must reach after recovery: its value before the jump, or the trend before it",
     )
     tolerance: float = Field(0.02, ge=0, le=1, description="Accuracy that recovery may fall short by (noise)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Guards:
         if self.recovery is not None and not self.probe:
-            raise ValueError("recovery needs probe: true; there is nothing else to judge the recovery by")
+            raise ValueError("recovery needs probe: true: the recovery is judged by accuracy")
         return self
 
     def check(self, schedule: Schedule) -> None:
-        """Raise ``ConfigError`` when a recovery window could not end before the run does."""
+        """Raise ``ConfigError`` if a recovery window could not end before the run does."""
         if self.recovery is not None and schedule.settle < self.recovery:
             raise ConfigError(
                 f"settle ({schedule.settle}) must be at least guards.recovery ({self.recovery}): the last jump has to "
@@ -154,26 +155,26 @@ class LoraSettings(Settings):
 
 
 class DataSettings(Settings):
-    """JSON-lines files (or what `datasets` reads), one object a line, with the columns `prompt` and `answer`."""
+    """Files with the columns `prompt` and `answer`: JSON lines, one object a line, or what `datasets` reads."""
 
     train: Path = Field(description="Prompts to train on")
-    validation: Path | None = Field(None, description="Prompts of the probe that guards jumps; default: test")
-    test: Path | None = Field(None, description="Prompts of the accuracies that are reported; default: validation")
+    validation: Path | None = Field(None, description="Prompts of the probe; default: test")
+    test: Path | None = Field(None, description="Prompts of the reported accuracies; default: validation")
 
 
 class TrainingSettings(Settings):
-    """What is trained and how: the same words for every backend."""
+    """What is trained and how: the same settings for every backend."""
 
     model: Path = Field(description="Folder of the base model, tokenizer included")
     algorithm: Literal["grpo", "rloo", "reinforce++"] = Field("grpo", description="The RLVR algorithm")
     lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
     data: DataSettings
-    reward: Choice = Field(Choice(name="math-verify"), description="A reward's name, or module:function")
-    learning_rate: float = Field(1e-5, gt=0, description="Of the optimizer, before the scheduler")
+    reward: Choice = Field(Choice(name="math-verify"), description="A reward's name, module:Class or module:function")
+    learning_rate: float = Field(1e-5, gt=0, description="The optimizer's learning rate, before the scheduler")
     lr_scheduler: str = Field("constant", description="As transformers names it")
     prompts_per_step: int = Field(16, ge=1, description="Different prompts in one RL step")
-    generations: int = Field(8, ge=2, description="Roll-outs of each prompt")
-    temperature: float = Field(1.0, gt=0, description="Roll-outs are sampled at")
+    generations: int = Field(8, ge=2, description="Roll-outs per prompt")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the roll-outs")
     max_new_tokens: int = Field(256, ge=1, description="Longest completion")
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference policy")
     evaluation: Literal["likelihood", "generate"] = Field(
@@ -184,28 +185,32 @@ class TrainingSettings(Settings):
 
 
 class RunConfig(Settings):
-    """Everything `next-core run` needs. Paths are relative to the config file."""
+    """The settings of `next-core run`. Paths are relative to the config file."""
 
-    steps: int = Field(ge=1, le=MOST_STEPS, description="RL steps in all")
-    seed: int = Field(0, ge=0, description="Of the adapter's start, the prompts' order and the samples")
+    steps: int = Field(ge=1, le=MOST_STEPS, description="RL steps of the run")
+    seed: int = Field(
+        0, ge=0, description="Seed of the adapter's initial values, the order of the prompts and the samples"
+    )
     training: TrainingSettings
     backend: Choice = Field(Choice(name="trl"), description="The trainer")
-    predictor: Choice = Field(Choice(name=DEFAULT_PREDICTOR), description="Where the weights are going")
+    predictor: Choice = Field(
+        Choice(name=DEFAULT_PREDICTOR), description="Predictor: a name or module:Class, with its settings"
+    )
     compressor: Choice | None = Field(
         None, description="How deltas become rank-k factors; none: exact for LoRA, lanczos for full parameters"
     )
-    rank: int = Field(1, ge=1, description="Rank k of the factors a predictor reads")
+    rank: int = Field(1, ge=1, description="Rank k of the factors that a predictor reads")
     executor: Executor = Field(Executor(), description="Where matrices are compressed: local, or ray")
     schedule: Schedule = Schedule()
     guards: Guards = Guards()
-    control: Literal["plain", "none"] = Field("none", description="Run the same seed and steps without jumps beside it")
+    control: Literal["plain", "none"] = Field("none", description="Also run the same seed and steps without jumps")
     save_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between the trainer's own checkpoints, which a run that was ended early goes on from",
+        description="Steps between the trainer's own checkpoints, from which an interrupted run is resumed",
     )
     measure_every: int | None = Field(
-        None, ge=1, description="Steps between accuracies on the validation and test prompts, for curves"
+        None, ge=1, description="Steps between measurements of both accuracies, for curves"
     )
 
     @model_validator(mode="after")

@@ -117,7 +117,7 @@ def test_a_verdict_is_the_same_in_another_thread() -> None:
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with raises_kind("config-missing-package", "math-verify", "pip install next-core[trl]"):
+    with raises_kind("config-missing-package", "math_verify", "next-core[trl]"):
         make_reward(Choice(name="math-verify"))
 
 

@@ -42,15 +42,10 @@ class Jump:
 
     def record(self) -> dict[str, Any]:
         """Return the fields of the journal's record; those of a stage that was not reached are left out."""
-        reached = {
-            "horizon": self.horizon is not None,
-            "diagnostics": self.diagnostics is not None,
-            "norm": self.norm is not None,
-            "accuracy_before": self.applied is not None,
-            "accuracy_after": self.applied is not None,
-        }
-        always = ("accepted", "reason", "predictor", "alpha", "norm_ratio")
-        return {key: getattr(self, key) for key in (*always, *(key for key, there in reached.items() if there))}
+        fields = ("accepted", "reason", "predictor", "alpha", "norm_ratio")
+        reached = [key for key in ("horizon", "diagnostics", "norm") if getattr(self, key) is not None]
+        probed = ("accuracy_before", "accuracy_after") if self.applied is not None else ()
+        return {key: getattr(self, key) for key in (*fields, *reached, *probed)}
 
 
 def failure(what: str, error: BaseException) -> str:

@@ -31,7 +31,8 @@ from next_core.types import Progress
 
 CONFIG = "config.yaml"
 RUNNING = "RL with jumps"
-"""What a run's progress is called."""
+"""The name of a run's progress."""
+MILESTONES = ("start", "before_jump", "after_jump", "final")
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
         measure("start", 0)
         if config.measure_every is not None:
             measure(CURVE, 0)
-    measure.clock.start()
+    measure.start()
     with trainer_errors(out), job.signals.patient() if backend.in_process else contextlib.nullcontext():
         last = cycle.run(on_step=lambda step: report_progress(job.progress, RUNNING, step, config.steps))
     if job.signals.received is not None and last < config.steps:
@@ -193,7 +194,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
             "the same command again to resume",
             job.signals.received,
         )
-    training = measure.clock.since_start
+    training = measure.training
     advice = _conclude(job, backend, journal, measure)
     ours = sum(cycle.seconds.values())
     return RunResult(
@@ -202,9 +203,9 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
             "rl": training - ours,
             "ours": ours,
             **{f"ours_{what}": seconds for what, seconds in cycle.seconds.items()},
-            "measuring": measure.watch.seconds,
+            "measuring": measure.measuring,
         },
-        accuracy=measure.accuracy,
+        accuracy={**dict.fromkeys(MILESTONES), **measure.accuracy},
         jumps=journal.jumps(),
         folder=str(out),
         resumed_from=resumed_from,

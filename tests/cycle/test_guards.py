@@ -106,13 +106,6 @@ def test_bounds_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
         Guards(**fields)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"max_drop": 0, "tolerance": 0, "recovery": 1, "time_limit": 0.5}, {"max_drop": 1, "tolerance": 1}]
-)
-def test_the_ends_of_every_range_are_allowed(fields: dict[str, Any]) -> None:
-    assert Guards(**fields).model_dump(include=set(fields)) == fields
-
-
 def test_the_defaults_are_those_of_the_documentation() -> None:
     assert Guards().model_dump() == {
         "max_norm_ratio": 10.0,
@@ -123,7 +116,3 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "against": "start",
         "tolerance": 0.02,
     }
-
-
-def test_the_norm_guard_can_be_turned_off() -> None:
-    assert Guards(max_norm_ratio=None).max_norm_ratio is None

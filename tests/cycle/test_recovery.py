@@ -28,7 +28,7 @@ def verdicts(journal: Journal) -> list[tuple[int, bool]]:
     return [(jump["step"], jump["accepted"]) for jump in journal.jumps()]
 
 
-@pytest.mark.parametrize(("after", "accepted"), [(0.5, True), (0.499, False)])
+@pytest.mark.parametrize(("after", "accepted"), [(0.5, True), (0.499, False), (float("nan"), False)])
 def test_accuracy_may_fall_by_max_drop_and_no_further(after: float, accepted: bool) -> None:
     made = cycle(Descent(accuracy=reading(0.75, after)), guards=Guards(max_drop=0.25), schedule=ONE_JUMP)
     made.run()

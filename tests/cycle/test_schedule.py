@@ -28,29 +28,10 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     }
 
 
-def test_the_papers_schedule_jumps_once() -> None:
-    schedule = Schedule(observe=150, every=10, horizon=50, alpha=1.5, jumps=1, settle=100)
-    assert schedule.attempt_steps(400) == [150]
-    assert schedule.limit == 1
-
-
 def test_many_small_jumps_are_the_same_data() -> None:
     schedule = Schedule(observe=50, every=5, horizon=10, jump_every=10, settle=10)
     assert schedule.attempt_steps(100) == [50, 60, 70, 80, 90]
     assert schedule.limit == float("inf")
-
-
-def test_without_jump_every_there_is_one_jump() -> None:
-    assert Schedule(observe=20, every=5).attempt_steps(100) == [20]
-    assert Schedule(observe=20, every=5).limit == 1
-
-
-def test_the_number_of_jumps_can_be_bounded() -> None:
-    assert Schedule(observe=20, every=5, jump_every=5, jumps=3).limit == 3
-
-
-def test_a_checkpoint_is_taken_every_so_many_steps() -> None:
-    assert [step for step in range(1, 31) if Schedule(observe=20, every=10).observes(step)] == [10, 20, 30]
 
 
 def test_a_jump_may_fall_on_the_last_step_but_not_into_the_settling_ones() -> None:
@@ -72,10 +53,6 @@ def test_a_predictor_must_find_what_it_needs_in_the_checkpoints_up_to_a_jump(win
     with contextlib.nullcontext() if acts else raises_kind("config-schedule", "after step 2"):
         schedule.check_predictor(predictor, 10)
     schedule.check_predictor(predictor, 1)  # without a jump nothing is needed
-
-
-def test_a_run_with_room_for_one_jump_is_taken() -> None:
-    Schedule(observe=50, every=5, settle=50).check(100)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'next_backends.trl' has no attribute '{name}'")
     if name == "PredictExtendCallback":
-        from next_backends.trl.packages import require_packages
+        from next_core.process.optional_packages import import_optional
 
-        require_packages()
+        import_optional("trl", "trl")
     return getattr(importlib.import_module(f"next_backends.trl.{_WHERE[name]}"), name)

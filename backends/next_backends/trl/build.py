@@ -13,8 +13,8 @@ import torch
 from next_backends.data import read_rows, read_splits
 from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
-from next_backends.trl.packages import require_packages
 from next_core.errors import CheckpointError, ConfigError, describe
+from next_core.process.optional_packages import import_optional
 from next_core.rewards import RewardFunction, make_reward
 from next_core.storage.manifest import MANIFEST, check_manifest
 
@@ -37,12 +37,14 @@ OURS = frozenset(
     }
 )
 """Fields of TRL's config that the run config sets under its own names."""
+PACKAGES = ("transformers", "peft", "datasets", "trl")
 Evaluate = Callable[[Any, str], dict[str, float]]
 
 
 def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[Any, Evaluate]:
     """Return the trainer and a function that measures a split. Raises ``ConfigError`` or ``BackendError``."""
-    require_packages()
+    for package in PACKAGES:
+        import_optional(package, "trl")
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
     from trl import GRPOTrainer, RLOOTrainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,66 +43,77 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE)
 
 
-@pytest.fixture
-def logits(tokenizer: Any) -> Callable[[Any], torch.Tensor]:
+def fixed_logits(model: Any, tokenizer: Any) -> torch.Tensor:
     """Logits of fixed prompts, in evaluation mode."""
-
-    def compute(model: Any) -> torch.Tensor:
-        batch = tokenizer(PROMPTS, return_tensors="pt")
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        model.train(training)
-        return out.double()
-
-    return compute
+    batch = tokenizer(PROMPTS, return_tensors="pt")
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    model.train(training)
+    return out.double()
 
 
-@pytest.fixture
-def make_trainer(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
-    """``make_trainer(callbacks=[...], steps=12, lora=True, rloo=False, **GRPOConfig fields)``."""
+def build(
+    tokenizer: Any,
+    out: Path,
+    callbacks: list[Any] | None = None,
+    steps: int = 12,
+    lora: bool | dict[str, Any] = True,
+    rloo: bool = False,
+    model: Any = None,
+    **fields: Any,
+) -> Any:
+    """A trainer that writes into ``out``; ``fields`` are those of GRPOConfig."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 40) for b in range(10, 30)]
+    settings = SMALL_RUN | {"output_dir": str(out), "max_steps": steps, "per_device_train_batch_size": 8} | fields
+    set_seed(3)
+    config_class, trainer_class = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    trainer = trainer_class(
+        model=model if model is not None else AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+        reward_funcs=exact,
+        args=config_class(**settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**(adapter | (lora if isinstance(lora, dict) else {}))) if lora else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
-    def make(
-        callbacks: list[Any] | None = None,
-        steps: int = 12,
-        lora: bool | dict[str, Any] = True,
-        rloo: bool = False,
-        model: Any = None,
-        out: str = "trainer",
-        **fields: Any,
-    ) -> Any:
-        settings = (
-            SMALL_RUN
-            | {
-                "output_dir": str(tmp_path / out),
-                "max_steps": steps,
-                "per_device_train_batch_size": 16,
-            }
-            | fields
-        )
-        set_seed(3)
-        config_class, trainer_class = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
-        adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        trainer = trainer_class(
-            model=model if model is not None else AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-            reward_funcs=exact,
-            args=config_class(**settings),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(**(adapter | (lora if isinstance(lora, dict) else {}))) if lora else None,
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+
+@pytest.fixture
+def logits(tokenizer: Any) -> Callable[[Any], torch.Tensor]:
+    return lambda model: fixed_logits(model, tokenizer)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
+    """``make_trainer(callbacks=[...], steps=12, lora=True, rloo=False, **GRPOConfig fields)``."""
+
+    def make(callbacks: list[Any] | None = None, *, out: str = "trainer", **fields: Any) -> Any:
+        return build(tokenizer, tmp_path / out, callbacks, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_logits(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., torch.Tensor]:
+    """``plain_logits(steps, lora)``: what a run without our callback ends in; each is trained once."""
+
+    @functools.cache
+    def train(steps: int, lora: bool) -> torch.Tensor:
+        trainer = build(tokenizer, tmp_path_factory.mktemp("plain"), steps=steps, lora=lora)
+        trainer.train()
+        return fixed_logits(trainer.model, tokenizer)
+
+    return train
 
 
 @pytest.fixture

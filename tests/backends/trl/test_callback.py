@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
-from next_core.errors import NextCoreError
 from next_core.interfaces import CoefficientUpdate
 from next_core.live_weights.in_memory import jump_adapters
 from next_core.mathematics.low_rank import LowRank
+from tests.backends.trl.conftest import BASE
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -112,8 +112,7 @@ def test_the_trained_adapter_of_a_factor_jump_is_where_the_coefficients_say(make
         torch.testing.assert_close(after[6][name], wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.05])
-def test_a_jump_adapter_never_gets_gradients_and_never_changes(make_trainer: Any, beta: float) -> None:
+def test_a_jump_adapter_never_gets_gradients_and_never_changes(make_trainer: Any) -> None:
     jumped: dict[int, dict[str, torch.Tensor]] = {}
     gradients = Gradients()
 
@@ -121,13 +120,13 @@ def test_a_jump_adapter_never_gets_gradients_and_never_changes(make_trainer: Any
         jumped[step] = {name: t.detach().clone() for name, t in model.state_dict().items() if ".jump-1." in name}
 
     callback = PredictExtendCallback(MERGED, **SMALL)
-    trainer = make_trainer([callback, Watch(look), gradients], steps=12, beta=beta)
+    trainer = make_trainer([callback, Watch(look), gradients], steps=9, beta=0.05)
     trainer.train()
 
     assert jump_adapters(trainer.model) == ["jump-1"]
     assert jumped[6]
     for name, value in jumped[6].items():
-        assert torch.equal(value, jumped[12][name])
+        assert torch.equal(value, jumped[9][name])
     assert not any(".jump-1." in name for name in gradients.names)
     assert any(".default." in name for name in gradients.names)
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -203,29 +202,11 @@ def test_a_resume_from_a_checkpoint_of_another_run_is_refused(make_trainer: Any,
         trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-9"))
 
 
-@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
-def test_trained_weights_change_in_every_segment(make_trainer: Any, trained: Any, predictor: Any) -> None:
-    at: dict[int, Any] = {}
-    schedule = SMALL | {"jump_every": 3, "settle": 0}
-    callback = PredictExtendCallback(predictor, **schedule)
-    make_trainer(
-        [
-            Watch(lambda s, m: at.__setitem__(-s, trained(m))),
-            callback,
-            Watch(lambda s, m: at.__setitem__(s, trained(m))),
-        ],
-        steps=12,
-    ).train()
-    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True] * 3
-    for start, end in [(1, 6), (6, 9), (9, 12)]:
-        assert any(not torch.equal(at[start][name], at[-end][name]) for name in at[start]), (start, end)
-
-
 @pytest.mark.parametrize(
     ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
 )
 def test_a_rolled_back_jump_leaves_a_plain_run_bit_for_bit(
-    make_trainer: Any, logits: Any, predictor: Any, lora: bool
+    make_trainer: Any, logits: Any, plain_logits: Any, predictor: Any, lora: bool
 ) -> None:
     measured = iter([0.9, 0.1])  # the probe falls from .9 to .1: far more than max_drop
     callback = PredictExtendCallback(predictor, evaluate=lambda model: next(measured), **SMALL)
@@ -234,15 +215,13 @@ def test_a_rolled_back_jump_leaves_a_plain_run_bit_for_bit(
     def keep(key: str) -> Any:
         return lambda step, model: seen.__setitem__(key, logits(model)) if step == 6 else None
 
-    jumping = make_trainer([Watch(keep("before")), callback, Watch(keep("after"))], steps=9, lora=lora)
+    jumping = make_trainer([Watch(keep("before")), callback, Watch(keep("after"))], steps=8, lora=lora)
     jumping.train()
     (jump,) = callback.journal.jumps()
     assert not jump["accepted"]
     assert "rolled back" in jump["reason"]
     assert torch.equal(seen["before"], seen["after"])
-    plain = make_trainer([], steps=9, lora=lora, out="plain")
-    plain.train()
-    assert torch.equal(logits(jumping.model), logits(plain.model))
+    assert torch.equal(logits(jumping.model), plain_logits(8, lora))
 
 
 @pytest.mark.parametrize(
@@ -279,15 +258,6 @@ def test_a_jump_that_does_not_recover_is_rolled_back_with_its_optimizer_state(
     assert all(torch.equal(a, b) for a, b in zip(moments["before"], moments["after"], strict=True))
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_watching_changes_nothing(make_trainer: Any, logits: Any, lora: bool) -> None:
-    watched = make_trainer([PredictExtendCallback("stay", **SMALL)], steps=8, lora=lora)
-    watched.train()
-    plain = make_trainer([], steps=8, lora=lora, out="plain")
-    plain.train()
-    assert torch.equal(logits(watched.model), logits(plain.model))
-
-
 @matrix_predictor("explode", anchor="newest")
 def explode(matrix: Any, horizon: int, config: Any) -> LowRankUpdate:
     m, n = matrix.shape
@@ -308,7 +278,7 @@ def nan(matrix: Any, horizon: int, config: Any) -> CoefficientUpdate:
     ("predictor", "reason"), [(explode, "times the motion"), (fail, "own mistake"), (nan, "finite")]
 )
 def test_a_bad_prediction_is_refused_with_its_reason_and_leaves_a_plain_run(
-    make_trainer: Any, logits: Any, predictor: Any, reason: str
+    make_trainer: Any, logits: Any, plain_logits: Any, predictor: Any, reason: str
 ) -> None:
     callback = PredictExtendCallback(predictor, **SMALL)
     jumping = make_trainer([callback], steps=8)
@@ -316,9 +286,7 @@ def test_a_bad_prediction_is_refused_with_its_reason_and_leaves_a_plain_run(
     (jump,) = callback.journal.jumps()
     assert not jump["accepted"]
     assert reason in jump["reason"]
-    plain = make_trainer([], steps=8, out="plain")
-    plain.train()
-    assert torch.equal(logits(jumping.model), logits(plain.model))
+    assert torch.equal(logits(jumping.model), plain_logits(8, True))
 
 
 def test_rloo_jumps_too(make_trainer: Any, logits: Any) -> None:
@@ -358,8 +326,6 @@ def test_a_run_with_a_reference_adapter_takes_factor_jumps_and_refuses_the_other
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-
-    from tests.backends.trl.conftest import BASE
 
     def model() -> Any:
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -406,16 +372,6 @@ def test_the_journal_and_the_metrics_are_on_disk(make_trainer: Any, tmp_path: Pa
     assert "reward" in source.metrics(6)
 
 
-def test_another_runs_folder_is_not_overwritten_by_accident(make_trainer: Any, tmp_path: Path) -> None:
-    def go(**fields: Any) -> None:
-        make_trainer([PredictExtendCallback("stay", folder=tmp_path / "w", **SMALL, **fields)], steps=8).train()
-
-    go()
-    with raises_kind("config-folder-not-empty", tmp_path / "w", "overwrite=True"):
-        go()
-    go(overwrite=True)
-
-
 @pytest.mark.parametrize(
     ("fields", "kind", "name"),
     [
@@ -442,13 +398,6 @@ def test_no_room_for_a_jump_is_said_before_training(make_trainer: Any) -> None:
 def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tests.backends.trl.conftest import BASE
-
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     with raises_kind("backend-unsupported", "float32"):
         make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()
-
-
-def test_dora_is_refused_before_the_first_step(make_trainer: Any) -> None:
-    with pytest.raises(NextCoreError, match="DoRA"):
-        make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=8, lora={"use_dora": True}).train()

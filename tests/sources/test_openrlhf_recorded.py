@@ -134,7 +134,7 @@ def test_a_torn_file_is_named(name: str, copied: Callable[[str], Path]) -> None:
 
 @pytest.fixture
 def recorded_masters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What DeepSpeed's reader said of the recorded states, in its place."""
+    """Replace DeepSpeed's reader by what it returned for the recorded states."""
     module: Any = ModuleType(READER)
     masters = load_file(RECORDED / "lora-zero2" / "masters.safetensors")
 

@@ -83,7 +83,7 @@ def plan_checkpoints(
 ) -> ResourcePlan:
     """What extrapolating these checkpoints would take. Raises ``ConfigError`` for a horizon below 1."""
     if horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 (got {horizon})")
+        raise ConfigError(f"horizon must be at least 1 (got {horizon})", kind="config-invalid-value")
     parameters, steps = source.parameters, source.steps
     spans = spans_read(predictor, steps, horizon)
     work = sum((compress_work(p, spans, rank, source.precision(p.name).itemsize) for p in parameters), Work())
@@ -255,7 +255,10 @@ def _written(
     parameters = source.parameters
     if applier == "peft-adapter":
         if any(p.rank is None for p in parameters):
-            raise ConfigError("the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'")
+            raise ConfigError(
+                "the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'",
+                kind="config-contradiction",
+            )
         in_factors = getattr(predictor.config, "space", None) == "factors"
         grown = 0 if in_factors else rank
         ranks = [min(fields.get("rank") or 2**31, (p.rank or 0) + grown) for p in parameters]
@@ -264,7 +267,10 @@ def _written(
     if applier == "merged-model":
         backbone = fields.get("backbone") or getattr(source.config, "backbone", None)
         if backbone is None:
-            raise ConfigError("the applier 'merged-model' needs the base model; pass --backbone FOLDER")
+            raise ConfigError(
+                "the applier 'merged-model' needs the base model; pass --backbone FOLDER",
+                kind="config-missing-backbone",
+            )
         return sum(file.path.stat().st_size for file in ModelFiles(Path(backbone)).files), "a whole model"
     return None, "not known beforehand"
 

@@ -104,7 +104,8 @@ class TensorWriter:
         header = encoded_header(self._entries, self._header)
         size = len(header) + sum(entry.nbytes for entry in self._entries.values())
         if (len(header), self._written) != (self._header, size):
-            raise NextCoreError(f"{self.path}: {self._written} bytes were written, the header needs {size}")
+            problem = f"{self.path}: {self._written} bytes were written, the header needs {size}"
+            raise NextCoreError(problem, kind="numbers-shape")
         if self._hash is None:
             self._file.seek(0)
             self._file.write(header)

@@ -24,7 +24,7 @@ from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.cycle.measurements import CURVE
 from next_core.cycle.run import CONFIG, RUNNING, run
 from next_core.cycle.run_result import RESULT
-from next_core.cycle.trainer import ERROR_LOG
+from next_core.cycle.trainer_errors import ERROR_LOG
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import BackendError, CheckpointError, ConfigError, NextCoreError, describe
 from next_core.run_config import RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 from next_core.backend import Backend
 from next_core.cycle.journal import Journal
 from next_core.cycle.measurements import CURVE, Measurements
-from next_core.cycle.trainer import closed_after_an_error, report_progress, start_trainer, trainer_errors
+from next_core.cycle.trainer_errors import closed_after_an_error, report_progress, start_trainer, trainer_errors
 from next_core.plugins import make_chosen
 from next_core.run_config import RunConfig
 from next_core.types import Progress

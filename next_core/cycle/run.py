@@ -11,14 +11,14 @@ from typing import Any
 
 from next_core.backend import Backend
 from next_core.config import dump_yaml
-from next_core.cycle.advice import Advise, journal_advice
 from next_core.cycle.journal import JOURNAL, Journal
+from next_core.cycle.journal_advice import Advise, journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.measurements import CURVE, Measurements
 from next_core.cycle.plain_run import plain_run
 from next_core.cycle.run_result import RESULT, RunResult, read_result
 from next_core.cycle.signals import Signals
-from next_core.cycle.trainer import closed_after_an_error, report_progress, start_trainer, trainer_errors
+from next_core.cycle.trainer_errors import closed_after_an_error, report_progress, start_trainer, trainer_errors
 from next_core.errors import ConfigError, Interrupted, describe
 from next_core.plugins import make_chosen
 from next_core.process.hardware import hardware, versions

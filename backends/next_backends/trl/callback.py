@@ -14,8 +14,8 @@ from next_backends.trl.argument_checks import check_arguments, check_whole
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trl_backend import TrlBackend
-from next_core.cycle.advice import journal_advice
 from next_core.cycle.journal import JOURNAL, Journal
+from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from next_core.cycle.advice import journal_advice
 from next_core.cycle.journal import Journal
+from next_core.cycle.journal_advice import journal_advice
 from next_core.errors import CheckpointError
 from next_core.interfaces import CheckpointSource
 from tests.cycle.descent import Descent

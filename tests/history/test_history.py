@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -121,17 +120,14 @@ def test_signs_follow_the_newest_global_delta_backwards(source: MemorySource, ki
             u, v = components.U[row, :, 0], components.V[row, :, 0]
 
 
-def test_the_reference_for_signs_is_the_newest_global_delta_where_directions_turn() -> None:
-    def at(step: int) -> Tensor:
-        angle = torch.tensor(step * math.pi / 45)  # 4 degrees a step: 80 between the last two
-        direction = torch.stack([angle.cos(), angle.sin()]).double()
-        return step * torch.outer(direction, direction.flip(0))
-
-    history = History(MemorySource({step: {"a": at(step)} for step in STEPS}, {"a": at(0)}))
-    reference = history.components("global")["a"]
-    for kind, horizon in (("local", None), ("target", 20)):
-        found = history.components(kind, horizon)["a"]  # type: ignore[arg-type]
-        assert (found.U[-1] * reference.U[-1]).sum() + (found.V[-1] * reference.V[-1]).sum() > 0
+def test_the_reference_for_signs_is_the_newest_global_delta_where_checkpoints_have_nothing_in_common() -> None:
+    checkpoints = {step: {name: noise(f"{name}{step}", 6, 5) for name in "ae"} for step in STEPS}
+    start = dict.fromkeys("ae", torch.zeros(6, 5, dtype=torch.float64))
+    history = History(MemorySource(checkpoints, start))
+    for name, reference in history.components("global").items():
+        for kind, horizon in (("local", None), ("target", 20)):
+            found = history.components(kind, horizon)[name]  # type: ignore[arg-type]
+            assert (found.U[-1] * reference.U[-1]).sum() + (found.V[-1] * reference.V[-1]).sum() > 0
 
 
 def test_gram_matrices_are_the_inner_products_of_global_deltas(source: MemorySource) -> None:

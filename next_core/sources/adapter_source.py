@@ -14,12 +14,12 @@ from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_files import KEY, AdapterFiles
 from next_core.sources.deepspeed import replacement
+from next_core.sources.folder_source import DiskSourceConfig, FolderSource
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.jumps import Shift, jump_folders
 from next_core.sources.layouts import ADAPTER_FILES
 from next_core.sources.memory import lora_delta
 from next_core.sources.mismatch import check_same_shapes
-from next_core.sources.run_folder import DiskSourceConfig, RunFolder
 from next_core.sources.tensor_cache import TensorCache
 from next_core.storage.checkpoint_errors import other_model
 from next_core.types import LoraFactors, Parameter
@@ -35,7 +35,7 @@ class PeftAdapterSourceConfig(DiskSourceConfig):
     backbone: Path | None = Field(None, description="The base model's folder; its names and shapes are compared")
 
 
-class PeftAdapterSource(RunFolder[AdapterFiles]):
+class PeftAdapterSource(FolderSource[AdapterFiles]):
     """``checkpoint-N/adapter_model.safetensors`` as TRL writes it, or as this project, OpenRLHF and verl do."""
 
     name = "peft-adapter"

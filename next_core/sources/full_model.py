@@ -11,10 +11,10 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.sources.deepspeed import replacement
+from next_core.sources.folder_source import DiskSourceConfig, FolderSource
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.mismatch import check_same_shapes
-from next_core.sources.run_folder import DiskSourceConfig, RunFolder
 from next_core.sources.tied_weights import tied_names
 from next_core.types import Parameter
 
@@ -23,7 +23,7 @@ class FullModelSourceConfig(DiskSourceConfig):
     backbone: Path | None = Field(None, description="The base model's folder; without it, step 0 must be there")
 
 
-class FullModelSource(RunFolder[ModelFiles]):
+class FullModelSource(FolderSource[ModelFiles]):
     """``checkpoint-N/model.safetensors`` or its shards; only matrices (two dimensions) are extrapolated."""
 
     name = "full-model"

@@ -86,10 +86,10 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
     return None
 
 
-def detect(path: Path, files: Collection[str], listed: Sequence[Path] = ()) -> bool:
+def contains_checkpoints(path: Path, files: Collection[str], listed: Sequence[Path] = ()) -> bool:
     """Return whether a checkpoint under ``path``, or listed, contains one of these files.
 
-    It is true where checkpoints cannot be told apart, too: opening them reports why.
+    Also true where names are ambiguous: opening the checkpoints reports why.
     """
     try:
         return any(has_any(folder, files) for folder in find_checkpoints(path, listed).folders.values())

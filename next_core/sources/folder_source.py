@@ -15,7 +15,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.settings import Settings
 from next_core.sources.checkpoint_names import missing_steps
 from next_core.sources.jumps import Shift, Shifts
-from next_core.sources.layouts import CheckpointFolders, check_complete, detect, find_checkpoints
+from next_core.sources.layouts import CheckpointFolders, check_complete, contains_checkpoints, find_checkpoints
 from next_core.sources.metrics import read_metrics
 from next_core.storage.checkpoint_errors import not_found
 from next_core.storage.manifest import file_digest
@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
 T = TypeVar("T", bound=Checkpoint)
 
 
-class RunFolder(CheckpointSource, Generic[T]):
+class FolderSource(CheckpointSource, Generic[T]):
     """A source that reads the checkpoints of one run from folders."""
 
     FILES: ClassVar[tuple[str, ...]]
@@ -61,13 +61,13 @@ class RunFolder(CheckpointSource, Generic[T]):
         super().__init__(config)
         self._checkpoints: dict[int, T] = {}
         self._shifts = Shifts(config.path)
-        self._found = CheckpointFolders({})
+        self._folders = CheckpointFolders({})
         self._skipped_folders: dict[int, str] = {}
         self._metrics: dict[int, dict[str, float]] | None = None
 
     @classmethod
     def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
-        return detect(path, cls.FILES, folders)
+        return contains_checkpoints(path, cls.FILES, folders)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self.config,)  # another process opens the folder for itself
@@ -108,21 +108,21 @@ class RunFolder(CheckpointSource, Generic[T]):
             )
         self._check(opened)
         stale = {step for step, before in self._checkpoints.items() if opened.get(step) is not before}
-        self._checkpoints, self._found, self._skipped_folders = opened, found, skipped
+        self._checkpoints, self._folders, self._skipped_folders = opened, found, skipped
         self._shifts.refresh()
         self._metrics = None
         return stale
 
     @property
     def naming(self) -> str:
-        return self._found.naming
+        return self._folders.naming
 
     @property
     def notes(self) -> Sequence[str]:
-        missing = missing_steps(tuple(self._found.folders), self._skipped_folders)
+        missing = missing_steps(tuple(self._folders.folders), self._skipped_folders)
         what = f"step {missing[0]} seems" if len(missing) == 1 else f"steps {', '.join(map(str, missing))} seem"
         gap = [f"{what} to be missing"] if missing else []
-        return [*self._found.notes, *self._skipped_folders.values(), *gap]
+        return [*self._folders.notes, *self._skipped_folders.values(), *gap]
 
     @property
     def steps(self) -> tuple[int, ...]:

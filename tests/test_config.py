@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from next_core.config import dump_yaml, json_schema, load_config, make_config, parse_assignments
 from next_core.errors import ConfigError
 from next_core.plugins import make_chosen, registry
-from next_core.run_config import Choice, Guards, RunConfig, Schedule
+from next_core.run_config import Guards, RunConfig, Schedule
 from next_core.storage.yaml_files import parse_yaml
 from tests.errors import raises_kind
 
@@ -198,44 +198,36 @@ def test_a_reward_of_the_users_own_keeps_its_arguments(load: Callable[..., RunCo
     assert (reward.name, reward.fields) == ("my.module:score", {"strict": True})
 
 
-def test_a_bare_name_stands_for_a_plugin_with_its_defaults() -> None:
-    assert Choice.model_validate("secant") == Choice(name="secant")
-
-
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    "text",
     [
-        ("steps: 10\nsteps: 20\n", "the key 'steps' appears twice"),
-        ("steps: [1, 2\n", "is not valid YAML"),
-        ("steps: 1\n\tseed: 2\n", "is not valid YAML"),
-        ("a: *nobody\n", "found undefined alias 'nobody'"),
-        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-        ("? [1, 2]\n: 3\n", "found unhashable key"),
-        ("a: 2024-13-45\n", "month must be in 1..12"),
-        ("a: !!int many\n", "is not valid YAML"),
-        ("a: !!bool maybe\n", "is not valid YAML"),
-        ("a: !!timestamp soon\n", "is not valid YAML"),
-        ("a: &x [*x]\n", "an alias refers to what contains it"),
-        ("a: \x00\n", "is not valid YAML"),
-        ("a: 1\n---\nb: 2\n", "is not valid YAML"),
-        ("[" * 5000, "is not valid YAML"),
-        ("- steps\n", "must be a mapping"),
-        ("", "must be a mapping"),
-        ("just text", "must be a mapping"),
-        ("1: 2\n", "run.yaml.1: Keys should be strings"),
+        "steps: 10\nsteps: 20\n",
+        "steps: [1, 2\n",
+        "steps: 1\n\tseed: 2\n",
+        "a: *nobody\n",
+        "a: !!python/object/apply:os.getcwd []\n",
+        "? [1, 2]\n: 3\n",
+        "a: 2024-13-45\n",
+        "a: !!int many\n",
+        "a: &x [*x]\n",
+        "a: \x00\n",
+        "a: 1\n---\nb: 2\n",
+        "[" * 5000,
     ],
 )
-def test_a_file_that_is_no_yaml_mapping_is_named_with_the_reason(
-    load: Callable[..., RunConfig], text: str, reason: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_file_that_is_not_safe_yaml_is_named(load: Callable[..., RunConfig], text: str) -> None:
+    with raises_kind("config-yaml", "run.yaml"):
         load(text=text)
-    assert "run.yaml" in str(caught.value)
-    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- steps\n", "", "just text", "1: 2\n"])
+def test_a_file_that_is_not_a_mapping_of_names_is_named(load: Callable[..., RunConfig], text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load(text=text)
 
 
 def test_the_line_of_a_yaml_mistake_is_named(load: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match="line 3"):
+    with raises_kind("config-yaml", "line 3"):
         load(text="steps: 1\nseed: 2\nseed: 3\n")
 
 
@@ -247,14 +239,14 @@ def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(
         f"x{i}: &{b} [{', '.join([f'*{a}'] * 30)}]\n" for i, (a, b) in enumerate(zip("abcdef", "bcdefg", strict=True))
     )
     start = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with raises_kind("config-yaml", "run.yaml") as caught:
         load(text=f"x: &a [lol, lol, lol]\n{bomb}{place}\n")
     assert time.process_time() - start < 1
     assert len(str(caught.value)) < 1000
 
 
 def test_a_long_value_is_shown_cut(load: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with raises_kind("config-invalid-value", "steps") as caught:
         load(steps="x" * 100_000)
     assert len(str(caught.value)) < 1000
 
@@ -275,13 +267,10 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
-        load_config(folder / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: it is not a regular file"):
-        load_config(folder)
     (folder / "latin.yaml").write_bytes(b"steps: 1 # \xe9\n")
-    with pytest.raises(ConfigError, match=r"latin\.yaml cannot be read: it is not UTF-8 text"):
-        load_config(folder / "latin.yaml")
+    for name in ("none.yaml", ".", "latin.yaml"):
+        with pytest.raises(ConfigError, match=str(folder / name)):
+            load_config(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -356,16 +345,6 @@ def test_every_example_is_valid_and_known_to_the_schema(example: Path) -> None:
     check(parse_yaml(example.read_text(), example.name), schema)
 
 
-def test_the_schema_has_the_fields_of_every_installed_predictor() -> None:
-    schema = json_schema()
-    options = schema["properties"]["predictor"]["anyOf"]
-    [secant] = [o for o in options if o.get("properties", {}).get("name", {}).get("const") == "secant"]
-    assert {"name", "window", "damping", "gate", "space"} <= set(secant["properties"])
-    assert secant["additionalProperties"] is False
-    assert "secant" in options[0]["enum"]
-    assert {"GateConfig", "Schedule", "Guards"} <= set(schema["$defs"])
-
-
 def test_assignments_become_nested_fields_read_as_yaml() -> None:
     given = ["window=25", "gate.floor=1e-1", "gate.width=0.5", "space=merged", "metric=", "list=[1, 2]", "a=b=c"]
     assert parse_assignments(given) == {
@@ -393,9 +372,3 @@ def test_assignments_become_nested_fields_read_as_yaml() -> None:
 def test_an_assignment_that_cannot_be_read_is_refused(given: list[str], kind: str, name: str) -> None:
     with raises_kind(kind, name):
         parse_assignments(given)
-
-
-@pytest.mark.parametrize("made", [lambda: Guards(max_dorp=0.1), lambda: Schedule(observ=10)])  # type: ignore[call-arg]
-def test_guards_and_schedule_refuse_unknown_keys_from_python_too(made: Callable[[], Any]) -> None:
-    with pytest.raises(ValidationError):
-        made()

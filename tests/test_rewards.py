@@ -68,22 +68,14 @@ def test_another_value_or_one_still_to_be_worked_out_is_wrong(
     assert reward([completion], [answer]) == [0.0]
 
 
-def test_a_sum_counts_as_its_value_only_where_that_is_asked_for() -> None:
-    lenient = MathVerifyReward(MathVerifyConfig(evaluated=False))
-    assert lenient(["9+5", "9+4"], ["14", "14"]) == [1.0, 0.0]
-
-
-def test_the_values_of_right_and_wrong_are_the_configs() -> None:
-    assert MathVerifyReward(MathVerifyConfig(correct=2.0, wrong=-1.0))(["14", "15"], ["14", "14"]) == [2.0, -1.0]
-
-
-def test_each_completion_is_judged_by_its_own_answer(reward: MathVerifyReward) -> None:
-    assert reward(["1", "2", "3"], ["1", "3", "3"], prompt=["a", "b", "c"]) == [1.0, 0.0, 1.0]
-
-
 def test_answers_may_be_numbers_and_completions_conversations(reward: MathVerifyReward) -> None:
     said = [{"role": "user", "content": "9+5?"}, {"role": "assistant", "content": "14"}]
-    assert reward([said, "15"], [14, 15]) == [1.0, 1.0]
+    assert reward([said, "15", "3"], [14, 15, 2], prompt=["a", "b", "c"]) == [1.0, 1.0, 0.0]
+
+
+def test_a_sum_counts_as_its_value_only_where_that_is_asked_for() -> None:
+    lenient = MathVerifyReward(MathVerifyConfig(evaluated=False, correct=2.0, wrong=-1.0))
+    assert lenient(["9+5", "9+4"], ["14", "14"]) == [2.0, -1.0]
 
 
 def test_the_same_pair_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:

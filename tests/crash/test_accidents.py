@@ -1,8 +1,7 @@
-"""Two runs in one folder, a clock that goes backwards, and the signals that stop a run."""
+"""Two runs in one folder, and the signals that stop a run."""
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -35,20 +34,6 @@ def test_a_second_run_in_one_folder_is_refused_at_once_and_the_first_ends_as_eve
         on.touch()
     ended = first.ended()
     assert ended.code == 0, ended.error
-    whole_run.check(out)
-
-
-def test_neither_a_clock_that_goes_backwards_nor_files_of_the_future_change_a_run(
-    whole_run: Whole, tmp_path: Path
-) -> None:
-    out = tmp_path / "runs" / "run"
-    assert call(work.go, "run", whole_run.raw, out, STEP_5_IS_OVER, work.kill, None, True).killed
-    future = time.time() + 10 * 365 * 86400
-    for path in out.rglob("*"):
-        os.utime(path, (future, future))
-    assert damages(out) == []
-    again = call(work.go, "run", whole_run.raw, out, None, work.kill, None, True)
-    assert again.code == 0, again.error
     whole_run.check(out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import os
 import re
 import signal
@@ -164,11 +163,10 @@ def go(
     at: Point | None = None,
     action: Action = kill,
     phase: Path | None = None,
-    backwards: bool = False,
 ) -> Trained:
     """The command that is killed and given again, to its end: ``run``, ``callback``, or the command line's.
 
-    ``phase`` is a file that always says what the process is doing; ``backwards`` sets the wall clock back as it goes.
+    ``phase`` is a file that always says what the process is doing.
     """
     quiet_libraries()
     points = Points(out.parent, at, action)
@@ -182,8 +180,6 @@ def go(
         points.show = show
         show(STARTING)
     storage.failpoint = points
-    if backwards:
-        turn_back_the_clock()
     started = time.perf_counter()
     if way == "run":
         run(small_run.checked(raw), out)
@@ -192,13 +188,6 @@ def go(
     else:
         command(["run", way, "--out", str(out)], Path(f"{way}.said"))
     return Trained(points.passed, time.perf_counter() - started)
-
-
-def turn_back_the_clock() -> None:
-    """Each look at the wall clock finds it an hour earlier."""
-    real, looks = time.time, itertools.count()
-    time.time = lambda: real() - 3600.0 * next(looks)
-    time.time_ns = lambda: int(time.time() * 1e9)
 
 
 def train_with_callback(raw: dict[str, Any], out: Path) -> None:

@@ -32,9 +32,8 @@ from tests.errors import raises_kind
 pytestmark = pytest.mark.trl
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
-JUMPING = ["factors", "merged", "full", "recovery", "average", "whole", "resumed"]
-RESUMED = ["survived", "from_one"]
-FAILING = ["drifted", "strict", "unwritable", "unwritable_end", "unfollowed", "taken", "unlike", "boundary", "sharded"]
+JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed"]
+FAILING = ["drifted", "strict", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
 
 Seen = dict[str, Any]
 
@@ -99,8 +98,7 @@ def death(out: Path) -> Launch:
 
 @pytest.fixture(scope="module")
 def runs(out: Path, death: Launch) -> Launch:
-    assert Runs(out).alone()["error"] is None
-    launch = Launch(out, ["plain", "refused", *JUMPING, *RESUMED, *FAILING, "slow"], torchrun=True)
+    launch = Launch(out, ["plain", "refused", *JUMPING, "survived", *FAILING, "slow"], torchrun=True)
     assert launch.codes == [0], launch.log
     return launch
 
@@ -141,24 +139,19 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: s
     assert zero["after"].keys() == one["after"].keys()
     for step, seen in zero["after"].items():
         assert same_step(seen, one["after"][step]), step
+    for process in (zero, one):  # a jump draws no random number
+        for step, before in process["before"].items():
+            assert all(map(np.array_equal, before["random"], process["after"][step]["random"])), step
     moved = [step for step, seen in zero["after"].items() if not same_step(seen, zero["before"][step])]
     wanted = {
         "factors": [6, 9],
         "merged": [6, 9],
         "recovery": [6, 9],
-        "average": [9],
         "whole": [6, 9],
         "resumed": [9],
     }
     assert moved == wanted.get(run, [6])
     assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
-
-
-@pytest.mark.parametrize("run", JUMPING)
-def test_a_jump_spends_no_random_number_of_either_process(runs: Launch, run: str) -> None:
-    for seen in runs.seen(run):
-        for step, before in seen["before"].items():
-            assert all(map(np.array_equal, before["random"], seen["after"][step]["random"])), step
 
 
 def test_a_factor_jump_moves_the_adapter_of_both_by_the_coefficients(runs: Launch) -> None:
@@ -238,11 +231,9 @@ def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: Launch) 
         ("drifted", "backend-processes-differ", ["after step 6", "process 1", "q_proj.lora_A"]),
         ("strict", "guard-refused", ["step 6", "max_norm_ratio is 1e-06"]),
         ("unwritable", "", ["metrics.jsonl"]),
-        ("unwritable_end", "", ["metrics.jsonl"]),
         ("unfollowed", "backend-processes-differ", ["after step 6", "process 1", "MemoryError: no room"]),
         ("taken", "config-folder-not-empty", ["refused"]),
         ("unlike", "backend-processes-differ", ["settle=1", "process 0 0"]),
-        ("boundary", "config-schedule", ["multiples of 4"]),
         ("sharded", "backend-unsupported", ["'weight'"]),
     ],
 )
@@ -254,10 +245,6 @@ def test_an_error_in_one_process_ends_both_with_the_same_message(
     _, found, message = zero["error"]
     assert found == kind or not kind
     assert all(name in message for name in names), message
-    if run == "unwritable":
-        assert max(zero["before"]) == 6  # the trainer logs after step 5, where the other process does not wait
-    elif run == "unwritable_end":
-        assert max(zero["after"]) == 9
 
 
 def test_a_probe_longer_than_the_time_out_ends_the_run_and_names_the_setting(runs: Launch) -> None:
@@ -285,14 +272,6 @@ def test_a_run_that_lost_a_process_ends_as_the_whole_one_when_it_is_resumed(runs
         assert again["error"] is None
         assert sorted(again["after"]) == list(range(5, 13))
         assert all(same_step(again["after"][step], whole["after"][step]) for step in again["after"])
-
-
-def test_a_run_of_one_process_is_resumed_by_two(runs: Launch) -> None:
-    zero, one = runs.seen("from_one")  # other roll-outs, so not the same bits as another run: the two agree
-    assert zero["error"] is None
-    assert sorted(zero["after"]) == list(range(5, 13))
-    assert all(same_step(seen, one["after"][step]) for step, seen in zero["after"].items())
-    assert [record["accepted"] for record in zero["journal"] if record["event"] == "verify"] == [False, False]
 
 
 def test_a_run_of_two_processes_is_resumed_by_one_in_its_recovery_window(runs: Launch) -> None:

@@ -203,12 +203,6 @@ class Runs:
         )
         return self.go(made, "recovery", steps=12)
 
-    def average(self) -> Any:
-        made = PredictExtendCallback(
-            "stay", evaluate=Probe([0.1, 0.2, 0.3]), guards={"probe": False}, **SMALL, average=6
-        )
-        return self.go(made, "average")
-
     def whole(self) -> Any:
         return self._saved("whole")
 
@@ -249,21 +243,15 @@ class Runs:
         return self.go(PredictExtendCallback(FACTORS, guards={"max_norm_ratio": 1e-6}, strict=True, **SMALL), "strict")
 
     def unwritable(self) -> Any:
-        """What the trainer logs cannot be written, by process 0 and at a moment when no other listens."""
-        return self._blocked("unwritable", 4)
+        """What the trainer logs after the last step cannot be written by process 0: the others are not waiting then."""
 
-    def unwritable_end(self) -> Any:
-        """The same, when the last step is over."""
-        return self._blocked("unwritable_end", 9)
-
-    def _blocked(self, name: str, when: int) -> Any:
         def block(step: int, model: Any) -> None:
-            if step == when and RANK == 0:
-                metrics = self.out / name / "next-core" / "metrics.jsonl"
+            if step == 9 and RANK == 0:
+                metrics = self.out / "unwritable" / "next-core" / "metrics.jsonl"
                 metrics.unlink(missing_ok=True)
                 metrics.mkdir()
 
-        return self.go(PredictExtendCallback(FACTORS, **SMALL), name, before=[OnStep(block)])
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), "unwritable", before=[OnStep(block)])
 
     def unfollowed(self) -> Any:
         """Process 1 has no room for the adapter."""
@@ -282,9 +270,6 @@ class Runs:
     def unlike(self) -> Any:
         return self.go(PredictExtendCallback("stay", **SMALL | {"settle": RANK}), "unlike")
 
-    def boundary(self) -> Any:
-        return self.go(PredictExtendCallback(FACTORS, **SMALL), "boundary", num_iterations=2, steps_per_generation=2)
-
     def sharded(self) -> Any:
         """A model of which a process holds a part, as tensor parallelism loads it."""
         layer = torch.nn.Linear(4, 4)
@@ -296,17 +281,9 @@ class Runs:
             return {"error": ("BackendError", error.kind, error.message)}
         return {"error": None}
 
-    def alone(self) -> Any:
-        """For one process: as many roll-outs a step."""
-        return self._saved("alone", per_device_train_batch_size=8)
-
     def alone_goes_on(self) -> Any:
         """What two processes began, in one."""
         return self._saved("whole", readings=[0.1], resume=8, per_device_train_batch_size=8)
-
-    def from_one(self) -> Any:
-        """A run that began in one process."""
-        return self._saved("alone", resume=4)
 
     def slow(self) -> Any:
         """A probe that takes longer than the others wait. The last run: what follows would meet its remains."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import ConfigError, PluginError
+from next_core.errors import ConfigError
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
+from next_core.interfaces.prediction import parameter_of
 from next_core.storage.atomic import enough_space, new_directory, seal
 
 SMALL_FILES = 64 * 2**20
@@ -62,12 +63,8 @@ class FolderApplier(WeightApplier):
     def check(self, prediction: Prediction, out: str | Path) -> Path:
         """Return the target folder; raises as ``check_source`` does, and ``PluginError`` for unknown parameters."""
         target = self.check_source(prediction.source, out)
-        unknown = set(prediction.updates) - {parameter.name for parameter in prediction.source.parameters}
-        if unknown:
-            raise PluginError(
-                f"the prediction names '{min(unknown)}', which the run does not have; correct the predictor",
-                kind="predictor-wrong-answer",
-            )
+        for name in prediction.updates:
+            parameter_of(prediction.source, name)
         return target
 
     @abstractmethod

@@ -76,7 +76,7 @@ class Prediction:
 
         Raises ``GuardError`` when it is not finite, ``PluginError`` for a parameter that the run does not have.
         """
-        shape = _parameter(self.source, name).shape
+        shape = parameter_of(self.source, name).shape
         moved = weight_delta(self, name, alpha)
         return LowRank.zero(*shape) if moved is None else merged(moved)
 
@@ -114,7 +114,7 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
     scale = alpha * prediction.weight(name)
     if update is None or scale == 0.0:
         return None
-    parameter = _parameter(prediction.source, name)
+    parameter = parameter_of(prediction.source, name)
     if isinstance(update, LowRankUpdate):
         return _checked(prediction, name, _from_matrix(prediction, parameter, update.matrix.to(torch.float64), scale))
     weights = coefficients(prediction, name, alpha)
@@ -252,7 +252,8 @@ def _narrowed(matrix: LowRank) -> LowRank:
     return matrix if matrix.rank <= widest else low_rank.truncated_svd(matrix, widest).lowrank()
 
 
-def _parameter(source: CheckpointSource, name: str) -> Parameter:
+def parameter_of(source: CheckpointSource, name: str) -> Parameter:
+    """Return the parameter that a prediction names. Raises ``PluginError`` when the run does not have it."""
     for parameter in source.parameters:
         if parameter.name == name:
             return parameter

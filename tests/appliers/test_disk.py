@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,29 @@ def prediction(run: LoraRun) -> Prediction:
     return secant(run)
 
 
-class FailingFile:
-    """A file that takes its first bytes and then fails."""
+class FailingFile(io.FileIO):
+    """A file that takes a few bytes and then fails."""
 
-    def __init__(self, file: Any, number: int) -> None:
-        self._file, self._number, self._taken = file, number, 0
+    number = 0
 
     def write(self, data: Any) -> int:
-        if self._taken:
-            raise OSError(self._number, "as the disk says")
-        self._taken = 1
-        return int(self._file.write(data))
-
-    def close(self) -> None:
-        self._file.close()
+        if self.tell():
+            raise OSError(self.number, "as the disk says")
+        return super().write(data[:10])
 
 
 @pytest.fixture
-def fail_with(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fail_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make every new weight file fail with an error number."""
     real = TensorWriter.__init__
 
-    def install(number: int) -> None:
-        def failing(self: TensorWriter, *arguments: Any, **options: Any) -> None:
-            real(self, *arguments, **options)
-            self._file = FailingFile(self._file, number)  # type: ignore[assignment]
+    def failing(self: TensorWriter, path: Path, *arguments: Any, **options: Any) -> None:
+        real(self, path, *arguments, **options)
+        self._file.close()
+        self._file = FailingFile(path, "r+")
 
+    def install(number: int) -> None:
+        monkeypatch.setattr(FailingFile, "number", number)
         monkeypatch.setattr(TensorWriter, "__init__", failing)
 
     return install
@@ -74,7 +72,7 @@ def test_too_little_space_is_refused_before_anything_is_written(
 @BOTH
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_names_the_file_and_leaves_nothing(
-    prediction: Prediction, tmp_path: Path, applier: str, fail_with: Any, number: int
+    prediction: Prediction, tmp_path: Path, applier: str, fail_with: Callable[[int], None], number: int
 ) -> None:
     fail_with(number)
     out = tmp_path / "out"
@@ -89,7 +87,7 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing(
 
 
 def test_in_place_the_shard_that_did_not_fit_stays_as_it_was(
-    prediction: Prediction, run: LoraRun, tmp_path: Path, fail_with: Any
+    prediction: Prediction, run: LoraRun, tmp_path: Path, fail_with: Callable[[int], None]
 ) -> None:
     target = Path(shutil.copytree(run.base, tmp_path / "target"))
     before = (target / "model.safetensors").read_bytes()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,13 +44,25 @@ def streamed(path: Path, tensors: dict[str, Tensor], rows: int = 2) -> TensorWri
     return writer
 
 
-@pytest.mark.parametrize("drop_every", [10_000, 2**30])
+class WithoutDirectWrites(io.FileIO):
+    """A file on a file system that takes O_DIRECT and then refuses each direct write."""
+
+    def write(self, data: Any) -> int:
+        if fcntl.fcntl(self, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("buffer", [4096, 4 * 2**20])
+@pytest.mark.parametrize("file", [io.FileIO, WithoutDirectWrites])
 def test_the_library_reads_back_the_same_tensors(
-    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop_every: int
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int, file: Any
 ) -> None:
-    monkeypatch.setattr(safetensors_writer, "DROP_EVERY", drop_every)
+    monkeypatch.setattr(safetensors_writer, "BUFFER", buffer)
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: file(path, "x"))
     path = tmp_path / "x.safetensors"
     writer = streamed(path, tensors)
+    monkeypatch.undo()
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())

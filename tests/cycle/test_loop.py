@@ -74,6 +74,7 @@ def test_an_abstention_is_journalled_with_its_reason() -> None:
     first, *_, last = made.journal.jumps()
     assert "no checkpoint 40 steps before step 20" in first["reason"]
     assert (first["predictor"], first["alpha"], first["norm_ratio"]) == ("secant", 1.0, None)
+    assert not {"norm", "accuracy_before", "accuracy_after"} & set(first)  # of stages that were not reached
     assert last["accepted"]
 
 

@@ -6,8 +6,9 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import Field, StrictInt, ValidationError, field_validator, model_v
 from next_core.config import absolute_path, make_config, recommended_blocks
 from next_core.errors import ConfigError
 from next_core.run_config import DEFAULT_PREDICTOR, RunConfig
-from next_core.settings import Settings, explain
+from next_core.settings import Settings, config_error
 from next_core.storage.yaml_files import load_yaml
 
 Role = Literal["plain", "control", "arm"]
@@ -74,7 +75,7 @@ class CompareConfig(Settings):
             if name.casefold() in taken:
                 raise ValueError(f"arms: {name} is the name of a control, or of another arm; choose another")
             taken.add(name.casefold())
-        for block, where in [(self.run, "run"), *((arm, f"arms.{name}") for name, arm in self.arms.items())]:
+        for where, block in {"run": self.run, **{f"arms.{name}": arm for name, arm in self.arms.items()}}.items():
             for key in OURS:
                 if key in block:
                     raise ValueError(f"{where}.{key}: this is set for all arms; see the keys of a comparison")
@@ -83,13 +84,13 @@ class CompareConfig(Settings):
 
 @dataclass(frozen=True)
 class Variant:
-    """One run config of an arm, before its seed; ``values`` is what tells it from the arm's other variants."""
+    """One run config of an arm, before its seed; ``values`` distinguish it from the arm's other variants."""
 
     values: Values
     config: RunConfig
 
     def seeded(self, seed: int) -> RunConfig:
-        """The run of one seed."""
+        """Return the run of one seed."""
         return self.config.model_copy(update={"seed": seed})
 
 
@@ -103,140 +104,115 @@ class Arm:
 
 
 def load_comparison(path: str | Path) -> tuple[CompareConfig, list[Arm]]:
-    """Read a comparison's file and everything it names. Raises ``ConfigError`` and ``PluginError`` as a run does."""
+    """Read a comparison's file and everything it names. Raises ``ConfigError`` and ``PluginError`` as a run does.
+
+    Its folder, and that of its base, go on ``sys.path``: a reward that a config names may be there.
+    """
     file = Path(path)
     raw = load_yaml(file, "see docs/compare.md")
     try:
         config = CompareConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(explain(error, str(file), CompareConfig)) from None
-    shared: dict[str, Any] = {}
-    for folder in _folders(config, file):
+        raise config_error(error, str(file), CompareConfig) from None
+    base = None if config.base is None else absolute_path(file.parent, config.base, str(file))
+    for folder in (file.resolve().parent, *([] if base is None else [base.parent])):
         if folder.is_dir() and str(folder) not in sys.path:  # Python would open a FIFO there and wait
-            sys.path.insert(0, str(folder))  # a reward that a config names may lie beside it
-    if config.base is not None:
-        base = absolute_path(file.parent, config.base, str(file))
+            sys.path.insert(0, str(folder))
+    shared: dict[str, Any] = {}
+    if base is not None:
         try:
             shared = _absolute(load_yaml(base, "see `next-core schema`"), base.parent, str(base))
         except ConfigError as error:
-            raise ConfigError(f"{file}: base: {error}") from None
+            raise ConfigError(f"{file}: base: {error.message}", kind=error.kind) from None
     shared = {key: value for key, value in shared.items() if key not in OURS}
     shared = _merged(shared, _absolute(config.run, file.parent.resolve(), str(file)))
     return config, list(_arms(config, shared, file))
 
 
-def _folders(config: CompareConfig, file: Path) -> list[Path]:
-    folders = [file.resolve().parent]
-    return folders if config.base is None else [*folders, absolute_path(file.parent, config.base, str(file)).parent]
-
-
-def _arms(config: CompareConfig, shared: Mapping[str, Any], file: Path) -> Iterator[Arm]:
+def _arms(config: CompareConfig, shared: Values, file: Path) -> Iterator[Arm]:
     common = {**shared, "steps": config.steps, "measure_every": config.measure_every}
-    alike = _controls(common)
-    stay = {"predictor": "stay"}
-
-    def arm(name: str, role: Role, raw: Mapping[str, Any], choose: Mapping[str, list[Any]]) -> Arm:
-        where, variants = f"{file}: {name}", []
-        for values in _products(choose, where):
-            filled = dict(raw)
-            for key, value in values.items():
-                filled = _with(filled, key, value)
-            filled = _absolute(filled, file.parent.resolve(), where)
-            variants.append(Variant(values, _judgeable(make_config(filled, where=where), config.metric, where)))
-        data = variants[0].config.training.data
-        if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
-            raise ConfigError(
-                f"{where}: values are chosen on training.data.validation, and what is chosen is reported on "
-                "training.data.test; both must be there, and differ"
-            )
-        return Arm(name, role, tuple(variants))
-
-    yield arm(PLAIN, "plain", {**alike, **stay}, {})
+    alike, arm = _with_schedule(common), partial(_arm, file=file, metric=config.metric)
+    yield arm(PLAIN, "plain", {**alike, "predictor": "stay"})
     if config.longer is not None:
-        yield arm(LONGER, "plain", {**alike, **stay, "steps": config.longer}, {})
+        yield arm(LONGER, "plain", {**alike, "predictor": "stay", "steps": config.longer})
     if config.tuned:
-        yield arm(TUNED, "control", {**alike, **stay}, config.tuned)
+        yield arm(TUNED, "control", {**alike, "predictor": "stay"}, config.tuned)
     if NO_JUMP in config.controls:
-        yield arm(NO_JUMP, "control", {**alike, "predictor": {"name": "stay", "jump": True}}, {})
+        yield arm(NO_JUMP, "control", {**alike, "predictor": {"name": "stay", "jump": True}})
     if RANDOM in config.controls:
-        yield arm(RANDOM, "control", {**alike, "predictor": "random"}, {})
+        yield arm(RANDOM, "control", {**alike, "predictor": "random"})
     for name, changes in config.arms.items():
-        changed = {key: value for key, value in changes.items() if key != "choose"}
-        own = _absolute(changed, file.parent.resolve(), f"{file}: arms.{name}")
-        choose = changes.get("choose", {})
-        if not isinstance(choose, dict) or not all(isinstance(v, list) and v for v in choose.values()):
-            raise ConfigError(f"{file}: arms.{name}.choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
-        yield arm(name, "arm", _of_arm(common, own), choose)
+        own = _absolute({key: value for key, value in changes.items() if key != "choose"}, file.parent.resolve(), name)
+        # A predictor that recommends a schedule replaces the common one.
+        replaced = {"predictor", *recommended_blocks(own["predictor"])} if "predictor" in own else set()
+        kept = {key: value for key, value in common.items() if key not in replaced}
+        yield arm(name, "arm", _merged(kept, own), changes.get("choose", {}))
 
 
-def _judgeable(config: RunConfig, metric: str, where: str) -> RunConfig:
-    """Raise ``ConfigError`` where the accuracy that decides is never measured."""
-    if config.training.data.test is None and config.training.data.validation is None:
-        raise ConfigError(f"{where}: training.data has no test and no validation prompts to judge by")
-    if config.training.evaluation == "generate" and metric != "greedy":
-        raise ConfigError(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
-    return config
+def _arm(name: str, role: Role, raw: Values, choose: Any = None, *, file: Path, metric: str) -> Arm:
+    """Make every variant of an arm. Raises ``ConfigError`` for what cannot be run, judged or chosen."""
+    where, variants = f"{file}: {name}", []
+    for values in _combinations(choose or {}, where):
+        filled: Mapping[str, Any] = raw
+        for key, value in values.items():
+            filled = _merged(filled, _nested(key.split("."), value), whole=())
+        config = make_config(_absolute(filled, file.parent.resolve(), where), where=where)
+        variants.append(Variant(values, config))
+        training = config.training
+        if training.data.test is None and training.data.validation is None:
+            raise _contradiction(f"{where}: training.data has no test and no validation prompts to judge by")
+        if training.evaluation == "generate" and metric != "greedy":
+            raise _contradiction(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
+    data = variants[0].config.training.data
+    if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
+        raise _contradiction(
+            f"{where}: values are chosen on training.data.validation and reported on training.data.test; both must be "
+            "there, and differ"
+        )
+    return Arm(name, role, tuple(variants))
 
 
-def _controls(common: Mapping[str, Any]) -> dict[str, Any]:
-    """The common keys for what has another predictor: the schedule is still the one that the run's is made for."""
+def _with_schedule(common: Values) -> dict[str, Any]:
+    """Return the common keys for other predictors: they keep the schedule that the run's own predictor recommends."""
     recommended = dict(recommended_blocks(common.get("predictor", DEFAULT_PREDICTOR)).get("schedule", {}))
     own = common.get("schedule", {})
     recommended.pop("average", None)  # of that predictor alone, unless the run's own keys say so
     return {**common, "schedule": {**recommended, **own} if isinstance(own, Mapping) else own}
 
 
-def _of_arm(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm's keys over the common ones; a predictor that is made for a schedule does not take the common one."""
-    if "predictor" in own:
-        replaced = {"predictor", *recommended_blocks(own["predictor"])}
-        common = {key: value for key, value in common.items() if key not in replaced}
-    return _merged(common, own)
-
-
-def _products(choose: Mapping[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
+def _combinations(choose: Any, where: str) -> list[dict[str, Any]]:
+    """Return every combination of the values to choose among, by dotted key; one without any if there are none."""
+    if not isinstance(choose, Mapping):
+        raise _wrong(f"{where}: choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
     for key, values in choose.items():
+        head, _, rest = str(key).partition(".")
+        if head in OURS:
+            raise _contradiction(f"{where}: {key} is set for all arms; it cannot be chosen")
+        if head in PLUGINS and not rest:
+            raise _contradiction(f"{where}: choose: {key}: make arms of them, each with its recommended schedule")
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
-            raise ConfigError(f"{where}: {key} needs a list of different values to choose among")
+            raise _wrong(f"{where}: {key} needs a list of different values to choose among")
     if math.prod(map(len, choose.values())) > MOST_RACES:
-        raise ConfigError(f"{where}: more than {MOST_RACES} combinations of values to choose among")
-    for chosen in itertools.product(*choose.values()):
-        yield dict(zip(choose, chosen, strict=True))
+        raise _wrong(f"{where}: more than {MOST_RACES} combinations of values to choose among")
+    return [dict(zip(choose, chosen, strict=True)) for chosen in itertools.product(*choose.values())]
 
 
-def _with(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    head, _, rest = key.partition(".")
-    if head in OURS:
-        raise ConfigError(f"{key} is set for all arms; it cannot be chosen")
-    if head in PLUGINS and not rest:
-        raise ConfigError(f"choose: {key}: make arms of them, each with the schedule it is made for")
-    if not rest:
-        return {**raw, head: value}
-    block = raw.get(head, {})
-    block = {"name": block} if isinstance(block, str) else block
-    if not isinstance(block, Mapping):
-        raise ConfigError(f"{key}: '{head}' is no block of keys")
-    return {**raw, head: _with_inner(block, rest, value)}
+def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value}
 
 
-def _with_inner(block: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    head, _, rest = key.partition(".")
-    inner = block.get(head, {})
-    return {**block, head: _with_inner(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, block by block; a plug-in's block is replaced as a whole."""
+def _merged(below: Values, above: Values, whole: Sequence[str] = PLUGINS) -> dict[str, Any]:
+    """Put ``above`` over ``below``, block by block; the blocks named ``whole`` are replaced as a whole."""
     found = dict(below)
     for key, value in above.items():
-        old = found.get(key)
-        blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in PLUGINS
-        found[key] = _merged(old or {}, value) if blocks else value
+        old = {"name": found[key]} if isinstance(found.get(key), str) else found.get(key)  # a plug-in's bare name
+        blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in whole
+        found[key] = _merged(old or {}, value, whole) if blocks else value
     return found
 
 
-def _absolute(raw: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Paths made absolute, so that blocks of several files can be merged. What has no such shape is refused later."""
+def _absolute(raw: Values, folder: Path, where: str) -> dict[str, Any]:
+    """Make paths absolute, so that blocks of several files can be merged. Other shapes are refused later."""
     if not isinstance(raw.get("training"), Mapping):
         return dict(raw)
 
@@ -248,3 +224,11 @@ def _absolute(raw: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any
     data = training.get("data")
     training |= {"data": {key: made(value) for key, value in data.items()}} if isinstance(data, Mapping) else {}
     return {**raw, "training": training}
+
+
+def _contradiction(message: str) -> ConfigError:
+    return ConfigError(message, kind="config-contradiction")
+
+
+def _wrong(message: str) -> ConfigError:
+    return ConfigError(message, kind="config-invalid-value")

@@ -11,8 +11,8 @@ import pytest
 from next_core.comparison.comparison_config import load_comparison
 from next_core.comparison.comparison_results import SPLITS, Interval, collect, equals_step
 from next_core.comparison.races import make_plan
-from next_core.errors import ConfigError
 from tests.comparison.test_config import written
+from tests.errors import raises_kind
 
 
 def result(last: int, rate: float, seed: int, seconds: float = 1.0, offset: float = 0.0) -> dict[str, Any]:
@@ -30,6 +30,10 @@ def result(last: int, rate: float, seed: int, seconds: float = 1.0, offset: floa
             }
         )
     return {"curve": curve, "accuracy": {}, "seconds": {"ours": 2.0}, "jumps": []}
+
+
+def points(accuracies: dict[int, float]) -> list[dict[str, Any]]:
+    return [{"step": step, "test": {"sampled": value}} for step, value in accuracies.items()]
 
 
 def judged(folder: Path) -> dict[str, Any]:
@@ -93,13 +97,13 @@ def test_an_interval_is_students(tmp_path: Path) -> None:
     [(0.1, 0.0), (0.2, 0.0), (0.25, 5.0), (0.3, 10.0), (0.35, 25.0), (0.4, 30.0)],
 )
 def test_the_step_that_is_as_good_is_the_first_on_a_curve_made_monotone(accuracy: float, step: float) -> None:
-    curve = ([0, 10, 20, 30], [0.2, 0.31, 0.29, 0.4])  # the dip becomes two times .3
-    assert equals_step(accuracy, curve) == (pytest.approx(step), False)
+    curve = points({0: 0.2, 10: 0.31, 20: 0.29, 30: 0.4})  # the dip becomes two times .3
+    assert equals_step(accuracy, curve, "sampled") == (pytest.approx(step), False)
 
 
 def test_what_no_plain_step_reaches_is_beyond_and_a_plateau_is_reached_where_it_begins() -> None:
-    assert equals_step(0.9, ([0, 10, 30], [0.2, 0.3, 0.4])) == (30.0, True)
-    assert equals_step(1.0, ([0, 10, 30], [0.2, 1.0, 1.0])) == (10.0, False)
+    assert equals_step(0.9, points({0: 0.2, 10: 0.3, 30: 0.4}), "sampled") == (30.0, True)
+    assert equals_step(1.0, points({0: 0.2, 10: 1.0, 30: 1.0}), "sampled") == (10.0, False)
 
 
 def test_an_accuracy_that_was_not_measured_is_named(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_an_accuracy_that_was_not_measured_is_named(tmp_path: Path) -> None:
     found = {race.folder: result(race.config.steps, 0.001, race.config.seed) for race in plan.races}
     for one in found.values():
         one["curve"] = [p | {split: {"sampled": p[split]["sampled"]} for split in SPLITS} for p in one["curve"]]
-    with pytest.raises(ConfigError, match="'greedy' was not measured, but sampled; change metric"):
+    with raises_kind("config-contradiction", "greedy", "sampled"):
         collect(config, arms, found, plan, {})
 
 

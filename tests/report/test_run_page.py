@@ -122,7 +122,7 @@ def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_la
     assert "6 checkpoints of steps 10 to 60" in seen.words
     assert "13 matrices changed, 1 did not" in seen.words
     assert "random walk" in seen.pictures[0]
-    assert {"predict", "compare"} <= reported
+    assert {"read motion", "predict"} <= reported
     assert len(seen.pictures) == 6
     assert "Best: model.layers." in seen.pictures[-1]
     assert "Geometry" not in written.missing

@@ -31,6 +31,8 @@ NOT_MERGEABLE = {
     "alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)",
 }
 """Fields of an adapter's config that say that its B A cannot simply be added to the weights."""
+TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Models made of transformers' ``Conv1D``, whose adapters need not say so."""
 
 
 class MergedModelConfig(Settings):
@@ -196,6 +198,9 @@ def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:
     config = source.adapter_config() if source.steps else {}
     reasons = [f"the adapter {why} ({field})" for field, why in NOT_MERGEABLE.items() if config.get(field)]
     reasons += [f"the run trains '{name}', which a merged model would lose" for name in source.skipped]
+    model_type = backbone.config().get("model_type")
+    if model_type in TRANSPOSED:
+        reasons.append(f"models of type {model_type} store their linear layers transposed")
     tied = tied_names([backbone])
     if tied is not None and tied[0] in {parameter.name for parameter in source.parameters}:
         reasons.append(f"the run trains '{tied[0]}', which shares its weights with '{tied[1]}': both would move")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,11 +93,14 @@ class ModelFiles:
             raise not_found(f"{self.folder} has no parameter '{name}'")
         return self._where[name]
 
+    def config(self) -> dict[str, Any]:
+        """Return the content of ``config.json``; empty if there is none."""
+        path = self.folder / MODEL_CONFIG
+        return read_json(path, verify=True) if os.path.lexists(path) else {}
+
     def declares_tie(self) -> bool | None:
         """Return whether ``config.json`` says that head and embedding share their weights; None if it does not say."""
-        if not os.path.lexists(self.folder / MODEL_CONFIG):
-            return None
-        config = read_json(self.folder / MODEL_CONFIG, verify=True)
+        config = self.config()
         inner = config.get("text_config")
         default = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
         tied = config.get("tie_word_embeddings", default)

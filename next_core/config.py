@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from next_core.errors import ConfigError, NextCoreError, PluginError, describe
-from next_core.plugins import KINDS, Kind, make_chosen, registry
+from next_core.plugins import Kind, make_chosen, registry
 from next_core.run_config import DEFAULT_PREDICTOR, Choice, RunConfig
 from next_core.settings import config_error
 from next_core.storage.yaml_files import load_yaml, parse_yaml
@@ -39,9 +39,6 @@ def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None
     except ConfigError as error:
         raise _with_hint(_located(error, where), raw, where) from None
     config = _absolute(config, base or Path(), where)
-    for path in _paths(config):
-        if not path.exists():
-            raise ConfigError(f"{where}: {path} does not exist", kind="config-missing-file")
     try:
         check_plugins(config)
     except (ConfigError, PluginError) as error:
@@ -116,16 +113,18 @@ def absolute_path(base: Path, path: str | Path, where: str) -> Path:
 
 
 def _absolute(config: RunConfig, base: Path, where: str) -> RunConfig:
-    data = config.training.data
-    moved = {k: absolute_path(base, v, where) if v is not None else None for k, v in dict(data).items()}
-    model = absolute_path(base, config.training.model, where)
-    training = config.training.model_copy(update={"model": model, "data": data.model_copy(update=moved)})
-    return config.model_copy(update={"training": training})
+    """Return the config with absolute paths. Raises ``ConfigError`` for one that does not exist."""
 
+    def found(path: Path) -> Path:
+        absolute = absolute_path(base, path, where)
+        if not absolute.exists():
+            raise ConfigError(f"{where}: {absolute} does not exist", kind="config-missing-file")
+        return absolute
 
-def _paths(config: RunConfig) -> list[Path]:
-    data = config.training.data
-    return [p for p in (config.training.model, data.train, data.validation, data.test) if p is not None]
+    training, data = config.training, config.training.data
+    model, moved = found(training.model), {key: path and found(path) for key, path in dict(data).items()}
+    update = {"model": model, "data": data.model_copy(update=moved)}
+    return config.model_copy(update={"training": training.model_copy(update=update)})
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -143,9 +142,7 @@ def json_schema() -> dict[str, Any]:
         "compressor": schema["properties"]["compressor"],
         "reward": definitions["TrainingSettings"]["properties"]["reward"],
     }
-    for kind in KINDS:
-        if kind not in places:
-            continue
+    for kind, place in places.items():
         reference = {"type": "string", "pattern": "^[^:]+:[^:]+$", "description": "module:Class"}
         options: list[dict[str, Any]] = [
             {"type": "string", "enum": registry().names(kind)},
@@ -163,8 +160,8 @@ def json_schema() -> dict[str, Any]:
             fields["properties"] = {"name": {"const": name}, **fields.get("properties", {})}
             fields["required"] = ["name", *fields.get("required", [])]
             options.append(fields)
-        places[kind].pop("$ref", None)
-        places[kind]["anyOf"] = options
+        place.pop("$ref", None)
+        place["anyOf"] = options
     definitions.pop("Choice", None)
     return schema
 

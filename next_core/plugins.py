@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -94,7 +94,7 @@ def import_object(reference: str) -> Any:
     if not module or not attribute:
         raise ConfigError(f"'{reference}' is not of the form 'module:attribute'", kind="config-invalid-value")
     try:
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        return pkgutil.resolve_name(reference)
     except Exception as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == module
         hint = "; put its file next to the config, or its folder on PYTHONPATH" if absent else ""

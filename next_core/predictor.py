@@ -84,6 +84,10 @@ class TrajectoryPredictor(Plugin):
             raise NextCoreError(f"{self.name}: call fit(history) before predict", kind="predictor-not-fitted")
         return self._history
 
+    @history.setter
+    def history(self, history: History) -> None:
+        self._history = history
+
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         """Return why no prediction can be made from checkpoints of these steps, whatever they hold; None if one can.
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from next_core.errors import ConfigError
 
 KINDS = {"extra_forbidden": "config-unknown-key", "value_error": "config-contradiction"}
-"""Kinds of error by pydantic's type; a validator of ours (``value_error``) compares several settings."""
+"""Kinds of error by pydantic's type; our own validators (``value_error``) compare several settings."""
 
 
 class Settings(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from next_core.backend import Backend
@@ -24,6 +25,7 @@ from next_core.types import Progress
 Milestone = Callable[[str, int], None]
 
 
+@dataclass(eq=False)
 class PredictExtendCycle:
     """Drives one backend through one run of ``total`` steps.
 
@@ -34,40 +36,32 @@ class PredictExtendCycle:
     everything else of that step. Once ``interrupted`` returns True, the backend is asked to end after its step.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        predictor: Callable[[], TrajectoryPredictor],
-        schedule: Schedule,
-        guards: Guards,
-        total: int,
-        journal: Journal,
-        *,
-        rank: int = 1,
-        compressor: Compressor | None = None,
-        executor: Executor | None = None,
-        strict: bool = False,
-        progress: Progress | None = None,
-        milestone: Milestone = lambda name, step: None,
-        measure_every: int | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> None:
-        schedule.check(total)
-        guards.check(schedule)
-        schedule.check_predictor(predictor(), total)
-        self.backend, self.predictor, self.schedule, self.guards = backend, predictor, schedule, guards
-        self.total, self.journal, self.rank = total, journal, rank
-        self.compressor, self.executor = compressor, executor
-        self.strict, self.progress, self.milestone = strict, progress, milestone
-        self.measure_every, self.interrupted = measure_every, interrupted
+    backend: Backend
+    predictor: Callable[[], TrajectoryPredictor]
+    schedule: Schedule
+    guards: Guards
+    total: int
+    journal: Journal
+    _: KW_ONLY
+    rank: int = 1
+    compressor: Compressor | None = None
+    executor: Executor | None = None
+    strict: bool = False
+    progress: Progress | None = None
+    milestone: Milestone = lambda name, step: None
+    measure_every: int | None = None
+    interrupted: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        self.schedule.check(self.total)
+        self.guards.check(self.schedule)
+        self.schedule.check_predictor(self.predictor(), self.total)
         self._watches = {what: Stopwatch() for what in ("observe", "predict", "extend", "probe")}
-        self._probes = Probes(backend, journal, guards.probe, self._watches["probe"])
-        self._resumed_at: int | None = None
+        self._probes = Probes(self.backend, self.journal, self.guards.probe, self._watches["probe"])
         self._start = 0
-        self._jumps_made = 0
-        self._first_jump_made = False
-        self._recovering: Jump | None = None
-        """The jump whose recovery window is still open."""
+        self._resumed_at: int | None = None
+        self._jumps_made, self._first_jump_made = 0, False
+        self._recovering: Jump | None = None  # the jump whose recovery window is still open
 
     @property
     def seconds(self) -> dict[str, float]:

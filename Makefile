@@ -8,7 +8,7 @@ export OPENRLHF_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-base test-packaging test-crash openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
+.PHONY: quickstart test test-processes test-base test-packaging test-crash openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
 
 # A proof that takes minutes: the hash of what it covers is recorded when it passes, and .ci/run looks at the records.
 define proof
@@ -33,6 +33,9 @@ quickstart: $(STAMP)  ## Train the embedded task with jumps, and the plain run b
 
 test: $(STAMP)  ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-processes: $(STAMP)  ## Train with the callback in two processes, kill each, and compare the ranks (minutes)
+	$(call proof,$(BIN)/python -m pytest -m processes tests/backends/trl)
 
 test-base: $(STAMP)  ## Make the arithmetic base model again and compare its accuracy (a minute and a half)
 	$(call proof,$(BIN)/python -m pytest -m base_model tests/examples)

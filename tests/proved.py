@@ -33,6 +33,12 @@ COVERS: dict[str, tuple[str, ...]] = {
         HISTORY,
         "tests/crash",
     ),
+    "test-processes": (
+        "backends/next_backends/trl",
+        "next_core/live_weights",
+        "tests/backends/trl/test_processes.py",
+        "tests/backends/trl/two_processes.py",
+    ),
     "test-base": ("examples/arithmetic", "examples/task_kit.py"),
     "test-packaging": (
         "pyproject.toml",

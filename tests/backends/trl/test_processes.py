@@ -29,7 +29,7 @@ from next_core.storage.manifest import MANIFEST, check_manifest
 from tests.backends.trl.two_processes import Runs
 from tests.errors import raises_kind
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.processes]
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed"]

@@ -1,7 +1,7 @@
-"""What a piece of work would read, compute and write, from names, shapes and file sizes alone; no weight is read.
+"""What a run or an extrapolation would read, compute and write, from names, shapes and file sizes; no weight is read.
 
-Counts and bytes are exact where nothing else is said. Seconds are the counts over rates that are measured on this
-machine while planning (a fraction of a second), so they are right to a factor of about two.
+Counts and bytes are exact unless stated otherwise. Seconds are counts divided by rates that are measured on this
+machine in a fraction of a second, so they are right to a factor of about two.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from next_core.backend import Backend
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import make_chosen
@@ -27,16 +26,16 @@ from next_core.storage.atomic import free_bytes
 from next_core.types import Parameter, Span
 
 _ITERATIONS = 20
-"""Lanczos iterations that a core, or a dense delta, takes as a rule."""
+"""Lanczos iterations that a core, or a dense delta, usually takes."""
 _SMALL = 3
-"""Products of small matrices take so many times what their bytes would."""
+"""Products of small matrices take so many times as long as moving their bytes."""
 _LIBRARIES = 350 * 2**20
-"""What torch and the rest take before any work."""
+"""Memory of torch and other libraries before any work."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """One core of this machine: thin fp64 products, copying from memory to memory, fp32 products of layers' widths."""
+    """One core of this machine, per second: FLOPs of thin fp64 products, bytes copied, FLOPs of fp32 layers."""
 
     flops: float
     bytes: float
@@ -57,7 +56,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes`` to know besides."""
+    """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``."""
 
     read: Mapping[str, Any] = field(default_factory=dict)
     compute: Mapping[str, Any] = field(default_factory=dict)
@@ -67,8 +66,8 @@ class ResourcePlan:
     notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for ``--json``."""
-        return {name: list(value) if name == "notes" else dict(value) for name, value in asdict(self).items()}
+        """Return plain objects for ``--json``."""
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 def plan_checkpoints(
@@ -81,76 +80,63 @@ def plan_checkpoints(
     applier_fields: Mapping[str, Any] | None = None,
     out: Path | None = None,
 ) -> ResourcePlan:
-    """What extrapolating these checkpoints would take. Raises ``ConfigError`` for a horizon below 1."""
+    """Plan an extrapolation of checkpoints. Raises ``ConfigError`` for a horizon below 1 or a missing backbone."""
     if horizon < 1:
         raise ConfigError(f"horizon must be at least 1 (got {horizon})", kind="config-invalid-value")
-    parameters, steps = source.parameters, source.steps
-    spans = spans_read(predictor, steps, horizon)
-    work = sum((compress_work(p, spans, rank, source.precision(p.name).itemsize) for p in parameters), Work())
-    if "gram" in predictor.requires:
-        work += sum((gram_work(p, len(steps), source.precision(p.name).itemsize) for p in parameters), Work())
+    steps, gram = source.steps, "gram" in predictor.requires
+    matrices = {parameter: source.precision(parameter.name).itemsize for parameter in source.parameters}
+    spans, decompose, fit = predictor_work(predictor, matrices, steps, horizon, rank)
     written, what = _written(source, applier, dict(applier_fields or {}), predictor, rank)
-    notes = list(source.notes)
-    reason = predictor.why_not(steps, horizon) if steps else "no checkpoint"
-    if reason is not None:
-        notes.append(f"{predictor.name} would predict nothing: {reason}")
     free = None if out is None else free_bytes(out)
-    if written is not None and free is not None and written > free:
-        notes.append(f"the disk of {out} has {gib(free)} free, {gib(written)} are needed")
-    stored = sum(_stored(p) * source.precision(p.name).itemsize for p in parameters)
-    read = sum(_reads(p, spans, len(steps), "gram" in predictor.requires) * _stored(p) for p in parameters)
-    fit = predictor.work({p.name: p.shape for p in parameters}, steps, horizon, rank)
+    reason = predictor.why_not(steps, horizon) if steps else "no checkpoint"
+    nothing = [] if reason is None else [f"{predictor.name} would predict nothing: {reason}"]
+    largest = max(matrices, key=_stored)
     return ResourcePlan(
         read={
             "layout": source.name,
             "checkpoints": len(steps),
             "steps": list(steps),
-            "matrices": len(parameters),
-            "bytes a checkpoint": stored,
-            "bytes": read * source.precision(parameters[0].name).itemsize if parameters else 0,
+            "matrices": len(matrices),
+            "bytes a checkpoint": sum(_stored(p) * size for p, size in matrices.items()),
+            "bytes": sum(_reads(p, spans, len(steps), gram) * _stored(p) * size for p, size in matrices.items()),
             "skipped": dict(source.skipped),
         },
         compute={
             "predictor": predictor.name,
             "horizon": horizon,
-            "deltas": len(spans) * len(parameters),
-            "inner products": "gram" in predictor.requires,
-            "flops": work.flops + fit.flops + fit.single_flops,
+            "deltas": len(spans) * len(matrices),
+            "inner products": gram,
+            "flops": decompose.flops + fit.flops + fit.single_flops,
         },
         write={"applier": applier, "what": what, "bytes": written, "free": free},
-        memory={"bytes": _memory(parameters, spans, len(steps), rank), "largest matrix": _largest(parameters)},
-        time=_seconds(compress=work, fit=fit, write=Work(bytes=2.0 * (written or 0))),
-        notes=notes,
+        memory={
+            "bytes": _memory(list(matrices), spans, len(steps), rank),
+            "largest matrix": f"{largest.name} {largest.shape[0]} x {largest.shape[1]}",
+        },
+        time=_seconds(decompose, fit, written or 0),
+        notes=[*source.notes, *nothing, *_full_disk(out, written or 0, free)],
     )
 
 
 def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
-    """What a run of the cycle would take, the RL steps themselves excepted: nothing tells their cost beforehand."""
-    parameters: list[Parameter] = []
-    notes: list[str] = []
+    """Plan a run of the cycle, except the seconds of its RL steps: nothing shows their cost beforehand."""
+    notes, parameters = ["the seconds of RL are not known beforehand; jumps cost no RL step"], list[Parameter]()
     try:
         parameters = trained_parameters(config)
     except CheckpointError as error:  # transformers may read what is not read here
-        notes.append(f"the sizes of the model are not known, nor what follows from them: {error}")
-    schedule = config.schedule
+        notes.insert(0, f"the sizes of the model are not known, nor what follows from them: {error.message}")
+    schedule, dense = config.schedule, config.training.lora is None
     attempts = schedule.attempt_steps(config.steps)
     jumps = attempts if schedule.limit == float("inf") else attempts[: int(schedule.limit)]
-    checkpoints = config.steps // schedule.every + 1
-    each = sum(4 * _stored(p) for p in parameters)
-    predictor: TrajectoryPredictor = make_chosen("predictor", config.predictor)
-    work = fit = Work()
-    largest: list[Span] = []
-    for step in jumps:
-        steps = range(schedule.every, step + 1, schedule.every)
-        spans = spans_read(predictor, steps, schedule.horizon)
-        largest = max(largest, spans, key=len)
-        work += sum((compress_work(p, spans, config.rank, 4) for p in parameters), Work())
-        if "gram" in predictor.requires:
-            work += sum((gram_work(p, len(steps), 4) for p in parameters), Work())
-        fit += predictor.work({p.name: p.shape for p in parameters}, steps, schedule.horizon, config.rank)
-    dense = config.training.lora is None
-    backend: Backend = make_chosen("backend", config.backend)
-    trainer = dict(backend.describe(config, out))
+    checkpoints, each = config.steps // schedule.every + 1, sum(4 * _stored(p) for p in parameters)
+    predictor, matrices = make_chosen("predictor", config.predictor), dict.fromkeys(parameters, 4)
+    spans, deltas, decompose, fit = list[Span](), 0, Work(), Work()
+    for jump in jumps:
+        steps = range(schedule.every, jump + 1, schedule.every)
+        some, *work = predictor_work(predictor, matrices, steps, schedule.horizon, config.rank)
+        spans, deltas = max(spans, some, key=len), deltas + len(some) * len(parameters)
+        decompose, fit = decompose + work[0], fit + work[1]
+    trainer = dict(make_chosen("backend", config.backend).describe(config, out))
     written = {
         "checkpoints": checkpoints,
         "bytes a checkpoint": each,
@@ -159,10 +145,8 @@ def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
         "bytes of jumps": len(jumps) * each * (1 if config.guards.recovery is None else 2),
         "bytes of the trainer's": 0 if config.save_every is None else (config.steps // config.save_every) * 3 * each,
     }
-    total = sum(value for key, value in written.items() if key.startswith("bytes of"))
-    free = free_bytes(out)
-    if total > free:
-        notes.append(f"the disk of {out} has {gib(free)} free, {gib(total)} are needed")
+    total, free = sum(value for key, value in written.items() if key.startswith("bytes of")), free_bytes(out)
+    held = 2 * each if dense and jumps else 0  # a full-parameter jump holds what was there and what it becomes
     return ResourcePlan(
         read={"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},
         compute={
@@ -173,27 +157,34 @@ def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
             "roll-outs": config.steps * config.training.prompts_per_step * config.training.generations,
             "jumps after": jumps,
             "matrices": len(parameters),
-            "deltas": sum(
-                len(spans_read(predictor, range(schedule.every, step + 1, schedule.every), schedule.horizon))
-                for step in jumps
-            )
-            * len(parameters),
+            "deltas": deltas,
             "control": config.control,
             **({"trainer": trainer} if trainer else {}),
         },
         write={"out": str(out), **written, "bytes": total, "free": free},
-        memory={
-            # A full-parameter jump holds what was there and what it becomes.
-            "bytes": _memory(parameters, largest, checkpoints, config.rank) + (2 * each if dense and jumps else 0),
-            "besides": "the trainer's own",
-        },
-        time={**_seconds(compress=work, fit=fit, write=Work(bytes=2.0 * total)), "RL": None},
-        notes=[*notes, "the seconds of RL are not known beforehand; jumps cost no RL step"],
+        memory={"bytes": _memory(parameters, spans, checkpoints, config.rank) + held, "besides": "the trainer's own"},
+        time={**_seconds(decompose, fit, total), "RL": None},
+        notes=[*_full_disk(out, total, free), *notes],
     )
 
 
+def predictor_work(
+    predictor: TrajectoryPredictor, matrices: Mapping[Parameter, int], steps: Sequence[int], horizon: int, rank: int
+) -> tuple[list[Span], Work, Work]:
+    """Return the deltas that a prediction has decomposed, what that and inner products take, and what fitting takes.
+
+    ``matrices`` have the bytes of one of their numbers.
+    """
+    spans, work = spans_read(predictor, steps, horizon), Work()
+    for parameter, size in matrices.items():
+        work += compress_work(parameter, spans, rank, size)
+        if "gram" in predictor.requires:
+            work += gram_work(parameter, len(steps), size)
+    return spans, work, predictor.work({p.name: p.shape for p in matrices}, steps, horizon, rank)
+
+
 def spans_read(predictor: TrajectoryPredictor, steps: Sequence[int], horizon: int) -> list[Span]:
-    """The deltas whose components a predictor reads of checkpoints at these steps."""
+    """Return the deltas whose components a predictor reads, given checkpoints at these steps."""
     spans: list[Span] = []
     if "global" in predictor.requires or "target" in predictor.requires:  # global ones give the signs
         spans += [(step, None) for step in steps]
@@ -205,7 +196,7 @@ def spans_read(predictor: TrajectoryPredictor, steps: Sequence[int], horizon: in
 
 
 def compress_work(parameter: Parameter, spans: Sequence[Span], rank: int, itemsize: int) -> Work:
-    """The rank-k triplets of some deltas of one matrix."""
+    """Count the rank-k triplets of some deltas of one matrix."""
     (m, n), r = parameter.shape, parameter.rank
     if not spans:
         return Work()
@@ -221,7 +212,7 @@ def compress_work(parameter: Parameter, spans: Sequence[Span], rank: int, itemsi
 
 
 def gram_work(parameter: Parameter, count: int, itemsize: int) -> Work:
-    """All inner products of the deltas of one matrix at ``count`` checkpoints."""
+    """Count all inner products of the deltas of one matrix at ``count`` checkpoints."""
     (m, n), r = parameter.shape, parameter.rank
     if r is None:
         return Work(2.0 * m * n * count**2, (2 * itemsize + 16.0) * m * n * count)
@@ -230,7 +221,7 @@ def gram_work(parameter: Parameter, count: int, itemsize: int) -> Work:
 
 
 def trained_parameters(config: RunConfig) -> list[Parameter]:
-    """The matrices a run would train, from the headers of its base model."""
+    """Return the matrices that a run would train, from the headers of its base model."""
     shapes = {k: (v[0], v[1]) for k, v in ModelFiles(config.training.model).shapes.items() if len(v) == 2}
     lora = config.training.lora
     if lora is None:
@@ -251,7 +242,7 @@ def _targeted(name: str, lora: LoraSettings) -> bool:
 def _written(
     source: CheckpointSource, applier: str, fields: dict[str, Any], predictor: TrajectoryPredictor, rank: int
 ) -> tuple[int | None, str]:
-    """Bytes of what an applier of ours would write; None for one that cannot be foretold."""
+    """Return the bytes that an applier would write, None where that is not known beforehand, and what they are."""
     parameters = source.parameters
     if applier == "peft-adapter":
         if any(p.rank is None for p in parameters):
@@ -276,26 +267,21 @@ def _written(
 
 
 def _stored(parameter: Parameter) -> int:
-    """Numbers that a checkpoint stores of a matrix."""
+    """Return how many numbers a checkpoint stores of a matrix."""
     m, n = parameter.shape
     return m * n if parameter.rank is None else parameter.rank * (m + n)
 
 
 def _reads(parameter: Parameter, spans: Sequence[Span], steps: int, gram: bool) -> int:
-    """How often a whole checkpoint of a matrix is read."""
+    """Return how often a matrix of a checkpoint is read."""
     if parameter.rank is None:  # every delta reads its two ends
         return 2 * (len(spans) + (steps if gram else 0)) + 2
     read = {step for span in spans for step in span if step is not None}
     return (len(read) if spans else 0) + (steps if gram else 0) + min(steps, 2)
 
 
-def _largest(parameters: Iterable[Parameter]) -> str:
-    largest = max(parameters, key=_stored)
-    return f"{largest.name} {largest.shape[0]} x {largest.shape[1]}"
-
-
 def _memory(parameters: Sequence[Parameter], spans: Sequence[Span], steps: int, rank: int) -> int:
-    """What stays (the components) and the largest matrix at work."""
+    """Return the bytes of what is kept (the components) and of the largest matrix at work."""
     kept = sum(8 * rank * sum(p.shape) * len(spans) for p in parameters)  # aligned, one copy
     return _LIBRARIES + kept + max((_at_work(p, spans, steps) for p in parameters), default=0)
 
@@ -308,9 +294,15 @@ def _at_work(parameter: Parameter, spans: Sequence[Span], steps: int) -> int:
     return 8 * r * (m + n) * (steps + 1) + 2 * 8 * r * r * 3 * steps + 3 * cores
 
 
-def _seconds(**parts: Work) -> dict[str, float]:
+def _seconds(decompose: Work, fit: Work, written: int) -> dict[str, float]:
     rates = Rates.measure()
+    parts = {"compress": decompose, "fit": fit, "write": Work(bytes=2.0 * written)}
     return {name: rates.seconds(work) for name, work in parts.items()}
+
+
+def _full_disk(out: Path | None, needed: int, free: int | None) -> list[str]:
+    full = free is not None and needed > free
+    return [f"the disk of {out} has {gib(free or 0)} free, {gib(needed)} are needed"] if full else []
 
 
 def _fastest(function: Callable[[], object]) -> float:
@@ -323,7 +315,7 @@ def _fastest(function: Callable[[], object]) -> float:
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

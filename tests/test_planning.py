@@ -12,7 +12,6 @@ from next_core import planning
 from next_core.checkpoints import open_checkpoints
 from next_core.cli.plan_command import show_plan
 from next_core.config import make_config
-from next_core.errors import ConfigError
 from next_core.history.history import History
 from next_core.plugins import make_applier, make_predictor, registry
 from next_core.predictor import Work
@@ -20,6 +19,7 @@ from next_core.run_config import RunConfig
 from next_core.types import Parameter
 from tests.conftest import STEPS, LoraRun
 from tests.cycle.descent import Descent
+from tests.errors import raises_kind
 from tests.history.test_history import Counting
 
 SPACES = {"factors": 0, "merged": 1}
@@ -67,17 +67,19 @@ def test_a_merged_model_is_as_large_as_its_backbone(lora_run: LoraRun, tmp_path:
     source = open_checkpoints(lora_run.path, lora_run.base)
     plan = planning.plan_checkpoints(source, make_predictor("secant"), 10, applier="merged-model", out=tmp_path)
     assert plan.write["bytes"] == (lora_run.base / "model.safetensors").stat().st_size
-    with pytest.raises(ConfigError, match="needs the base model; pass --backbone"):
+    with raises_kind("config-missing-backbone", "--backbone"):
         planning.plan_checkpoints(
             open_checkpoints(lora_run.path), make_predictor("secant"), 10, applier="merged-model", out=tmp_path
         )
 
 
-def test_what_would_come_to_nothing_is_said(lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_notes_name_a_prediction_of_nothing_and_a_full_disk(
+    lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source = open_checkpoints(lora_run.path)
     plan = planning.plan_checkpoints(source, make_predictor("next-mlp"), 999)
     assert any("next-mlp would predict nothing" in note for note in plan.notes)
-    with pytest.raises(ConfigError, match="horizon must be at least 1"):
+    with raises_kind("config-invalid-value", "horizon"):
         planning.plan_checkpoints(source, make_predictor("secant"), 0)
     monkeypatch.setattr(planning, "free_bytes", lambda path: 10)
     plan = planning.plan_checkpoints(source, make_predictor("secant"), 10, out=tmp_path)
@@ -86,6 +88,7 @@ def test_what_would_come_to_nothing_is_said(lora_run: LoraRun, monkeypatch: pyte
 
 def test_a_run_names_its_jumps_checkpoints_and_their_size(config: dict[str, Any], tmp_path: Path) -> None:
     plan = planning.plan_run(make_config(config), tmp_path / "deep" / "run")
+    assert "trainer" not in plan.compute
     matrices = 2 * 7
     assert plan.compute["matrices"] == matrices
     assert plan.compute["jumps after"] == [50, 60, 70, 80, 90]
@@ -124,10 +127,6 @@ def test_a_trainer_tells_what_it_would_start(
     lines = err.splitlines()
     assert f"trainer's command: train --steps 100 --out {tmp_path}/run {options} '[1 2]'" in lines
     assert "trainer's bytes: many" in lines
-
-
-def test_a_trainer_with_nothing_to_tell_is_not_in_the_plan(config: dict[str, Any], tmp_path: Path) -> None:
-    assert "trainer" not in planning.plan_run(make_config(config), tmp_path).compute
 
 
 def test_a_full_parameter_run_is_larger(config: dict[str, Any], tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from next_backends.trl import PredictExtendCallback
 from next_core.live_weights.in_memory import InMemoryApplied
 from tests.crash import small_run
 
-ROOT = Path(__file__).parents[3]
-OURS = tuple(str(ROOT / folder) for folder in ("next_core", "backends", "predictors"))
+OURS = ("next_core.", "next_backends.", "next_predictors.")
 
 
 @pytest.mark.trl
@@ -28,8 +27,8 @@ def test_eight_of_our_frames_at_most_lead_from_the_end_of_a_step_to_the_weights(
     write = InMemoryApplied.write
 
     def watched(self: InMemoryApplied, *arguments: Any) -> None:
-        frames = [frame for frame in inspect.stack()[1:] if frame.filename.startswith(OURS)]
-        paths.append([frame.function for frame in reversed(frames)] + ["write"])
+        frames = [info for info in inspect.stack()[1:] if str(info.frame.f_globals.get("__name__")).startswith(OURS)]
+        paths.append([info.function for info in reversed(frames)] + ["write"])
         write(self, *arguments)
 
     monkeypatch.setattr(InMemoryApplied, "write", watched)

@@ -1,4 +1,4 @@
-"""The picture of README.md and docs/why.md: accuracy against learning rate, from the committed results; runs nothing.
+"""The picture of README.md and docs/index.md: accuracy against learning rate, from the committed results; runs nothing.
 
 python benchmarks/pictures.py
 """

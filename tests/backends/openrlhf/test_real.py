@@ -164,8 +164,6 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
         patch.setattr(ControlledTrainer, "ask", ask)
         result = run(settings, out)
     (jump,) = result.jumps
-    if "contains NaN" in jump["reason"]:  # no jump was made: training itself came to this, on a busy machine
-        pytest.xfail("ZeRO-3 over gloo trained to NaN before any jump; docs/openrlhf.md, 'ZeRO-3 over gloo'")
     assert not jump["accepted"]
     assert "rolled back" in jump["reason"]
     assert result.accuracy["after_jump"] != result.accuracy["before_jump"]

@@ -6,7 +6,6 @@ the plain names, with W + scaling B A computed out of place, a part of the model
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ def broadcast_to_vllm(actor: Any) -> None:
     if not hasattr(policy.model.module, "peft_config"):
         trainer.broadcast_to_vllm()
         return
-    torch.distributed.barrier()  # over gloo, gathers that DeepSpeed started without waiting may still be in flight
     try:
         for part in _parts(_merged(policy.model.module)):
             view = SimpleNamespace(named_parameters=lambda part=part: iter(part))
@@ -104,10 +102,10 @@ def _merged(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, parameter
             continue
         layer = layers[owner]
-        needed = {name: parameter}
+        needed = [parameter]
         if rest == "weight":
-            needed |= {f"{owner}.{key}": value for key, value in layer.named_parameters() if "lora_" in key}
-        with _gathered(needed):
+            needed += [value for key, value in layer.named_parameters() if "lora_" in key]
+        with deepspeed.zero.GatheredParameters(needed):  # does nothing where ZeRO does not shard weights
             weight = parameter.detach().clone()
             if rest == "weight":
                 total = weight.float()
@@ -119,41 +117,3 @@ def _merged(model: Any) -> Iterator[tuple[str, Any]]:
         weight.ds_shape = weight.shape  # OpenRLHF asks for it under ZeRO-3
         weight.requires_grad_()
         yield f"{owner}.{rest}", weight
-
-
-@contextlib.contextmanager
-def _gathered(parameters: dict[str, Any]) -> Iterator[None]:
-    """Gather whole weights, and check each.
-
-    One by one: of several at once DeepSpeed (0.19) waits for the last alone, and over gloo it can arrive first.
-    """
-    with contextlib.ExitStack() as stack:
-        for name, parameter in parameters.items():
-            if hasattr(parameter, "ds_id"):
-                stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
-                _check(name, parameter)
-        yield
-
-
-def _check(name: str, parameter: Any) -> None:
-    """Compare byte sums of the gathered weight with those of the ranks' shards.
-
-    Raises ``RuntimeError``, on every rank, where a rank gathered something else.
-    """
-    group = parameter.ds_process_group
-    ranks, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    whole, size = parameter.data.flatten(), parameter.ds_tensor.ds_numel
-    parts = [whole[rank * size : (rank + 1) * size] for rank in range(ranks)]
-    held = parameter.ds_tensor.flatten()[: parts[own].numel()].to(whole.device)  # the last shard is padded
-    sums = torch.stack([_sum(part) for part in (held, *parts)])
-    everywhere = [torch.empty_like(sums) for _ in range(ranks)]
-    torch.distributed.all_gather(everywhere, sums, group=group)
-    right = torch.stack([theirs[0] for theirs in everywhere])
-    wrong = [rank for rank, theirs in enumerate(everywhere) if not torch.equal(theirs[1:], right)]
-    if wrong:
-        where = ", ".join(map(str, wrong))
-        raise RuntimeError(f"DeepSpeed gathered '{name}' wrongly on rank {where}; it is not sent to the engines")
-
-
-def _sum(part: torch.Tensor) -> torch.Tensor:
-    return part.contiguous().view(torch.uint8).sum(dtype=torch.int64)

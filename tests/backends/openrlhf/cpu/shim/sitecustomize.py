@@ -88,7 +88,24 @@ def weights_stay_writable(vllm_layers: Any) -> None:
     vllm_layers.dispatch_cpu_unquantized_gemm = keep
 
 
+def gathers_are_waited_for(partition_parameters: Any) -> None:
+    """DeepSpeed (0.19) starts the gathers of several weights and waits only for the last one.
+
+    NCCL finishes them in order. Gloo does not: what arrives late overwrites the values that were loaded into the
+    gathered weight in the meantime, such as a base model's, with uninitialized memory.
+    """
+    init = partition_parameters.Init
+    gather = init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        for param in params:
+            gather(self, [param], *args, **kwargs)
+
+    init._allgather_params_coalesced = one_by_one
+
+
 CHANGES: dict[str, Callable[[Any], None]] = {
+    "deepspeed.runtime.zero.partition_parameters": gathers_are_waited_for,
     "torch.cuda": no_gpu,
     "torch.distributed.device_mesh": cpu_mesh,
     "openrlhf.utils.distributed_util": gloo_for_nccl,

@@ -41,6 +41,7 @@ Row = dict[str, Any]
 def run_one(task: str, learning_rate: float, seed: int) -> Row:
     """One plain run, measured at the ``MARKS``."""
     from next_core.config import make_config
+    from next_core.plugins import make_chosen
 
     examples = EXAMPLES / task
     training = TASKS[task] | {
@@ -50,7 +51,7 @@ def run_one(task: str, learning_rate: float, seed: int) -> Row:
     }
     config = make_config({"steps": STEPS, "seed": seed, "training": training, "predictor": "stay"})
     with tempfile.TemporaryDirectory() as folder:
-        backend = config.backend.make("backend")
+        backend = make_chosen("backend", config.backend)
         backend.prepare(config, Path(folder))
         backend.start()
         curve, seconds = _watch(backend)

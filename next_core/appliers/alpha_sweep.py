@@ -24,7 +24,7 @@ def apply_sweep(
     names = folder_names(alphas)
     if not makes_folders(applier):
         raise ConfigError(
-            f"a sweep needs a new folder for each alpha, and the applier '{applier.name}' makes none as configured",
+            f"a sweep needs a new folder for each alpha, and the applier '{applier.name}' makes none",
             kind="config-contradiction",
         )
     return applier.apply_each(prediction, names, out)
@@ -32,7 +32,7 @@ def apply_sweep(
 
 def makes_folders(applier: WeightApplier) -> TypeGuard[FolderApplier]:
     """Whether an applier can write one new folder for each alpha."""
-    return isinstance(applier, FolderApplier) and applier.makes_new_folders
+    return isinstance(applier, FolderApplier)
 
 
 def folder_names(alphas: Sequence[float]) -> dict[float, str]:

@@ -29,8 +29,6 @@ class WrittenFolder(Applied):
     """By parameter the share of the jump that is left after rounding; empty where nothing is rounded."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """The sha256 of the files that were hashed while they were written, by name."""
-    replaced: bool = False
-    """Whether it was written in place."""
 
     @property
     def share(self) -> float | None:
@@ -38,20 +36,11 @@ class WrittenFolder(Applied):
         return self.record.get("share_of_jump")
 
     def rollback(self) -> None:
-        if self.replaced:
-            raise ConfigError(
-                f"{self.path} was written in place; its old weights cannot be restored", kind="config-contradiction"
-            )
         shutil.rmtree(self.path)
 
 
 class FolderApplier(WeightApplier):
     """Writes new folders."""
-
-    @property
-    def makes_new_folders(self) -> bool:
-        """Whether it writes new folders, as a sweep over alphas needs, instead of changing an existing one."""
-        return True
 
     @abstractmethod
     def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
@@ -101,17 +90,11 @@ class FolderApplier(WeightApplier):
 
 
 def checked_target(
-    source: CheckpointSource,
-    out: str | Path,
-    backbone: Path | None = None,
-    *,
-    in_place: bool = False,
-    dry_run: bool = False,
+    source: CheckpointSource, out: str | Path, backbone: Path | None = None, *, dry_run: bool = False
 ) -> Path:
     """Return the target folder.
 
-    Raises ``ConfigError`` when it lies in a folder that is being read, or exists; ``in_place`` it must exist, and in a
-    ``dry_run`` it may.
+    Raises ``ConfigError`` when it lies in a folder that is being read, or exists; in a ``dry_run`` it may exist.
     """
     target = Path(out)
     config = source.config
@@ -122,13 +105,8 @@ def checked_target(
             raise ConfigError(
                 f"{target} lies in {read}, which is being read; choose a folder outside it", kind="config-contradiction"
             )
-    if target.exists() and not (in_place or dry_run):
+    if target.exists() and not dry_run:
         raise ConfigError(
             f"{target} exists already; choose another folder or remove it", kind="config-folder-not-empty"
-        )
-    if in_place and not target.is_dir():
-        raise ConfigError(
-            f"{target} does not exist; in_place replaces the weights of an existing model folder",
-            kind="config-missing-file",
         )
     return target

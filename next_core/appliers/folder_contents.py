@@ -14,14 +14,14 @@ from next_core.appliers.rounding import RoundingLoss
 from next_core.interfaces import Prediction, WeightApplier
 from next_core.sources.hf_model import INDEX
 from next_core.storage.json_lines import json_text
-from next_core.storage.manifest import INCOMPLETE, MANIFEST
+from next_core.storage.manifest import MANIFEST
 
 RECORD = "extrapolation.json"
 CARD = "README.md"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one subfolder that a tokenizer reads."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
-NOT_COPIED = {MANIFEST, INCOMPLETE, RECORD, CARD, "trainer_state.json", "adapter_config.json", "latest"}
+NOT_COPIED = {MANIFEST, RECORD, CARD, "trainer_state.json", "adapter_config.json", "latest"}
 """Files that describe another folder or belong to a trainer. The model card is written anew."""
 TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template\.\w+|vocab\.\w+|merges\.txt|"

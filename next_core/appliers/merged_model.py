@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from next_core.appliers.folder_applier import SMALL_FILES, FolderApplier, WrittenFolder, checked_target
+from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, checked_target
 from next_core.appliers.folder_contents import CARD, copy_files, facts_of, model_files, record_texts, write_texts
 from next_core.appliers.merged_tensors import TensorPlan, jumped_blocks
 from next_core.appliers.rounding import Rounder, Rounding, RoundingLoss
 from next_core.appliers.safetensors_writer import TensorWriter, entry_of
-from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.interfaces.prediction import resolve_scaled
 from next_core.settings import Settings
@@ -22,8 +22,6 @@ from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.tensor_files import TensorFile
 from next_core.sources.tied_weights import tied_names
-from next_core.storage.atomic import atomic_file, changing_in_place, enough_space, seal, sweep_siblings, write_text
-from next_core.storage.manifest import INCOMPLETE
 
 LIBRARY = "transformers"
 NOT_MERGEABLE = {
@@ -39,9 +37,6 @@ class MergedModelConfig(Settings):
     backbone: Path | None = Field(None, description="The base model's folder; default: the one the run was opened with")
     rounding: Rounding = Field("nearest", description="How sums are rounded to bf16 or fp16; stochastic is unbiased")
     seed: int = Field(0, description="Seed of stochastic rounding")
-    in_place: bool = Field(
-        False, description="Replace the weights of an existing model folder, shard by shard, instead of making one"
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> MergedModelConfig:
@@ -53,35 +48,27 @@ class MergedModelConfig(Settings):
 class MergedModelApplier(FolderApplier):
     """Writes W_0 + (W_T - W_0) + alpha * jump, computed in fp32 and rounded once.
 
-    Names, shapes, order and precision are those of the backbone's files, or in place those of the target's. Integers,
-    scalars and 8-bit tensors are copied.
+    Names, shapes, order and precision are those of the backbone's files. Integers, scalars and 8-bit tensors are
+    copied.
     """
 
     name = "merged-model"
     config_class = MergedModelConfig
 
-    @property
-    def makes_new_folders(self) -> bool:
-        return not self.config.in_place
-
     def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
-        backbone, in_place = self._backbone(source), self.config.in_place
-        target = checked_target(source, out, backbone, in_place=in_place, dry_run=dry_run)
-        for folder in (backbone, target) if in_place else (backbone,):
-            _refuse_pickles(folder)
+        backbone = self._backbone(source)
+        target = checked_target(source, out, backbone, dry_run=dry_run)
+        _refuse_pickles(backbone)
         files = ModelFiles(backbone)
         _refuse_unmergeable(source, files)
-        plan = TensorPlan(source, files)
-        plan.check(files)
-        if in_place:
-            plan.check(ModelFiles(target))
+        TensorPlan(source, files).check(files)
         return target
 
     def check(self, prediction: Prediction, out: str | Path) -> Path:
         target = super().check(prediction, out)
         files = ModelFiles(self._backbone(prediction.source))
         moving = [name for name in prediction.updates if prediction.weight(name) != 0.0]
-        TensorPlan(prediction.source, files).check(ModelFiles(target) if self.config.in_place else files, moving)
+        TensorPlan(prediction.source, files).check(files, moving)
         return target
 
     def needed(self, prediction: Prediction) -> int:
@@ -97,45 +84,12 @@ class MergedModelApplier(FolderApplier):
         write_texts(folder, record_texts(facts, backbone / CARD, LIBRARY))
         return WrittenFolder(folder, facts, writer.loss.shares(), writer.digests)
 
-    def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: str | Path) -> WrittenFolder:
-        if self.config.in_place:
-            return self._replace_weights(prediction, alpha, self.check(prediction, out))
-        return super().apply(prediction, alpha, out=out)
-
-    def _replace_weights(self, prediction: Prediction, alpha: float, target: Path) -> WrittenFolder:
-        """Replace one shard after another. No value is read from the target, so an interrupted call can be repeated."""
-        backbone, shards = self._backbone(prediction.source), ModelFiles(target).files
-        writer = _ModelWriter(self, prediction, alpha, backbone)
-        facts = facts_of(prediction, alpha, self)
-        record_texts(facts, backbone / CARD, LIBRARY)  # fails now, before anything changes, if the card is unreadable
-        for file in shards:
-            sweep_siblings(file.path)
-        largest = max(file.path.stat().st_size for file in shards)
-        with enough_space(target, largest + SMALL_FILES), changing_in_place(target, facts):
-            for file in shards:
-                with atomic_file(file.path) as scratch:
-                    try:
-                        writer.write_shard(file, scratch)
-                    except GuardError as error:
-                        message = f"{error.message}; {target} holds old and new shards: repeat with a smaller alpha"
-                        raise GuardError(message, kind=error.kind) from error
-            facts = facts_of(prediction, alpha, self, writer.loss)
-            for name, text in record_texts(facts, backbone / CARD, LIBRARY).items():
-                write_text(target / name, text, errors="surrogateescape")
-            seal(target, writer.digests)
-        return WrittenFolder(target, facts, writer.loss.shares(), writer.digests, replaced=True)
-
     def _backbone(self, source: CheckpointSource) -> Path:
         backbone: Path | None = self.config.backbone or getattr(source.config, "backbone", None)
         if backbone is None:
             raise ConfigError(
                 "the applier 'merged-model' needs the base model; pass --backbone FOLDER",
                 kind="config-missing-backbone",
-            )
-        if (backbone / INCOMPLETE).exists():
-            raise CheckpointError(
-                f"{backbone} holds old and new shards of an interrupted in-place export; repeat that export first",
-                kind="checkpoint-incomplete",
             )
         return backbone
 

@@ -13,7 +13,7 @@ from next_core.sources import hub
 from next_core.sources.checkpoint_names import LARGEST_STEP, NUMBER, REMEDY, pattern_of, steps_in_names
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
 from next_core.storage.checkpoint_errors import ambiguous_step, incomplete, not_found
-from next_core.storage.manifest import INCOMPLETE, MANIFEST, check_manifest
+from next_core.storage.manifest import MANIFEST, check_manifest
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
@@ -107,11 +107,6 @@ def check_complete(folder: Path, contents: bool = False) -> None:
 
     With ``contents`` every file in the manifest is read and compared with it.
     """
-    if os.path.lexists(folder / INCOMPLETE):
-        raise CheckpointError(
-            f"{folder} was being written in place and is partly old; run the same command again",
-            kind="checkpoint-incomplete",
-        )
     if os.path.lexists(folder / MANIFEST) or (folder.name.startswith("step-") and _is_ours(folder)):
         check_manifest(folder, contents)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():

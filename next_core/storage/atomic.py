@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from next_core.errors import ConfigError, StorageError
-from next_core.storage.manifest import INCOMPLETE, MANIFEST, manifest_text
+from next_core.storage.manifest import MANIFEST, manifest_text
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -142,21 +140,6 @@ def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
         for path in (path for path in sorted(folder.rglob("*")) if path.exists()):
             _fsync(path)
     write_text(folder / MANIFEST, manifest_text(folder, digests))
-
-
-@contextlib.contextmanager
-def changing_in_place(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
-    """Mark a folder as ``INCOMPLETE`` while the body replaces its files; after an error the mark stays.
-
-    The mark contains ``facts``. The old manifest, which no longer holds, is removed first.
-    """
-    write_text(folder / INCOMPLETE, json.dumps(dict(facts), indent=1))
-    with disk_operation("removing", folder / MANIFEST):
-        (folder / MANIFEST).unlink(missing_ok=True)
-    yield
-    with disk_operation("removing", folder / INCOMPLETE):
-        (folder / INCOMPLETE).unlink()
-        _fsync(folder)
 
 
 def free_bytes(folder: Path) -> int:

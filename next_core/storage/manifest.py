@@ -17,8 +17,6 @@ from next_core.storage.reading import LARGE, Stamp, parse_checked, parse_json, r
 from next_core.storage.safetensors_header import read_header
 
 MANIFEST = "manifest.json"
-INCOMPLETE = "INCOMPLETE.json"
-"""Exists in a folder while its files are replaced one by one, so that some are old and some new."""
 _UNSETTLED = 2 * 10**9
 """Nanoseconds after a write in which a second one may leave the same time: the clocks of file systems are coarse."""
 
@@ -33,9 +31,8 @@ def sha256(path: Path) -> str:
 
 def manifest_text(folder: Path, digests: Mapping[str, str] | None = None) -> str:
     """Return the manifest of a folder as it is now; files whose sha256 is in ``digests`` are not read again."""
-    ignored = (folder / MANIFEST, folder / INCOMPLETE)  # a copied folder may contain its old manifest
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path not in ignored):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         name = path.relative_to(folder).as_posix()
         digest = (digests or {}).get(name) or sha256(path)
         files[name] = {"sha256": digest, "size": path.stat().st_size} | _tensors(path)

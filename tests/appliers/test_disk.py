@@ -86,18 +86,6 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_in_place_the_shard_that_did_not_fit_stays_as_it_was(
-    prediction: Prediction, run: LoraRun, tmp_path: Path, fail_with: Callable[[int], None]
-) -> None:
-    target = Path(shutil.copytree(run.base, tmp_path / "target"))
-    before = (target / "model.safetensors").read_bytes()
-    fail_with(errno.ENOSPC)
-    with raises_kind("storage-full", "model.safetensors"):
-        make_applier("merged-model", in_place=True).apply(prediction, out=target)
-    assert (target / "model.safetensors").read_bytes() == before
-    assert not list(target.glob(".*"))
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""

@@ -160,12 +160,10 @@ def test_what_cannot_be_written_fails_before_anything_is_decomposed(
     for step in (10, 20):
         shutil.copytree(lora_run.base, tmp_path / "full" / f"checkpoint-{step}")
     merged = ("--applier", "merged-model", "--backbone", lora_run.base)
-    in_place = ("--set-applier", "in_place=true")
     for arguments, folders, name in (
         (("--applier", "peft-adapter"), {"checkpoints": tmp_path / "full"}, "merged-model"),
         (merged, {"out": lora_run.base / "new"}, lora_run.base),
         ((), {"out": lora_run.path / "new"}, lora_run.path),
-        ((*merged, *in_place), {"out": tmp_path / "none"}, tmp_path / "none"),
         *([] if more else [((), {"out": tmp_path / "full"}, tmp_path / "full")]),
     ):
         outcome = extrapolate("--json", *arguments, *more, **folders)

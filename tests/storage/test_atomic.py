@@ -14,7 +14,6 @@ from next_core.errors import StorageError
 from next_core.storage import atomic, manifest
 from next_core.storage.atomic import (
     atomic_file,
-    changing_in_place,
     enough_space,
     free_bytes,
     is_full,
@@ -23,7 +22,7 @@ from next_core.storage.atomic import (
     sweep,
     write_text,
 )
-from next_core.storage.manifest import INCOMPLETE, check_manifest, manifest_text
+from next_core.storage.manifest import check_manifest
 from tests.errors import raises_kind
 
 
@@ -136,17 +135,6 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch
         assert path.read_text() == "old"
     assert names(tmp_path) == ["result.json"]
     assert path.read_text() == "new"
-
-
-def test_a_folder_that_changes_in_place_is_marked_until_all_went_well(tmp_path: Path) -> None:
-    write(tmp_path / "target")
-    with pytest.raises(ValueError, match="x"), changing_in_place(tmp_path / "target", {"alpha": 2}):
-        assert not (tmp_path / "target" / "manifest.json").exists()
-        raise ValueError("x")
-    assert json.loads((tmp_path / "target" / INCOMPLETE).read_text()) == {"alpha": 2}
-    with changing_in_place(tmp_path / "target", {}):
-        assert INCOMPLETE not in manifest_text(tmp_path / "target")
-    assert names(tmp_path / "target") == ["a.txt", "sub"]
 
 
 def test_nothing_is_written_that_does_not_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

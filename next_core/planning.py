@@ -22,6 +22,7 @@ from next_core.plugins import make_chosen
 from next_core.predictor import TrajectoryPredictor, Work
 from next_core.run_config import LoraSettings, RunConfig
 from next_core.sources.hf_model import ModelFiles
+from next_core.sources.matrices import stored_name
 from next_core.storage.atomic import free_bytes
 from next_core.types import Parameter, Span
 
@@ -222,8 +223,7 @@ def gram_work(parameter: Parameter, count: int, itemsize: int) -> Work:
 
 def trained_parameters(config: RunConfig) -> list[Parameter]:
     """Return the matrices that a run would train, from the headers of its base model."""
-    shapes = {k: (v[0], v[1]) for k, v in ModelFiles(config.training.model).shapes.items() if len(v) == 2}
-    lora = config.training.lora
+    lora, shapes = config.training.lora, ModelFiles(config.training.model).matrices
     if lora is None:
         return [Parameter(name, shape) for name, shape in sorted(shapes.items())]
     return [Parameter(name, shape, lora.rank) for name, shape in sorted(shapes.items()) if _targeted(name, lora)]
@@ -232,6 +232,8 @@ def trained_parameters(config: RunConfig) -> list[Parameter]:
 def _targeted(name: str, lora: LoraSettings) -> bool:
     """Whether PEFT would put an adapter on a weight."""
     module, targets = name.removesuffix(".weight"), lora.target_modules
+    if name != stored_name(name):  # one of a stack, which is no layer
+        return False
     if targets == "all-linear":
         return not module.endswith(("embed_tokens", "lm_head", "wte", "wpe"))
     if isinstance(targets, str):

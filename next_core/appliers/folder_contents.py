@@ -74,7 +74,8 @@ def facts_of(
         "applier": applier.name,
         "settings": json.loads(applier.config.model_dump_json(exclude={"backbone"})),
         "parameters": len(prediction.source.parameters),
-        "moved": sum(1 for name in prediction.updates if prediction.weight(name) != 0.0),
+        "moved": len(prediction.moving),
+        "moved_share": prediction.moved_share,
         "abstained": len(prediction.abstained),
     }
     if loss is not None:
@@ -104,7 +105,8 @@ def _card(facts: Mapping[str, Any], card: Path, library: str) -> str:
         f"next-core {facts['next_core']} extrapolated them from the checkpoints of a training run.",
         "",
         f"- start: step {facts['step']}; {facts['horizon']} steps ahead, alpha {facts['alpha']:g}",
-        f"- applier `{facts['applier']}`; {facts['moved']} of {facts['parameters']} matrices moved",
+        f"- applier `{facts['applier']}`; {facts['moved']} of {facts['parameters']} matrices moved, "
+        f"{facts['moved_share']:.1%} of the weights that the run trains",
     ]
     if facts.get("share_of_jump") is not None:
         lines.append(f"- rounding: {facts['rounding']}; {facts['share_of_jump']:.1%} of the jump is left after it")

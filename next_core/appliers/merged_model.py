@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,8 +68,7 @@ class MergedModelApplier(FolderApplier):
     def check(self, prediction: Prediction, out: str | Path) -> Path:
         target = super().check(prediction, out)
         files = ModelFiles(self._backbone(prediction.source))
-        moving = [name for name in prediction.updates if prediction.weight(name) != 0.0]
-        TensorPlan(prediction.source, files).check(files, moving)
+        TensorPlan(prediction.source, files).check(files, prediction.moving)
         return target
 
     def needed(self, prediction: Prediction) -> int:
@@ -119,8 +119,11 @@ class _ModelWriter:
     def _blocks(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         if not self._plan.computes(key, dtype, shape):
             return [self._plan.copied(key).to(dtype)]
+        parts = self._plan.parts(key, shape).items()
+        return itertools.chain.from_iterable(self._computed(name, dtype, size) for name, size in parts)
+
+    def _computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         config, source, step = self._applier.config, self._prediction.source, self._prediction.step
-        name = self._plan.name(key)
         trained = None if source.stores_full_weights else source.position(name, step)
 
         def read(rows: slice) -> Tensor:

@@ -20,6 +20,7 @@ from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.hf_model import ModelFiles
+from next_core.sources.matrices import matrices_in, stored_name
 
 GEMM_BLOCK = 2**20
 """Values in a block of rows where each block is a matrix product, which small blocks slow down."""
@@ -36,7 +37,7 @@ class TensorPlan:
         self._source, self._backbone = source, backbone
         self._checkpoint: StoredModel | None = None
         self._shapes = {parameter.name: parameter.shape for parameter in source.parameters}
-        self._trained = set(self._shapes)
+        self._trained = set(map(stored_name, self._shapes))
         if source.stores_full_weights:
             self._trained |= set(source.skipped)  # norms and biases, which stay as trained
             if source.steps:
@@ -45,6 +46,11 @@ class TensorPlan:
     def name(self, key: str) -> str:
         """Return the run's name of a stored tensor: a tied head is the embedding."""
         return self._source.tied.get(key, key)
+
+    def parts(self, key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the run's names and the shapes of the parts of a tensor that move on their own: a stack's matrices."""
+        name = self.name(key)
+        return {**matrices_in(name, shape)} or {name: shape}
 
     def computes(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         """Whether a stored tensor is computed; otherwise it is copied."""
@@ -83,13 +89,15 @@ class TensorPlan:
     def _check_tensor(
         self, into: ModelFiles, key: str, shape: tuple[int, ...], dtype: torch.dtype, must_move: Collection[str]
     ) -> None:
-        if self.name(key) in must_move and not self.computes(key, dtype, shape):
+        parts = self.parts(key, shape)
+        if any(part in must_move for part in parts) and not self.computes(key, dtype, shape):
             raise CheckpointError(
                 f"'{key}' is stored as {_name(dtype)} in {into.folder}, too coarse for a jump; use a backbone in bf16",
                 kind="checkpoint-unsupported-model",
             )
         files, name = self._origin(key)
-        expected = self._shapes.get(self.name(key), files.shapes.get(name))
+        differing = (self._shapes[part] for part, size in parts.items() if self._shapes.get(part, size) != size)
+        expected = next(differing, files.shapes.get(name))
         if shape != expected:
             raise CheckpointError(
                 f"'{key}' is {shape} in {into.folder} but {expected or 'missing'} in {files.folder}; use the model "

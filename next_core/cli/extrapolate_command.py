@@ -78,7 +78,8 @@ def extrapolate(
         "horizon": horizon,
         "alpha": alpha if alphas is None else scales,
         "rank": plugins.rank,
-        "moved": len(prediction.updates),
+        "moved": len(prediction.moving),
+        "moved_share": prediction.moved_share,
         "abstained": dict(prediction.abstained),
         "norm": norm.jump,
         "norm_ratio": norm.ratio,
@@ -87,7 +88,7 @@ def extrapolate(
         "out": None if dry_run else str(out),
         "share_landed": {f"{scale:g}": getattr(applied, "share", None) for scale, applied in written.items()},
     }
-    _show(facts, history.cache_trouble, console)
+    _show(facts, prediction.moved(), history.cache_trouble, console)
     if as_json:
         print(json_text(facts))
 
@@ -104,10 +105,10 @@ def _check_abstentions(prediction: Prediction, predictor: str, strict: bool) -> 
         )
 
 
-def _show(facts: Mapping[str, Any], cache_trouble: str | None, console: Console) -> None:
+def _show(facts: Mapping[str, Any], moved: str, cache_trouble: str | None, console: Console) -> None:
     console.print(
-        f"{facts['predictor']} extrapolated {facts['moved']} matrices by {facts['horizon']} steps; the norm of the "
-        f"jump is {facts['norm_ratio']:.2f} times that of the update over the last {facts['horizon']} steps"
+        f"{facts['predictor']} extrapolated {moved} by {facts['horizon']} steps; the norm of the jump is "
+        f" {facts['norm_ratio']:.2f} times that of the update over the last {facts['horizon']} steps"
     )
     unchanged = [f"  unchanged: {name}: {reason}" for name, reason in facts["abstained"].items()]
     for line in shorten(unchanged, MOST_UNCHANGED, "  unchanged"):

@@ -186,9 +186,7 @@ class PredictExtendCycle:
             self.backend.rollback(applied, jump.step)
             now = "what cannot be measured" if after is None else f"{after:.3f}"
             return jump.refused(f"accuracy fell from {before:.3f} to {now}; rolled back")
-        moved = sum(1 for name in prediction.updates if prediction.weight(name) != 0.0)
-        reason = f"{moved} of {len(prediction.source.parameters)} matrices"
-        return dataclasses.replace(jump, reason=reason)
+        return dataclasses.replace(jump, reason=prediction.moved())
 
     def _conclude(self, jump: Jump) -> None:
         """Journal the jump, and open its recovery window."""

@@ -30,6 +30,7 @@ from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured
 from next_core.diagnostics.triplet_figures import triplet_figures, triplet_nulls
 from next_core.errors import ConfigError
 from next_core.history.history import History
+from next_core.sources.matrices import stored_name
 from next_core.sources.precision import LOW, rounding_report
 
 LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
@@ -124,8 +125,8 @@ def layer_of(name: str) -> int | None:
 
 
 def kind_of(name: str) -> str:
-    """Return ``q_proj`` for ``model.layers.12.self_attn.q_proj.weight``."""
-    return name.removesuffix(".weight").split(".")[-1]
+    """Return ``q_proj`` for ``model.layers.12.self_attn.q_proj.weight``; experts of one stack are of one kind."""
+    return stored_name(name).removesuffix(".weight").split(".")[-1]
 
 
 def _add_gram_figures(

@@ -6,6 +6,7 @@ G_t = W_t - W_0 is the global delta, L_t = W_t - W_{t-1} the local delta (since 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,11 @@ class CheckpointSource(Plugin):
     def notes(self) -> Sequence[str]:
         """Facts for the user about the folder: missing steps, damaged folders that were skipped, ..."""
         return ()
+
+    @property
+    def trained_weights(self) -> int:
+        """The number of weights that the run trains, those included that are no matrices and cannot be extrapolated."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
     def precision(self, name: str) -> torch.dtype:
         """Return the precision a parameter is stored in."""

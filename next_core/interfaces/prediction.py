@@ -71,6 +71,22 @@ class Prediction:
         """Return the factor on alpha of one parameter."""
         return self.confidence.get(name, 1.0)
 
+    @property
+    def moving(self) -> list[str]:
+        """The parameters that move."""
+        return [name for name in self.updates if self.weight(name) != 0.0]
+
+    @property
+    def moved_share(self) -> float:
+        """The share of the weights that the run trains, those that are no matrices included, in matrices that move."""
+        sizes = {parameter.name: math.prod(parameter.shape) for parameter in self.source.parameters}
+        return sum(sizes.get(name, 0) for name in self.moving) / max(1, self.source.trained_weights)
+
+    def moved(self) -> str:
+        """Return how much of the model moves, for people."""
+        share = f", {self.moved_share:.1%} of the weights" if self.source.stores_full_weights else ""
+        return f"{len(self.moving)} of {len(self.source.parameters)} matrices{share}"
+
     def delta(self, name: str, alpha: float = 1.0) -> LowRank | Tensor:
         """Return the move of one weight matrix (m, n) from the newest checkpoint; zero where nothing is predicted.
 
@@ -96,7 +112,7 @@ class Prediction:
         return import_optional("pandas", "notebook").DataFrame(rows).set_index("parameter")
 
     def __repr__(self) -> str:
-        what = self.abstention or f"{len(self.updates)} of {len(self.source.parameters)} matrices move"
+        what = self.abstention or f"{self.moved()} move"
         return f"<Prediction from step {self.step} by {self.horizon} steps: {what}>"
 
 

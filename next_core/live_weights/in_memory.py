@@ -16,6 +16,7 @@ from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.process.containment import same_random_states
 from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS
+from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 
 
 class InMemoryApplied(Applied):
@@ -34,11 +35,13 @@ class InMemoryApplied(Applied):
 
     @torch.no_grad()
     def write(self, key: str, parameter: Tensor, delta: Tensor) -> None:
-        """Add ``delta`` to a parameter and record its shift under ``key``."""
-        kept = parameter.detach().clone()
-        self.kept.append((parameter, kept))
-        parameter.copy_((parameter.double() + delta.to(parameter.device)).to(parameter.dtype))
-        self.shift[key] = (parameter.float() - kept.float()).cpu()
+        """Add ``delta`` to a parameter, or to one matrix of a stack, and record its shift under ``key``."""
+        if not self.kept or self.kept[-1][0] is not parameter:  # the matrices of a stack follow one another
+            self.kept.append((parameter, parameter.detach().clone()))
+        index = None if parameter.shape == delta.shape else place_in_stack(key)
+        target, kept = (x if index is None else x[index] for x in self.kept[-1])
+        target.copy_((target.double() + delta.to(target.device)).to(target.dtype))
+        self.shift[key] = (target.float() - kept.float()).cpu()
 
     @torch.no_grad()
     def rollback(self) -> None:
@@ -104,8 +107,8 @@ def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
 
 
 def _find(parameters: Mapping[str, Tensor], path: str, delta: Tensor) -> Tensor:
-    target = parameters.get(path)
-    if target is None or target.shape != delta.shape:
+    target = parameters.get(path, parameters.get(stored_name(path)))
+    if target is None or matrices_in(stored_name(path), target.shape).get(path) != tuple(delta.shape):
         have = "missing" if target is None else tuple(target.shape)
         raise BackendError(
             f"the live model's '{path}' is {have}, the jump {tuple(delta.shape)}; use the checkpoints of this model",

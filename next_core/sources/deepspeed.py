@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError
-from next_core.sources.tensor_files import TensorFile
+from next_core.sources.tensor_files import Place, TensorFile
 from next_core.storage.checkpoint_errors import damaged, not_found, other_model
 from next_core.storage.manifest import check_contents
 
@@ -99,7 +99,7 @@ class MastersFile(TensorFile):
         for path in self.weight_files():
             check_contents(path)
 
-    def _values(self, key: str, rows: slice | None) -> Tensor:
+    def _values(self, key: str, rows: Place | None) -> Tensor:
         """Return the master, or what is stored if there is none, as for a frozen parameter.
 
         Raises ``CheckpointError`` if the two differ by more than rounding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
+from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.mismatch import check_same_shapes
 from next_core.sources.tied_weights import tied_names
 from next_core.types import Parameter
@@ -24,7 +26,7 @@ class FullModelSourceConfig(DiskSourceConfig):
 
 
 class FullModelSource(FolderSource[ModelFiles]):
-    """``checkpoint-N/model.safetensors`` or its shards; only matrices (two dimensions) are extrapolated."""
+    """``checkpoint-N/model.safetensors`` or its shards; only matrices are extrapolated, stacked ones one by one."""
 
     name = "full-model"
     config_class = FullModelSourceConfig
@@ -33,6 +35,8 @@ class FullModelSource(FolderSource[ModelFiles]):
     def __init__(self, config: FullModelSourceConfig) -> None:
         super().__init__(config)
         self._tied: Mapping[str, str] = {}
+        self._parameters: tuple[Parameter, ...] = ()
+        self._skipped: Mapping[str, str] = {}
         self._backbone = ModelFiles(config.backbone, config.allow_pickle) if config.backbone is not None else None
         self._replacement = replacement(config.masters, config.allow_pickle)
         self.refresh()
@@ -51,7 +55,11 @@ class FullModelSource(FolderSource[ModelFiles]):
         for model in models[1:]:
             check_same_shapes(models[0].shapes, model.shapes, model.folder, f"step {next(iter(checkpoints))}")
         if models and self._backbone is not None:
-            self._backbone.require({name: shape for name, shape in models[0].shapes.items() if len(shape) == 2})
+            self._backbone.require(models[0].matrices)
+        if models:
+            self._skipped = {name: reason for name in models[-1].shapes if (reason := _why_skipped(models[-1], name))}
+            matrices = sorted(models[-1].matrices.items())
+            self._parameters = tuple(Parameter(*each) for each in matrices if stored_name(each[0]) not in self._skipped)
 
     @property
     def stores_full_weights(self) -> bool:
@@ -68,25 +76,17 @@ class FullModelSource(FolderSource[ModelFiles]):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        skipped = self.skipped
-        shapes = {name: shape for name, shape in sorted(self._shapes().items()) if name not in skipped}
-        return tuple(Parameter(name, (rows, columns)) for name, (rows, columns) in shapes.items())
+        return self._parameters
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        reasons = {name: self._why_skipped(name, shape) for name, shape in self._shapes().items()}
-        return {name: reason for name, reason in reasons.items() if reason}
+        return self._skipped
 
-    def _why_skipped(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) != 2:
-            return "not a matrix; stays as trained"
-        if 0 in shape:
-            return "has no values"
-        return "" if self.precision(name).is_floating_point else "stored as integers; stays as it is"
-
-    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        first = next(iter(self._checkpoints.values()), None)
-        return {} if first is None else first.shapes
+    @property
+    def trained_weights(self) -> int:
+        newest = self._newest()
+        floats = () if newest is None else (key for key in newest.shapes if newest.dtype(key).is_floating_point)
+        return sum(math.prod(newest.shapes[key]) for key in floats) if newest is not None else 0
 
     def model(self, step: int | None) -> ModelFiles:
         if step is not None:
@@ -119,12 +119,26 @@ class FullModelSource(FolderSource[ModelFiles]):
         return self.weight(name, step) - self.weight(name, since)
 
     def stored(self, key: str, step: int) -> Tensor:
-        """Return one matrix of a checkpoint, plus the jumps made right after it."""
+        """Return a tensor of a checkpoint, plus the jumps made right after it."""
         value = self.model(step).read(key)
         for shift in self._shifts.made_after(step):
-            value = shift.added(value, key)
+            for name in matrices_in(key, value.shape):
+                index = place_in_stack(name)
+                if index is None:
+                    value = shift.added(value, name)
+                else:
+                    value[index] = shift.added(value[index], name)
         return value
 
     def position(self, name: str, step: int) -> Tensor:
         on_disk = self._backbone or self.model(None)  # a backbone need not be where RL began
         return self.weight(name, step).double() - on_disk.read(name)
+
+
+def _why_skipped(model: ModelFiles, name: str) -> str:
+    shape = model.shapes[name]
+    if not matrices_in(name, shape) and 0 not in shape:
+        return "not a matrix; stays as trained"
+    if 0 in shape:
+        return "has no values"
+    return "" if model.dtype(name).is_floating_point else "stored as integers; stays as it is"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
+from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.pickles import open_tensors
-from next_core.sources.tensor_files import TensorFile, is_unchanged, read_json
+from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, read_json
 from next_core.storage.checkpoint_errors import damaged, not_found, other_model, unsafe_path
 from next_core.storage.reading import LARGE, Stamp, stamp
 
@@ -67,12 +68,12 @@ class ModelFiles:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows, in at least fp32. Raises ``CheckpointError`` for NaN or Inf."""
         file, key = self._stored(name)
-        return file.read(key, rows)
+        return file.read(key, _place(name, key, rows))
 
     def raw(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows, as stored; its values are not checked."""
         file, key = self._stored(name)
-        return file.raw(key, rows)
+        return file.raw(key, _place(name, key, rows))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the precision a tensor is stored in."""
@@ -89,9 +90,15 @@ class ModelFiles:
         return all(file.unchanged() for file in self.files) and (self._index is None or is_unchanged(*self._index))
 
     def _stored(self, name: str) -> tuple[TensorFile, str]:
-        if name not in self._where:
+        found = self._where.get(name) or self._where.get(stored_name(name))
+        if found is None:
             raise not_found(f"{self.folder} has no parameter '{name}'")
-        return self._where[name]
+        return found
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The names and shapes of all stored matrices, those in stacks one by one."""
+        return {each: size for name, shape in self.shapes.items() for each, size in matrices_in(name, shape).items()}
 
     def config(self) -> dict[str, Any]:
         """Return the content of ``config.json``; empty if there is none."""
@@ -115,12 +122,18 @@ class ModelFiles:
             self.shapes[embedding] = one[0].shapes[one[1]]
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ``CheckpointError`` if a parameter is missing in this backbone or has another shape."""
+        """Raise ``CheckpointError`` if a matrix is missing in this backbone or has another shape."""
+        matrices = self.matrices
         for name, shape in shapes.items():
-            here = self.shapes.get(name)
-            if here is None or tuple(here) != tuple(shape):
-                problem = f"has no '{name}'" if here is None else f"'{name}' is {tuple(here)}, not {tuple(shape)}"
+            here = matrices.get(name)
+            if here is None or here != tuple(shape):
+                problem = f"has no '{name}'" if here is None else f"'{name}' is {here}, not {tuple(shape)}"
                 raise other_model(f"backbone {self.folder}: {problem}; it is not the model of this run")
+
+
+def _place(name: str, key: str, rows: slice | None) -> Place | None:
+    index = None if name == key else place_in_stack(name)
+    return rows if index is None else (index, rows or slice(None))
 
 
 def _read_index(path: Path) -> dict[str, str]:

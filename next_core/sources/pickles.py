@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.sources.tensor_files import SafetensorsFile, TensorFile
+from next_core.sources.tensor_files import Place, SafetensorsFile, TensorFile
 
 PICKLE = ".bin"
 
@@ -56,7 +56,7 @@ class PickleFile(TensorFile):
     def dtype(self, key: str) -> torch.dtype:
         return self._values(key, None).dtype
 
-    def _values(self, key: str, rows: slice | None) -> Tensor:
+    def _values(self, key: str, rows: Place | None) -> Tensor:
         if key not in self._tensors:
             raise self._unknown(key)
         return self._tensors[key] if rows is None else self._tensors[key][rows]

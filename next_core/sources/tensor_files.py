@@ -40,6 +40,9 @@ STORED = {
 }
 """The precisions by their names in safetensors."""
 
+Place = slice | tuple[int, slice]
+"""Some rows of a tensor, or of one matrix in a stack."""
+
 
 def read_json(path: Path, limit: int = SMALL, *, verify: bool = False) -> dict[str, Any]:
     """Return a JSON object of at most ``limit`` bytes; NaN and Infinity, which Python's json writes, are allowed.
@@ -95,14 +98,14 @@ class TensorFile(ABC):
         """Return the precision a tensor is stored in. Raises ``CheckpointError`` for an unknown name."""
 
     @abstractmethod
-    def _values(self, key: str, rows: slice | None) -> Tensor:
+    def _values(self, key: str, rows: Place | None) -> Tensor:
         """Return a tensor, or some of its rows, as stored. Raises ``CheckpointError`` for an unknown name."""
 
     def verify(self) -> None:
         """Raise ``CheckpointError`` if the bytes of the file differ from its manifest."""
         check_contents(self.path)
 
-    def raw(self, key: str, rows: slice | None = None) -> Tensor:
+    def raw(self, key: str, rows: Place | None = None) -> Tensor:
         """Return a tensor, or some of its rows, as stored; its values may be NaN or Inf."""
         if not self._verified:
             self.verify()
@@ -117,7 +120,7 @@ class TensorFile(ABC):
         """Return whether the file on disk is still the one that was opened."""
         return is_unchanged(self.path, self._stamp)
 
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
+    def read(self, key: str, rows: Place | None = None) -> Tensor:
         """Return a tensor, or some of its rows, in at least fp32. Raises ``CheckpointError`` for NaN or Inf."""
         tensor = self.raw(key, rows)
         if tensor.dtype.itemsize < 4:
@@ -165,7 +168,7 @@ class SafetensorsFile(TensorFile):
             raise damaged(self.path, f"stores '{key}' as {stored}, not as one of {', '.join(STORED)}")
         return STORED[stored]
 
-    def _values(self, key: str, rows: slice | None) -> Tensor:
+    def _values(self, key: str, rows: Place | None) -> Tensor:
         self.dtype(key)  # raises for an unknown name or precision
         tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         return tensor

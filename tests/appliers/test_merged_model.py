@@ -209,15 +209,16 @@ def test_a_jump_that_the_newest_checkpoint_already_has_is_not_added_again(
     assert all(torch.equal(value, full_run[20][key]) for key, value in written.items())
 
 
+@pytest.mark.parametrize("shape", [(16,), (2, 3, 4, 5)])
 def test_a_trained_tensor_that_the_backbone_does_not_store_is_refused(
-    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path, shape: tuple[int, ...]
 ) -> None:
-    expert = "model.layers.0.mlp.experts.gate_up_proj"
+    name = "model.layers.0.mlp.more"
     for step in (10, 20):
         path = tmp_path / "checkpoints" / f"checkpoint-{step}" / MODEL
-        save_file(full_run[step] | {expert: noise(expert, 2, 16, 16)}, path, metadata={"format": "pt"})
+        save_file(full_run[step] | {name: noise(name, *shape)}, path, metadata={"format": "pt"})
     source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
-    with raises_kind("checkpoint-other-model", expert, base):
+    with raises_kind("checkpoint-other-model", name, base):
         make_applier("merged-model").check_source(source, tmp_path / "out")
 
 

@@ -88,7 +88,7 @@ def test_text_output_names_what_moved_what_did_not_and_the_folder_as_it_is(
 ) -> None:
     out = tmp_path / "[bold]a[" / "b]"
     shown = extrapolate(out=out).out
-    for words in ("peft-adapter (checkpoint-N): 6 checkpoints, steps 10 to 60", "13 matrices", FROZEN, str(out)):
+    for words in ("peft-adapter (checkpoint-N): 6 checkpoints, steps 10 to 60", "13 of 14 matrices", FROZEN, str(out)):
         assert words in shown
     closing = tmp_path / "[" / "red]"
     assert_fails(extrapolate(checkpoints=closing), 3, "checkpoint", closing)

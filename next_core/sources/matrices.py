@@ -1,0 +1,33 @@
+"""The matrices in a stored tensor: itself, or those of a stack, as transformers stores experts: ``down_proj[3]``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+IN_STACK = re.compile(r"(.+)\[(\d+)\]")
+
+
+def matrices_in(name: str, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Return the names and shapes (m, n) of the matrices in a tensor; none for vectors, scalars and convolutions.
+
+    A tensor (E, m, n) is E matrices, ``name[0]`` to ``name[E - 1]``: an expert's directions are those of its own
+    matrix. The kernel of a convolution over time has three dimensions too, and is known by its name.
+    """
+    if len(shape) == 2:
+        return {name: (shape[0], shape[1])}
+    if len(shape) == 3 and min(shape[1:]) > 1 and "conv" not in name:
+        return {f"{name}[{index}]": (shape[1], shape[2]) for index in range(shape[0])}
+    return {}
+
+
+def stored_name(name: str) -> str:
+    """Return the name of the tensor that holds a matrix."""
+    match = IN_STACK.fullmatch(name)
+    return name if match is None else match[1]
+
+
+def place_in_stack(name: str) -> int | None:
+    """Return the index of a matrix in its stack; None for a matrix that is stored alone."""
+    match = IN_STACK.fullmatch(name)
+    return None if match is None else int(match[2])

@@ -72,7 +72,7 @@ def analyze(
     for note in [*analysis.notes[len(source.notes) :], *trouble]:
         console.print(f"  note: {note}")
     _show(analysis, by, console)
-    written = {} if plots is None else write_plots(analysis, plots)
+    written = {} if plots is None else write_plots(analysis.draw(), plots)
     for name, outcome in written.items():
         console.print(f"plot {name}: {outcome}")
     if as_json:
@@ -104,7 +104,7 @@ def _show(analysis: Analysis, by: str, console: Console) -> None:
 
 def _overall(analysis: Analysis, *, explain: bool) -> Table:
     """Return one row for each figure, over all matrices."""
-    from next_core.diagnostics.analysis_results import FIGURES, number
+    from next_core.diagnostics.figures import FIGURES, number
 
     def rows() -> Iterator[list[str]]:
         for name, figure in analysis.overall.figures.items():
@@ -145,6 +145,6 @@ def _short(name: str) -> str:
 
 
 def _marked(figure: Figure | None) -> str:
-    from next_core.diagnostics.analysis_results import number
+    from next_core.diagnostics.figures import number
 
     return "-" if figure is None or figure.value is None else f"{number(figure.value)}{MARKS[figure.outside] or ' '}"

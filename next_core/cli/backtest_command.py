@@ -112,7 +112,7 @@ def _show(found: Backtest, notes: list[str], console: Console) -> None:
 
 
 def _cells(judged: Judged, cuts: int) -> list[str]:
-    from next_core.diagnostics.analysis_results import number
+    from next_core.diagnostics.figures import number
 
     def text(value: float | None) -> str:
         return "-" if value is None else number(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics.advice import advice
-from next_core.diagnostics.analysis_results import FIGURES, Analysis, Figure, Group, Null, Precision, Series
+from next_core.diagnostics.analysis_results import Analysis, Precision
+from next_core.diagnostics.figures import FIGURES, Figure, Group, Null, Series
 from next_core.diagnostics.gram_figures import OUT_OF_SAMPLE, Curve, gram_figures, step_lengths
 from next_core.diagnostics.learning_rate import Agreements, judge, measure_agreements
 from next_core.diagnostics.random_walks import (
@@ -26,7 +27,7 @@ from next_core.diagnostics.random_walks import (
     median,
     quantile,
 )
-from next_core.diagnostics.trajectory import FEWEST_POINTS, Trajectory, measured_steps, read_trajectory
+from next_core.diagnostics.trajectory import FEWEST_POINTS, Grid, measured_steps, read_grams
 from next_core.diagnostics.triplet_figures import triplet_figures, triplet_nulls
 from next_core.errors import ConfigError
 from next_core.history.history import History
@@ -40,6 +41,11 @@ NEWEST = ("energy_ratio_global", "squared_energy_ratio_global")
 """Read at the newest checkpoint; other figures over time are summed up by their median over time."""
 MANY = 32
 """Beyond so many intervals, the figures of the SVD over time are taken of fewer walks: cost grows with the cube."""
+NO_NULL = ("speed_ratio", "speed")
+"""Walks have the observed speed: there is nothing to compare."""
+FEWEST_INTERVALS = {
+    "c1_r2": 3, "line_r2": 3, "speed_ratio": 3, "top_5_share": 6, "top_1_of_top_5": 6, "msd_exponent": 4
+}  # fmt: skip
 
 
 class Measured(NamedTuple):
@@ -49,15 +55,9 @@ class Measured(NamedTuple):
     draws: Tensor | None = None
 
 
-class MeasuredCurve(NamedTuple):
-    """A figure of M matrices over L points, (M, L), and its median over the matrices on walks, (D, L)."""
-
-    curve: Curve
-    draws: Tensor | None = None
-
-
 Figures = dict[str, Measured]
-Curves = dict[str, MeasuredCurve]
+Curves = dict[str, Curve]
+"""Curves of M matrices, (M, L)."""
 
 
 def analyze(history: History, *, horizon: int | None = None, draws: int = 200, seed: int = 0) -> Analysis:
@@ -73,44 +73,48 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         raise ConfigError(
             f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})", kind="config-invalid-value"
         )
-    trajectory = read_trajectory(history)
-    names, chosen = trajectory.names, trajectory.grid.default_horizon() if horizon is None else horizon
+    names, steps = history.names, measured_steps(history)
+    grid = Grid((history.source.origin, *steps))
+    horizon = grid.default_horizon() if horizon is None else horizon
     agreements = measure_agreements(history, draws, seed)
     figures: Figures = {}
     curves: Curves = {}
     if names:
-        _add_gram_figures(figures, curves, history, trajectory, chosen, draws, seed)
+        figures, curves = _inner_product_figures(history, grid, horizon, draws, seed)
         _add_triplet_figures(figures, curves, history, seed)
     if isinstance(agreements, Agreements):
         values, drawn = agreements.values, agreements.draws
         figures["agreement"] = Measured(median(values), median(drawn))
-        curves["agreement"] = MeasuredCurve(Curve("step", agreements.moments, values[:-1]), median(drawn[:, :-1], 1))
+        curves["agreement"] = Curve("step", agreements.moments, values[:-1], median(drawn[:, :-1], 1))
     layers: dict[int, list[int]] = {}
     kinds: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         kinds.setdefault(kind_of(name), []).append(index)
-        layer = layer_of(name)
-        if layer is not None:
+        if (layer := layer_of(name)) is not None:
             layers.setdefault(layer, []).append(index)
     *alone, whole = _each(figures, len(names) + 1)
     found = Analysis(
-        steps=measured_steps(history),
+        steps=steps,
         origin=history.source.origin,
-        even=trajectory.grid.even,
-        horizon=chosen,
+        even=grid.even,
+        horizon=horizon,
         draws=draws,
         seed=seed,
         overall=_group(figures, curves, names, list(range(len(names))), with_null=True),
         whole=Group(names, {k: figure for k, figure in whole.items() if figure.value is not None}),
-        layers={layer: _group(figures, curves, names, layers[layer]) for layer in sorted(layers)},
-        kinds={kind: _group(figures, curves, names, kinds[kind]) for kind in sorted(kinds)},
+        layers={layer: _group(figures, curves, names, members) for layer, members in sorted(layers.items())},
+        kinds={kind: _group(figures, curves, names, members) for kind, members in sorted(kinds.items())},
         matrices={
             name: Group((name,), own, layer=layer_of(name), kind=kind_of(name))
             for name, own in zip(names, alone, strict=True)
         },
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
-        missing=dict(_missing(trajectory, figures, agreements, chosen)),
+        missing={
+            name: _why_missing(name, bool(names), grid, horizon, agreements)
+            for name in FIGURES
+            if name not in figures or bool(figures[name].values.isnan().all())
+        },
         learning_rate=judge(agreements, history.jump_log),
         notes=tuple(history.source.notes),
         precision=_read_precision(history),
@@ -129,38 +133,31 @@ def kind_of(name: str) -> str:
     return stored_name(name).removesuffix(".weight").split(".")[-1]
 
 
-def _add_gram_figures(
-    figures: Figures,
-    curves: Curves,
-    history: History,
-    trajectory: Trajectory,
-    horizon: int | None,
-    draws: int,
-    seed: int,
-) -> None:
-    """Add what follows from inner products; walks take the observed step lengths in random directions."""
-    grid, lengths = trajectory.grid, step_lengths(trajectory.grams)
-    found, found_curves = gram_figures(and_whole(trajectory.grams), grid, horizon)
+def _inner_product_figures(
+    history: History, grid: Grid, horizon: int | None, draws: int, seed: int
+) -> tuple[Figures, Curves]:
+    """Return what follows from inner products; walks take the observed step lengths in random directions."""
+    grams = read_grams(history)
+    lengths, space, rng = step_lengths(grams), dimensions(history, grid.times[1:]), np.random.default_rng(seed)
+    figures, curves = gram_figures(and_whole(grams), grid, horizon)
+    decomposed = draws if grid.intervals <= MANY else max(FEWEST_DRAWS, int(draws * (MANY / grid.intervals) ** 3))
     drawn: dict[str, list[Tensor]] = {}
     drawn_curves: dict[str, list[Tensor]] = {}
-    if found:
-        space, rng = dimensions(history, measured_steps(history)), np.random.default_rng(seed)
-        decomposed = draws if grid.intervals <= MANY else max(FEWEST_DRAWS, int(draws * (MANY / grid.intervals) ** 3))
-        for start, count in chunks(draws, lengths):
-            walks = and_whole(isotropic_walks(lengths, space, count, rng))
-            some, some_curves = gram_figures(walks, grid, horizon, start < decomposed)
-            for name, value in some.items():
-                drawn.setdefault(name, []).append(value)
-            for name, curve in some_curves.items():
-                drawn_curves.setdefault(name, []).append(median(curve.values[:, :-1], 1))
-    # Walks have the observed speed: there is nothing to compare.
-    drawn.pop("speed_ratio", None)
-    drawn_curves.pop("speed", None)
-    for name, value in found.items():
-        figures[name] = Measured(value, torch.cat(drawn[name]) if name in drawn else None)
-    for name, curve in found_curves.items():
-        null = torch.cat(drawn_curves[name]) if name in drawn_curves else None
-        curves[name] = MeasuredCurve(curve._replace(values=curve.values[:-1]), null)
+    for start, count in chunks(draws, lengths):
+        walks = and_whole(isotropic_walks(lengths, space, count, rng))
+        some, some_curves = gram_figures(walks, grid, horizon, start < decomposed)
+        for name, value in some.items():
+            drawn.setdefault(name, []).append(value)
+        for name, curve in some_curves.items():
+            drawn_curves.setdefault(name, []).append(median(curve.values[:, :-1], 1))
+
+    def joined(name: str, parts: Mapping[str, list[Tensor]]) -> Tensor | None:
+        return None if name in NO_NULL else torch.cat(parts[name])
+
+    return (
+        {name: Measured(value, joined(name, drawn)) for name, value in figures.items()},
+        {k: curve._replace(values=curve.values[:-1], draws=joined(k, drawn_curves)) for k, curve in curves.items()},
+    )
 
 
 def _add_triplet_figures(figures: Figures, curves: Curves, history: History, seed: int) -> None:
@@ -175,8 +172,8 @@ def _add_triplet_figures(figures: Figures, curves: Curves, history: History, see
         drawn = nulls.get(name)
         first = 1 if name.startswith("cosine") else 0
         if len(steps) > first:
-            curve = Curve("step", steps[first:], value[:, first:])
-            curves[name] = MeasuredCurve(curve, None if drawn is None else median(drawn[:, :, first:], 1))
+            null = None if drawn is None else median(drawn[:, :, first:], 1)
+            curves[name] = Curve("step", steps[first:], value[:, first:], null)
             figures[name] = Measured(over_time(name, value), None if drawn is None else over_time(name, drawn))
 
 
@@ -203,10 +200,10 @@ def _group(
         quartiles = None if low is None or high is None else (low, high)
         null = None if draws is None else _nulls(name, median(draws[:, members])[:, None])[0]
         found[name] = Figure(middle, quartiles, int((~values[members].isnan()).sum()), null)
-    for name, ((over, x, each), drawn) in curves.items() if members else ():
-        low_, middle_, high_ = (tuple(_numbers(quantile(each[members], q, 0))) for q in (0.25, 0.5, 0.75))
+    for name, (over, x, each, drawn) in curves.items() if members else ():
+        below, between, above = (tuple(_numbers(quantile(each[members], q, 0))) for q in (0.25, 0.5, 0.75))
         nulls = None if drawn is None or not with_null else tuple(_nulls(name, drawn))
-        series[name] = Series(over, x, middle_, low_, high_, nulls)
+        series[name] = Series(over, x, between, below, above, nulls)
     return Group(tuple(names[index] for index in members), found, series)
 
 
@@ -217,46 +214,28 @@ def _numbers(values: Tensor) -> list[float | None]:
 def _nulls(name: str, draws: Tensor) -> list[Null | None]:
     """Return the null of each of L columns of draws (D, L)."""
     low, high = (0.0, 1.0) if name in SHARES else (-math.inf, math.inf)
-    each = torch.stack(list(band(draws)), -1).clamp(low, high).tolist()
+    each = torch.stack(band(draws), -1).clamp(low, high).tolist()
     return [Null(*one) if all(map(math.isfinite, one)) else None for one in each]
 
 
-FEWEST_INTERVALS = {
-    "c1_r2": 3, "line_r2": 3, "speed_ratio": 3, "top_5_share": 6, "top_1_of_top_5": 6, "msd_exponent": 4
-}  # fmt: skip
-
-
-def _missing(
-    trajectory: Trajectory, figures: Figures, agreements: Agreements | str, horizon: int | None
-) -> Iterator[tuple[str, str]]:
+def _why_missing(name: str, moved: bool, grid: Grid, horizon: int | None, agreements: Agreements | str) -> str:
     """Say why a figure is not there for any matrix."""
-    grid = trajectory.grid
-    for name in FIGURES:
-        if name in figures and not bool(figures[name].values.isnan().all()):
-            continue
-        if not trajectory.names:
-            yield name, "no matrix moved over the last interval: did training change the weights?"
-        elif name == "agreement" and isinstance(agreements, str):
-            yield name, agreements
-        elif name in OUT_OF_SAMPLE:
-            yield name, _no_target(trajectory, horizon)
-        elif name.startswith("energy_ratio"):
-            yield name, "needs all singular values: --spectrum, or History(source, rank, spectrum=True)"
-        elif grid.intervals < (needs := FEWEST_INTERVALS.get(name, 2)):
-            have = f"{grid.intervals} checkpoint{'s' if grid.intervals != 1 else ''} after step {grid.times[0]}"
-            yield name, f"needs {needs} checkpoints, there {'is' if grid.intervals == 1 else 'are'} {have}"
-        else:
-            yield name, "not defined for any matrix: they stood still in between"
-
-
-def _no_target(trajectory: Trajectory, horizon: int | None) -> str:
-    grid = trajectory.grid
-    if not grid.horizons:
-        return f"needs {FEWEST_POINTS} checkpoints, so that a line through {FEWEST_POINTS} points meets a later one"
-    if horizon not in grid.horizons:
-        there = ", ".join(map(str, grid.horizons))
-        return f"no checkpoints are {horizon} steps apart to check a line with; choose a horizon of {there}"
-    return "needs two checkpoints to predict at this horizon, there is one; take a shorter horizon"
+    if not moved:
+        return "no matrix moved over the last interval: did training change the weights?"
+    if name == "agreement" and isinstance(agreements, str):
+        return agreements
+    if name in OUT_OF_SAMPLE:
+        if not grid.horizons:
+            return f"needs {FEWEST_POINTS} checkpoints, so that a line through {FEWEST_POINTS} points meets a later one"
+        if horizon not in grid.horizons:
+            there = ", ".join(map(str, grid.horizons))
+            return f"no checkpoints are {horizon} steps apart to check a line with; choose a horizon of {there}"
+        return "needs two checkpoints to predict at this horizon, there is one; take a shorter horizon"
+    if name.startswith("energy_ratio"):
+        return "needs all singular values: --spectrum, or History(source, rank, spectrum=True)"
+    if grid.intervals < (needs := FEWEST_INTERVALS.get(name, 2)):
+        return f"needs {needs} checkpoints after step {grid.times[0]} (there: {grid.intervals})"
+    return "not defined for any matrix: they stood still in between"
 
 
 def _read_precision(history: History) -> Precision | None:

@@ -11,9 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.backtest_cut import CutHistory, MeasureMotion, Shared
-from next_core.diagnostics.backtest_inputs import BacktestInputs, make_inputs
 from next_core.diagnostics.backtest_results import Backtest, Failure, Judged, Score, WalkNull, skill_interval
+from next_core.diagnostics.replay import CutHistory, Replay, Shared, make_replay
 from next_core.errors import PluginError, describe
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import CheckpointSource, Prediction, Update
@@ -51,8 +50,8 @@ def backtest(
     """
     chosen, notes = _choose(predictors)
     whole = run if isinstance(run, History) else History(run)
-    inputs = make_inputs(whole.source, whole.steps, horizon, cuts, draws, seed)
-    return _WalkForward(whole, inputs, chosen, progress).judge(notes)
+    replay = make_replay(whole.source, whole.steps, horizon, cuts, draws, seed)
+    return _WalkForward(whole, replay, chosen, progress).judge(notes)
 
 
 def default_predictors() -> tuple[list[str], list[str]]:
@@ -91,8 +90,8 @@ def _choose(predictors: Sequence[PredictorLike] | Mapping[str, Mapping[str, Any]
 class _WalkForward:
     """A backtest at work."""
 
-    def __init__(self, whole: History, inputs: BacktestInputs, chosen: Chosen, progress: Progress | None) -> None:
-        self.whole, self.inputs, self.chosen = whole, inputs, chosen
+    def __init__(self, whole: History, replay: Replay, chosen: Chosen, progress: Progress | None) -> None:
+        self.whole, self.replay, self.chosen = whole, replay, chosen
         self.progress: Progress = progress or (lambda what, done, total: None)
         self.names = tuple(sorted(whole.shapes))
         self.done = 0
@@ -100,45 +99,50 @@ class _WalkForward:
         self.problems: dict[str, dict[int, list[str]]] = {name: defaultdict(list) for name in chosen}
         self.silence: dict[str, dict[int, str]] = {name: {} for name in chosen}
         # <P, P>, <P, D> and <D, D> by draw (0 is the run itself), cut and matrix
-        shape = 1 + inputs.draws, len(inputs.cuts), len(self.names), 3
+        shape = 1 + replay.draws, len(replay.cuts), len(self.names), 3
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in chosen}
 
     def judge(self, notes: Sequence[str]) -> Backtest:
-        inputs, begin = self.inputs, time.perf_counter()
+        replay, begin = self.replay, time.perf_counter()
         motion = {}
-        for name, found in zip(self.names, self.whole.executor.map(MeasureMotion(inputs), self.names), strict=True):
+        for name, found in zip(self.names, self.whole.executor.map(replay, self.names), strict=True):
             motion[name] = found
             self.progress("read motion", len(motion), len(self.names))
         # Without jumps, all cuts share what was decomposed. With jumps, each cut sees other factors.
-        together = [(cut,) for cut in inputs.cuts] if inputs.jumps else [inputs.cuts]
-        for draw in range(1 + inputs.draws):
+        together = [(cut,) for cut in replay.cuts] if replay.jumps else [replay.cuts]
+        for draw in range(1 + replay.draws):
             for cuts in together:
-                self._replay(draw, cuts, {cut: {name: motion[name][draw, cut] for name in self.names} for cut in cuts})
-        judged = sorted(map(self._judged, self.chosen), key=_skill, reverse=True)
+                seen = {cut: {name: motion[name][draw, cut] for name in self.names} for cut in cuts}
+                self._predict_all(draw, seen)
+        judged = [self._judged(name) for name in self.chosen]
+        judged.sort(key=lambda one: -math.inf if one.score.skill is None else one.score.skill, reverse=True)
         return Backtest(
-            horizon=inputs.horizon,
-            cuts=inputs.cuts,
-            block=inputs.block,
-            draws=inputs.draws,
-            seed=inputs.seed,
+            horizon=replay.horizon,
+            cuts=replay.cuts,
+            block=replay.block,
+            draws=replay.draws,
+            seed=replay.seed,
             matrices=len(self.names),
             predictors={one.name: one for one in judged},
             shared_seconds=time.perf_counter() - begin - sum(self.seconds.values()),
             notes=tuple(notes),
         )
 
-    def _replay(self, draw: int, cuts: Sequence[int], motion: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Predict at some cuts of the run or of a walk, then compare matrix by matrix, which reads each one once."""
-        run, horizon, shared = self.inputs.run(draw), self.inputs.horizon, Shared()
+    def _predict_all(self, draw: int, motion: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Predict at some cuts of the run or of a walk, then compare matrix by matrix, which reads each one once.
+
+        ``motion`` has by cut and matrix what was measured.
+        """
+        run, horizon, shared = self.replay.run(draw), self.replay.horizon, Shared()
         asked: list[tuple[int, str, CutHistory, Prediction | None]] = []
-        for cut in reversed(cuts):  # the last one decomposes at once what the cuts before it need as well
+        for cut in sorted(motion, reverse=True):  # the last one decomposes at once what the cuts before it need as well
             history = CutHistory(self.whole, run, cut, cut + horizon, motion[cut], shared)
             asked += [(cut, name, history, self._predict(name, history, draw, cut)) for name in self.chosen]
             self.done += len(self.chosen)
-            self.progress("predict", self.done, (1 + self.inputs.draws) * len(self.inputs.cuts) * len(self.chosen))
+            self.progress("predict", self.done, (1 + self.replay.draws) * len(self.replay.cuts) * len(self.chosen))
         for column, matrix in enumerate(self.names):
             for cut, name, history, prediction in asked:
-                sums = self.sums[name][draw, self.inputs.cuts.index(cut), column]
+                sums = self.sums[name][draw, self.replay.cuts.index(cut), column]
                 sums[2] = motion[cut][matrix][-1, -1].clamp_min(0)
                 if prediction is not None and matrix in prediction.updates:
                     try:
@@ -149,11 +153,14 @@ class _WalkForward:
     def _predict(self, name: str, history: History, draw: int, cut: int) -> Prediction | None:
         """Fit and predict; report what goes wrong on the run itself."""
         try:
-            predictor = self.chosen[name]()
+            predictor, horizon = self.chosen[name](), self.replay.horizon
             predictor.progress = self.progress
-            _decompose(history, predictor, self.inputs.horizon)
+            # What a predictor says that it reads is shared, so no predictor's seconds should include it.
+            kinds: list[DeltaKind] = [kind for kind in get_args(DeltaKind) if kind in predictor.requires]
+            if kinds and predictor.why_not(history.steps, horizon) is None:
+                history.compress(*kinds, horizon=horizon)
             begin = time.perf_counter()
-            prediction = predictor.fit(history).predict(self.inputs.horizon)
+            prediction = predictor.fit(history).predict(horizon)
             seconds = time.perf_counter() - begin
             _check(prediction, cut, self.whole)
         except Exception as error:  # anyone's code: it must not end the backtest
@@ -170,27 +177,28 @@ class _WalkForward:
             self.problems[name][cut].append(describe(error))
 
     def _judged(self, name: str) -> Judged:
-        inputs, sums, problems = self.inputs, self.sums[name], self.problems[name]
+        replay, sums, problems = self.replay, self.sums[name], self.problems[name]
         run = sums[0]
         acted = (run[..., 0] > 0).any(-1)
-        silent = [cut for cut, moved in zip(inputs.cuts, acted.tolist(), strict=True) if not moved]
+        silent = [cut for cut, moved in zip(replay.cuts, acted.tolist(), strict=True) if not moved]
         reasons = Counter(self.silence[name][cut] for cut in silent if cut not in problems)
+        more = {cut: f" (and {len(each) - 1} more)" * (len(each) > 1) for cut, each in problems.items()}
         return Judged(
             name=name,
             fields=self.chosen[name]().config.model_dump(mode="json", exclude_unset=True),
             score=Score.of(run),
-            interval=skill_interval(run.sum(1), inputs.block, inputs.seed),
+            interval=skill_interval(run.sum(1), replay.block, replay.seed),
             null=WalkNull.of(sums),
             acting=Score.of(run[acted]),
             acted=int(acted.sum()),
-            abstained=reasons.total() / len(inputs.cuts),
+            abstained=reasons.total() / len(replay.cuts),
             seconds=self.seconds[name],
             by_cut=tuple(Score.of(one).skill for one in run),
             per_matrix={
                 matrix: (Score.of(run[:, column]), WalkNull.of(sums[:, :, column]))
                 for column, matrix in enumerate(self.names)
             },
-            failures=tuple(Failure(cut, _first(problems[cut])) for cut in inputs.cuts if cut in problems),
+            failures=tuple(Failure(cut, problems[cut][0] + more[cut]) for cut in replay.cuts if cut in problems),
             reasons=dict(reasons),
         )
 
@@ -208,18 +216,3 @@ def _check(prediction: Any, cut: int, whole: History) -> None:
         problem = f"the update of '{odd[0]}' is {type(prediction.updates[odd[0]]).__name__}; return an Update"
     if problem is not None:
         raise PluginError(problem, kind="predictor-wrong-answer")
-
-
-def _decompose(history: History, predictor: TrajectoryPredictor, horizon: int) -> None:
-    """Decompose what a predictor says that it reads: it is shared, so no predictor's seconds should include it."""
-    kinds: list[DeltaKind] = [kind for kind in get_args(DeltaKind) if kind in predictor.requires]
-    if kinds and predictor.why_not(history.steps, horizon) is None:
-        history.compress(*kinds, horizon=horizon)
-
-
-def _skill(judged: Judged) -> float:
-    return -math.inf if judged.score.skill is None else judged.score.skill
-
-
-def _first(problems: Sequence[str]) -> str:
-    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

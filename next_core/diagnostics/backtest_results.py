@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from next_core.diagnostics.drawing import WIDTH, Drawing, add_row, check_drawing, draw, drawn_or_error, label_rows
 from next_core.diagnostics.random_walks import band
+from next_core.process.optional_packages import import_optional
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -70,7 +72,7 @@ class WalkNull:
         drawn = torch.tensor([one for one in walks if one is not None], dtype=torch.float64)
         if skill is None or len(drawn) < 2:
             return None
-        [mean], [low], [high] = (x.tolist() for x in band(drawn[:, None]))
+        mean, low, high = map(float, band(drawn))
         spread = float(drawn.std())
         p = (1 + int((drawn >= skill).sum())) / (1 + len(drawn))
         return cls(mean, low, high, p, (skill - mean) / spread if spread > 0 else None)
@@ -136,7 +138,7 @@ class Judged:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backtest:
     """All predictors on one run, the best first. ``shared_seconds``: what they share, the run and its walks."""
 
@@ -154,6 +156,41 @@ class Backtest:
         """Return plain objects with the keys that docs/backtest.md lists."""
         predictors = {name: judged.as_dict() for name, judged in self.predictors.items()}
         return {**vars(self), "cuts": list(self.cuts), "notes": list(self.notes), "predictors": predictors}
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame, one row per predictor, the best first: skill, its interval and its null."""
+        rows = {
+            name: {key: value for key, value in judged.as_dict().items() if isinstance(value, float | int | None)}
+            for name, judged in self.predictors.items()
+        }
+        return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis("predictor")
+
+    def plot(self) -> Drawing:
+        """Draw each predictor's skill with its 95% interval, and the 95% interval of random walks in grey.
+
+        Raises ``ConfigError`` where nothing moved.
+        """
+        check_drawing()
+        return drawn_or_error(draw("backtest", (WIDTH, 0.8 + 0.35 * len(self.predictors)), _skills, self))
+
+    def __repr__(self) -> str:
+        skills = ", ".join(f"{n} {j.score.skill:.2f}" for n, j in self.predictors.items() if j.score.skill is not None)
+        return f"<Backtest over {len(self.cuts)} cuts, horizon {self.horizon}; skill: {skills}>"
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html(float_format="%.3g"))
+
+
+def _skills(picture: Any, found: Backtest) -> str | None:
+    axis, names = picture.subplots(), list[str]()
+    for name, one in found.predictors.items():
+        if one.score.skill is not None:
+            walk = None if one.null is None else (one.null.low, one.null.high)
+            add_row(axis, len(names), one.score.skill, one.interval, walk)
+            names.append(name)
+    label_rows(axis, names)
+    axis.set_xlabel(f"skill at horizon {found.horizon}: 1 is exact, 0 is no jump; grey: random walks")
+    return None if names else "no predictor has a skill: nothing moved"
 
 
 def _figures(score: Score, null: WalkNull | None) -> dict[str, Any]:

@@ -18,11 +18,15 @@ Over = Literal["step", "horizon", "lag"]
 
 
 class Curve(NamedTuple):
-    """A figure over steps, horizons or lags: ``x`` (L,) and ``values`` (..., L)."""
+    """A figure over steps, horizons or lags: ``x`` (L,) and ``values`` (..., L).
+
+    ``draws`` (D, L) are its medians over the matrices on random walks.
+    """
 
     over: Over
     x: tuple[int, ...]
     values: Tensor
+    draws: Tensor | None = None
 
 
 def gram_figures(

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.analysis_results import LearningRate, Null, number
+from next_core.diagnostics.figures import Null, number
 from next_core.diagnostics.gram_figures import step_lengths
 from next_core.diagnostics.random_walks import and_whole, band, chunks, isotropic_walks, median, quantile
-from next_core.diagnostics.trajectory import read_motions
+from next_core.diagnostics.trajectory import measured_steps, spread_out
+from next_core.errors import CheckpointError
 from next_core.history.history import History
+from next_core.history.motion_grams import motion_grams
 from next_core.interfaces import CheckpointSource
+from next_core.mathematics.agreement import agreement, comparable_span
 
 BALANCED = 0.1
 """lambda up to which a constant learning rate is large enough: about that of the best one on the arithmetic task."""
@@ -25,16 +28,40 @@ STRAIGHT = 0.98
 """lambda beyond which it no longer says how small a learning rate is."""
 EXPONENT = 0.63
 """On the arithmetic task (lambda / (1 - lambda)) to this power falls as the learning rate grows."""
-
+MOST_MOMENTS = 32
+"""At most so many moments at which successive motions are compared."""
 WORTH_TELLING = 2.0
 """A smaller factor cannot be told from a rate that is right."""
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """How many times too small a run's learning rate looks: about ``factor``, between ``low`` and ``high``; 1 is fine.
+
+    It follows from ``agreement``: lambda of successive motions of ``span`` RL steps, the median over matrices, and of
+    that the median over ``moments`` in time (``quartiles`` over time). Where ``auto`` was at work, its median
+    ``multiple`` is in the factor. ``jumps``: how many were made, by any predictor. ``reason``: why there is no figure.
+    """
+
+    agreement: float | None = None
+    quartiles: tuple[float, float] | None = None
+    null: Null | None = None
+    factor: float | None = None
+    low: float | None = None
+    high: float | None = None
+    span: int | None = None
+    moments: int = 0
+    multiple: float | None = None
+    jumps: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Agreements:
     """lambda of successive motions of ``span`` RL steps at L moments, (M + 1, L), and of D walks, (D, M + 1, L).
 
-    The last of the M + 1 is the whole run as one vector.
+    The last of the M + 1 is the whole run as one vector. Motions are those of the adapter's own factors A and B, or of
+    the matrices without LoRA.
     """
 
     span: int
@@ -44,17 +71,49 @@ class Agreements:
 
 
 def measure_agreements(history: History, draws: int, seed: int) -> Agreements | str:
-    """Return the agreement of successive motions and its null, or why it cannot be measured."""
-    motions = read_motions(history)
-    if isinstance(motions, str):
-        return motions
-    lengths, rng = step_lengths(motions.grams), np.random.default_rng(seed)
-    drawn = [
-        motions.agreements(and_whole(isotropic_walks(lengths, motions.dimensions, count, rng)))
-        for _, count in chunks(draws, lengths)
-    ]
-    values = motions.agreements(and_whole(motions.grams))
-    return Agreements(motions.span, motions.moments, values, torch.cat(drawn))
+    """Return the agreement of successive motions and its null, or why it cannot be measured.
+
+    Moments are half a span apart or more.
+    """
+    if not history.names:
+        return "no matrix moved over the last interval: did training change the weights?"
+    steps = measured_steps(history)
+    known = sorted({*steps, history.source.origin} if _start_is_known(history) else steps)
+    span = comparable_span(known, steps)
+    if span is None:
+        listed = ", ".join(map(str, known[:8])) + (", ..." if len(known) > 8 else "")
+        return f"no two successive motions of one length between {len(known)} points: {listed}"
+    ends: list[int] = []
+    for step in reversed(steps):
+        if {step - span, step - 2 * span} <= set(known) and (not ends or 2 * (ends[-1] - step) >= span):
+            ends.append(step)
+    moments = spread_out(ends[::-1], MOST_MOMENTS)
+    points = sorted({moment - back * span for moment in moments for back in (0, 1, 2)})
+    at = {point: index for index, point in enumerate(points)}
+
+    def agreements(grams: Tensor) -> Tensor:
+        each = []
+        for moment in moments:
+            first, middle, last = (at[moment - back * span] for back in (2, 1, 0))
+            each.append(agreement(and_whole(grams), slice(first, middle), slice(middle, last)))
+        return torch.stack(each, -1)
+
+    found = motion_grams(history, points)
+    grams = torch.stack([found[name] for name in history.names])
+    shapes = [(history.shapes[name], history.ranks[name]) for name in history.names]
+    entries = torch.tensor([math.prod(shape) if rank is None else rank * sum(shape) for shape, rank in shapes])
+    lengths, rng = step_lengths(grams), np.random.default_rng(seed)
+    drawn = [agreements(isotropic_walks(lengths, entries, count, rng)) for _, count in chunks(draws, lengths)]
+    return Agreements(span, moments, agreements(grams), torch.cat(drawn))
+
+
+def _start_is_known(history: History) -> bool:
+    """Whether steps can be compared with where RL began: for LoRA, only where the adapter's own step 0 was kept."""
+    lora = next((name for name in history.names if history.ranks[name] is not None), None)
+    try:
+        return lora is None or history.source.factors(lora, history.source.origin) is not None
+    except CheckpointError:
+        return False
 
 
 def learning_rate_factor(
@@ -93,11 +152,9 @@ def learning_rate_advice(rate: LearningRate) -> str | None:
     return f"The learning rate looks about {times}: {why}{null_in_words(rate.null)}."
 
 
-def null_in_words(null: Null | None, what: str = "") -> str:
+def null_in_words(null: Null | None) -> str:
     """Return the null in parentheses, to follow a figure."""
-    if null is None:
-        return ""
-    return f" (random walk{what} {number(null.mean)}, 95% {number(null.low)} to {number(null.high)})"
+    return "" if null is None else f" (random walk {number(null.mean)}, 95% {number(null.low)} to {number(null.high)})"
 
 
 def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,22 +20,14 @@ FEW_DRAWS = 40
 """Below this many draws, quantiles say little and the interval is Student's prediction interval."""
 
 
-class Band(NamedTuple):
-    """A null's mean and its 95% interval, tensors of one shape; NaN where it is not known."""
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def band(draws: Tensor) -> Band:
-    """Mean and 95% interval over the leading dimension: quantiles, or Student's for ``FEW_DRAWS`` and fewer."""
+def band(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and both ends of the 95% interval over the leading dimension: quantiles, or Student's for few draws."""
     count, mean = draws.shape[0], draws.mean(0)
     if count >= FEW_DRAWS:
         low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0)
-        return Band(mean, low, high)
+        return mean, low, high
     half = stdtrit(count - 1, 0.975) * (1 + 1 / count) ** 0.5 * draws.std(0)
-    return Band(mean, mean - half, mean + half)
+    return mean, mean - half, mean + half
 
 
 def isotropic_walks(lengths: Tensor, dimensions: Tensor, draws: int, rng: np.random.Generator) -> Tensor:
@@ -52,12 +43,10 @@ def isotropic_walks(lengths: Tensor, dimensions: Tensor, draws: int, rng: np.ran
     alive = freedom > 0
     squares = rng.chisquare(np.where(alive, freedom, 1.0), (draws, matrices, size))
     factor = np.zeros((draws, matrices, size, size))
-    below = np.tril_indices(size, -1)
-    factor[:, :, below[0], below[1]] = rng.standard_normal((draws, matrices, len(below[0])))
-    diagonal = np.arange(size)
-    factor[:, :, diagonal, diagonal] = np.sqrt(squares)
-    if not alive.all():
-        factor *= alive[:, None, :]
+    row, column = np.tril_indices(size, -1)
+    factor[:, :, row, column] = rng.standard_normal((draws, matrices, len(row)))
+    factor[:, :, range(size), range(size)] = np.sqrt(squares)
+    factor *= alive[:, None, :]
     rows = torch.from_numpy(factor)
     rows *= (lengths / torch.linalg.vector_norm(rows, dim=-1))[..., None]
     return rows @ rows.mT
@@ -68,17 +57,11 @@ def dimensions(history: History, steps: tuple[int, ...]) -> Tensor:
 
     Dense: m n. LoRA: ``factor_walk_dimension`` at the newest checkpoint, from the last two.
     """
-    found = []
+    found, last_two = [], (steps[-min(2, len(steps))], steps[-1])
     for name in history.names:
-        (m, n), rank = history.shapes[name], history.ranks[name]
-        now = None if rank is None else history.source.factors(name, steps[-1])
-        if rank is None:
-            found.append(float(m * n))
-        elif now is None or len(steps) < 2:
-            found.append(float(rank * (m + n - rank)))
-        else:
-            before = history.source.factors(name, steps[-2])
-            found.append(factor_walk_dimension(now, before if before is not None else now))
+        before, now = (history.source.factors(name, step) for step in last_two)
+        m, n = history.shapes[name]
+        found.append(float(m * n) if now is None or before is None else factor_walk_dimension(now, before))
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""A run as points in time: inner products of each matrix's steps, from which all linear figures follow."""
+"""A run as points in time, and the inner products of each matrix's steps, from which all linear figures follow."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
 from next_core.history.history import History
-from next_core.history.motion_grams import motion_grams
-from next_core.mathematics.agreement import agreement, comparable_span
 from next_core.types import Span
 
 MOST_HORIZONS = 32
 """At most so many lags and horizons are measured, evenly chosen: unevenly spaced runs have many distinct ones."""
-MOST_MOMENTS = 32
-"""At most so many moments at which successive motions are compared."""
 FEWEST_POINTS = 3
 """A line must be fitted to at least so many points, the start among them, before it has to predict."""
 
@@ -52,7 +47,8 @@ class Grid:
     @cached_property
     def lags(self) -> tuple[int, ...]:
         """The distinct distances between two points, in RL steps, up to half the span: longer ones have few pairs."""
-        return _some(sorted({b - a for a, b in itertools.combinations(self.times, 2) if 2 * (b - a) <= self.span}))
+        distances = {b - a for a, b in itertools.combinations(self.times, 2) if 2 * (b - a) <= self.span}
+        return spread_out(sorted(distances), MOST_HORIZONS)
 
     @cached_property
     def horizons(self) -> tuple[int, ...]:
@@ -83,27 +79,16 @@ class Grid:
         return of_steps.T @ of_steps
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """The steps of all moving matrices: Gram matrices <x_i, x_j>, fp64, (M, N, N), of x_i = W_i - W_{i-1}."""
+def read_grams(history: History) -> Tensor:
+    """Return the inner products <x_i, x_j> of each moving matrix's steps x_i = W_i - W_{i-1}, fp64, (M, N, N).
 
-    names: tuple[str, ...]
-    grid: Grid
-    grams: Tensor
-
-
-def read_trajectory(history: History) -> Trajectory:
-    """Read the steps between neighbouring checkpoints directly, so that nothing cancels.
-
-    Raises what the source raises: ``CheckpointError`` for values that are not finite or a missing backbone.
+    The steps between neighbouring checkpoints are read directly, so that nothing cancels. Raises what the source
+    raises: ``CheckpointError`` for values that are not finite or a missing backbone.
     """
     steps = measured_steps(history)
-    grid = Grid((history.source.origin, *steps))
-    spans: list[Span] = [(step, before) for before, step in itertools.pairwise((None, *steps)) if step is not None]
-    found = history.inner_products(spans) if history.names and steps else {}
-    empty = torch.zeros(0, len(steps), len(steps), dtype=torch.float64)
-    grams = torch.stack([found[name] for name in history.names]) if found else empty
-    return Trajectory(history.names if found else (), grid, grams)
+    spans: list[Span] = list(zip(steps, (None, *steps), strict=False))
+    found = history.inner_products(spans)
+    return torch.stack([found[name] for name in history.names])
 
 
 def measured_steps(history: History) -> tuple[int, ...]:
@@ -111,76 +96,7 @@ def measured_steps(history: History) -> tuple[int, ...]:
     return tuple(step for step in history.steps if step > history.source.origin)
 
 
-@dataclass(frozen=True)
-class Motions:
-    """Inner products of the motions between neighbouring ``points``, for the agreement of successive motions.
-
-    At each of ``moments`` two successive motions of ``span`` RL steps end. ``grams`` (M, N, N), fp64, are those of
-    the adapter's own factors, which have ``dimensions`` (M,) many entries, or of the matrices without LoRA.
-    """
-
-    span: int
-    moments: tuple[int, ...]
-    points: tuple[int, ...]
-    grams: Tensor
-    dimensions: Tensor
-
-    def agreements(self, grams: Tensor) -> Tensor:
-        """Return lambda at each moment, of motions whose Gram matrices are (..., N, N): (..., moments)."""
-        at = {point: index for index, point in enumerate(self.points)}
-        each = []
-        for moment in self.moments:
-            first, middle, last = (at[moment - back * self.span] for back in (2, 1, 0))
-            each.append(agreement(grams, slice(first, middle), slice(middle, last)))
-        return torch.stack(each, -1)
-
-
-def read_motions(history: History) -> Motions | str:
-    """Return the motions whose agreement can be measured, or why there are none.
-
-    Moments are half a span apart or more.
-    """
-    if not history.names:
-        return "no matrix moved over the last interval: did training change the weights?"
-    steps = measured_steps(history)
-    known = {*steps, history.source.origin} if _start_is_known(history) else {*steps}
-    span = comparable_span(known, steps)
-    if span is None:
-        return f"no two successive motions of one length between {len(known)} points: {_listed(sorted(known))}"
-    moments: list[int] = []
-    for step in reversed(steps):
-        if known >= {step - span, step - 2 * span} and (not moments or 2 * (moments[-1] - step) >= span):
-            moments.append(step)
-    chosen = _some(moments[::-1], MOST_MOMENTS)
-    points = tuple(sorted({moment - back * span for moment in chosen for back in (0, 1, 2)}))
-    grams = motion_grams(history, points)
-    entries = [_entries(history.shapes[name], history.ranks[name]) for name in history.names]
-    return Motions(
-        span, chosen, points, torch.stack([grams[name] for name in history.names]), torch.tensor(entries).double()
-    )
-
-
-def _start_is_known(history: History) -> bool:
-    """Whether steps can be compared with where RL began: for LoRA, only where the adapter's own step 0 was kept."""
-    try:
-        for name in history.names:
-            if history.ranks[name] is not None:
-                return history.source.factors(name, history.source.origin) is not None
-    except CheckpointError:
-        return False
-    return True
-
-
-def _entries(shape: tuple[int, int], rank: int | None) -> int:
-    return shape[0] * shape[1] if rank is None else rank * sum(shape)
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
-
-
-def _some(values: list[int], most: int = MOST_HORIZONS) -> tuple[int, ...]:
-    if len(values) <= most:
-        return tuple(values)
-    chosen = torch.linspace(0, len(values) - 1, most).round().int().tolist()
+def spread_out(values: Sequence[int], most: int) -> tuple[int, ...]:
+    """Return at most so many of some values, evenly chosen, the first and the last among them."""
+    chosen = torch.linspace(0, len(values) - 1, min(most, len(values))).round().int().tolist()
     return tuple(values[index] for index in chosen)

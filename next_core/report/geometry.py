@@ -10,7 +10,6 @@ from next_core.checkpoints import open_checkpoints
 from next_core.diagnostics import FIGURES, Analysis, analyze, with_origin
 from next_core.diagnostics.backtest import backtest
 from next_core.diagnostics.backtest_results import Judged
-from next_core.diagnostics.plots import draw_analysis
 from next_core.errors import CheckpointError, ConfigError, NextCoreError
 from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
@@ -72,7 +71,7 @@ def _add_analysis(
     analysis = analyze(history)
     page.draw("figures", draw_nulls(analysis), "Figures against random walks")
     titles = {"energy-ratios": "Energy ratios", "skill": "Skill of a straight line", "layers": "Layers"}
-    for name, drawn in draw_analysis(analysis).items():
+    for name, drawn in analysis.draw().items():
         page.draw(name, drawn, titles.get(name, name.capitalize()))
     missing: dict[str, list[str]] = {}
     for name, reason in analysis.missing.items():

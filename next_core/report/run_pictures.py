@@ -151,4 +151,6 @@ def _skills(picture: Figure, analysis: Analysis, judged: Judged) -> str | None:
     values = {name: score.skill for name, (score, _) in judged.per_matrix.items()}
     if all(value is None for value in values.values()):
         return "no matrix changed"
-    return draw_layers(picture, analysis, [Panel(f"skill of {label(judged.name)}", values, between=(-1.0, 1.0))])
+    return draw_layers(
+        picture, analysis.matrices, [Panel(f"skill of {label(judged.name)}", values, between=(-1.0, 1.0))]
+    )

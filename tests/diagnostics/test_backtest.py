@@ -15,9 +15,8 @@ from torch import Tensor
 
 from next_core import History, open_checkpoints
 from next_core.diagnostics.backtest import backtest
-from next_core.diagnostics.backtest_cut import MeasureMotion
-from next_core.diagnostics.backtest_inputs import default_horizon, make_inputs
 from next_core.diagnostics.backtest_results import Judged, Score, WalkNull, skill_interval
+from next_core.diagnostics.replay import default_horizon, make_replay
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
@@ -179,7 +178,7 @@ def test_a_recorded_run_has_walks_too(lora_run: LoraRun) -> None:
 
 def test_what_runs_elsewhere_can_be_sent_there(lora_run: LoraRun) -> None:
     source, key = open_checkpoints(lora_run.path), "model.layers.0.self_attn.q_proj.weight"
-    measure = MeasureMotion(make_inputs(source, source.steps, 10, 2, 2, 0))
+    measure = make_replay(source, source.steps, 10, 2, 2, 0)
     sent, here = pickle.loads(pickle.dumps(measure))(key), measure(key)
     assert all(torch.equal(sent[place], gram) for place, gram in here.items())
 
@@ -430,9 +429,9 @@ def test_the_horizon_and_the_cuts_are_chosen_sensibly() -> None:
     assert default_horizon((0, 5, 10, 15)) == 10
     assert default_horizon((10, 20)) == 10
     assert default_horizon((10, 20, 30, 45, 60, 75)) == 30
-    inputs = make_inputs(walks(1), FIFTEEN, None, 4, 0, 0)
+    inputs = make_replay(walks(1), FIFTEEN, None, 4, 0, 0)
     assert (inputs.horizon, inputs.cuts, inputs.block) == (20, (40, 70, 100, 130), 1)
-    inputs = make_inputs(walks(1), FIFTEEN, 50, None, 0, 0)
+    inputs = make_replay(walks(1), FIFTEEN, 50, None, 0, 0)
     assert (inputs.cuts, inputs.block) == (tuple(range(10, 110, 10)), 5)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from next_core.diagnostics import LearningRate, analyze, learning_rate_factor, run_advice
-from next_core.diagnostics.learning_rate import learning_rate_advice
-from next_core.diagnostics.trajectory import MOST_MOMENTS, Motions, read_motions
+from next_core.diagnostics.learning_rate import MOST_MOMENTS, Agreements, learning_rate_advice, measure_agreements
 from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.sources.memory import MemorySource
@@ -136,11 +135,11 @@ def test_a_run_that_does_not_move_is_the_reason() -> None:
 
 
 def test_moments_are_half_a_span_apart_up_to_the_newest_and_not_too_many() -> None:
-    found = read_motions(History(dense_run({"a": drift(1)}, range(2, 252, 2))))
-    assert isinstance(found, Motions)
+    found = measure_agreements(History(dense_run({"a": drift(1)}, range(2, 252, 2))), 20, 0)
+    assert isinstance(found, Agreements)
     assert found.moments == tuple(range(40, 251, 10))
-    long = read_motions(History(dense_run({"a": drift(1)}, range(10, 2010, 10))))
-    assert isinstance(long, Motions)
+    long = measure_agreements(History(dense_run({"a": drift(1)}, range(10, 2010, 10))), 20, 0)
+    assert isinstance(long, Agreements)
     assert len(long.moments) == MOST_MOMENTS
     assert (long.moments[0], long.moments[-1]) == (40, 2000)
 

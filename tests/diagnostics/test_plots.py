@@ -9,7 +9,7 @@ import pytest
 
 from next_core.diagnostics import Analysis, analyze
 from next_core.diagnostics.drawing import Drawing, check_drawing
-from next_core.diagnostics.plots import PICTURES, draw_analysis, write_plots
+from next_core.diagnostics.plots import PICTURES, write_plots
 from tests.diagnostics.runs import history, lora_walks, straight
 from tests.errors import raises_kind
 from tests.predictors.trajectories import dense_run, drift
@@ -23,7 +23,7 @@ def analysis() -> Analysis:
 
 
 def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analysis: Analysis, tmp_path: Path) -> None:
-    told = write_plots(analysis, tmp_path / "new" / "plots")
+    told = write_plots(analysis.draw(), tmp_path / "new" / "plots")
     assert told == {name: str(tmp_path / "new" / "plots" / f"{name}.png") for name in PICTURES}
     files = sorted(path.name for path in (tmp_path / "new" / "plots").iterdir())
     assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))
@@ -35,7 +35,7 @@ def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analys
 
 
 def test_the_same_analysis_makes_the_same_pictures(analysis: Analysis) -> None:
-    first, again = draw_analysis(analysis), draw_analysis(analysis)
+    first, again = analysis.draw(), analysis.draw()
     for name, one in first.items():
         other = again[name]
         assert isinstance(one, Drawing)
@@ -44,14 +44,14 @@ def test_the_same_analysis_makes_the_same_pictures(analysis: Analysis) -> None:
 
 
 def test_what_cannot_be_drawn_says_why() -> None:
-    drawn = draw_analysis(analyze(history(dense_run({"head.weight": drift(0)}, (10,))), draws=20))
+    drawn = analyze(history(dense_run({"head.weight": drift(0)}, (10,))), draws=20).draw()
     assert isinstance(drawn["energy-ratios"], Drawing)
     for name, words in (("skill", "3 checkpoints"), ("displacement", "4 checkpoints"), ("layers", "layers")):
         assert words in str(drawn[name])
 
 
 def test_a_single_straight_matrix_is_drawn_without_a_warning() -> None:
-    drawn = draw_analysis(analyze(history(straight()), draws=20))
+    drawn = analyze(history(straight()), draws=20).draw()
     assert all(isinstance(one, Drawing) and one.svg() for one in drawn.values())
 
 
@@ -64,4 +64,4 @@ def test_without_matplotlib_the_error_names_the_remedy(monkeypatch: pytest.Monke
 def test_a_file_in_the_folders_place_is_refused(analysis: Analysis, tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("")
     with raises_kind("config-invalid-value", "plots"):
-        write_plots(analysis, tmp_path / "plots")
+        write_plots(analysis.draw(), tmp_path / "plots")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from next_core.diagnostics import Analysis
 from next_core.report import geometry
 from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded
@@ -131,7 +132,7 @@ def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_la
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing but what the weights alone need."""
-    monkeypatch.setattr(geometry, "draw_analysis", lambda analysis: {})
+    monkeypatch.setattr(Analysis, "draw", lambda self: {})
     monkeypatch.setattr(geometry, "draw_nulls", lambda analysis: "not drawn")
 
 

@@ -1,7 +1,7 @@
 """Checks for plug-ins: whether a predictor, source, applier or backend keeps the promises of its interface.
 
-One call runs all checks and raises one error that lists every failure; under pytest, ``parametrize_with_checks`` makes
-each check a test::
+One call runs all checks and raises an ``ExceptionGroup`` of all failures; under pytest, ``parametrize_with_checks``
+makes each check a test::
 
     from next_core.testing import check_predictor, parametrize_with_checks
 
@@ -11,40 +11,24 @@ each check a test::
     def test_it_keeps_the_contract(plugin, check):
         check(plugin)
 
-The kit makes the runs that the checks need from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``,
-``write_model_run``). Only ``parametrize_with_checks`` needs pytest.
+The kit makes the runs that the checks need from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``).
+Only ``parametrize_with_checks`` needs pytest.
 """
 
 from __future__ import annotations
 
 from next_core.testing.applier_checks import ApplierCase, check_applier
 from next_core.testing.backend_checks import BackendCase, check_backend
-from next_core.testing.check_runner import (
-    Check,
-    CheckError,
-    ContractError,
-    DoesNotApply,
-    checks_of,
-    parametrize_with_checks,
-)
-from next_core.testing.predictor_checks import check_predictor
+from next_core.testing.check_runner import Check, CheckError, checks_of
+from next_core.testing.predictor_checks import check_predictor, parametrize_with_checks
 from next_core.testing.source_checks import check_source
-from next_core.testing.synthetic_runs import (
-    SyntheticRun,
-    dense_run,
-    lora_run,
-    write_base,
-    write_lora_run,
-    write_model_run,
-)
+from next_core.testing.synthetic_runs import SyntheticRun, dense_run, lora_run, write_lora_run
 
 __all__ = [
     "ApplierCase",
     "BackendCase",
     "Check",
     "CheckError",
-    "ContractError",
-    "DoesNotApply",
     "SyntheticRun",
     "check_applier",
     "check_backend",
@@ -54,7 +38,5 @@ __all__ = [
     "dense_run",
     "lora_run",
     "parametrize_with_checks",
-    "write_base",
     "write_lora_run",
-    "write_model_run",
 ]

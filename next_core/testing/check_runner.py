@@ -3,255 +3,140 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+import functools
+import json
 import random
-import traceback
 import unittest
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from next_core.errors import ConfigError, describe
-from next_core.types import Plugin
-
-if TYPE_CHECKING:
-    import pytest
+from next_core.settings import Settings
 
 CheckedKind = Literal["predictor", "source", "applier", "backend"]
-ExpectedFailures = Callable[[Any], Mapping[str, str]]
+Check = Callable[[Any], None]
+"""One promise of an interface, the first line of its docstring. It takes the plug-in or its case and raises
+``CheckError`` on failure, or ``unittest.SkipTest``, which pytest knows, where there is nothing to test."""
+_CHECKS: dict[str, dict[str, Check]] = {}
 
 
 class CheckError(AssertionError):
     """A plug-in breaks a promise of its interface: what was expected, and what was seen."""
 
-    def __init__(self, expected: str, seen: str) -> None:
+    def __init__(self, expected: str, seen: object) -> None:
         super().__init__(f"expected: {expected}\nseen: {seen}")
-        self.expected, self.seen = expected, seen
-
-
-class DoesNotApply(unittest.SkipTest):
-    """A check has nothing to test in this plug-in. pytest and unittest report the test as skipped."""
-
-
-class ContractError(AssertionError):
-    """Some checks of a plug-in failed, or passed although they were expected to fail.
-
-    It is an ``AssertionError``, so test runners report a failed test. ``failed`` maps the name of a check to its
-    ``CheckError``, or to the exception that the plug-in raised. ``expected`` and ``passed_unexpectedly`` map the
-    checks that were expected to fail to their reasons.
-    """
-
-    def __init__(
-        self,
-        subject: str,
-        checks: Mapping[str, Check],
-        failed: Mapping[str, Exception],
-        expected: Mapping[str, str],
-        passed_unexpectedly: Mapping[str, str],
-    ) -> None:
-        self.failed, self.expected, self.passed_unexpectedly = failed, expected, passed_unexpectedly
-        lines = [f"{subject} fails {len(failed)} of {len(checks)} checks"]
-        for name, error in failed.items():
-            wanted, seen = _expected_and_seen(error)
-            lines += [f"- {name}: {checks[name].promise}", f"    expected: {wanted}", f"    seen: {seen}"]
-        for title, reasons in (
-            ("passed, but were expected to fail; remove them from the expected failures:", passed_unexpectedly),
-            ("failed as expected:", expected),
-        ):
-            if reasons:
-                lines += [title, *(f"- {name}: {reason}" for name, reason in reasons.items())]
-        super().__init__("\n".join(lines))
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise of an interface. Call it with the plug-in or its case; it raises ``CheckError`` on failure.
-
-    Exceptions raised by the plug-in itself are not caught.
-    """
-
-    kind: CheckedKind
-    name: str
-    promise: str
-    function: Callable[[Any], None]
-    as_case: Callable[[Any], Any]
-
-    def __call__(self, subject: Any) -> None:
-        self.function(self.as_case(subject))
-
-
-class CheckSet:
-    """The checks of one kind of plug-in, in the order in which they run.
-
-    ``base`` is the interface; ``as_case`` turns what a caller passes (a plug-in or a case) into what checks receive.
-    """
-
-    def __init__(self, kind: CheckedKind, base: type[Plugin], as_case: Callable[[Any], Any]) -> None:
-        self.kind, self.base, self.as_case = kind, base, as_case
-        self.checks: dict[str, Check] = {}
-        _SETS[kind] = self
-
-    def add(self, function: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Register a function of a case as a check; the first line of its docstring is the promise it tests."""
-        promise = (function.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        self.checks[function.__name__] = Check(self.kind, function.__name__, promise, function, self.as_case)
-        return function
-
-    def run(self, subject: str, case: Any, expected_failures: Mapping[str, str] | None) -> None:
-        """Run every check on a case. Raises ``ContractError``, and ``ConfigError`` for invalid expected failures.
-
-        A check that does not apply counts as passed, also where it was expected to fail.
-        """
-        expected = self.validated(expected_failures)
-        failed: dict[str, Exception] = {}
-        as_expected: dict[str, str] = {}
-        passed: dict[str, str] = {}
-        for name, check in self.checks.items():
-            error: Exception | None = None
-            try:
-                check.function(case)
-            except DoesNotApply:
-                pass
-            except Exception as caught:  # a third party's code may raise anything
-                error = caught
-            if name in expected:
-                (passed if error is None else as_expected)[name] = expected[name]
-            elif error is not None:
-                failed[name] = error
-        if failed or passed:
-            first = next(iter(failed.values()), None)
-            raise ContractError(subject, self.checks, failed, as_expected, passed) from first
-
-    def validated(self, expected_failures: Mapping[str, str] | None) -> dict[str, str]:
-        """Return the expected failures. Raises ``ConfigError`` for an unknown check or a missing reason."""
-        expected = dict(expected_failures or {})
-        for name, reason in expected.items():
-            if name not in self.checks:
-                near = difflib.get_close_matches(name, self.checks, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                message = f"expected failure '{name}': there is no such check of a {self.kind}{hint}"
-                raise ConfigError(message, kind="config-unknown-key")
-            if not (isinstance(reason, str) and reason.strip()):
-                message = f"expected failure '{name}' of a {self.kind}: give a reason as text"
-                raise ConfigError(message, kind="config-invalid-value")
-        return expected
-
-
-_SETS: dict[CheckedKind, CheckSet] = {}
 
 
 def checks_of(kind: CheckedKind) -> Mapping[str, Check]:
     """Return every check of one kind of plug-in by name, in the order in which they run."""
-    return dict(_SETS[kind].checks)
+    return dict(_CHECKS[kind])
 
 
-def parametrize_with_checks(
-    plugins: Sequence[type[Plugin] | Plugin], *, expected_failed_checks: ExpectedFailures | None = None
-) -> pytest.MarkDecorator:
-    """Give a test the arguments ``plugin`` and ``check``, once for each plug-in and each check of its kind.
+def checks_for(kind: CheckedKind, as_case: Callable[[Any], Any] = lambda case: case) -> Callable[[Check], Check]:
+    """Return a decorator that adds a function of a case to the checks of one kind of plug-in.
 
-    The test passes ``check`` what it takes: a predictor itself; a source that is open on some run; an ``ApplierCase``
-    or a ``BackendCase``. The test id is ``name-check``; for an instance, the name includes its non-default settings.
-
-    ``expected_failed_checks`` maps a plug-in to its expected failures, ``{check: reason}``. These become
-    ``xfail(strict=True)``, so a check that passes anyway is reported as a failed test. Raises ``ConfigError`` for an
-    unknown check, a missing reason, and anything that is not a plug-in of a checked kind.
+    ``as_case`` turns what a caller passes to the check into the case, which has the plug-in as ``plugin``.
     """
-    import pytest
+    checks = _CHECKS[kind] = {}
 
-    arguments = []
-    for plugin in plugins:
-        checks = _set_of(plugin)
-        expected = checks.validated(expected_failed_checks(plugin) if expected_failed_checks is not None else None)
-        for name, check in checks.checks.items():
-            marks = [pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else []
-            arguments.append(pytest.param(plugin, check, marks=marks, id=f"{_label(plugin)}-{name}"))
-    return pytest.mark.parametrize(("plugin", "check"), arguments)
+    def add(function: Check) -> Check:
+        check = functools.wraps(function)(lambda subject: function(as_case(subject)))
+        checks[function.__name__] = check
+        return check
+
+    add(has_a_name_and_strict_settings)
+    return add
+
+
+def has_a_name_and_strict_settings(case: Any) -> None:
+    """The class has a `name`; its settings are immutable, strict, and read back unchanged from a run's config.yaml."""
+    cls, config = type(case.plugin), case.plugin.config
+    name = getattr(cls, "name", None)
+    good = isinstance(name, str) and bool(name) and not set(name) & set(" \t\n:")
+    expect(good, "a class attribute `name`: text without spaces or ':'", repr(name))
+    expect(isinstance(config, Settings) and isinstance(config, cls.config_class), "a Settings as config", repr(config))
+    for key, value in Settings.model_config.items():
+        expect(config.model_config.get(key) == value, f"model_config has {key}={value!r}", config.model_config)
+    again = type(config).model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    expect(again == config, f"{config!r} after being written and read", repr(again))
+
+
+def run_checks(kind: CheckedKind, name: str, subject: Any, expected_failures: Mapping[str, str] | None = None) -> None:
+    """Run every check of one kind. Raises an ``ExceptionGroup`` of what failed; each error's note names the promise.
+
+    Raises ``ConfigError`` for an expected failure that names no check. One that passes is a failure.
+    """
+    checks, expected = _CHECKS[kind], dict(expected_failures or {})
+    unknown = sorted(set(expected) - set(checks))
+    if unknown:
+        message = f"expected failures: there is no check {', '.join(unknown)} of a {kind}; known: {', '.join(checks)}"
+        raise ConfigError(message, kind="config-unknown-key")
+    failed: list[Exception] = []
+    for key, check in checks.items():
+        error: Exception | None = None
+        try:
+            check(subject)
+        except unittest.SkipTest:
+            continue
+        except Exception as caught:  # a third party's code may raise anything
+            error = caught
+        if key in expected:
+            error = CheckError(f"a failure: {expected[key]}", "it passes") if error is None else None
+        if error is not None:
+            error.add_note(f"{key}: {(check.__doc__ or '').splitlines()[0]}")
+            failed.append(error)
+    if failed:
+        raise ExceptionGroup(f"{kind} '{name}' breaks {len(failed)} promises", failed)
 
 
 def expect(holds: bool, expected: str, seen: object) -> None:
     """Raise ``CheckError`` unless it holds."""
     if not holds:
-        raise CheckError(expected, str(seen))
+        raise CheckError(expected, seen)
 
 
-def expect_text(value: object, what: str) -> None:
-    """Raise ``CheckError`` unless a value is text with something in it."""
-    expect(isinstance(value, str) and bool(value.strip()), f"{what} as non-empty text", repr(value))
-
-
-def expect_raises(error: type[Exception], call: Callable[[], object], what: str) -> Exception:
-    """Return what ``call`` raises; raise ``CheckError`` unless it is an ``error``."""
-    wanted = f"{what} raises {error.__name__}"
+def expect_raises(error: type[Exception], call: Callable[[], object], what: str) -> None:
+    """Raise ``CheckError`` unless ``call`` raises an ``error``."""
+    seen = "no error"
     try:
-        answer = call()
-    except error as caught:
-        return caught
+        call()
+    except error:
+        return
     except Exception as caught:
-        raise CheckError(wanted, describe(caught)) from caught
-    text = repr(answer)
-    raise CheckError(wanted, f"no error; it returned {text if len(text) < 120 else f'a {type(answer).__name__}'}")
+        seen = describe(caught)
+    raise CheckError(f"{what} raises {error.__name__}", seen)
 
 
-def expect_progress(calls: Sequence[tuple[Any, ...]]) -> None:
-    """Raise ``CheckError`` unless every recorded call was ``progress(text, done, total)`` with done in range."""
-    for call in calls:
-        good = len(call) == 3 and isinstance(call[0], str) and 0 <= call[1] <= call[2]
-        expect(good, "progress(what, done, total) with text and 0 <= done <= total", call)
+def expect_equal(before: Mapping[Any, Any], after: Mapping[Any, Any], what: str) -> None:
+    """Raise ``CheckError`` unless two mappings are equal, their tensors bit for bit."""
+    changed = next((key for key in [*before, *after] if not _same(before.get(key), after.get(key))), None)
+    expect(changed is None, what, f"{changed} differs")
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
 
 
 @contextlib.contextmanager
 def global_state_unchanged() -> Iterator[None]:
     """Raise ``CheckError`` where the block draws from, or seeds, a global random state, or changes torch's settings.
 
-    They belong to the trainer: a plug-in that touches them changes the run. torch's settings are restored afterwards.
+    They belong to the trainer: a plug-in that touches them changes the run.
     """
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    with torch.enable_grad():  # on at the start, whatever an earlier check left behind
-        before = _global_state()
-        try:
-            yield
-            changed = [what for what, value in _global_state().items() if value != before[what]]
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_num_threads(threads)
-    expect(not changed, "global state is left unchanged", f"changed: {', '.join(changed)}")
+    before = _global_state()
+    yield
+    expect_equal(before, _global_state(), "global state is left unchanged")
 
 
 def _global_state() -> dict[str, object]:
     return {
-        "torch's random state": torch.random.get_rng_state().tolist(),
+        "torch's random state": torch.random.get_rng_state(),
         "numpy's random state": [str(part) for part in np.random.get_state()],
         "Python's random state": random.getstate(),
         "torch's default dtype": torch.get_default_dtype(),
         "torch's gradient mode": torch.is_grad_enabled(),
-        "torch's number of threads": torch.get_num_threads(),
     }
-
-
-def _set_of(plugin: object) -> CheckSet:
-    cls = plugin if isinstance(plugin, type) else type(plugin)
-    found = next((checks for checks in _SETS.values() if issubclass(cls, checks.base)), None)
-    if found is None:
-        wanted = ", ".join(_SETS)
-        message = f"{plugin!r} has no checks; pass classes or instances of these kinds of plug-in: {wanted}"
-        raise ConfigError(message, kind="config-invalid-value")
-    return found
-
-
-def _label(plugin: type[Plugin] | Plugin) -> str:
-    if isinstance(plugin, type):
-        return plugin.name
-    fields = ",".join(f"{key}={value}" for key, value in plugin.config.model_dump(exclude_defaults=True).items())
-    return f"{plugin.name}({fields})" if fields else plugin.name
-
-
-def _expected_and_seen(error: Exception) -> tuple[str, str]:
-    if isinstance(error, CheckError):
-        return error.expected, error.seen
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return "no exception", f"{describe(error)}{where}"

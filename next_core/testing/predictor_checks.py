@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 import pickle
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
-from next_core.errors import ConfigError, NextCoreError
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import Compressor, LowRankUpdate, Prediction
-from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank, dense
 from next_core.predictor import TrajectoryPredictor, Work
 from next_core.run_config import Guards, Schedule
 from next_core.testing.check_runner import (
     CheckError,
+    checks_for,
+    checks_of,
     expect,
-    expect_progress,
-    expect_raises,
-    expect_text,
+    expect_equal,
     global_state_unchanged,
+    run_checks,
 )
-from next_core.testing.plugin_checks import check_set
-from next_core.testing.synthetic_runs import FROZEN, SHAPES, SyntheticRun, Weight, dense_run, lora_run
+from next_core.testing.synthetic_runs import FROZEN, SHAPES, SyntheticRun, dense_run, lora_run
 from next_core.types import Anchor, LoraFactors, Span
 
+if TYPE_CHECKING:
+    import pytest
+
+Checked = type[TrajectoryPredictor] | TrajectoryPredictor
 TOLERANCE = 1e-3
 """Relative error allowed between two forms of one run: networks train in fp32, so rounding differs."""
 
@@ -40,36 +40,24 @@ TOLERANCE = 1e-3
 class PredictorCase:
     """A predictor's class and settings, and runs on the schedule it recommends."""
 
-    def __init__(self, predictor: type[TrajectoryPredictor] | TrajectoryPredictor) -> None:
+    def __init__(self, predictor: Checked) -> None:
         self.plugin = predictor() if isinstance(predictor, type) else predictor
         self.cls: type[TrajectoryPredictor] = type(self.plugin)
-
-    @functools.cached_property
-    def schedule(self) -> Schedule:
-        """The recommended schedule; missing fields have the engine's defaults."""
-        return Schedule.model_validate(dict(self.cls.recommended.get("schedule", {})))
-
-    @property
-    def horizon(self) -> int:
-        return self.schedule.horizon
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The checkpoints before the first jump of the schedule."""
-        return tuple(range(self.schedule.every, self.schedule.observe + 1, self.schedule.every))
+        self.schedule = Schedule.model_validate(dict(self.cls.recommended.get("schedule", {})))
+        self.horizon = self.schedule.horizon
+        # The checkpoints before the first jump of the schedule.
+        self.steps = tuple(range(self.schedule.every, self.schedule.observe + 1, self.schedule.every))
 
     def make(self, **changes: Any) -> TrajectoryPredictor:
         """Return a new predictor of the same settings, with some changed."""
         config = self.plugin.config
-        return self.cls(type(config).model_validate(config.model_dump() | changes) if changes else config)
+        return self.cls(type(config).model_validate(config.model_dump() | changes))
 
     def variants(self) -> Iterator[tuple[str, TrajectoryPredictor]]:
         """Yield a new predictor and its description; one per space where there is a setting ``space``."""
-        if "space" not in type(self.plugin.config).model_fields:
-            yield "", self.make()
-            return
-        for space in ("factors", "merged"):
-            yield f" with space: {space}", self.make(space=space)
+        has_space = "space" in type(self.plugin.config).model_fields
+        for changes in ({"space": "factors"}, {"space": "merged"}) if has_space else ({},):
+            yield f" with {changes}" if changes else "", self.make(**changes)
 
     def runs(self, **changes: Any) -> Iterator[tuple[str, SyntheticRun]]:
         """Yield a run of each kind and its description."""
@@ -94,23 +82,31 @@ class PredictorCase:
             yield kept, run.only([step for step in run.weights if step == 0 or step in kept])
 
 
-CHECKS = check_set("predictor", TrajectoryPredictor, PredictorCase)
-check = CHECKS.add
+check = checks_for("predictor", PredictorCase)
 
 
-def check_predictor(
-    predictor: type[TrajectoryPredictor] | TrajectoryPredictor,
-    *,
-    expected_failures: Mapping[str, str] | None = None,
-) -> None:
+def check_predictor(predictor: Checked, *, expected_failures: Mapping[str, str] | None = None) -> None:
     """Run every check of a predictor: a class, built with default settings, or an instance, rebuilt with its own.
 
-    ``expected_failures`` maps a check to the reason why it fails; one that passes anyway counts as a failure. Raises
-    ``ContractError`` listing all failures, and ``ConfigError`` for an expected failure that names no check or has no
-    reason.
+    ``expected_failures`` maps a check to the reason why it fails; one that passes anyway counts as a failure. Raises an
+    ``ExceptionGroup`` of all failures, and ``ConfigError`` for an expected failure that names no check.
     """
-    case = PredictorCase(predictor)
-    CHECKS.run(f"predictor '{case.cls.name}'", case, expected_failures)
+    run_checks("predictor", predictor.name, predictor, expected_failures)
+
+
+def parametrize_with_checks(predictors: Sequence[Checked]) -> pytest.MarkDecorator:
+    """Give a test the arguments ``plugin`` and ``check``, for each predictor and check; it calls ``check(plugin)``."""
+    import pytest
+
+    pairs = list(itertools.product(predictors, checks_of("predictor").values()))
+    ids = [f"{_label(predictor)}-{check.__name__}" for predictor, check in pairs]
+    return pytest.mark.parametrize(("plugin", "check"), pairs, ids=ids)
+
+
+def _label(predictor: Checked) -> str:
+    given = {} if isinstance(predictor, type) else predictor.config.model_dump(exclude_defaults=True)
+    fields = ",".join(f"{key}={value}" for key, value in given.items())
+    return f"{predictor.name}({fields})" if fields else predictor.name
 
 
 @check
@@ -138,46 +134,21 @@ def declares_what_it_reads_and_costs(case: PredictorCase) -> None:
 
 
 @check
-def why_not_agrees_with_predict(case: PredictorCase) -> None:
-    """`why_not` takes any sequence of steps before a run, and where it gives a reason the predictor abstains."""
-    for label, run in case.runs():
-        for steps, shorter in case.shortened(run):
-            reason, again = (case.make().why_not(given, case.horizon) for given in (steps, list(steps)))
-            expect(again == reason, f"the same answer for the list {list(steps)} as for a tuple: {reason!r}", again)
-            if reason is not None:
-                expect_text(reason, f"why_not for steps {list(steps)}: None or a reason")
-                found = case.predict(shorter)
-                wanted = f"an abstention on {label} with steps {list(steps)}, as why_not says: {reason}"
-                expect(found.abstention is not None and not found.updates, wanted, _outcome(found))
-
-
-@check
-def refuses_wrong_calls(case: PredictorCase) -> None:
-    """`predict` before `fit` is an error of next-core, and a horizon below 1 a `ConfigError`, not an abstention."""
-    expect_raises(NextCoreError, lambda: case.make().predict(case.horizon), "predict before fit")
-    fitted = case.make().fit(history(lora_run(case.steps)))
-    for horizon in (0, -case.horizon):
-        expect_raises(ConfigError, functools.partial(fitted.predict, horizon), f"predict({horizon})")
-
-
-@check
 def predicts_on_its_schedule(case: PredictorCase) -> None:
-    """On a LoRA run that drifts and bends, some matrix moves; `fit` returns self, and `progress` gets valid calls."""
-    predictor, calls = case.make(), list[tuple[Any, ...]]()
-    predictor.progress = lambda *call: calls.append(call)
+    """On a LoRA run that drifts and bends, some matrix moves; `fit` returns self."""
+    predictor = case.make()
     fitted: object = predictor.fit(history(lora_run(case.steps)))
     expect(fitted is predictor, "fit returns self", repr(fitted))
     found = predict(predictor, case.horizon)
-    expect_progress(calls)
     expect(bool(deltas(found)), f"a jump from steps {list(case.steps)}, horizon {case.horizon}", _outcome(found))
 
 
 @check
-def describes_its_prediction(case: PredictorCase) -> None:
-    """A prediction has its source, newest step, requested horizon, a known anchor, and numbers as diagnostics.
+def predicts_or_says_why_not(case: PredictorCase) -> None:
+    """A prediction has its source, step, horizon, anchor and diagnostics, and for each matrix an update or a reason.
 
-    Each matrix has an update or a reason in `abstained`; without any update there is a reason in `abstention`. This
-    includes runs of one, two or three checkpoints, or of checkpoints that are not evenly spaced.
+    Without any update there is a reason in `abstention`, as wherever `why_not` gives one before a run. This includes
+    runs of one, two or three checkpoints, or of checkpoints that are not evenly spaced.
     """
     for label, run in case.runs():
         for steps, shorter in ((case.steps, run), *case.shortened(run)):
@@ -187,36 +158,36 @@ def describes_its_prediction(case: PredictorCase) -> None:
             expect(facts == wanted, f"(source is the run's, step, horizon, anchor is known) = {wanted} {where}", facts)
             numbers = all(isinstance(key, str) and _is_number(value) for key, value in found.diagnostics.items())
             expect(numbers, f"finite numbers by name as diagnostics {where}", dict(found.diagnostics))
-            for name, reason in found.abstained.items():
-                expect(name in SHAPES and name not in found.updates, "`abstained` names matrices without update", name)
-                expect_text(reason, f"a reason why '{name}' is not predicted")
-            if found.abstention is not None:
-                expect_text(found.abstention, "`abstention`")
-                expect(not found.updates, "an abstention has no updates", sorted(found.updates))
+            why_not = [case.make().why_not(given, case.horizon) for given in (steps, list(steps))]
+            expect(why_not[0] == why_not[1], f"why_not: the same for a list of steps as for a tuple {where}", why_not)
+            if found.abstention is None:
+                expect(
+                    bool(found.updates) and why_not[0] is None, f"an abstention {where}: {why_not[0]}", _outcome(found)
+                )
+                wrong = [name for name in SHAPES if (name in found.updates) == bool(found.abstained.get(name))]
+                expect(not wrong, f"either an update or a reason for each matrix {where}", f"both or neither: {wrong}")
             else:
-                expect(bool(found.updates), f"updates or an abstention {where}", "neither")
-                silent = sorted(set(SHAPES) - set(found.updates) - set(found.abstained))
-                expect(not silent, f"an update or a reason for each matrix {where}", f"neither for {silent}")
+                good = bool(found.abstention.strip()) and not found.updates
+                expect(good, f"a reason and no updates in an abstention {where}", _outcome(found))
 
 
 @check
 def updates_fit_the_run(case: PredictorCase) -> None:
-    """Updates are finite, name matrices of the run, have their shapes, and weigh observed steps, in either space."""
-    for label, run in (*case.runs(), ("a LoRA run without step 0", lora_run(case.steps, start=False))):
+    """Updates are finite, name matrices of the run, have their shapes, and weigh observed steps; at every rank."""
+    runs = (*case.runs(), ("a LoRA run without step 0", lora_run(case.steps).only(case.steps)))
+    for (label, run), rank in itertools.product(runs, (1, 2, 9)):  # 9 is more than a matrix has
         for variant, predictor in case.variants():
-            found = case.predict(run, predictor)
+            found, where = case.predict(run, predictor, rank), f"on {label} at rank {rank}{variant}"
             unknown = sorted({*found.updates, *found.confidence} - set(SHAPES))
-            expect(not unknown, f"updates of the matrices of {label}{variant}", f"unknown: {unknown}")
+            expect(not unknown, f"updates of matrices of the run {where}", f"unknown: {unknown}")
             for name, update in found.updates.items():
-                where, weight = f"of '{name}' on {label}{variant}", found.weight(name)
-                expect(_is_number(weight) and weight >= 0, f"a confidence {where}: finite, 0 or more", repr(weight))
-                if isinstance(update, LowRankUpdate):
-                    shape = tuple(update.matrix.shape)
-                    expect(shape == SHAPES[name], f"an update of shape {SHAPES[name]} {where}", shape)
-                else:
+                weight = found.weight(name)
+                good = _is_number(weight) and weight >= 0
+                expect(good, f"a confidence of '{name}' {where}: finite, 0 or more", repr(weight))
+                if not isinstance(update, LowRankUpdate):
                     unobserved = sorted(set(update.weights) - {0, *run.steps})
-                    expect(not unobserved, f"weights of observed steps {where}", f"weights of {unobserved}")
-                found.delta(name)  # raises where it is not finite or an applier could not resolve it
+                    expect(not unobserved, f"weights of observed steps for '{name}' {where}", unobserved)
+                found.delta(name)  # raises where the shape is wrong, or it is not finite, or cannot be resolved
 
 
 @check
@@ -231,14 +202,6 @@ def leaves_frozen_matrices_alone(case: PredictorCase) -> None:
 
 
 @check
-def takes_every_rank(case: PredictorCase) -> None:
-    """Histories of rank 1, 2, 3, and of more than a matrix has, are accepted."""
-    for _, run in case.runs():
-        for rank in (1, 2, 3, 9):
-            deltas(case.predict(run, rank=rank))
-
-
-@check
 def is_deterministic(case: PredictorCase) -> None:
     """The global random state does not change a prediction, nor do earlier fits and predictions; bit for bit."""
     for (label, run), (_, other) in zip(case.runs(), case.runs(seed=1), strict=True):
@@ -249,14 +212,8 @@ def is_deterministic(case: PredictorCase) -> None:
         expect_same(wanted, predict(used, case.horizon), f"for {label} after another horizon", exactly=True)
         expect_same(wanted, predict(used.fit(shared), case.horizon), f"for {label} fitted again", exactly=True)
         with torch.random.fork_rng(devices=[]):
-            python, numpy = random.getstate(), np.random.get_state()
-            try:
-                for seed in (torch.manual_seed, np.random.seed, random.seed):
-                    seed(1)
-                seeded = case.predict(run)
-            finally:
-                random.setstate(python)
-                np.random.set_state(numpy)
+            torch.manual_seed(1)
+            seeded = case.predict(run)
         expect_same(wanted, seeded, f"for {label} with another global random state", exactly=True)
 
 
@@ -264,20 +221,20 @@ def is_deterministic(case: PredictorCase) -> None:
 def changes_nothing_else(case: PredictorCase) -> None:
     """The checkpoints, what the history returns, global random states and torch's global settings do not change."""
     for label, run in case.runs():
-        one = history(run, 2)
-
-        def read(run: SyntheticRun = run, one: History = one) -> Iterator[tuple[str, Tensor]]:
-            yield from run.tensors().items()
-            yield from ((f"inner products of {name}", gram) for name, gram in one.grams().items())
-            for kind in get_args(DeltaKind):
-                for name, factors in one.components(kind, case.horizon if kind == "target" else None).items():
-                    yield from ((f"{kind} {part} of {name}", getattr(factors, part)) for part in ("U", "S", "V"))
-
-        kept = {what: value.clone() for what, value in read()}
+        shared = history(run, 2)
+        before = {what: value.clone() for what, value in _contents(run, shared, case.horizon).items()}
         with global_state_unchanged():
-            predict(case.make().fit(one), case.horizon)
-        changed = [what for what, value in read() if not torch.equal(value, kept[what])]
-        expect(not changed, f"{label} and its history are left unchanged", f"changed: {', '.join(changed[:3])}")
+            predict(case.make().fit(shared), case.horizon)
+        expect_equal(before, _contents(run, shared, case.horizon), f"{label} and its history are left unchanged")
+
+
+def _contents(run: SyntheticRun, shared: History, horizon: int) -> dict[str, Tensor]:
+    """Return every tensor that a predictor can reach: checkpoints, inner products and components."""
+    found = run.tensors() | {f"inner products of {name}": gram for name, gram in shared.grams().items()}
+    for kind in get_args(DeltaKind):
+        for name, factors in shared.components(kind, horizon if kind == "target" else None).items():
+            found |= {f"{kind} {part} of {name}": getattr(factors, part) for part in ("U", "S", "V")}
+    return found
 
 
 @check
@@ -285,15 +242,18 @@ def does_not_depend_on_signs_and_order(case: PredictorCase) -> None:
     """Equal runs get equal predictions: other signs of u and v, of A and B; other orders of matrices and of ranks."""
     for label, run in case.runs():
         plain = case.predict(run, rank=2)
-        flipped = case.predict(run, rank=2, compressor=_RandomSigns())
+        flipped = case.predict(run, rank=2, compressor=RandomSigns())
         expect_same(plain, flipped, f"for {label} with other signs of its singular vectors")
         reordered = case.predict(run.mapped(lambda value: value, tuple(SHAPES)[::-1]), rank=2)
         expect_same(plain, reordered, f"for {label} with its matrices in another order")
     run = lora_run(case.steps)
     for variant, predictor in case.variants():
         plain = case.predict(run, predictor)
-        for what, change in (("A and B both negated", _negated), ("rank components in another order", _rolled)):
-            expect_same(plain, case.predict(run.mapped(change), predictor), f"with {what}{variant}")
+        for what, same_product in (
+            ("A and B both negated", lambda at: LoraFactors(-at.A, -at.B, at.scaling)),
+            ("rank components in another order", lambda at: LoraFactors(at.A.roll(1, 0), at.B.roll(1, 1), at.scaling)),
+        ):
+            expect_same(plain, case.predict(run.mapped(same_product), predictor), f"with {what}{variant}")
 
 
 @check
@@ -323,7 +283,7 @@ def predict(fitted: TrajectoryPredictor, horizon: int) -> Prediction:
 def deltas(prediction: Prediction) -> dict[str, Tensor]:
     """Return what each matrix that moves moves by at alpha 1, dense (m, n), confidence included."""
     found = {name: dense(prediction.delta(name)).double() for name in prediction.updates}
-    return {name: delta for name, delta in found.items() if bool(delta.any())}
+    return {name: delta for name, delta in found.items() if delta.any()}
 
 
 def expect_same(before: Prediction, after: Prediction, when: str, exactly: bool = False) -> None:
@@ -360,33 +320,18 @@ class _RecordingHistory(History):
         return super().metrics(key)
 
 
-class _RandomSigns(ExactCompressor):
+class RandomSigns(Compressor):
     """An SVD whose common signs of u and v are arbitrary, as LAPACK's are."""
 
-    def __init__(self) -> None:
+    name = "random-signs"
+
+    def __init__(self, seed: int = 1) -> None:
         super().__init__()
-        self._random = torch.Generator().manual_seed(1)
+        self._random = torch.Generator().manual_seed(seed)
 
     def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
-        return self._flipped(super().compress(deltas, rank))
-
-    def compress_trajectory(
-        self, trajectory: LoraTrajectory, spans: Sequence[Span], rank: int, spectrum: bool = False
-    ) -> Factors:
-        return self._flipped(super().compress_trajectory(trajectory, spans, rank, spectrum))
-
-    def _flipped(self, factors: Factors) -> Factors:
+        factors = ExactCompressor().compress(deltas, rank)
         return factors.flip(1 - 2 * torch.randint(0, 2, factors.S.shape, generator=self._random))
-
-
-def _negated(value: Weight) -> Weight:
-    assert isinstance(value, LoraFactors)
-    return LoraFactors(-value.A, -value.B, value.scaling)
-
-
-def _rolled(value: Weight) -> Weight:
-    assert isinstance(value, LoraFactors)
-    return LoraFactors(value.A.roll(1, 0), value.B.roll(1, 1), value.scaling)
 
 
 def _is_number(value: object) -> bool:

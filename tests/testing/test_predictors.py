@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from next_core.interfaces import CoefficientUpdate, LowRankUpdate
 from next_core.mathematics.low_rank import LowRank
 from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor, TrajectoryPredictor, Work
 from next_core.settings import Settings
-from next_core.testing import Check, ContractError, check_predictor, checks_of, parametrize_with_checks
+from next_core.testing import Check, check_predictor, checks_of, parametrize_with_checks
 from next_core.testing.synthetic_runs import FROZEN, SHAPES
-from tests.testing.breaking import COMMON, fails
+from tests.testing.helpers import COMMON, fails
 
 QUICK = {"epochs": 4, "hidden": 8, "lr": 1e-2}
 """Settings of networks that train in milliseconds and still predict something."""
@@ -45,13 +45,12 @@ def predictors() -> list[TrajectoryPredictor]:
     return found
 
 
-def expected(predictor: TrajectoryPredictor) -> Mapping[str, str]:
-    reason = {"predicts_on_its_schedule": "it is the control: by design it moves nothing"}
-    return reason if predictor.name == "stay" else {}
-
-
-@parametrize_with_checks(predictors(), expected_failed_checks=expected)
-def test_an_installed_predictor_keeps_the_contract(plugin: TrajectoryPredictor, check: Check) -> None:
+@parametrize_with_checks(predictors())
+def test_an_installed_predictor_keeps_the_contract(
+    plugin: TrajectoryPredictor, check: Check, request: pytest.FixtureRequest
+) -> None:
+    if (plugin.name, check.__name__) == ("stay", "predicts_on_its_schedule"):
+        request.applymarker(pytest.mark.xfail(reason="it is the control: by design it moves nothing", strict=True))
     check(plugin)
 
 
@@ -118,29 +117,25 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("recommends_a_schedule_it_can_act_on", {"why_not": lambda self, steps, horizon: "never acts"}),
     ("declares_what_it_reads_and_costs", {"factor": lambda self, matrix, _: float(matrix.gram().sum())}),
     ("declares_what_it_reads_and_costs", {"work": lambda self, *_: Work(flops=float("nan"))}),
-    ("why_not_agrees_with_predict", {"why_not": lambda self, steps, _: None if isinstance(steps, list) else "list?"}),
+    ("predicts_on_its_schedule", {"predict_matrix": lambda self, matrix, _: Abstain("not today")}),
+    ("predicts_or_says_why_not", {"why_not": lambda self, steps, _: None if isinstance(steps, list) else "list?"}),
     (
-        "why_not_agrees_with_predict",
+        "predicts_or_says_why_not",  # why_not is stricter than predict
         {
             "why_not": lambda self, steps, _: "needs four checkpoints" if len(steps) < 4 else None,
             "_prepare": lambda self, _: Abstain("one") if len(self.history.steps) < 2 else None,
         },
     ),
-    ("refuses_wrong_calls", {"predict": lambda self, h: PerMatrixPredictor.predict(self, max(h, 1))}),
-    ("refuses_wrong_calls", {"history": property(lambda self: self._history)}),
-    ("predicts_on_its_schedule", {"predict_matrix": lambda self, matrix, _: Abstain("not today")}),
-    ("predicts_on_its_schedule", {"fit": lambda self, history: copy.copy(PerMatrixPredictor.fit(self, history))}),
-    ("predicts_on_its_schedule", {"fit": fit_that(lambda self, _: self.progress and self.progress("fit", 3, 2))}),
-    ("describes_its_prediction", {"predict": with_changes(lambda found: {"source": copy.copy(found.source)})}),
-    ("describes_its_prediction", {"predict": with_changes(lambda found: {"diagnostics": {"mood": "good"}})}),
-    ("describes_its_prediction", {"predict": with_changes(lambda found: {"abstained": {}})}),
-    ("describes_its_prediction", {"fit": fit_that(lambda _, history: raise_if(len(history.steps) == 1))}),
-    ("describes_its_prediction", {"fit": fit_that(lambda _, h: raise_if(len(set(np.diff(h.steps))) > 1))}),
+    ("predicts_or_says_why_not", {"predict": with_changes(lambda found: {"source": copy.copy(found.source)})}),
+    ("predicts_or_says_why_not", {"predict": with_changes(lambda found: {"diagnostics": {"mood": "good"}})}),
+    ("predicts_or_says_why_not", {"predict": with_changes(lambda found: {"abstained": {}})}),
+    ("predicts_or_says_why_not", {"fit": fit_that(lambda _, h: raise_if(len(set(np.diff(h.steps))) > 1))}),
     (
         "updates_fit_the_run",
         {"predict": with_changes(lambda found: {"confidence": dict.fromkeys(found.updates, -0.5)})},
     ),
     ("updates_fit_the_run", {"predict_matrix": lambda *_: CoefficientUpdate({1_000: 1.0, 5: -1.0})}),
+    ("updates_fit_the_run", {"fit": fit_that(lambda _, history: raise_if(history.rank > 2))}),
     (
         "updates_fit_the_run",  # in factor space, weights that do not sum to zero need step 0
         {
@@ -150,17 +145,12 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ),
     ("leaves_frozen_matrices_alone", {"predict": with_changes(move_the_frozen_matrix)}),
     ("leaves_frozen_matrices_alone", {"fit": fit_that(lambda _, history: raise_if(not history.names))}),
-    ("takes_every_rank", {"fit": fit_that(lambda _, history: raise_if(history.rank > 2))}),
     ("is_deterministic", {"factor": lambda *_: 1.0 + (torch.initial_seed() == 1)}),
     ("is_deterministic", {"fit": lambda self, h: self if self._history else PerMatrixPredictor.fit(self, h)}),
     ("is_deterministic", {"factor": lambda self, *_: setattr(self, "n", getattr(self, "n", 0.0) + 1) or self.n}),
     ("changes_nothing_else", {"fit": fit_that(lambda *_: torch.rand(1))}),
-    ("changes_nothing_else", {"fit": fit_that(lambda *_: torch.set_grad_enabled(False))}),
     ("changes_nothing_else", {"factor": lambda self, matrix, _: 1.0 + 0.0 * float(matrix.gram().add_(1.0).sum())}),
-    (
-        "changes_nothing_else",
-        {"fit": fit_that(lambda _, h: next(iter(h.source.tensors().values())).add_(1.0))},
-    ),
+    ("changes_nothing_else", {"fit": fit_that(lambda _, h: next(iter(h.source.tensors().values())).add_(1.0))}),
     ("does_not_depend_on_signs_and_order", {"predict_matrix": unaligned_svd}),
     ("does_not_depend_on_signs_and_order", {"factor": lambda self, m, _: 1.0 + float(newest_a(m).sum() > 0)}),
     ("does_not_depend_on_signs_and_order", {"factor": lambda self, m, _: float(newest_a(m)[0].abs().sum())}),
@@ -172,34 +162,17 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def wrong(overrides: Mapping[str, Any]) -> type[Right]:
-    return type("Wrong", (Right,), {"name": "wrong", **overrides})
-
-
 def test_what_is_right_passes() -> None:
     check_predictor(Right)
     check_predictor(Right())
 
 
-@pytest.fixture(autouse=True)
-def another_seed() -> Iterator[None]:
-    """The check seeds with 1: what depends on the seed must not have had that one already."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.mark.parametrize(("check", "overrides"), WRONG, ids=[check for check, _ in WRONG])
 def test_a_check_fails_on_a_predictor_that_breaks_it(check: str, overrides: Mapping[str, Any]) -> None:
-    with torch.enable_grad():
-        assert fails(check, "predictor", wrong(overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the check seeds with 1: what depends on the seed must not have had that one already
+        assert fails(check, "predictor", type("Wrong", (Right,), {"name": "wrong", **overrides}))
 
 
 def test_every_check_has_a_predictor_that_breaks_it() -> None:
-    assert {name for name, _ in WRONG} | COMMON == set(checks_of("predictor"))
-
-
-def test_only_the_broken_promise_is_reported() -> None:
-    with pytest.raises(ContractError) as caught:
-        check_predictor(wrong({"factor": lambda *_: 1.0 + (torch.initial_seed() == 1)}))
-    assert set(caught.value.failed) == {"is_deterministic", "pickles"}  # made on the spot, so no process can import it
+    assert {name for name, _ in WRONG} | {COMMON} == set(checks_of("predictor"))

@@ -66,9 +66,12 @@ class LanczosCompressor(ExactCompressor):
         if found is None:
             return None
         squares, V = found
+        # sigma = |A v| and not the root of the eigenvalue: fp32 rounding of A^T A is relative to sigma_1^2, which would
+        # cost a small sigma half its digits.
         AV = torch.cat([block @ V.float() for block in blocks]).double()
         S = AV.norm(dim=0)
         U = AV / S
+        # The estimate below holds in exact arithmetic. With rounded products only the matrix itself can confirm it.
         residual = torch.stack([_normal_product(blocks, v, 1 / norm) for v in V.T], 1) - V * squares
         if not bool((residual.norm(dim=0) <= _SLACK * self.config.tol * squares[0]).all()):
             return None
@@ -82,6 +85,7 @@ class LanczosCompressor(ExactCompressor):
         n = blocks[0].shape[1]
         size = min(n, self.config.iterations)
         Q, T = torch.zeros(size, n, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+        # Random, so that it is orthogonal to no leading vector; from a fixed seed, so that runs agree bit for bit.
         q = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         q = q / q.norm()
         for j in range(size):
@@ -92,6 +96,8 @@ class LanczosCompressor(ExactCompressor):
                 w = w - h @ Q[: j + 1]
                 T[j, j] += h[j]
             beta = w.norm()
+            # Cheap next to a pass over A, so it is tested every iteration: |A^T A v - theta v| of a Ritz pair is beta
+            # times the last entry of its coefficients.
             squares, s = torch.linalg.eigh(T[: j + 1, : j + 1])
             if j + 1 >= k:
                 residual = float(beta * s[-1, -k:].abs().max())

@@ -1,4 +1,4 @@
-"""The end of a run: the mean of its last checkpoints, where the steps just before are too large to come closer."""
+"""The mean of a run's last checkpoints: closer to the optimum where single steps are too large to converge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from next_core.interfaces import Applied, CheckpointSource, CoefficientUpdate, P
 
 
 def windows(average: int, every: int) -> list[int]:
-    """Return the numbers of last RL steps to try a mean over: ``average``, a half and a quarter of it."""
+    """Return the windows, in last RL steps, to try a mean over: ``average``, its half and its quarter."""
     return sorted({window for window in (average // 4, average // 2, average) if window >= 2 * every})
 
 

@@ -16,7 +16,7 @@ from next_core.interfaces.prediction import jump_norms
 
 @dataclass(frozen=True)
 class Jump:
-    """A jump after an RL step, and what became of it.
+    """A jump after an RL step, and its outcome.
 
     Each stage of the cycle (predict, guard, apply, verify) returns a copy with its own fields filled in; a stage that
     refuses the jump clears ``accepted`` and gives the reason.
@@ -56,9 +56,9 @@ def failure(what: str, error: BaseException) -> str:
 def check_origin(prediction: Any, history: History) -> None:
     """Raise ``GuardError`` for what is not a prediction from the newest checkpoint of this history."""
     if not isinstance(prediction, Prediction):
-        problem = f"the predictor returned no prediction but {type(prediction).__name__}"
+        problem = f"the predictor returned a {type(prediction).__name__} instead of a Prediction"
     elif prediction.source is not history.source:
-        problem = "the prediction is of another source than the run's"
+        problem = "the prediction belongs to another source than the run's"
     elif prediction.step != history.newest:
         problem = f"the prediction counts from step {prediction.step}, and the run is at step {history.newest}"
     else:
@@ -86,7 +86,7 @@ def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNor
 
 
 def recent_motion(history: History, window: int) -> float:
-    """||W_T - W_{T-window}||_F over the matrices that move; from where RL began when no checkpoint is that old."""
+    """Return ||W_T - W_{T-window}||_F over the matrices that move; since RL began if no checkpoint is that old."""
     older = [step for step in history.steps if step <= history.newest - window]
     since = older[-1] if older else None  # where RL began is ``newest`` steps ago
     squares = history.inner_products([(history.newest, since)])

@@ -96,7 +96,7 @@ class PredictExtendCycle:
         return self.total
 
     def after_step(self, step: int) -> None:
-        """Do the whole method once, after an RL step: observe, predict, guard, apply, verify."""
+        """Run one round of the cycle after an RL step: observe, predict, guard, apply, verify."""
         self._restore()
         self._verify_recovery(step)
         self._observe(step)
@@ -122,8 +122,8 @@ class PredictExtendCycle:
     def _predict(self, jump: Jump) -> Jump:
         """Fit a fresh predictor and measure the size of its jump.
 
-        A predictor may be anybody's code: it runs in bounded time, leaves the random states as they were, and no error
-        of its own ends the run.
+        A predictor may be third-party code: its time is limited, the random states are restored, and its errors do not
+        end the run.
         """
         try:
             with self._watches["predict"], same_random_states(), time_limit(self.guards.time_limit):
@@ -149,7 +149,7 @@ class PredictExtendCycle:
         history = History(self.backend.source(), self.rank, self.compressor, self.progress, executor=self.executor)
         history.jump_log = self.journal.jumps()
         if history.newest != step:
-            raise GuardError(f"the newest checkpoint is of step {history.newest}", kind="guard-refused")
+            raise GuardError(f"the newest checkpoint is from step {history.newest}", kind="guard-refused")
         return history
 
     def _guard(self, jump: Jump) -> Jump:
@@ -184,7 +184,7 @@ class PredictExtendCycle:
         jump = dataclasses.replace(jump, accuracy_after=after)
         if before is not None and (after is None or after < before - self.guards.max_drop):
             self.backend.rollback(applied, jump.step)
-            now = "what cannot be measured" if after is None else f"{after:.3f}"
+            now = "an unknown value" if after is None else f"{after:.3f}"
             return jump.refused(f"accuracy fell from {before:.3f} to {now}; rolled back")
         return dataclasses.replace(jump, reason=prediction.moved())
 
@@ -214,7 +214,7 @@ class PredictExtendCycle:
         if self.guards.against == "trend":
             wanted += self._probes.slope(jump.step, jump.accuracy_before, recovery) * (step - jump.step)
         accepted = accuracy is not None and accuracy >= wanted
-        reason = f"accuracy {accuracy} after {step - jump.step} steps of recovery, {wanted:.3f} wanted"
+        reason = f"accuracy {accuracy} after {step - jump.step} steps of recovery, {wanted:.3f} required"
         if not accepted:
             self.backend.rollback(jump.applied, step)
             self._jumps_made -= 1
@@ -230,11 +230,11 @@ class PredictExtendCycle:
         end_in_mean(self.backend, self._probes, self.journal, self._watches["extend"], step, choices)
 
     def resume(self, step: int) -> None:
-        """Continue a run that had reached ``step``; its journal is read once the backend has ended a step."""
+        """Continue a run from ``step``. Its journal is read when the backend ends its first step."""
         self._start = self._resumed_at = step
 
     def _restore(self) -> None:
-        """Restore what the cycle knew at the step that a run was resumed at; later records do not count."""
+        """Restore the cycle's state at the step from which the run resumes; later records do not count."""
         if self._resumed_at is None:
             return
         step, self._resumed_at = self._resumed_at, None

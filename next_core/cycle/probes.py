@@ -15,8 +15,9 @@ from next_core.errors import describe
 class Probes:
     """Accuracy on the validation prompts, journalled at each measurement.
 
-    A probe that fails, or is not finite, is journalled with the problem and returned as None: it may be anybody's code
-    and must not end the run. ``enabled`` is the guards' setting; without it only ``measure(always=True)`` measures.
+    A probe that fails, or is not finite, is journalled with the problem and returned as None: it may be third-party
+    code and must not end the run. ``enabled`` is the guards' setting; without it only ``measure(always=True)``
+    measures.
     """
 
     def __init__(self, backend: Backend, journal: Journal, enabled: bool, watch: Stopwatch) -> None:

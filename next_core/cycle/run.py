@@ -1,4 +1,4 @@
-"""One run from a config: a trainer, the cycle that drives it, a plain run for comparison if asked for, the result."""
+"""Run a config: start its trainer, drive it by the cycle, add the plain run for comparison, write the result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MILESTONES = ("start", "before_jump", "after_jump", "final")
 
 @dataclass(frozen=True)
 class _Job:
-    """What ``run`` was asked to do."""
+    """The arguments of ``run``."""
 
     config: RunConfig
     out: Path
@@ -220,7 +220,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
 
 
 def _conclude(job: _Job, backend: Backend, journal: Journal, measure: Measurements) -> str | None:
-    """Make the last measurements and return the advice, but for what a run killed at its end had journalled."""
+    """Make the last measurements and return the advice; skip what a run killed at its end has journalled already."""
     steps = job.config.steps
     last: list[dict[str, Any]] = [record for record in journal.counted() if record["step"] == steps]
     known = {record.get("milestone", record["event"]): record for record in last}

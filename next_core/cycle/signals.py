@@ -35,7 +35,7 @@ class Signals:
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Only note the first signal, for a loop that looks at ``received`` after each step."""
+        """Record the first signal instead of raising, for a loop that checks ``received`` after each step."""
         self._patient = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""A trainer from its start to its end, and its errors as ours."""
+"""Start and close a trainer, and convert its errors to ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ERROR_LOG = "error.log"
 
 
 def start_trainer(backend: Backend, out: Path, progress: Progress | None) -> None:
-    """Start a trainer, which takes minutes and shows progress where it is a process of its own."""
+    """Start a trainer. One that runs in its own process takes minutes, so progress is shown."""
     shown = None if backend.in_process else progress
     with trainer_errors(out):
         report_progress(shown, "the trainer starts", 0, 1)
@@ -26,7 +26,7 @@ def start_trainer(backend: Backend, out: Path, progress: Progress | None) -> Non
 
 @contextlib.contextmanager
 def closed_after_an_error(backend: Backend) -> Iterator[None]:
-    """Close the trainer when the body fails; the body's error is the one that is raised."""
+    """Close the trainer when the body fails, and re-raise the body's error."""
     try:
         yield
     except BaseException as error:

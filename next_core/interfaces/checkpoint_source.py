@@ -25,7 +25,7 @@ class StoredModel(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """The folder of the files."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -105,7 +105,7 @@ class CheckpointSource(Plugin):
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """Maps an output head that is one parameter with the input embedding to the name of that embedding."""
+        """Output heads that share the input embedding's weights, with the name of that embedding."""
         return {}
 
     def model(self, step: int | None) -> StoredModel:

@@ -1,4 +1,4 @@
-"""Where a predictor says the weights are going, and by how much each parameter moves to get there.
+"""Predictions: where the weights are going, and how far each parameter has to move.
 
 The anchor is resolved here and nowhere else, so that a cumulative prediction cannot be added twice.
 """

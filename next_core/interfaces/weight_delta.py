@@ -1,4 +1,4 @@
-"""By how much one parameter moves: as LoRA factors, a low-rank matrix, a dense matrix, or read block by block."""
+"""The move of one parameter: as LoRA factors, a low-rank matrix, a dense matrix, or read block by block."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ _CHECKS = (8, 12, 16, 24, 32, 48, 64)
 class LowRankGrams:
     """left^T left and right^T right, (N, p, p) each, fp64, of N matrices left @ right^T.
 
-    ``noise_floor`` (N,): the squared norm at or below which a matrix cannot be told from the rounding of its Gram
-    matrices. ``cancellation`` (N,): where a Gram matrix is a difference of larger ones, how much larger they were; its
-    relative rounding error grows by that factor. None: no differences.
+    ``noise_floor`` (N,): the squared norm at or below which a matrix is indistinguishable from the rounding of its
+    Gram matrices. ``cancellation`` (N,): where a Gram matrix is a difference of larger ones, how much larger they were;
+    its relative rounding error grows by that factor. None: no differences.
     """
 
     left: Tensor
@@ -94,6 +94,7 @@ def decompose(grams: LowRankGrams, k: int) -> Triplets:
     upper_l, map_l, norms_l, loss_l = _cholesky_basis(grams.left)
     upper_r, map_r, norms_r, loss_r = _cholesky_basis(grams.right)
     X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
+    # The loss assumes Gram matrices that are right to eps. Differences of larger ones are right to eps * cancellation.
     sound = (loss_l + loss_r) * (1.0 if grams.cancellation is None else grams.cancellation) <= _ORTHOGONALITY_LOSS
     energy = spectrum.square().sum(-1)
     # u = P X = left (diag(1/d) K^-1 X). Multiplying the small matrices first never forms P (m x p).
@@ -162,6 +163,7 @@ def _leading(grams: LowRankGrams) -> Triplets:
     energy = grams.energy
     refuse_non_finite(energy[:, None])
     alive = energy > grams.noise_floor
+    # Random, so that it is orthogonal to no eigenvector; from a fixed seed, so that runs agree bit for bit.
     q = torch.randn(p, generator=torch.Generator().manual_seed(0), dtype=GL.dtype).to(GL.device).expand(count, 1, p)
     # Start in the range of G_r, which has every eigenvector with sigma > 0. The remaining directions only span the
     # null space, so they do not affect the product.
@@ -180,7 +182,7 @@ def _leading(grams: LowRankGrams) -> Triplets:
         for _ in range(2):  # one Gram-Schmidt pass leaves rounding along the basis; the second removes it
             h = w @ P[:, : j + 1].mT
             w = w - h @ Q[:, : j + 1]
-            T[:, j, j] += h[:, 0, j]
+            T[:, j, j] += h[:, 0, j]  # both passes: what the second removes belongs to the projection too
         Gq = w @ GL
         beta = (w * Gq).sum(-1).clamp_min(0).sqrt()[:, 0]
         # An exhausted space leaves a w of pure rounding. Scaled to unit length it would enter the space as a direction.
@@ -195,6 +197,7 @@ def _leading(grams: LowRankGrams) -> Triplets:
         T[:, j, j + 1] = T[:, j + 1, j] = beta
         scale = reciprocal(beta)[:, None, None]
         q, Gq = w * scale, Gq * scale
+    # y = G_l x without another product, since P holds the G_l q_j.
     top = s[:, None, :, -1]
     x, y = top @ Q[:, : j + 1], top @ P[:, : j + 1]
     if size == p:

@@ -125,6 +125,7 @@ class LoraTrajectory:
             if since in self._slices:
                 contrasts[row, where[since]] -= 1
         gram = contrasts @ products @ contrasts.T
+        # |D|^2 adds and subtracts products as large as (|B_t| |A_t| + |B_s| |A_s|)^2; rounding is relative to these.
         noise = _EPS * (contrasts.abs() @ sizes.sqrt()).square()
         short = (noise > _TOLERANCE * gram.diagonal()).nonzero().flatten().tolist()
         # Short deltas as their own singular triplets: the products of their factors may cancel once more.
@@ -193,6 +194,7 @@ class LoraTrajectory:
                 continue
             left_ts, right_ts = self._block(step, since)
             left_ss, right_ss = self._block(since, since)
+            # With L = [B_t - B_s, B_s], L^T L has the corner (B_t - B_s)^T B_s = B_t^T B_s - B_s^T B_s; A likewise.
             moved_l = left_tt - left_ts - left_ts.T + left_ss
             moved_r = right_tt - right_ts - right_ts.T + right_ss
             grams.append(
@@ -203,6 +205,7 @@ class LoraTrajectory:
                     torch.maximum(_cancellation(left_tt, left_ss, moved_l), _cancellation(right_tt, right_ss, moved_r)),
                 )
             )
+        # Rounding leaves an error of about eps * size in |D|^2, which above this floor is less than _TOLERANCE |D|^2.
         left, right, size, cancellation = (torch.stack(parts) for parts in zip(*grams, strict=True))
         return LowRankGrams(left, right, noise_floor=size * (_EPS / _TOLERANCE), cancellation=cancellation)
 

@@ -203,12 +203,13 @@ def gram(parts: Sequence[LowRank]) -> Tensor:
     _same_shape(parts)
     left = torch.cat([part.left.detach().double() for part in parts], -1)
     right = torch.cat([part.right.detach().double() for part in parts], -2)
+    # tr(X Y^T) is the sum of X * Y, so no further product is needed.
     products = (left.mT @ left) * (right @ right.mT)
     ranks = torch.tensor([part.rank for part in parts], device=left.device)
     owner = torch.repeat_interleave(torch.arange(len(parts), device=left.device), ranks)
     member = torch.nn.functional.one_hot(owner, len(parts)).to(products.dtype)
     sums = member.mT @ products @ member
-    return (sums + sums.mT) / 2
+    return (sums + sums.mT) / 2  # rounding leaves the two halves different in the last bit
 
 
 def inner(a: LowRank, b: LowRank) -> Tensor:

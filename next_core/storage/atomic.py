@@ -133,7 +133,7 @@ def _replace(scratch: Path, target: Path) -> None:
 def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
     """Flush all files of a folder to disk, then write its manifest, which marks it as complete.
 
-    ``digests`` is that of ``new_directory``. Other programs' folders can be sealed too.
+    ``digests`` is as for ``new_directory``. Folders that other programs wrote can be sealed too.
     """
     with disk_operation("writing", folder / MANIFEST):
         sweep_siblings(folder / MANIFEST)  # a killed process may have left one, which must not be listed

@@ -8,7 +8,7 @@ from next_core.errors import CheckpointError
 
 
 def ambiguous_step(message: str) -> CheckpointError:
-    """Return the error for names that do not tell the steps."""
+    """Return the error for names that do not determine the steps."""
     return CheckpointError(message, kind="checkpoint-ambiguous-step")
 
 

@@ -65,7 +65,7 @@ _Loader.add_implicit_resolver(
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
     """Return the number of values below a node with aliases written out; raise above ``MAX_NODES`` and for a loop."""
     if id(node) not in counts:
-        counts[id(node)] = 0  # until it is known: a node that contains itself
+        counts[id(node)] = 0  # while its children are counted: finding 0 again means that the node contains itself
         children = [c for pair in node.value for c in pair] if isinstance(node, yaml.MappingNode) else node.value
         inner = 0 if isinstance(node, yaml.ScalarNode) else sum(_count_values(child, counts) for child in children)
         counts[id(node)] = 1 + inner

@@ -126,8 +126,8 @@ TRIED: Sequence[tuple[str, Attack, str]] = [
     ("coefficients that are NaN", lambda history, horizon: secant(history, horizon, float("nan")), "not finite"),
     ("other shapes", lambda history, horizon: to(history, horizon, more=1), r"not \("),
     ("unknown names", lambda history, horizon: to(history, horizon, name="nobody.weight"), "nobody.weight"),
-    ("None", lambda history, horizon: None, "no prediction but NoneType"),
-    ("a text", lambda history, horizon: "forward!", "no prediction but str"),
+    ("None", lambda history, horizon: None, "NoneType"),
+    ("a text", lambda history, horizon: "forward!", "a str"),
     (
         "another step",
         lambda history, horizon: secant(history, horizon, 1.0, step=2),
@@ -136,7 +136,7 @@ TRIED: Sequence[tuple[str, Attack, str]] = [
     (
         "another source",
         lambda history, horizon: secant(history, horizon, 1.0, source=another(history)),
-        "of another source",
+        "another source",
     ),
     ("an error", raising(ValueError("my own mistake")), "the predictor failed: ValueError: my own mistake"),
     ("an error without end", without_end, "RecursionError"),

@@ -17,8 +17,9 @@ RESULT = "result.json"
 
 @dataclass
 class RunResult:
-    """The result of a run. Accuracies are on the test prompts; ``before_jump`` and ``after_jump`` are for the first jump.
+    """The result of a run.
 
+    Accuracies are on the test prompts; ``before_jump`` and ``after_jump`` are those around the first jump.
     ``average`` is the journal's record of the mean at the end, or None where none was asked for; ``accuracy`` then has
     ``before_average`` too.
     """

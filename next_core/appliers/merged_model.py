@@ -18,20 +18,19 @@ from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.interfaces.prediction import resolve_scaled
+from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
+from next_core.sources.architecture import architecture_of
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.tensor_files import TensorFile
 from next_core.sources.tied_weights import tied_names
 
 LIBRARY = "transformers"
-NOT_MERGEABLE = {
-    "fan_in_fan_out": "is of transposed layers",
-    "alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)",
-}
+NOT_MERGEABLE = {"alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)"}
 """Fields of an adapter's config that say that its B A cannot simply be added to the weights."""
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Models made of transformers' ``Conv1D``, whose adapters need not say so."""
+"""Models made of transformers' ``Conv1D``, as long as transformers cannot say so."""
 
 
 class MergedModelConfig(Settings):
@@ -61,8 +60,17 @@ class MergedModelApplier(FolderApplier):
         target = checked_target(source, out, backbone, dry_run=dry_run)
         _refuse_pickles(backbone)
         files = ModelFiles(backbone)
+        files.refuse_quantized()
+        if files.renamed:
+            raise CheckpointError(
+                f"{backbone} stores '{next(iter(files.renamed))}', a name of torch.compile's or another wrapper, which "
+                "transformers does not load; save the model without the wrapper",
+                kind="checkpoint-other-names",
+            )
+        plan = TensorPlan(source, files)
         _refuse_unmergeable(source, files)
-        TensorPlan(source, files).check(files)
+        files.require({parameter.name: parameter.shape for parameter in source.parameters})
+        plan.check(files)
         return target
 
     def check(self, prediction: Prediction, out: str | Path) -> Path:
@@ -125,11 +133,13 @@ class _ModelWriter:
     def _computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         config, source, step = self._applier.config, self._prediction.source, self._prediction.step
         trained = None if source.stores_full_weights else source.position(name, step)
+        moved = resolve_scaled(self._prediction, name, self._alpha)
+        if name in self._plan.transposed:  # the run's matrix is (out, in), the stored one (in, out)
+            trained, moved = None if trained is None else trained.T, transposed(moved)
 
         def read(rows: slice) -> Tensor:
             return source.weight(name, step, rows) if trained is None else self._backbone.read(name, rows)
 
-        moved = resolve_scaled(self._prediction, name, self._alpha)
         # A tied head is written under the embedding's name: the same random draws, and counted once.
         rounder = Rounder(config.rounding, dtype, config.seed, name)
         return jumped_blocks(name, shape, read, trained, moved, rounder, self.loss)
@@ -155,9 +165,9 @@ def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:
     config = source.adapter_config() if source.steps else {}
     reasons = [f"the adapter {why} ({field})" for field, why in NOT_MERGEABLE.items() if config.get(field)]
     reasons += [f"the run trains '{name}', which a merged model would lose" for name in source.skipped]
-    model_type = backbone.config().get("model_type")
-    if model_type in TRANSPOSED:
-        reasons.append(f"models of type {model_type} store their linear layers transposed")
+    unknown = architecture_of(backbone.folder) is None  # and so the orientation of its layers
+    if unknown and (config.get("fan_in_fan_out") or backbone.config().get("model_type") in TRANSPOSED):
+        reasons.append("linear layers that are stored transposed can be told from others by transformers only")
     tied = tied_names([backbone])
     if tied is not None and tied[0] in {parameter.name for parameter in source.parameters}:
         reasons.append(f"the run trains '{tied[0]}', which shares its weights with '{tied[1]}': both would move")

@@ -19,6 +19,7 @@ from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
+from next_core.sources.architecture import architecture_of
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.matrices import matrices_in, stored_name
 
@@ -38,14 +39,22 @@ class TensorPlan:
         self._checkpoint: StoredModel | None = None
         self._shapes = {parameter.name: parameter.shape for parameter in source.parameters}
         self._trained = set(map(stored_name, self._shapes))
+        self.transposed: Collection[str] = ()
         if source.stores_full_weights:
             self._trained |= set(source.skipped)  # norms and biases, which stay as trained
             if source.steps:
                 self._checkpoint = source.model(source.steps[-1] if step is None else step)
+        elif (built := architecture_of(backbone.folder)) is not None:
+            self.transposed = built.transposed & self._trained
+            self._shapes |= {name: (n, m) for name in self.transposed for m, n in [self._shapes[name]]}
+        for head, embedding in source.tied.items():
+            backbone.tie(head, embedding)
+        backbone.rename(self._trained)
 
     def name(self, key: str) -> str:
         """Return the run's name of a stored tensor: a tied head is the embedding."""
-        return self._source.tied.get(key, key)
+        name = self._backbone.renamed.get(key, key)
+        return self._source.tied.get(name, name)
 
     def parts(self, key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the run's names and the shapes of the parts of a tensor that move on their own: a stack's matrices."""
@@ -60,7 +69,7 @@ class TensorPlan:
         """Return the files that hold the values of a tensor, and its name there."""
         if self._checkpoint is not None and self.name(key) in self._trained:
             return self._checkpoint, self.name(key)
-        return self._backbone, key
+        return self._backbone, self._backbone.renamed.get(key, key)
 
     def copied(self, key: str) -> Tensor:
         """Return a tensor as stored."""

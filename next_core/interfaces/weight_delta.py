@@ -93,6 +93,11 @@ WeightDelta = FactorStep | LowRank | Tensor
 Resolved = WeightDelta | LazyDelta
 
 
+def transposed(moved: Resolved | None) -> LowRank | Tensor | None:
+    """Return the move (n, m) of a matrix that is stored transposed."""
+    return None if moved is None else (moved.dense() if isinstance(moved, LazyDelta) else merged(moved)).T
+
+
 def merged(moved: WeightDelta) -> LowRank | Tensor:
     """Return a move as it acts on the weight matrix."""
     return moved.merged() if isinstance(moved, FactorStep) else moved

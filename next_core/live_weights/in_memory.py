@@ -164,7 +164,8 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
         )
     name = f"{JUMP_PREFIX}{max(map(_number, jump_adapters(model)), default=0) + 1}"
     settings = adapter_settings(deltas)
-    config = LoraConfig(**settings, task_type=model.peft_config[trained_adapter(model)].task_type)
+    trained = model.peft_config[trained_adapter(model)]
+    config = LoraConfig(**settings, task_type=trained.task_type, fan_in_fan_out=trained.fan_in_fan_out)
     with same_random_states():  # PEFT draws initial weights, which are overwritten
         model.add_adapter(name, config)
     for module in settings["target_modules"]:

@@ -67,6 +67,11 @@ class LowRank:
         """The leading dimensions."""
         return self.left.shape[:-2]
 
+    @property
+    def T(self) -> LowRank:  # noqa: N802 - as tensors call it
+        """The transposed matrix, (..., n, m)."""
+        return LowRank(self.right.mT, self.left.mT)
+
     def dense(self) -> Tensor:
         """Return the whole matrix, (..., m, n), in the factors' (promoted) dtype."""
         dtype = torch.promote_types(self.left.dtype, self.right.dtype)

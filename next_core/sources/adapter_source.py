@@ -82,7 +82,8 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
             return
         if self._first is None and self.config.backbone is not None:
             backbone = ModelFiles(self.config.backbone, self.config.allow_pickle)
-            backbone.require({p.name: p.shape for p in first.parameters})
+            if not backbone.quantized():  # whose matrices are stored in other shapes; no base weight is read here
+                backbone.require({p.name: p.shape for p in first.parameters})
         ours = {p.name: (*p.shape, p.rank or 0) for p in first.parameters}
         for adapter in checkpoints.values():
             theirs = {p.name: (*p.shape, p.rank or 0) for p in adapter.parameters}

@@ -47,6 +47,10 @@ class FullModelSource(FolderSource[ModelFiles]):
     def _check(self, checkpoints: Mapping[int, ModelFiles]) -> None:
         models = list(checkpoints.values())
         everything = models if self._backbone is None else [self._backbone, *models]
+        for model in everything:
+            model.refuse_quantized()
+        if models and self._backbone is not None:
+            self._backbone.rename(models[0].shapes)
         tied = tied_names(everything) if models else None
         if tied is not None:
             for model in everything:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from next_core.errors import CheckpointError
+from next_core.sources.architecture import MODEL_CONFIG, Architecture, architecture_of
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.pickles import open_tensors
@@ -19,9 +22,17 @@ from next_core.storage.reading import LARGE, Stamp, stamp
 
 SINGLE, INDEX = MODEL_FILES
 PICKLE_SINGLE, PICKLE_INDEX = MODEL_PICKLES
-MODEL_CONFIG = "config.json"
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 LONGEST_NAME = 255
 """Bytes of a file's name."""
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+"""What torch.compile, FSDP, activation checkpointing and DeepSpeed add to the names of parameters."""
+PARALLEL = "module."
+"""What DistributedDataParallel adds, in front of every name."""
+PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.|\.modules_to_save\.")
+QUANTIZED = re.compile(r"(weight_scale(_inv)?|weight_packed|weight_scales|qweight|absmax|SCB|W_q|proj_blocks)$")
+"""Names of what stands next to, or instead of, the numbers of a quantised matrix."""
 
 
 class ModelFiles:
@@ -48,6 +59,7 @@ class ModelFiles:
         if present[0] in (INDEX, PICKLE_INDEX):
             self._index = folder / present[0], stamp(folder / present[0])
             shard_of = _read_index(folder / present[0])
+        self.renamed: dict[str, str] = {}
         self.files: list[TensorFile] = [
             replacement(open_tensors(folder / name, allow_pickle))
             for name in sorted(set(shard_of.values())) or present[:1]
@@ -55,7 +67,24 @@ class ModelFiles:
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
         if shard_of:
             self._where = self._follow_index(shard_of)
-        self.shapes = {key: file.shapes[key] for key, (file, _) in self._where.items()}
+        raw = next(filter(PEFT_NAME.search, self._where), None)
+        if raw is not None:
+            raise CheckpointError(
+                f"{folder} stores '{raw}': a PEFT model's state and not a model's weights; save the adapter by PEFT's "
+                "save_pretrained, or the model after merge_and_unload",
+                kind="checkpoint-unsupported-adapter",
+            )
+        self._unwrap()
+        self.shapes = {key: file.shapes[name] for key, (file, name) in self._where.items()}
+
+    def _unwrap(self) -> None:
+        """Use the names that the parameters have without the wrappers that a trainer put around the model."""
+        parallel = len(PARALLEL) if all(key.startswith(PARALLEL) for key in self._where) else 0
+        plain = {key: WRAPPERS.sub("", key[parallel:]) for key in self._where}
+        if len(set(plain.values())) < len(plain):
+            raise damaged(self.folder, "stores a parameter twice, with and without the name of a wrapper")
+        self.renamed = {key: name for key, name in plain.items() if key != name}
+        self._where = {name: self._where[key] for key, name in plain.items()}
 
     def _follow_index(self, shard_of: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
         by_name = {file.path.name: file for file in self.files}
@@ -121,14 +150,75 @@ class ModelFiles:
             self.shapes.pop(head, None)
             self.shapes[embedding] = one[0].shapes[one[1]]
 
+    def rename(self, names: Iterable[str]) -> None:
+        """Use the run's ``names`` for the tensors stored here that transformers loads under the same ones."""
+        missing = {stored_name(name) for name in names} - self.shapes.keys()
+        built = architecture_of(self.folder) if missing else None
+        if built is None:
+            return
+        wanted = {built.in_memory(name): name for name in missing}
+        for key in list(self.shapes):
+            found, alone = built.in_memory(key)
+            name = wanted.get((found, True)) if alone else None
+            if name is not None:
+                self.renamed[self._where[key][1]] = name
+                self._where[name] = self._where[key]
+                self.shapes[name] = self.shapes.pop(key)
+
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ``CheckpointError`` if a matrix is missing in this backbone or has another shape."""
+        """Raise ``CheckpointError`` if a matrix of the run is missing in this backbone or has another shape."""
+        self.rename(shapes)
         matrices = self.matrices
+        built = architecture_of(self.folder) if any(matrices.get(name) != shapes[name] for name in shapes) else None
         for name, shape in shapes.items():
             here = matrices.get(name)
-            if here is None or here != tuple(shape):
-                problem = f"has no '{name}'" if here is None else f"'{name}' is {here}, not {tuple(shape)}"
-                raise other_model(f"backbone {self.folder}: {problem}; it is not the model of this run")
+            stored = tuple(reversed(shape)) if built is not None and name in built.transposed else tuple(shape)
+            if here is None or here != stored:
+                raise self._other(name, here, stored, built)
+
+    def _other(
+        self, name: str, here: tuple[int, ...] | None, shape: tuple[int, ...], built: Architecture | None
+    ) -> CheckpointError:
+        if here is not None and name.endswith((*HEADS, *EMBEDDINGS)) and here[1:] == shape[1:]:
+            return CheckpointError(
+                f"backbone {self.folder}: '{name}' has {here[0]} rows and {shape[0]} in the run, so the vocabulary was "
+                f"resized after it was saved; load it, call resize_token_embeddings({shape[0]}) and save it, or "
+                "omit --backbone where the checkpoints are whole models",
+                kind="checkpoint-other-vocabulary",
+            )
+        found = None if built is None else built.in_memory(stored_name(name))[0]
+        if here is None and built is not None and found in {built.in_memory(key)[0] for key in self.shapes}:
+            plain = ", save_original_format=False" if stored_name(name) in built.names else ""
+            return CheckpointError(
+                f"backbone {self.folder} is the model of this run under other names: it stores '{name}' in pieces or "
+                f"with others; load it with transformers and save it by save_pretrained(FOLDER{plain})",
+                kind="checkpoint-other-names",
+            )
+        problem = f"has no '{name}'" if here is None else f"'{name}' is {here}, not {shape}"
+        unknown = "" if built is not None else ", or stores it under names that cannot be compared without transformers"
+        return other_model(f"backbone {self.folder}: {problem}; it is not the model of this run{unknown}")
+
+    def quantized(self) -> str | None:
+        """Return the name of a tensor that shows that what is stored are codes of the weights; None if none does."""
+        coded = "quantization_config" in self.config()
+        for name, shape in self.shapes.items():
+            if QUANTIZED.search(name) or (coded and len(shape) > 1 and not self.dtype(name).is_floating_point):
+                return name
+        return None
+
+    def refuse_quantized(self) -> None:
+        """Raise ``CheckpointError`` for a model whose stored numbers are codes of the weights, or scaled."""
+        sign = self.quantized()
+        if sign is not None:
+            settings = self.config().get("quantization_config")
+            known = settings if isinstance(settings, dict) else {}
+            four = known.get("load_in_4bit") or known.get("_load_in_4bit") or known.get("bits") == 4
+            method = f" ({known['quant_method']})" if "quant_method" in known else ""
+            raise CheckpointError(
+                f"{self.folder} is a {'4-bit' if four else 'quantised'} model{method}: '{sign}' goes with codes and "
+                "not weights; pass the unquantised model",
+                kind="checkpoint-unsupported-model",
+            )
 
 
 def _place(name: str, key: str, rows: slice | None) -> Place | None:

@@ -8,10 +8,8 @@ import torch
 
 from next_core.errors import CheckpointError
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.sources.hf_model import ModelFiles
+from next_core.sources.hf_model import EMBEDDINGS, HEADS, ModelFiles
 
-HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 BLOCK = 2**22
 """Number of values compared at a time."""
 

@@ -28,9 +28,7 @@ from next_core.testing import BackendCase, Check, check_backend, checks_of
 from tests.testing.helpers import COMMON, fails
 
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
-ELSEWHERE = {
-    "openrlhf": "a run takes minutes, in its own environment; its simulated trainer has one matrix and one prompt"
-}
+ELSEWHERE = {"openrlhf": "a run takes minutes; tests/backends/openrlhf checks it with a simulated trainer"}
 """Backends that are not checked here, and why."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ FIELDS = {
     "--actor.gradient_checkpointing_enable": "backend.deepspeed.gradient_checkpointing",
     "--actor.lr_scheduler": "training.lr_scheduler",
     "--actor.num_gpus_per_node": "backend.gpus",
-    "--actor.num_nodes": "backend.nodes",
     "--algo.kl.init_coef": "training.beta",
     "--ds.adam_offload": "backend.deepspeed.adam_offload",
     "--ds.attn_implementation": "backend.deepspeed.attention",
@@ -31,7 +29,6 @@ FIELDS = {
     "--ds.param_dtype": "backend.deepspeed.dtype",
     "--ds.zero_stage": "backend.deepspeed.zero_stage",
     "--ref.num_gpus_per_node": "backend.gpus",
-    "--ref.num_nodes": "backend.nodes",
     "--rollout.batch_size": "training.prompts_per_step",
     "--rollout.max_new_tokens": "training.max_new_tokens",
     "--rollout.n_samples_per_prompt": "training.generations",
@@ -47,6 +44,7 @@ FIELDS = {
 """Options that have the value of a field of the run config."""
 REFUSED = {
     "--actor.freeze_visual_encoder": "the backend does not train on images",
+    "--actor.num_nodes": "the trainer's Ray runs on this machine",
     "--actor.optim": "jumps know Adam's state only",
     "--critic.": "no estimator of this backend has a critic",
     "--data.input_template": "accuracy is measured without it; write the template into the data",
@@ -55,6 +53,7 @@ REFUSED = {
     "--ds.tensor_parallel_size": "jumps cannot write weights where DeepSpeed splits each matrix; use ZeRO",
     "--ds.use_universal_ckpt": "universal checkpoints cannot be read back",
     "--local_rank": "Ray assigns the ranks",
+    "--ref.num_nodes": "the trainer's Ray runs on this machine",
     "--reward.model_name_or_path": "rewards are verifiable: set training.reward or backend.reward_file",
     "--rollout.vllm_generate_batch_size": "a step generates exactly training.prompts_per_step prompts",
     "--train.agent_func_path": "an agent would replace training.reward",
@@ -96,10 +95,7 @@ def make_command(run: RunConfig, config: OpenRlhfConfig, trainer: Options) -> li
         "--data.label_key": ("training.data", "answer"),
         "--data.max_len": ("backend.max_length", _max_length(training, config)),
         "--rollout.micro_batch_size": micro_batch,
-        "--train.batch_size": (
-            "training.prompts_per_step and training.generations",
-            training.prompts_per_step * training.generations,
-        ),
+        "--train.batch_size": ("training.prompts_per_step", training.prompts_per_step * training.generations),
         "--train.colocate_actor_ref": ("backend.colocate", config.colocate != "none"),
         "--train.colocate_all": ("backend.colocate", config.colocate == "all"),
         "--train.micro_batch_size": micro_batch,
@@ -117,76 +113,45 @@ def make_command(run: RunConfig, config: OpenRlhfConfig, trainer: Options) -> li
 
 def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
     """Return the GPUs of actor, reference and engines together, as OpenRLHF asks Ray for them."""
-    actor, engines = config.nodes * config.gpus, config.vllm.engines * config.vllm.tensor_parallel
     if config.colocate == "all":
-        return actor
-    reference = actor if run.training.beta > 0 and config.colocate == "none" else 0
-    return actor + reference + engines
+        return config.gpus
+    reference = config.gpus if run.training.beta > 0 and config.colocate == "none" else 0
+    return config.gpus + reference + config.vllm.engines * config.vllm.tensor_parallel
 
 
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
-    """Raise ``ConfigError`` for what OpenRLHF, or ``backend.jump``, does not support."""
-    training, merge, another = run.training, config.jump == "merge", "use swap or restart"
-    restarts = 0 if config.jump == "swap" else min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
-    no_accuracy = f"backend.jump: merge cannot measure accuracy; {another}"
-    _refuse(
-        (
-            not merge and config.ray.address is not None,
-            f"backend.ray.address: with jump: {config.jump} the trainer runs on this machine; leave out the address",
-        ),
-        (
-            training.evaluation == "likelihood" and _ring(config) > 1,
-            "training.evaluation: likelihood is not computed on rings; use generate",
-        ),
-        (
-            restarts > MOST_RESTARTS,
-            f"backend.jump: {config.jump} starts a trainer, which takes a minute, at each of the {restarts} jumps of "
-            "this schedule; use swap, or a predictor and a schedule with fewer jumps",
-        ),
-        (merge and run.measure_every is not None, f"measure_every: {no_accuracy}"),
-        (merge and run.schedule.average is not None, f"schedule.average: {no_accuracy}"),
-        (merge and run.guards.recovery is not None, f"guards.recovery: {no_accuracy}"),
-        (
-            merge and training.lora is not None,
-            f"backend.jump: merge trains full parameters only, as LoRA needs a hook (OpenRLHF issue 1349); {another}",
-        ),
-        (
-            merge and training.lr_scheduler != "constant",
-            f"backend.jump: merge restarts the schedule '{training.lr_scheduler}' at each jump; {another}, or "
-            "lr_scheduler: constant",
-        ),
-    )
-
-
-def _refuse(*cases: tuple[bool, str]) -> None:
-    for found, message in cases:
-        if found:
-            raise ConfigError(message, kind="backend-unsupported")
-
-
-def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
-    """Raise ``ConfigError`` for an extra option that we set ourselves or cannot work with, abbreviated or not."""
-    for option, value in _extra(config).items():
-        ours, refused = _completed(option, options), _completed(option, REFUSED)
-        if option.startswith("--critic."):
-            refused = "--critic."
-        if ours is not None:
-            raise ConfigError(f"backend.extra_args: {option} is set by {options[ours][0]}", kind="config-contradiction")
-        _refuse(
-            (
-                refused is not None and value != NEUTRAL.get(refused),
-                f"backend.extra_args: {option} is not supported: {REFUSED.get(refused or '')}",
-            ),
-            (
-                config.jump == "merge" and "--algo.dynamic_filtering_enable".startswith(option),
-                f"backend.extra_args: {option} uses more prompts than `jump: merge` plans for a step",
-            ),
+    """Raise ``ConfigError`` for a run that this backend does not support."""
+    jumps = min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
+    if run.training.evaluation == "likelihood" and _ring(config) > 1:
+        raise _unsupported("training.evaluation: likelihood is not computed on rings; use generate")
+    if config.jump == "restart" and jumps > MOST_RESTARTS:
+        raise _unsupported(
+            f"backend.jump: restart starts a trainer, which takes a minute, at each of the {jumps} jumps of this "
+            "schedule; use swap, or a predictor and a schedule with fewer jumps"
         )
 
 
-def _completed(option: str, names: Iterable[str]) -> str | None:
-    """Return the first name that OpenRLHF's parser may take ``option`` for: it accepts abbreviations."""
-    return next((name for name in names if name.startswith(option)), None)
+def _unsupported(message: str) -> ConfigError:
+    return ConfigError(message, kind="backend-unsupported")
+
+
+def _contradiction(message: str) -> ConfigError:
+    return ConfigError(message, kind="config-contradiction")
+
+
+def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
+    """Raise ``ConfigError`` for an extra option that we set ourselves or cannot work with.
+
+    OpenRLHF's parser accepts abbreviations, so an option may stand for any that it begins.
+    """
+    for option, value in _extra(config).items():
+        ours = next((name for name in options if name.startswith(option)), None)
+        if ours is not None:
+            raise _contradiction(f"backend.extra_args: {option} is set by {options[ours][0]}")
+        for name, reason in REFUSED.items():
+            begins = option.startswith(name) if name.endswith(".") else name.startswith(option)
+            if begins and value != NEUTRAL.get(name):
+                raise _unsupported(f"backend.extra_args: {option} is not supported: {reason}")
 
 
 def _extra(config: OpenRlhfConfig) -> dict[str, str]:
@@ -211,10 +176,9 @@ def _ring(config: OpenRlhfConfig) -> int:
 def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:
     allowed = ESTIMATORS[training.algorithm]
     if config.estimator is not None and config.estimator not in allowed:
-        raise ConfigError(
+        raise _contradiction(
             f"backend.estimator: {config.estimator} does not belong to training.algorithm: {training.algorithm}, which "
-            f"takes {' or '.join(allowed)}",
-            kind="config-contradiction",
+            f"takes {' or '.join(allowed)}"
         )
     return config.estimator or allowed[0]
 
@@ -224,16 +188,15 @@ def _lora(training: TrainingSettings) -> Options:
     if lora is None:
         return {f"--ds.lora.{name}": (key, None) for name in ("rank", "alpha", "target_modules")}
     targets: str | list[str] | None = lora.target_modules
-    _refuse(
-        (lora.rslora, f"{key}.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)"),
-        (lora.alpha != int(lora.alpha), f"{key}.alpha: OpenRLHF takes whole numbers only, not {lora.alpha:g}"),
-        (targets == [], f"{key}.target_modules: the list is empty; name modules, or leave it at all-linear"),
-        (
-            isinstance(targets, str) and not re.fullmatch(r"all-linear|\w+", targets),
+    if lora.rslora:
+        raise _unsupported(f"{key}.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)")
+    if lora.alpha != int(lora.alpha):
+        raise _unsupported(f"{key}.alpha: OpenRLHF takes whole numbers only, not {lora.alpha:g}")
+    if not targets or (isinstance(targets, str) and not re.fullmatch(r"all-linear|\w+", targets)):
+        raise _unsupported(
             f"{key}.target_modules: OpenRLHF takes names of modules but no regular expression ('{targets}'); list the "
-            "names, or leave it at all-linear",
-        ),
-    )
+            "names, or leave it at all-linear"
+        )
     if isinstance(targets, str):
         # all-linear is OpenRLHF's default; as an option it would become a list, which PEFT takes for a module's name.
         targets = None if targets == "all-linear" else [targets]
@@ -246,18 +209,16 @@ def _lora(training: TrainingSettings) -> Options:
 
 def _micro_batch(training: TrainingSettings, config: OpenRlhfConfig) -> int:
     """Return the largest allowed micro-batch that divides the rollouts of a data-parallel rank in a step."""
-    rollouts, gpus, ring = training.prompts_per_step * training.generations, config.nodes * config.gpus, _ring(config)
-    if ring < 1 or gpus % ring:
-        raise ConfigError(
-            f"backend.extra_args: --ds.ring_attn_size {ring} does not divide the {gpus} GPUs of the actor",
-            kind="config-contradiction",
+    rollouts, ring = training.prompts_per_step * training.generations, _ring(config)
+    if ring < 1 or config.gpus % ring:
+        raise _contradiction(
+            f"backend.extra_args: --ds.ring_attn_size {ring} does not divide the {config.gpus} GPUs of the actor"
         )
-    share, left = divmod(rollouts, gpus // ring)
+    share, left = divmod(rollouts, config.gpus // ring)
     if left or not share:
-        raise ConfigError(
+        raise _contradiction(
             f"the {rollouts} rollouts of a step (training.prompts_per_step * training.generations) cannot be shared "
-            f"among {gpus // ring} data-parallel ranks (backend.nodes * backend.gpus); make them a multiple",
-            kind="config-contradiction",
+            f"among {config.gpus // ring} data-parallel ranks (backend.gpus); make them a multiple"
         )
     return next(size for size in range(min(config.micro_batch, share), 0, -1) if share % size == 0)
 
@@ -269,9 +230,8 @@ def _max_length(training: TrainingSettings, config: OpenRlhfConfig) -> int:
         longest = min(longest, positions)
     longest = config.max_length or longest
     if longest <= training.max_new_tokens:
-        raise ConfigError(
+        raise _contradiction(
             f"backend.max_length: {longest} tokens leave no room for a prompt next to training.max_new_tokens "
-            f"({training.max_new_tokens})",
-            kind="config-contradiction",
+            f"({training.max_new_tokens})"
         )
     return longest

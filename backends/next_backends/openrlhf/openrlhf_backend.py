@@ -1,4 +1,4 @@
-"""The real OpenRLHF as a backend: a trainer in its own environment, driven segment by segment."""
+"""The real OpenRLHF as a backend: a trainer in its own environment, which pauses and takes new weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from next_backends.history_folder import JumpAdapter
 from next_backends.openrlhf.command import check_run
 from next_backends.openrlhf.environment import parse
-from next_backends.openrlhf.merge_mode import MergeMode
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-from next_backends.openrlhf.swap_mode import RestartMode, SwapMode
+from next_backends.openrlhf.saved_states import LATEST, newest_state, remove_old_models
+from next_backends.openrlhf.trainer import Trainer
 from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
 from next_core.backend import Backend
@@ -25,20 +25,29 @@ from next_core.interfaces import Applied, Prediction
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
-from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.adapter_source import (
+    ADAPTER,
+    JUMP_PREFIX,
+    SHIFT_KEYS,
+    PeftAdapterSource,
+    PeftAdapterSourceConfig,
+)
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
-from next_core.storage.atomic import new_directory, remove_directory
+from next_core.sources.jumps import SHIFT_FILE, jump_folders
+from next_core.storage.atomic import new_directory, remove_directory, write_text
 
 if TYPE_CHECKING:
     from next_core.run_config import RunConfig
 
-MODES: dict[str, type[SwapMode | MergeMode]] = {"swap": SwapMode, "restart": RestartMode, "merge": MergeMode}
+MOMENTS_FILE = "moments.safetensors"
+"""In a jump's folder: the optimizer's moments from before it."""
 
 
 class OpenRlhfBackend(Backend):
     """Drives OpenRLHF 0.11.2 in the environment of ``python``; nothing of it is imported here.
 
-    The trainer's processes, logs and own checkpoints are under ``trainer/`` in the run folder.
+    With ``jump: swap`` one trainer gets new weights at each jump; with ``jump: restart`` a new trainer, with fresh
+    Adam moments, begins at each jump. Their logs and own checkpoints are under ``trainer/`` in the run folder.
     """
 
     name = "openrlhf"
@@ -48,18 +57,19 @@ class OpenRlhfBackend(Backend):
     def __init__(self, config: OpenRlhfConfig) -> None:
         super().__init__(config)
         self._setup: TrainerSetup
-        self._mode: SwapMode | MergeMode
+        self._trainer: Trainer | None = None
         self._source: PeftAdapterSource | FullModelSource | None = None
-        self._resumed = False
+        self._resumed: tuple[int, int] | None = None
+        """Where the trainer began that is resumed, and the step to resume at."""
         self._at = 0
         self._open = contextlib.ExitStack()
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Check all that needs no GPU, by OpenRLHF's own parser too. The trainer starts later."""
-        self._plan(run, out)
-        setup = self._setup
+        check_run(run, self.config)
+        self._setup = setup = TrainerSetup(run, self.config, out)
         self._open.callback(setup.close)
-        self._open.callback(self._mode.close)
+        self._open.callback(self._end)
         setup.serve_rewards()
         args = parse(self.config, setup.options(0))
         batch = args["rollout"]["batch_size"] * args["rollout"]["n_samples_per_prompt"]
@@ -67,27 +77,41 @@ class OpenRlhfBackend(Backend):
         if not resume:
             setup.history.clear()
             return 0
-        self._resumed = True
-        journal = out / JOURNAL
-        jumps = valid_jumps(read_journal(journal)) if journal.exists() else []
-        self._at = self._mode.resume({jump["step"] for jump in jumps if jump["accepted"]})
+        self._resumed = self._resume_point(out / JOURNAL)
+        if self._resumed is not None:
+            self._at = self._resumed[1]
+            setup.history.forget_after(self._at)
         return self._at
 
     def start(self) -> None:
-        """Start the trainer and keep its initial weights."""
-        self._mode.start()
-        if self._mode.keeps_start and not self._resumed:
+        """Start the trainer: a new one, whose initial weights are kept, or one that resumes."""
+        if self._resumed is None:
+            self._setup.write_prompts(0)
+            self._trainer = Trainer(self._setup, 0)
             self.observe(0)
             self.source()  # raises now, and not at the first jump, if it cannot be read back
+            return
+        begun, step = self._resumed
+        if begun == step:
+            self._restart(step)
+            return
+        self._setup.write_prompts(begun)
+        write_text(self._setup.states(begun) / "_actor" / LATEST, f"global_step{step}")  # it may name another state
+        self._trainer = Trainer(self._setup, begun, load=True)
+        if self._trainer.step != step:
+            raise BackendError(f"the trainer resumed from step {self._trainer.step}, not {step}", kind="backend-failed")
+        self._trainer.ask("load", folder=None, shifts=[], adapters=self._adapters())
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         self._setup.step_ended = step_ended
-        self._mode.train(until)
+        if self._running.step < until:
+            self._running.train(until)
+        remove_old_models(self._setup.folder, self.config.keep_hf)
         self._at = until
 
     def observe(self, step: int) -> None:
         with new_directory(self._setup.history.checkpoint(step), overwrite=True) as folder:
-            self._mode.save(step, folder)
+            self._running.ask("save", folder=str(folder))
 
     def source(self) -> PeftAdapterSource | FullModelSource:
         path = self._setup.history.checkpoints
@@ -96,8 +120,7 @@ class OpenRlhfBackend(Backend):
         elif self._setup.run.training.lora is not None:
             self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=path))
         else:
-            backbone = None if self._mode.keeps_start else self._setup.run.training.model
-            self._source = FullModelSource(FullModelSourceConfig(path=path, backbone=backbone))
+            self._source = FullModelSource(FullModelSourceConfig(path=path))
         return self._source
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> JumpApplied:
@@ -108,24 +131,32 @@ class OpenRlhfBackend(Backend):
         if frozen:
             settings = adapter_settings(frozen) | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
             adapter = JumpAdapter(f"{JUMP_PREFIX}{int(folder.name)}", json.dumps(settings), adapter_tensors(frozen))
-        more = self._mode.save_for_rollback if keep else None
+        more = self._save_moments if keep else None
         history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=more)
         try:
-            self._mode.jump(step, prediction, alpha)
+            if self.config.jump == "restart" and step < self._setup.run.steps:
+                self._restart(step)
+            else:
+                self._load(step)
         except BaseException as error:
             remove_directory(folder)
             try:
-                self._mode.undo(step)
+                self._load(step)
             except Exception as again:
                 error.add_note(f"the weights from before the jump could not be restored either: {describe(again)}")
-                self._mode.abandon()
+                self._abandon()
             raise
         return JumpApplied(self, folder, step)
 
     def rollback(self, applied: Applied, step: int) -> None:
+        """Restore the weights, and after further steps the moments if they were kept.
+
+        A trainer that was restarted for the jump continues with its fresh moments if no step has ended since.
+        """
         assert isinstance(applied, JumpApplied)
+        moments = applied.folder / MOMENTS_FILE
         self._setup.history.withdraw(applied.folder, step)
-        self._mode.undo(applied.step, None if step == applied.step else applied.folder)
+        self._load(applied.step, moments if step != applied.step and moments.exists() else None)
 
     @property
     def step(self) -> int:
@@ -134,10 +165,14 @@ class OpenRlhfBackend(Backend):
 
     def active_jump(self, step: int) -> Applied | None:
         found = self._setup.history.jump_at(step)
-        return JumpApplied(self, found[0], step) if found and self._mode.can_roll_back(found[0]) else None
+        return JumpApplied(self, found[0], step) if found and (found[0] / MOMENTS_FILE).exists() else None
 
     def evaluate(self, split: str = "validation") -> float | None:
-        return self._mode.evaluate(split)
+        rows = self._setup.splits.get(split)
+        if rows is None:
+            return None
+        how = "likelihood" if self._setup.run.training.evaluation == "likelihood" else "greedy"
+        return float(self._running.ask(how, pairs=[[row["prompt"], str(row["answer"])] for row in rows]))
 
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         found = self.evaluate(split)
@@ -146,20 +181,79 @@ class OpenRlhfBackend(Backend):
 
     @property
     def notes(self) -> Sequence[str]:
-        return self._mode.notes
+        notes = ["checkpoints are DeepSpeed's fp32 masters"]
+        if self.config.jump == "restart" and self._setup.run.control == "plain":
+            notes.append("each restart began with fresh Adam moments; the plain run did not restart")
+        return notes
 
     def close(self) -> None:
         self._open.close()
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
-        self._plan(run, out)
-        steps = self._mode.stop(0) if isinstance(self._mode, MergeMode) else None
-        return {"command line": ["openrlhf.cli.train_ppo_ray", *self._setup.options(0, steps=steps)]}
-
-    def _plan(self, run: RunConfig, out: Path) -> None:
         check_run(run, self.config)
-        self._setup = TrainerSetup(run, self.config, out)
-        self._mode = MODES[self.config.jump](self._setup)
+        options = TrainerSetup(run, self.config, out).options(0)
+        return {"command line": ["openrlhf.cli.train_ppo_ray", *options]}
+
+    @property
+    def _running(self) -> Trainer:
+        if self._trainer is None:
+            raise BackendError("no trainer is running: it was ended or has failed", kind="backend-process-lost")
+        return self._trainer
+
+    def _resume_point(self, journal: Path) -> tuple[int, int] | None:
+        """Return where the trainer to resume began and the step to resume at; None if nothing was saved.
+
+        ``restart`` prefers the newest jump to a trainer's state that is no newer: its checkpoint and shift are enough.
+        A jump that is missing in the journal was interrupted.
+        """
+        state, history = newest_state(self._setup.folder), self._setup.history
+        if self.config.jump == "restart" and journal.exists():
+            known = {jump["step"] for jump in valid_jumps(read_journal(journal)) if jump["accepted"]}
+            made = known & {jump["step"] for _, jump in jump_folders(history.jumps)}
+            newest = max((step for step in made if history.checkpoint(step).is_dir()), default=0)
+            if newest > 0 and (state is None or newest >= state[1]):
+                return newest, newest
+        return state
+
+    def _restart(self, step: int) -> None:
+        """Replace the trainer by one that begins at ``step`` with the weights of that step and its jump."""
+        self._abandon()
+        self._setup.write_prompts(step)
+        self._trainer = Trainer(self._setup, step)
+        self._load(step, schedule=step * self._setup.updates)
+
+    def _load(self, step: int, moments: Path | None = None, schedule: int | None = None) -> None:
+        """Load a checkpoint and the jumps made at its step into the trainer."""
+        jumps = (path / SHIFT_FILE for path, jump in jump_folders(self._setup.history.jumps) if jump["step"] == step)
+        self._running.ask(
+            "load",
+            folder=str(self._setup.history.checkpoint(step)),
+            shifts=[str(file) for file in jumps if file.exists()],
+            adapters=self._adapters(),
+            moments=None if moments is None else str(moments),
+            schedule=schedule,
+        )
+
+    def _adapters(self) -> list[str]:
+        """Return the adapters of the active jumps."""
+        return [str(path / ADAPTER) for path, jump in jump_folders(self._setup.history.jumps) if jump["adapter"]]
+
+    def _save_moments(self, folder: Path) -> None:
+        self._running.ask("save_moments", file=str(folder / MOMENTS_FILE))
+
+    def _abandon(self) -> None:
+        """End the trainer; nothing continues from its weights."""
+        trainer, self._trainer = self._trainer, None
+        if trainer is not None:
+            trainer.kill()
+
+    def _end(self) -> None:
+        """End the trainer. At the end of the run it saves its model first."""
+        trainer = self._trainer
+        if trainer is not None and trainer.paused and trainer.step == self._setup.run.steps:
+            self._trainer = None
+            trainer.finish()
+        self._abandon()
 
 
 class JumpApplied(Applied):

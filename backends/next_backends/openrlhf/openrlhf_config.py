@@ -42,12 +42,11 @@ class DeepSpeedSettings(Settings):
 
 
 class RaySettings(Settings):
-    """The Ray cluster that the trainer runs in."""
+    """The local Ray that the trainer starts."""
 
-    address: str | None = Field(None, description="A running cluster, as ray.init takes it; none: start a local one")
-    num_gpus: int | None = Field(None, ge=0, description="GPUs to declare to a local Ray; none: those it finds")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs to declare to a local Ray; none: those it finds")
-    object_store_mib: int | None = Field(None, ge=80, description="Object store of a local Ray; none: Ray's default")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs to declare; none: those that Ray finds")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs to declare; none: those that Ray finds")
+    object_store_mib: int | None = Field(None, ge=80, description="Size of the object store; none: Ray's default")
 
 
 class OpenRlhfConfig(Settings):
@@ -58,10 +57,10 @@ class OpenRlhfConfig(Settings):
     python: FilePath = Field(
         description="Interpreter of the environment with OpenRLHF, relative to the working directory"
     )
-    jump: Literal["swap", "restart", "merge"] = Field(
+    jump: Literal["swap", "restart"] = Field(
         "swap",
-        description="How training continues from a jump: new weights in the running trainer, a new trainer that loads "
-        "them, or a new trainer on a merged model",
+        description="How training continues from a jump: new weights in the running trainer, or a new trainer that "
+        "loads them",
     )
     estimator: Literal["group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce"] | None = Field(
         None, description="Advantage estimator; none: the default of training.algorithm"
@@ -69,8 +68,7 @@ class OpenRlhfConfig(Settings):
     reward_file: FilePath | None = Field(
         None, description="Python file with OpenRLHF's reward_func(queries, prompts, labels); replaces training.reward"
     )
-    gpus: int = Field(1, ge=1, description="GPUs per node for the actor, and for the reference model")
-    nodes: int = Field(1, ge=1, description="Nodes for the actor, and for the reference model")
+    gpus: int = Field(1, ge=1, description="GPUs for the actor, and for the reference model")
     colocate: Literal["none", "actor_ref", "all"] = Field(
         "none", description="Models that share GPUs: none, actor and reference, or these and the engines"
     )
@@ -86,9 +84,6 @@ class OpenRlhfConfig(Settings):
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of the trainer's processes")
     save_hf: bool = Field(False, description="Also save models as OpenRLHF does (global_stepN_hf), at save_every")
     keep_hf: int = Field(2, ge=1, description="How many of these to keep")
-    masters: bool = Field(
-        True, description="With `jump: merge`: save DeepSpeed's states and take the fp32 masters from them"
-    )
     max_vllm_kl: float | None = Field(
         0.03,
         gt=0,
@@ -105,10 +100,10 @@ class OpenRlhfConfig(Settings):
             raise ValueError(f"reward_file: {self.reward_file} is not a .py file, which OpenRLHF needs")
         if self.vllm.sleep and self.colocate != "all":
             raise ValueError("vllm.sleep: engines sleep only if they share GPUs with the actor; set colocate: all")
-        actor, engines = self.nodes * self.gpus, self.vllm.engines * self.vllm.tensor_parallel
-        if self.colocate == "all" and actor != engines:
+        engines = self.vllm.engines * self.vllm.tensor_parallel
+        if self.colocate == "all" and self.gpus != engines:
             raise ValueError(
-                f"colocate: all needs as many GPUs of the actor (nodes * gpus = {actor}) as of the engines "
+                f"colocate: all needs as many GPUs of the actor (gpus = {self.gpus}) as of the engines "
                 f"(vllm.engines * vllm.tensor_parallel = {engines})"
             )
         return self

@@ -1,4 +1,4 @@
-"""One running OpenRLHF: ``Trainer`` trains by itself, ``ControlledTrainer`` pauses when told to and takes requests."""
+"""One running OpenRLHF, which trains until it is to pause, and then takes requests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from next_backends.openrlhf.control_socket import ControlSocket
-from next_backends.openrlhf.log import LogReader
-from next_backends.openrlhf.trainer_setup import LOG, TrainerSetup
+from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.errors import BackendError
 
 TICK = 0.05
@@ -26,61 +24,26 @@ LAST_WORDS = 20.0
 
 
 class Trainer:
-    """A trainer process. While we wait for it, its rewards are served."""
+    """A trainer process. While we wait for it, its rewards are served.
 
-    def __init__(self, setup: TrainerSetup, options: Sequence[str], hooks: Sequence[str] = (), offset: int = 0) -> None:
-        """Start it with these options and hooks. ``offset`` is added to the steps that it logs."""
-        self._setup, self._offset = setup, offset
-        self._log = LogReader(setup.folder / LOG)
-        with contextlib.ExitStack() as undo:
-            scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short, as the paths of Ray's sockets have a limit
-            undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            control = self._open_control(scratch, undo)
-            self.process = setup.launch(scratch, options, hooks, control)
-            undo.pop_all()
-
-    def wait(self) -> None:
-        """Serve rewards for a moment."""
-        if self._setup.rewards is not None:
-            self._setup.rewards.serve(TICK)
-        else:
-            time.sleep(TICK)
-
-    def read_log(self) -> None:
-        """Report the steps logged since the last call."""
-        for step in self._log.read():
-            self._setup.step_logged(self._offset + step.number, step.metrics)
-
-    def wait_for_end(self, timeout: float = float("inf")) -> None:
-        """Wait until it has ended by itself. Raises ``BackendError`` if it failed or takes too long."""
-        deadline = time.monotonic() + timeout
-        while self.process.running:
-            self.wait()
-            if time.monotonic() > deadline:
-                raise BackendError(
-                    f"the trainer does not end; its log: {self.process.log}", kind="backend-process-lost"
-                )
-        self.process.check()
-
-    def kill(self) -> None:
-        """End all that is left of it."""
-        self.process.stop()
-
-    def _open_control(self, scratch: Path, undo: contextlib.ExitStack) -> dict[str, Any] | None:
-        return None
-
-
-class ControlledTrainer(Trainer):
-    """A trainer under control. Any call raises ``BackendError`` with the trainer's last lines when it fails."""
+    Any call raises ``BackendError`` with the trainer's last lines when it fails.
+    """
 
     def __init__(self, setup: TrainerSetup, start: int, load: bool = False) -> None:
         """Start it; it pauses before its first step. With ``load`` it resumes from its own newest checkpoint."""
         self.step, self.paused = start, False
+        self._setup = setup
         self._requests = 0
         self._new_weights = True
         """Whether the engines got weights since the last step."""
-        hooks = ["control", "lora"] if setup.run.training.lora is not None else ["control"]
-        super().__init__(setup, setup.options(start, load=load), hooks)
+        scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short, as the paths of sockets have a limit
+        self._socket = ControlSocket(scratch)
+        try:
+            self.process = setup.launch(scratch, self._socket.address, start, load)
+        except BaseException:
+            self._socket.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         try:
             self.step = self._wait_for_pause(time.monotonic() + START_TIMEOUT)
         except BaseException:
@@ -111,26 +74,33 @@ class ControlledTrainer(Trainer):
         """Let the paused trainer save its model and end by itself."""
         try:
             self._send({"do": "stop"})
-            self.wait_for_end(END_TIMEOUT)
+            self._wait_for_end(END_TIMEOUT)
         finally:
             self.kill()
 
     def kill(self) -> None:
+        """End all that is left of it."""
         try:
-            super().kill()
+            self.process.stop()
         finally:
             self._socket.close()
 
-    def _open_control(self, scratch: Path, undo: contextlib.ExitStack) -> dict[str, Any]:
-        self._socket = ControlSocket(scratch)
-        undo.callback(self._socket.close)
-        return {
-            "address": self._socket.address,
-            "key": self._socket.key,
-            "start": self.step,
-            "seed": self._setup.run.seed + self.step,
-            "scheduler_steps": self._setup.run.steps * self._setup.updates,
-        }
+    def _wait(self) -> None:
+        """Serve rewards for a moment."""
+        if self._setup.rewards is not None:
+            self._setup.rewards.serve(TICK)
+        else:
+            time.sleep(TICK)
+
+    def _wait_for_end(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self.process.running:
+            self._wait()
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    f"the trainer does not end; its log: {self.process.log}", kind="backend-process-lost"
+                )
+        self.process.check()
 
     def _wait_for_pause(self, deadline: float = float("inf")) -> int:
         while True:
@@ -157,7 +127,7 @@ class ControlledTrainer(Trainer):
                 raise BackendError(
                     f"the trainer was not ready in time; its log: {self.process.log}", kind="backend-process-lost"
                 )
-            self.wait()
+            self._wait()
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -168,6 +138,6 @@ class ControlledTrainer(Trainer):
     def _lost(self, error: BackendError) -> BackendError:
         """Wait for the end of a trainer that hung up, and raise or return the best explanation."""
         with contextlib.suppress(BackendError):
-            self.wait_for_end(LAST_WORDS)
+            self._wait_for_end(LAST_WORDS)
         self.process.check("while it was needed")
         return BackendError(f"{error.message}; its log: {self.process.log}", kind=error.kind)

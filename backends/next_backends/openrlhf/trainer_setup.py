@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from next_core.run_config import RunConfig
 
 LOG = "trainer.log"
-SETTINGS = "launch.json"
 PROMPTS = "prompts.jsonl"
 
 
@@ -53,78 +51,61 @@ class TrainerSetup:
     def serve_rewards(self) -> None:
         """Serve the reward of the run config, unless the config names a reward file for OpenRLHF."""
         if self.config.reward_file is None:
-            if self.config.ray.address is not None:
-                raise ConfigError(
-                    "backend.ray.address: the nodes of a cluster cannot ask next-core for rewards; name a Python file "
-                    "that they can read in backend.reward_file",
-                    kind="backend-unsupported",
-                )
             self.rewards = RewardServer(make_reward(self.run.training.reward), special_tokens(self.run.training.model))
 
     def states(self, start: int) -> Path:
         """Return the folder of the checkpoints of a trainer that began at ``start``."""
         return self.folder / f"ckpt-{start:06d}"
 
-    def options(
-        self,
-        start: int,
-        *,
-        model: Path | None = None,
-        steps: int | None = None,
-        load: bool = False,
-        observed: bool = True,
-    ) -> list[str]:
-        """Return OpenRLHF's options for a trainer that begins at ``start``; with ``steps`` it ends after as many.
-
-        It saves what will be read: with ``jump: merge`` the model of each step that is ``observed``.
-        """
-        run, batch, merge = self.run, self.run.training.prompts_per_step, self.config.jump == "merge"
-        save_every = (run.schedule.every if observed else None) if merge else run.save_every
+    def options(self, start: int, load: bool = False) -> list[str]:
+        """Return OpenRLHF's options for a trainer that begins at ``start``, or resumes with ``load``."""
+        run, batch = self.run, self.run.training.prompts_per_step
         reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
         options = {
-            "--actor.model_name_or_path": ("training.model", model or run.training.model),
-            "--ckpt.disable_ds": ("save_every", merge and not self.config.masters),
+            "--actor.model_name_or_path": ("training.model", run.training.model),
             "--ckpt.load_enable": ("`next-core run`", load),
-            "--ckpt.max_num": ("save_every", 10**6 if merge else 3),  # MergeMode removes what it has read
+            "--ckpt.max_num": ("save_every", 3),
             "--ckpt.output_dir": ("`next-core run --out`", self.folder / "final"),
             "--ckpt.path": ("`next-core run --out`", self.states(start)),
-            "--ckpt.save_hf": ("backend.save_hf", merge or self.config.save_hf),
-            "--ckpt.save_steps": ("save_every", -1 if save_every is None else save_every),
+            "--ckpt.save_hf": ("backend.save_hf", self.config.save_hf),
+            "--ckpt.save_steps": ("save_every", -1 if run.save_every is None else run.save_every),
             "--data.apply_chat_template": ("training.data", is_chat(self.rows)),
-            "--data.max_samples": ("steps", (len(self.rows) // batch if steps is None else steps) * batch),
+            "--data.max_samples": ("steps", len(self.rows) // batch * batch),
             "--data.prompt_dataset": ("training.data.train", self.folder / PROMPTS),
             "--reward.remote_url": ("training.reward", reward),
-            "--train.num_episodes": ("steps", run.steps if steps is None else 1),
+            "--train.num_episodes": ("steps", run.steps),  # more than enough: the run ends when its steps are done
             "--train.seed": ("seed", run.seed + start),  # a new trainer draws other samples, in another order
         }
         return make_command(run, self.config, options)
 
-    def write_prompts(self, start: int, steps: int | None = None) -> None:
-        """Write the training prompts, those of step ``start`` first; with ``steps``, as many as these need."""
-        batch = self.run.training.prompts_per_step
-        count = len(self.rows) if steps is None else steps * batch
-        rows = (self.rows[(start * batch + number) % len(self.rows)] for number in range(count))
+    def write_prompts(self, start: int) -> None:
+        """Write the training prompts, those of step ``start`` first."""
+        first = start * self.run.training.prompts_per_step % len(self.rows)
+        rows = self.rows[first:] + self.rows[:first]
         lines = (json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PROMPTS, "".join(lines))
 
-    def launch(
-        self, scratch: Path, options: Sequence[str], hooks: Sequence[str], control: dict[str, Any] | None
-    ) -> TrainerProcess:
-        """Start OpenRLHF with hooks that connect to ``control``; ``scratch`` is for files that end with it."""
+    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
+        """Start OpenRLHF with hooks that connect to the socket ``control``.
+
+        ``scratch``, closed to other users, is for files that end with it.
+        """
         workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
         settings = {
             "ray": _ray(self.config, scratch / "ray"),
             "env": workers | self.config.env,
             "gpus": gpus_needed(self.run, self.config),
-            "hooks": list(hooks),
-            "control": control,
+            "control": {
+                "address": control,
+                "start": start,
+                "seed": self.run.seed + start,
+                "scheduler_steps": self.run.steps * self.updates,
+            },
         }
-        path = self.folder / SETTINGS
-        path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds a key
-            json.dump(settings, file)
-        command = [str(self.config.python), str(TRAINER_SIDE / "launch.py"), str(path), *options]
+        path = scratch / "launch.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        command = [str(self.config.python), str(TRAINER_SIDE / "launch.py"), str(path), *self.options(start, load)]
         return TrainerProcess(command, variables(self.config), self.folder / LOG, scratch)
 
     def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
@@ -149,10 +130,8 @@ class TrainerSetup:
 
 
 def _ray(config: OpenRlhfConfig, folder: Path) -> dict[str, Any]:
-    """Return the arguments of ``ray.init``: a running cluster, or a Ray of the trainer's own in ``folder``."""
+    """Return the arguments of ``ray.init`` for a Ray of the trainer's own in ``folder``."""
     ray = config.ray
-    if ray.address is not None:
-        return {"address": ray.address}
     memory = None if ray.object_store_mib is None else ray.object_store_mib * 2**20
     limits = {"num_gpus": ray.num_gpus, "num_cpus": ray.num_cpus, "object_store_memory": memory}
     local = {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}

@@ -1,6 +1,6 @@
 """Stands in for OpenRLHF's Python: trains nothing, but saves, pauses and answers as OpenRLHF with our hooks does.
 
-Started as that Python is: SCRIPT SETTINGS.json OPTION... for ``launch.py``, SCRIPT STATE FILE for ``masters.py``.
+Started as that Python is: SCRIPT SETTINGS.json OPTION... for ``launch.py``, SCRIPT VERSION OPTION... for ``parse.py``.
 The file PRETEND_RECORD gets a line for each start and request; PRETEND, JSON, says what goes wrong.
 """
 
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import time
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -25,78 +24,69 @@ from control_client import ControlClient
 PLAN: dict[str, Any] = json.loads(os.environ.get("PRETEND", "{}"))
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 OPTIMIZER = "zero_optim_states.pt"
-KEY = "base_model.model.layer.lora_{}.weight"
 
 
 def note(**facts: Any) -> None:
     with Path(os.environ["PRETEND_RECORD"]).open("a") as file:
-        file.write(json.dumps(facts) + "\n")
-
-
-def masters(state: Path) -> bytes:
-    with zipfile.ZipFile(state / OPTIMIZER) as file:
-        return file.read("weights")
+        file.write(json.dumps({"pid": os.getpid(), **facts}) + "\n")
 
 
 class Trainer:
-    """Each step adds a hundredth to every weight."""
+    """Step n adds 0.01 / n to every weight."""
 
-    def __init__(self, options: dict[str, str], lora: bool) -> None:
-        self.options, self.lora, self.step = options, lora, 0
+    def __init__(self, options: dict[str, str]) -> None:
+        self.options, self.lora, self.step = options, "--ds.lora.rank" in options, 0
         self.states = Path(options["--ckpt.path"])
-        every = int(options["--ckpt.save_steps"])
-        self.saves = {step for step in range(1, 1000) if every > 0 and step % every == 0}
-        if lora:
-            self.weights = {KEY.format("A"): np.ones((2, 4), "f4"), KEY.format("B"): np.zeros((3, 2), "f4")}
-        else:
-            self.weights = load_file(Path(options["--actor.model_name_or_path"]) / "model.safetensors")
+        self.every = int(options["--ckpt.save_steps"])
+        self.weights = load_file(Path(options["--actor.model_name_or_path"]) / "model.safetensors")
+        if self.lora:
+            names = [name.removesuffix(".weight") for name in self.weights]
+            shapes = {"A": np.ones((2, 4), "f4"), "B": np.zeros((3, 2), "f4")}
+            self.weights = {f"base_model.model.{n}.lora_{s}.weight": shapes[s] for n in names for s in "AB"}
         if "--ckpt.load_enable" in options:
             tag = (self.states / "_actor" / "latest").read_text()
-            self.weights = load(masters(self.states / "_actor" / tag))
+            with zipfile.ZipFile(self.states / "_actor" / tag / OPTIMIZER) as file:
+                self.weights = load(file.read("weights"))
             self.step = PLAN.get("takes_up", int(tag.removeprefix("global_step")))
 
     def train(self) -> None:
         self.step += 1
-        self.weights = {name: value + np.float32(0.01) for name, value in self.weights.items()}
+        self.weights = {name: value + np.float32(0.01 / self.step) for name, value in self.weights.items()}
         if PLAN.get("dies_in_step") == self.step:
             sys.exit("out of luck")
-        print(f"Global step {self.step}: {self.metrics()}", flush=True)
-
-    def metrics(self) -> dict[str, float]:
-        return {"reward": self.step / 100, "vllm_kl": PLAN.get("kl", {}).get(str(self.step), 0.001)}
 
     def keep(self) -> None:
-        if self.step not in self.saves:
+        if self.every < 1 or self.step % self.every:
             return
         tag = f"global_step{self.step}"
-        if "--ckpt.disable_ds" not in self.options:
-            state = self.states / "_actor" / tag
-            state.mkdir(parents=True)
-            for name in ("mp_rank_00_model_states.pt", OPTIMIZER):
-                with zipfile.ZipFile(state / name, "w") as file:
-                    file.writestr("weights", save(self.weights))
-            (self.states / "_actor" / "latest").write_text(tag)
+        state = self.states / "_actor" / tag
+        state.mkdir(parents=True)
+        for name in ("mp_rank_00_model_states.pt", OPTIMIZER):
+            with zipfile.ZipFile(state / name, "w") as file:
+                file.writestr("weights", save(self.weights))
+        (self.states / "_actor" / "latest").write_text(tag)
         if "--ckpt.save_hf" in self.options:
             self.export(self.states / f"{tag}_hf")
 
-    def export(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        source = Path(self.options["--actor.model_name_or_path"])
+    def save(self, folder: Path) -> None:
         if self.lora:
             (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
-            save_file(self.weights, folder / "adapter_model.safetensors")
-        else:
-            shutil.copyfile(source / "config.json", folder / "config.json")
-            save_file(self.weights, folder / "model.safetensors")
-        time.sleep(PLAN.get("slow", 0))
-        shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
+        name = "adapter_model" if self.lora else "model"
+        save_file(self.weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder)
+        shutil.copyfile(
+            Path(self.options["--actor.model_name_or_path"]) / "tokenizer_config.json", folder / "tokenizer_config.json"
+        )
 
 
 class Controlled(ControlClient):  # type: ignore[misc]
     """What ``trainer_side/controller.py`` can be asked."""
 
     def __init__(self, trainer: Trainer, control: dict[str, Any]) -> None:
-        super().__init__(control)
+        super().__init__(control["address"])
         self.trainer, self.ended = trainer, False
         trainer.step = max(trainer.step, control["start"])
         self._receive, self._connection.recv_bytes = self._connection.recv_bytes, self.noted
@@ -104,7 +94,7 @@ class Controlled(ControlClient):  # type: ignore[misc]
     def noted(self) -> bytes:
         data: bytes = self._receive()
         request = json.loads(data)
-        note(pid=os.getpid(), step=self.trainer.step, **request)
+        note(step=self.trainer.step, **request)
         if PLAN.get("dies_in") == request["do"]:
             sys.exit("out of memory, as it were")
         return data
@@ -113,7 +103,8 @@ class Controlled(ControlClient):  # type: ignore[misc]
         self.pause(self.trainer.step)
         while not self.ended:
             self.trainer.train()
-            self.report(self.trainer.step, self.trainer.metrics())
+            kl = PLAN.get("kl", {}).get(str(self.trainer.step), 0.001)
+            self.report(self.trainer.step, {"reward": self.trainer.step / 100, "vllm_kl": kl})
             if self.trainer.step >= self.until:
                 self.pause(self.trainer.step + PLAN.get("miscounts", 0))
             self.trainer.keep()
@@ -123,8 +114,7 @@ class Controlled(ControlClient):  # type: ignore[misc]
         self.ended = True
 
     def save(self, folder: str) -> None:
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(CONFIG))
-        save_file(self.trainer.weights, Path(folder) / "adapter_model.safetensors")
+        self.trainer.save(Path(folder))
 
     def save_moments(self, file: str) -> None:
         if "save_moments" in PLAN.get("cannot", []):
@@ -133,10 +123,12 @@ class Controlled(ControlClient):  # type: ignore[misc]
 
     def load(self, folder: str | None, shifts: list[str], **_: Any) -> None:
         if folder is not None:
-            new = self.trainer.weights = load_file(Path(folder) / "adapter_model.safetensors")
+            new = self.trainer.weights = load_file(next(Path(folder).glob("*.safetensors")))
             for path in shifts:
                 for name, shift in load_file(path).items():
-                    new[KEY.format(name[-1])] = new[KEY.format(name[-1])] + shift
+                    module, _, side = name.rpartition(".weight.")
+                    key = f"base_model.model.{module}.{side}.weight" if self.trainer.lora else name
+                    new[key] = new[key] + shift
 
     def likelihood(self, pairs: list[Any]) -> float:
         return 1 / len(pairs)
@@ -159,26 +151,18 @@ def read_options(words: list[str]) -> dict[str, str]:
 
 def main() -> None:
     script, first, *words = sys.argv[1:]
-    if Path(script).name == "masters.py":
-        if PLAN.get("unreadable"):
-            sys.exit("what is this?")
-        Path(words[0]).write_bytes(masters(Path(first)))
+    options = read_options(words)
+    if Path(script).name == "parse.py":
+        step = {name: int(options[f"--rollout.{name}"]) for name in ("batch_size", "n_samples_per_prompt")}
+        train = {"batch_size": int(options["--train.batch_size"]), "max_epochs": PLAN.get("epochs", 1)}
+        print(f"openrlhf parser: {json.dumps({'rollout': step, 'train': train})}")
         return
     settings = json.loads(Path(first).read_text())
-    options = read_options(words)
     seen = {name: os.environ.get(name) for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")}
-    note(pid=os.getpid(), do="start", options=options, seen=seen, **settings)
+    note(do="start", options=options, seen=seen, **settings)
     if PLAN.get("does_not_start_at") == int(options["--train.seed"]):
         sys.exit("no such device")
-    trainer = Trainer(options, "lora" in settings["hooks"])
-    if settings["control"] is not None:
-        Controlled(trainer, settings["control"]).run()
-        return
-    total = int(options["--train.num_episodes"]) * int(options["--data.max_samples"])
-    for _ in range(total // int(options["--rollout.batch_size"])):
-        trainer.train()
-        trainer.keep()
-    trainer.export(Path(options["--ckpt.output_dir"]))
+    Controlled(Trainer(options), settings["control"]).run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -51,8 +52,8 @@ def make(trainer: Options, tmp_path: Path) -> Make:
     return command
 
 
-def check(jump: str, training: dict[str, Any], extra: list[str] | None = None, **run: Any) -> None:
-    fields = {"model": Path("model"), "data": {"train": Path("train.jsonl")}, **training}
+def check(jump: str, extra: list[str] | None = None, training: dict[str, Any] | None = None, **run: Any) -> None:
+    fields = {"model": Path("model"), "data": {"train": Path("train.jsonl")}, **(training or {})}
     config = OpenRlhfConfig(python=Path("python"), jump=jump, extra_args=extra or [])
     check_run(RunConfig.model_validate({"steps": 100, "training": fields, "predictor": "secant"} | run), config)
 
@@ -240,8 +241,6 @@ def test_extra_options_that_do_no_harm_pass(make: Make) -> None:
     extra = ["--actor.optim", "adam", "--ds.tensor_parallel_size=1", "--data.max_images_per_prompt", "0"]
     extra += ["--algo.dynamic_filtering_enable", "--ds.lora.dropout", "0.1"]
     assert make(extra_args=extra)[-len(extra) :] == extra
-    with raises_kind("backend-unsupported", "--algo.dynamic_filtering_enable", "jump: merge"):
-        make(jump="merge", extra_args=extra)
 
 
 def test_all_options_that_we_know_are_openrlhfs_and_no_other_option_abbreviates_one_of_them(make: Make) -> None:
@@ -255,7 +254,7 @@ def test_all_options_that_we_know_are_openrlhfs_and_no_other_option_abbreviates_
     ("block", "key"),
     [
         ({"vllm": {"sleep": True}}, "colocate: all"),
-        ({"colocate": "all", "gpus": 2}, r"nodes \* gpus = 2.* = 1"),
+        ({"colocate": "all", "gpus": 2}, r"gpus = 2.* = 1"),
         ({"reward_file": "reward.txt"}, "reward.txt"),
         ({"deepspeed": {"dtype": "fp16"}}, "deepspeed.dtype"),
         ({"vllm": {"gpu_memory": 1.5}}, "vllm.gpu_memory"),
@@ -268,44 +267,22 @@ def test_a_block_that_contradicts_itself_is_refused(block: dict[str, Any], key: 
         OpenRlhfConfig.model_validate({"python": "python", **block})
 
 
-FULL = {"lora": None}
-RECOVERY: dict[str, Any] = {"guards": {"recovery": 5}, "schedule": {"observe": 50, "settle": 5}}
-
-
-@pytest.mark.parametrize(
-    ("jump", "training", "run"),
-    [
-        ("swap", {"lr_scheduler": "cosine"}, {"save_every": 5, **RECOVERY}),
-        ("restart", {"lr_scheduler": "cosine"}, {"save_every": 5, **RECOVERY}),
-        ("swap", FULL, {"predictor": "stay", "schedule": {"every": 1, "observe": 2, "jump_every": 1}}),
-        ("merge", FULL, {"save_every": 5}),
-    ],
-)
-def test_each_kind_of_jump_takes_the_runs_it_can(jump: str, training: dict[str, Any], run: dict[str, Any]) -> None:
-    check(jump, training, **run)
-
-
 MANY = {"schedule": {"observe": 50, "every": 2, "jump_every": 2}}
 
 
 @pytest.mark.parametrize(
-    ("jump", "training", "run", "names"),
+    ("jump", "run", "names"),
     [
-        ("merge", {}, {}, ["backend.jump: merge", "1349"]),
-        ("merge", {**FULL, "lr_scheduler": "cosine"}, {}, ["backend.jump: merge", "'cosine'"]),
-        ("merge", FULL, RECOVERY, ["guards.recovery"]),
-        ("merge", FULL, {"measure_every": 5}, ["measure_every"]),
-        ("merge", FULL, {"schedule": {"average": 20}}, ["schedule.average"]),
-        ("merge", FULL, MANY, ["backend.jump: merge", "26 jumps"]),
-        ("restart", FULL, MANY, ["backend.jump: restart", "26 jumps"]),
-        ("swap", {}, {"extra": RING}, ["training.evaluation"]),
+        ("swap", MANY, None),
+        ("restart", {"training": {"lr_scheduler": "cosine"}}, None),
+        ("restart", MANY, ["backend.jump: restart", "26 jumps"]),
+        ("swap", {"extra": RING}, ["training.evaluation"]),
+        ("restart", {"extra": RING, "training": {"evaluation": "generate"}}, None),
     ],
 )
-def test_what_a_kind_of_jump_cannot_do_is_refused(
-    jump: str, training: dict[str, Any], run: dict[str, Any], names: list[str]
-) -> None:
-    with raises_kind("backend-unsupported", *names):
-        check(jump, training, **run)
+def test_what_a_kind_of_jump_cannot_do_is_refused(jump: str, run: dict[str, Any], names: list[str] | None) -> None:
+    with contextlib.nullcontext() if names is None else raises_kind("backend-unsupported", *names):
+        check(jump, **run)
 
 
 def stand_in(tmp_path: Path, script: str, **env: str) -> OpenRlhfConfig:

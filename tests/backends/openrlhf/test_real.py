@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from next_backends.openrlhf import trainer_setup
 from next_backends.openrlhf.process import TrainerProcess, leftovers
 from next_backends.openrlhf.supervisor import TOKEN
-from next_backends.openrlhf.trainer import ControlledTrainer
-from next_backends.openrlhf.trainer_setup import TrainerSetup
+from next_backends.openrlhf.trainer import Trainer
 from next_core.config import make_config
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import run
@@ -152,16 +153,16 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
         schedule={"observe": 3, "every": 1, "horizon": 2, "alpha": 8, "settle": 2},
         guards={"max_drop": 1.0, "recovery": 2, "against": "trend", "tolerance": 0.0},
     )
-    real = ControlledTrainer.ask
+    real = Trainer.ask
     asked: list[tuple[str, Any]] = []
 
-    def ask(self: ControlledTrainer, what: str, **request: Any) -> Any:
+    def ask(self: Trainer, what: str, **request: Any) -> Any:
         answer = real(self, what, **request)
         asked.append((what, request.get("adapters", answer)))
         return -1.0 if what == "greedy" and self.step == 5 else answer  # nothing is as bad
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ControlledTrainer, "ask", ask)
+        patch.setattr(Trainer, "ask", ask)
         result = run(settings, out)
     (jump,) = result.jumps
     assert not jump["accepted"]
@@ -172,39 +173,20 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
     assert all(abs(record["vllm_kl"]) < 5e-3 for record in metrics(out).values())
 
 
-def test_full_parameters_by_merge(config: Config, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    settings = config(
-        backend={"jump": "merge"},
-        training={"lora": None, "algorithm": "reinforce++", "learning_rate": 1e-4},
-        save_every=None,
-    )
-    result = run(settings, out)
-    (jump,) = result.jumps
-    assert jump["accepted"], jump["reason"]
-    assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
-    models = [weights(out, step) for step in range(1, 7)]
-    shift = load_file(out / "jumps" / "0001" / "shift.safetensors")
-    landed = {key: value + shift.get(key, 0.0) for key, value in models[2].items()}
-    assert between(models[3], landed) < 0.7 * between(models[3], models[2])
-    assert any(not torch.equal(value, value.bfloat16().float()) for value in models[5].values())  # masters
-    assert not list((out / "trainer" / "ckpt-000003").glob("global_step[12]_hf"))  # taken over, then removed
-
-
 def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
     """A full-parameter run by swap: its trainer is killed after step 5, and a new one resumes from step 4."""
     out = tmp_path / "run"
     settings = config(training={"lora": None, "learning_rate": 1e-4})
-    real = ControlledTrainer.train
+    real = Trainer.train
 
-    def train(self: ControlledTrainer, until: int) -> None:
+    def train(self: Trainer, until: int) -> None:
         real(self, until)
         if until == 5:
             family = psutil.Process(self.process._supervisor.pid).children(recursive=True)
             next(p for p in family if "launch.py" in " ".join(p.cmdline())).kill()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ControlledTrainer, "train", train)
+        patch.setattr(Trainer, "train", train)
         with raises_kind("backend-process-lost", "SIGKILL", out / "trainer" / "trainer.log"):
             run(settings, out)
     before = weights(out, 4)
@@ -252,11 +234,9 @@ def test_lora_without_the_hook_still_fails_upstream(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook is no longer needed."""
-    real = TrainerSetup.launch
-    monkeypatch.setattr(
-        TrainerSetup,
-        "launch",
-        lambda self, scratch, options, hooks, *rest: real(self, scratch, options, ["control"], *rest),
-    )
+    bare = shutil.copytree(trainer_setup.TRAINER_SIDE, tmp_path / "trainer_side")
+    with (bare / "lora.py").open("a") as file:
+        file.write("\n\ndef broadcast_to_vllm(actor):\n    actor.trainer.broadcast_to_vllm()\n")
+    monkeypatch.setattr(trainer_setup, "TRAINER_SIDE", bare)
     with raises_kind("backend-process-lost", "no module or parameter named 'base_model'"):
         run(config(), tmp_path / "run")

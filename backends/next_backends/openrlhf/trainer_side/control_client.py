@@ -13,10 +13,9 @@ from typing import Any
 class ControlClient:
     """Answers each request with the method of its name; ``until`` is the step after which to pause again."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, address: str) -> None:
         self.until = 0
-        self._connection = Client(settings["address"], "AF_UNIX")
-        self._connection.send_bytes(settings["key"].encode())
+        self._connection = Client(address, "AF_UNIX")
 
     def pause(self, step: int) -> None:
         """Report the pause, and answer requests until training is to continue or to end.

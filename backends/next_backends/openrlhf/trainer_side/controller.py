@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import ray
@@ -20,13 +19,13 @@ def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
         states: dict[str, Any] = restore(self)
         states["global_step"] = max(states["global_step"], settings["start"])
         torch.manual_seed(settings["seed"])  # for the order of the prompts, which OpenRLHF does not seed
-        self.next_core = Controller(self, settings)
+        self.next_core = Controller(self, settings["address"])
         self.next_core.pause(states["global_step"])
         return states
 
     def save_logs_and_checkpoints(self: Any, global_step: int, logs: Any = None, states: Any = None) -> None:
         numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        self.next_core.report(global_step, {key: value for key, value in numbers.items() if math.isfinite(value)})
+        self.next_core.report(global_step, numbers)
         if global_step >= self.next_core.until:  # before OpenRLHF saves, so that the state contains the jump
             self.next_core.pause(global_step)
         finish_step(self, global_step, logs, states)
@@ -39,9 +38,9 @@ def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
 class Controller(ControlClient):  # type: ignore[misc]
     """What next-core can ask of a paused ``PPOTrainer``."""
 
-    def __init__(self, trainer: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, trainer: Any, address: str) -> None:
         self.trainer = trainer
-        super().__init__(settings)
+        super().__init__(address)
 
     def end_run(self) -> None:
         # The loop ends when there are no rollouts; the model is then saved as at any end.

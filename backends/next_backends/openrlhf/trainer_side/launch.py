@@ -14,11 +14,11 @@ from typing import Any
 CLI = "openrlhf.cli.train_ppo_ray"
 
 
-def install(settings: dict[str, Any]) -> None:
-    """Install ``settings["hooks"]``: "lora" sends merged weights to vLLM, "control" lets next-core pause the run.
+def install(control: dict[str, Any]) -> None:
+    """Let next-core pause the run, and send merged LoRA weights to vLLM.
 
     OpenRLHF has no callbacks. Ray sends the classes ``modified_class`` to workers by value, so changing them in the
-    process that starts the run is enough, on every node, and none of OpenRLHF's files changes.
+    process that starts the run is enough, and none of OpenRLHF's files changes.
     """
     import control_client
     import controller
@@ -32,10 +32,8 @@ def install(settings: dict[str, Any]) -> None:
     pickling: Any = ray.cloudpickle
     for module in (control_client, controller, likelihood, lora, policy):
         pickling.register_pickle_by_value(module)
-    if "lora" in settings["hooks"]:
-        PolicyModelActor.__ray_metadata__.modified_class.broadcast_to_vllm = lora.broadcast_to_vllm
-    if "control" in settings["hooks"]:
-        controller.take_over(PPOTrainer.__ray_metadata__.modified_class, settings["control"])
+    PolicyModelActor.__ray_metadata__.modified_class.broadcast_to_vllm = lora.broadcast_to_vllm
+    controller.take_over(PPOTrainer.__ray_metadata__.modified_class, control)
 
 
 def main() -> None:
@@ -47,8 +45,7 @@ def main() -> None:
     there, needed = resources().get("GPU", 0), settings["gpus"]
     if there < needed:
         sys.exit(f"the run needs {needed} GPUs (actor, reference and engines) and Ray has {there:g}")
-    if settings["hooks"]:
-        install(settings)
+    install(settings["control"])
     sys.argv = [CLI, *sys.argv[2:]]
     runpy.run_module(CLI, run_name="__main__", alter_sys=True)
 

@@ -30,7 +30,7 @@ def broadcast_to_vllm(actor: Any) -> None:
         trainer.broadcast_to_vllm()
         return
     try:
-        for part in _parts(_merged(policy.model.module)):
+        for part in in_parts(_merged(policy.model.module), AT_ONCE):
             view = SimpleNamespace(named_parameters=lambda part=part: iter(part))
             trainer.actor = SimpleNamespace(model=SimpleNamespace(module=view), is_vlm=getattr(policy, "is_vlm", False))
             trainer.broadcast_to_vllm()
@@ -75,15 +75,17 @@ def _lora_layers(base: Any) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _parts(weights: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+def in_parts(tensors: Iterator[tuple[str, Any]], most: int) -> Iterator[list[tuple[str, Any]]]:
+    """Yield named tensors in lists of about ``most`` bytes, one in memory at a time: each is emptied after use."""
     part: list[tuple[str, Any]] = []
     size = 0
-    for name, weight in weights:
-        part.append((name, weight))
-        size += weight.numel() * weight.element_size()
-        if size >= AT_ONCE:
+    for name, tensor in tensors:
+        part.append((name, tensor))
+        size += tensor.numel() * tensor.element_size()
+        if size >= most:
             yield part
-            part, size = [], 0
+            part.clear()
+            size = 0
     if part:
         yield part
 

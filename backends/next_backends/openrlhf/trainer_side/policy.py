@@ -22,7 +22,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from lora import freeze_adapters
+from lora import freeze_adapters, in_parts
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -132,31 +132,22 @@ def _master(parameter: Any) -> Tensor:
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], stem: str) -> None:
-    """Write shards, one in memory at a time, with an index if there are several."""
-    held: dict[str, Tensor] = {}
-    index: dict[str, str] = {}
-    total = shards = 0
-
-    def flush(name: str) -> None:
+    """Write shards, one in memory at a time, with an index if there are several. Collective; rank 0 writes."""
+    held = ((name, value.cpu().contiguous() if _first() else value[:0]) for name, value in tensors)
+    files: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(in_parts(held, SHARD), start=1):
         if _first():
-            save_file(held, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(held, name))
-        held.clear()
-
-    for name, value in tensors:
-        held[name] = value.cpu().contiguous() if _first() else value[:0]
-        total += value.numel() * value.element_size()
-        if total > (shards + 1) * SHARD:
-            shards += 1
-            flush(f"{stem}-{shards:05d}.safetensors")
-    if shards == 0:
-        flush(f"{stem}.safetensors")
-        return
-    if held:
-        flush(f"{stem}-{shards + 1:05d}.safetensors")
-    if _first():
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (folder / f"{stem}.safetensors.index.json").write_text(text)
+            file = f"{stem}-{number:05d}.safetensors"
+            save_file(dict(part), folder / file, metadata={"format": "pt"})
+            files |= dict.fromkeys((name for name, _ in part), file)
+            size += sum(value.numel() * value.element_size() for _, value in part)
+    shards = sorted(set(files.values()))
+    if len(shards) == 1:
+        (folder / shards[0]).rename(folder / f"{stem}.safetensors")
+    elif shards:
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _set(parameter: Any, value: Tensor) -> None:

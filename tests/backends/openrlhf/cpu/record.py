@@ -25,22 +25,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from next_backends.openrlhf.checkpoint_folders import finished_models
-from next_backends.openrlhf.environment import TRAINER_SIDE
-from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-from next_backends.openrlhf.trainer import Trainer
-from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.config import make_config
-from next_core.run_config import RunConfig
+from next_core.cycle.run import run
 
 pytestmark = pytest.mark.openrlhf
 
 RECORDED = Path(__file__).parents[3] / "sources" / "recorded" / "openrlhf"
 STEPS = 3
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-KEPT = ("adapter_config.json", "adapter_model.*", "config.json", "model.safetensors", *TOKENIZER)
-
-Train = Callable[..., Path]
+READ = """
+import sys
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert
+convert(sys.argv[1], sys.argv[2], None, True, tag=sys.argv[3], exclude_frozen_parameters=True)
+"""
+KEPT = ("adapter_config.json", "adapter_model.*", "config.json", "model.safetensors", "tokenizer*.json")
 
 
 def share_of_digits(completions: list[str], **_: Any) -> list[float]:
@@ -62,54 +59,45 @@ def base() -> Path:
     return RECORDED / "base"
 
 
-@pytest.fixture
-def train(base: Path, openrlhf_backend: Callable[..., dict[str, Any]], tmp_path: Path) -> Train:
-    """``train(name, zero, lora)``: a run, and the new folder of this name with what OpenRLHF saved of each step."""
+@pytest.mark.parametrize(
+    ("name", "zero", "lora"), [("lora-zero2", 2, 2), ("lora-zero3", 3, 2), ("full-zero2", 2, None)]
+)
+def test_record(
+    name: str, zero: int, lora: int | None, base: Path, openrlhf_backend: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    prompts, folder = tmp_path / "train.jsonl", RECORDED / name
     rows = ({"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8))
-    prompts = tmp_path / "train.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def start(name: str, zero: int, lora: dict[str, Any] | None) -> Path:
-        run: RunConfig = make_config(
-            {
-                "steps": STEPS,
-                "save_every": 1,
-                "predictor": "stay",
-                "schedule": {"observe": STEPS, "every": 1, "horizon": 1},
-                "training": {
-                    "model": str(base),
-                    "data": {"train": str(prompts)},
-                    "lora": lora,
-                    "reward": f"{__name__}:share_of_digits",
-                    "prompts_per_step": 4,
-                    "generations": 4,
-                    "max_new_tokens": 8,
-                    "learning_rate": 1e-3,
-                },
-                "backend": openrlhf_backend(max_length=32, save_hf=True, deepspeed={"zero_stage": zero}),
-            }
-        )
-        config = OpenRlhfConfig.model_validate(run.backend.fields)
-        setup = TrainerSetup(run, config, tmp_path)
-        setup.serve_rewards()
-        setup.write_prompts(0, STEPS)
-        try:
-            trainer = Trainer(setup, setup.options(0, steps=STEPS), ["lora"] if lora is not None else [])
-            try:
-                trainer.wait_for_end()
-            finally:
-                trainer.kill()
-        finally:
-            setup.close()
-        models = finished_models(setup.states(0))
-        assert list(models) == list(range(1, STEPS + 1))
-        folder = RECORDED / name
-        shutil.rmtree(folder, ignore_errors=True)
-        for model in models.values():
-            _copy(model, folder / model.name)
-        return folder
-
-    return start
+    backend = openrlhf_backend(max_length=32, save_hf=True, keep_hf=STEPS, deepspeed={"zero_stage": zero})
+    training = {
+        "model": str(base),
+        "data": {"train": str(prompts)},
+        "lora": None if lora is None else {"rank": lora, "alpha": 2 * lora},
+        "reward": f"{__name__}:share_of_digits",
+        "prompts_per_step": 4,
+        "generations": 4,
+        "max_new_tokens": 8,
+        "learning_rate": 1e-3,
+    }
+    block = {
+        "steps": STEPS,
+        "save_every": 1,
+        "predictor": "stay",
+        "schedule": {"observe": STEPS, "every": 1, "horizon": 1},
+    }
+    run(make_config({**block, "training": training, "backend": backend}), tmp_path / "run")
+    states = tmp_path / "run" / "trainer" / "ckpt-000000"
+    shutil.rmtree(folder, ignore_errors=True)
+    for step in range(1, STEPS + 1):
+        _copy(states / f"global_step{step}_hf", folder / f"global_step{step}_hf")
+    assert len(list(folder.glob("*/adapter_model.bin"))) == (STEPS if name == "lora-zero3" else 0)
+    if name == "lora-zero2":
+        state = states / "_actor" / f"global_step{STEPS}"
+        shutil.copytree(state, folder / "_actor" / state.name)
+        command = [backend["python"], "-c", READ, str(state.parent), str(tmp_path / "masters"), state.name]
+        subprocess.run(command, check=True, env={"PATH": "/usr/bin:/bin", **backend["env"]})
+        masters = load_file(tmp_path / "masters" / "model.safetensors")
+        save_file({k: value for k, value in masters.items() if ".lora_" in k}, folder / "masters.safetensors")
 
 
 def _copy(model: Path, target: Path) -> None:
@@ -120,25 +108,3 @@ def _copy(model: Path, target: Path) -> None:
     config = target / "adapter_config.json"
     if config.exists():
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}, indent=1))
-
-
-def test_lora_zero2(train: Train, openrlhf_backend: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    folder = train("lora-zero2", zero=2, lora={"rank": 2, "alpha": 4})
-    state = tmp_path / "trainer" / "ckpt-000000" / "_actor" / f"global_step{STEPS}"
-    shutil.copytree(state, folder / "_actor" / state.name)
-    masters, block = folder / "masters.safetensors", openrlhf_backend()
-    command = [block["python"], str(TRAINER_SIDE / "masters.py"), str(state), str(masters)]
-    subprocess.run(command, check=True, env={"PATH": "/usr/bin:/bin", **block["env"]})
-    trained = {key: value for key, value in load_file(masters).items() if ".lora_" in key}
-    assert trained
-    save_file(trained, masters)
-
-
-def test_lora_zero3(train: Train) -> None:
-    folder = train("lora-zero3", zero=3, lora={"rank": 2, "alpha": 4})
-    assert len(list(folder.glob("*/adapter_model.bin"))) == STEPS
-
-
-def test_full_zero2(train: Train) -> None:
-    folder = train("full-zero2", zero=2, lora=None)
-    assert len(list(folder.glob("*/model.safetensors"))) == STEPS

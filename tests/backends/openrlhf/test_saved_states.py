@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from next_backends.openrlhf.checkpoint_folders import finished_models, newest_state, rotate
+from next_backends.openrlhf.saved_states import newest_state, remove_old_models
 
 PARTS = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
@@ -61,21 +61,10 @@ def test_foreign_folders_do_not_count(tmp_path: Path) -> None:
     assert newest_state(tmp_path) == (0, 6)
 
 
-def test_a_model_is_whole_once_the_tokenizer_is_there(tmp_path: Path) -> None:
-    whole = {step: model(tmp_path, 0, step) for step in (10, 2, 1)}
-    model(tmp_path, 0, 3, whole=False)
-    for foreign in ("global_step_4_hf", "old_hf", "global_step5"):
-        (tmp_path / "ckpt-000000" / foreign).mkdir()
-    found = finished_models(tmp_path / "ckpt-000000")
-    assert found == whole
-    assert list(found) == [1, 2, 10]
-    assert finished_models(tmp_path / "missing") == {}
-
-
 def test_all_but_the_newest_models_are_removed(tmp_path: Path) -> None:
     kept = [model(tmp_path, 10, 12), model(tmp_path, 10, 14, whole=False)]
     kept += [tmp_path / "ckpt-mine" / "global_step1_hf", *(model(tmp_path, 0, step) for step in (2, 4, 10))][::3]
     (tmp_path / "ckpt-mine" / "global_step1_hf").mkdir(parents=True)
     for _ in range(2):
-        rotate(tmp_path, 2)
+        remove_old_models(tmp_path, 2)
         assert sorted(tmp_path.glob("*/*_hf")) == sorted(kept)

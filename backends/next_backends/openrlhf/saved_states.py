@@ -13,11 +13,6 @@ LATEST = "latest"
 """DeepSpeed's file that names the state to load."""
 
 
-def trainers(folder: Path) -> dict[int, Path]:
-    """Return the checkpoint folder of each trainer by the step it began at, ascending."""
-    return _numbered(folder, r"ckpt-(\d+)")
-
-
 def newest_state(folder: Path) -> tuple[int, int] | None:
     """Return the first step of the trainer that left the newest whole state, and the state's step.
 
@@ -25,26 +20,24 @@ def newest_state(folder: Path) -> tuple[int, int] | None:
     """
     found = [
         (step, start)
-        for start, states in trainers(folder).items()
-        for step, path in _numbered(states / "_actor", r"global_step(\d+)").items()
+        for start, states in _numbered(folder, r"ckpt-(\d+)")
+        for step, path in _numbered(states / "_actor", r"global_step(\d+)")
         if _whole(path)
     ]
     step, start = max(found, default=(0, 0))
     return (start, step) if found else None
 
 
-def finished_models(states: Path) -> dict[int, Path]:
-    """Return the whole ``global_stepN_hf`` folders by the trainer's step: the tokenizer is written last."""
-    models = _numbered(states, r"global_step(\d+)_hf")
-    return {step: path for step, path in models.items() if (path / WRITTEN_LAST).exists()}
+def remove_old_models(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` models (``global_stepN_hf``): OpenRLHF removes none itself.
 
-
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` models."""
+    An incomplete model, which lacks the tokenizer, is kept: it is still being written.
+    """
     models = [
         (step, start, path)
-        for start, states in trainers(folder).items()
-        for step, path in finished_models(states).items()
+        for start, states in _numbered(folder, r"ckpt-(\d+)")
+        for step, path in _numbered(states, r"global_step(\d+)_hf")
+        if (path / WRITTEN_LAST).exists()
     ]
     for _, _, path in sorted(models)[: max(0, len(models) - keep)]:
         remove_directory(path)
@@ -56,6 +49,5 @@ def _whole(state: Path) -> bool:
     return all(part and all(zipfile.is_zipfile(path) for path in part) for part in parts)
 
 
-def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    found = {int(match[1]): path for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))}
-    return dict(sorted(found.items()))
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    return [(int(match[1]), path) for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))]

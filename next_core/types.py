@@ -55,8 +55,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One LoRA adapter of one matrix: the delta is ``scaling * B @ A``; A is (r, n), B is (m, r)."""
+    """One LoRA adapter of one matrix: the delta is ``scaling * B @ A``; A is (r, n), B is (m, r).
+
+    They are stored under the name ``module``, as a part of larger tensors where that is a layer of fused experts.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
+    module: str = ""
+    expert: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, checked_target
 from next_core.appliers.folder_contents import CARD, copy_files, facts_of, record_texts, tokenizer_files, write_texts
-from next_core.appliers.jump_adapter import factor_keys
+from next_core.appliers.jump_adapter import rank_settings
 from next_core.appliers.safetensors_writer import TensorWriter, header_room
-from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.interfaces.prediction import resolve_scaled
 from next_core.interfaces.weight_delta import FactorStep, Resolved
@@ -24,6 +24,7 @@ from next_core.mathematics.low_rank import LowRank, truncated_svd
 from next_core.settings import Settings
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import PeftAdapterSource
+from next_core.sources.adapter_tensors import AdapterModule, bias_key
 from next_core.types import LoraFactors
 
 
@@ -36,7 +37,8 @@ class PeftAdapterApplier(FolderApplier):
 
     Coefficients in factor space change A and B and keep the rank. Any other update is concatenated with the trained
     adapter, ``[s B, L] [A; R]`` with scaling 1: exact, of rank r + k, or truncated to ``rank`` by the SVD of the
-    product. Earlier jumps in adapters of their own are added the same way.
+    product. Earlier jumps in adapters of their own are added the same way. What is not extrapolated (embeddings,
+    convolutions, biases, whole modules) stays as trained.
     """
 
     name = "peft-adapter"
@@ -66,28 +68,48 @@ class PeftAdapterApplier(FolderApplier):
         source, step = prediction.source, prediction.step
         assert isinstance(source, PeftAdapterSource)
         newest, extra = source.folder(step), source.extra_tensors(step)
-        used: dict[str, tuple[int, float]] = {}
-        room = header_room([key for p in source.parameters for key in factor_keys(p.name)] + list(extra))
-        with TensorWriter(folder / WEIGHTS_FILE, room=room) as writer:
-            for done, parameter in enumerate(source.parameters, 1):
-                name = parameter.name
-                moved = resolve_scaled(prediction, name, alpha)
-                A, B, scaling = self._factors(source.factors(name, step), moved, source.jump_deltas(name, step))
-                used[name] = A.shape[0], scaling
-                for key, value in zip(factor_keys(name), (A, B), strict=True):
+        used = {module.target: (module.rank, module.scaling) for module in source.modules}
+        moving = [module for module in source.modules if module.moves]
+        with TensorWriter(folder / WEIGHTS_FILE, room=header_room([*source.tensor_names, *extra])) as writer:
+            for done, module in enumerate(moving, 1):
+                A, B, scaling = self._module(prediction, source, module, alpha)
+                used[module.target] = len(A) // module.experts, scaling
+                for key, value in zip(module.keys, (A, B), strict=True):
                     if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
                         raise GuardError(
-                            f"'{name}' overflows float32 after the jump; use a smaller alpha", kind="numbers-overflow"
+                            f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",
+                            kind="numbers-overflow",
                         )
                     writer.add(key, value)
-                self.report_progress("write adapter", done, len(source.parameters))
+                bias = bias_key(module.name)
+                if bias in extra and scaling != module.scaling:  # PEFT scales it as it does B A
+                    extra[bias] = extra[bias] * (module.scaling / scaling)
+                tied = source.tied_embedding(module)
+                if tied is not None:
+                    extra |= zip(tied.keys, (B.T, A.T), strict=True)
+                    used[tied.target] = used[module.target]
+                self.report_progress("write adapter", done, len(moving))
             for key, value in extra.items():
                 writer.add(key, value)
-        (folder / CONFIG_FILE).write_text(json.dumps(_config(source, used, extra), indent=2, sort_keys=True))
+        (folder / CONFIG_FILE).write_text(json.dumps(_config(source, used), indent=2, sort_keys=True))
         copy_files(tokenizer_files(newest), newest, folder)
         facts = facts_of(prediction, alpha, self)
         write_texts(folder, record_texts(facts, newest / CARD, "peft"))
         return WrittenFolder(folder, facts)
+
+    def _module(
+        self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return the new A and B of a module as they are stored, and their scaling."""
+        parts = []
+        for name in (parameter.name for parameter in module.parameters):
+            moved = resolve_scaled(prediction, name, alpha)
+            now, jumps = source.factors(name, prediction.step), source.jump_deltas(name, prediction.step)
+            parts.append(self._factors(now, moved, jumps))
+        scalings = {scaling for *_, scaling in parts}
+        if len(scalings) == 1:  # always, but for experts of which only some move
+            return *module.fused([(A, B) for A, B, _ in parts]), scalings.pop()
+        return *module.fused([(A, scaling * B) for A, B, scaling in parts]), 1.0
 
     def _factors(self, now: LoraFactors, moved: Resolved | None, jumps: list[LowRank]) -> tuple[Tensor, Tensor, float]:
         """Return the new A and B in fp32, and their scaling."""
@@ -125,26 +147,9 @@ def _concatenated(left: Tensor, right: Tensor, terms: list[LowRank]) -> LowRank:
     )
 
 
-def _config(source: PeftAdapterSource, used: Mapping[str, tuple[int, float]], extra: Collection[str]) -> dict[str, Any]:
+def _config(source: PeftAdapterSource, used: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Return the run's own ``adapter_config.json`` with the ranks and scalings that are ``used`` now."""
     raw = source.adapter_config()
-    if all((rank, scaling) == (source.rank(name), source.scaling(name)) for name, (rank, scaling) in used.items()):
+    if used == {module.target: (module.rank, module.scaling) for module in source.modules}:
         return raw
-    partial = next((key for key in extra if ".lora_" in key), None)
-    if partial is not None:
-        raise CheckpointError(
-            f"'{partial}' keeps the rank and scaling of the run, and the jump changes both: use a predictor with "
-            "space: factors and no rank here, or train without LoRA biases, embeddings and convolutions",
-            kind="checkpoint-unsupported-adapter",
-        )
-    ranks = {name.removesuffix(".weight"): rank for name, (rank, _) in used.items()}
-    alphas = {name.removesuffix(".weight"): scaling * rank for name, (rank, scaling) in used.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    return raw | {
-        "r": common,
-        "lora_alpha": common,
-        "use_rslora": False,
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != common},
-        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != common},
-        "init_lora_weights": True,
-    }
+    return raw | rank_settings(used) | {"init_lora_weights": True}

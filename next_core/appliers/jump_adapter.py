@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from next_core.errors import BackendError
 from next_core.mathematics.low_rank import LowRank
+from next_core.sources.adapter_tensors import factor_keys, is_expert
 
 
-def factor_keys(name: str) -> tuple[str, str]:
-    """Return the names of a parameter's A and B in PEFT's adapter files."""
-    module = name.removesuffix(".weight")
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+def rank_settings(used: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return the fields of PEFT's ``LoraConfig`` that give each target its own rank and scaling, and no other target.
+
+    PEFT reads a pattern as a regular expression that may begin after any dot: "head" would match "lm.head" too.
+    """
+    ranks = {f"^{re.escape(target)}": rank for target, (rank, _) in used.items()}
+    alphas = {f"^{re.escape(target)}": rank * scaling for target, (rank, scaling) in used.items()}
+    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]), default=(1, 0))[0]
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "use_rslora": False,
+        "rank_pattern": {target: rank for target, rank in ranks.items() if rank != common},
+        "alpha_pattern": {target: alpha for target, alpha in alphas.items() if alpha != common},
+    }
 
 
 def balanced(delta: LowRank) -> tuple[Tensor, Tensor]:
@@ -26,16 +41,22 @@ def balanced(delta: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def adapter_settings(deltas: Mapping[str, LowRank]) -> dict[str, Any]:
-    """Return the fields of PEFT's ``LoraConfig`` for these deltas by parameter: their ranks, and scaling 1."""
-    ranks = {name.removesuffix(".weight"): delta.rank for name, delta in deltas.items() if delta.rank > 0}
-    rank = max(ranks.values(), default=1)
-    pattern = {module: r for module, r in ranks.items() if r != rank}
+    """Return the fields of PEFT's ``LoraConfig`` for these deltas by parameter: their ranks, and scaling 1.
+
+    Raises ``BackendError`` for the experts of a fused layer.
+    """
+    expert = next(filter(is_expert, deltas), None)
+    if expert is not None:
+        raise BackendError(
+            f"'{expert}' is one expert of a fused layer, which an adapter of its own cannot move: use a coefficient "
+            "predictor with space: factors",
+            kind="backend-unsupported",
+        )
+    moved = {name.removesuffix(".weight"): delta.rank for name, delta in deltas.items() if delta.rank > 0}
     return {
-        "r": rank,
-        "lora_alpha": rank,  # alpha / r = 1: the factors carry the whole delta
-        "target_modules": sorted(ranks),
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        **rank_settings({module: (rank, 1.0) for module, rank in moved.items()}),
+        # A regular expression, which PEFT compares with whole names; a list would match their endings too.
+        "target_modules": "|".join(map(re.escape, sorted(moved))),
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
@@ -47,5 +68,5 @@ def adapter_tensors(deltas: Mapping[str, LowRank]) -> dict[str, Tensor]:
         key: value.float().contiguous()
         for name, delta in deltas.items()
         if delta.rank > 0
-        for key, value in zip(factor_keys(name), balanced(delta), strict=True)
+        for key, value in zip(factor_keys(name.removesuffix(".weight")), balanced(delta), strict=True)
     }

@@ -21,6 +21,7 @@ from next_core.interfaces.prediction import resolve_scaled
 from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
+from next_core.sources.adapter_tensors import is_expert
 from next_core.sources.architecture import architecture_of
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.tensor_files import TensorFile
@@ -165,6 +166,9 @@ def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:
     config = source.adapter_config() if source.steps else {}
     reasons = [f"the adapter {why} ({field})" for field, why in NOT_MERGEABLE.items() if config.get(field)]
     reasons += [f"the run trains '{name}', which a merged model would lose" for name in source.skipped]
+    expert = next((parameter.name for parameter in source.parameters if is_expert(parameter.name)), None)
+    if expert is not None:
+        reasons.append(f"'{expert}' is one of the fused experts of target_parameters")
     unknown = architecture_of(backbone.folder) is None  # and so the orientation of its layers
     if unknown and (config.get("fan_in_fan_out") or backbone.config().get("model_type") in TRANSPOSED):
         reasons.append("linear layers that are stored transposed can be told from others by transformers only")

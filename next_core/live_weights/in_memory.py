@@ -8,40 +8,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from next_core.appliers.jump_adapter import adapter_settings, balanced, factor_keys
+from next_core.appliers.jump_adapter import adapter_settings, balanced
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.process.containment import same_random_states
-from next_core.sources.adapter_source import JUMP_PREFIX, SHIFT_KEYS
-from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
+from next_core.sources.adapter_tensors import factor_keys, part_of, shift_keys
+from next_core.sources.layouts import JUMP_PREFIX
+from next_core.sources.matrices import place_in_stack, stored_name
 
 
 class InMemoryApplied(Applied):
     """A jump in a live model.
 
     ``kept`` holds the changed parameters with their old values, ``adapter`` the name of the frozen adapter if one was
-    added. ``shift`` is the move of the trained weights, rounding included: past checkpoints are moved by it, so that
-    later secants measure RL alone.
+    added. ``shift`` is how far the trained weights have moved since, rounding included: past checkpoints are moved by
+    it right after the jump, so that later secants measure RL alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.kept: list[tuple[Tensor, Tensor]] = []
         self.adapter: str | None = None
-        self.shift: dict[str, Tensor] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moved: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
+        return list(self._kept.values())
+
+    @property
+    def shift(self) -> dict[str, Tensor]:
+        return {key: (now.float() - old.float()).cpu() for key, (now, old) in self._moved.items()}
 
     @torch.no_grad()
-    def write(self, key: str, parameter: Tensor, delta: Tensor) -> None:
-        """Add ``delta`` to a parameter, or to one matrix of a stack, and record its shift under ``key``."""
-        if not self.kept or self.kept[-1][0] is not parameter:  # the matrices of a stack follow one another
-            self.kept.append((parameter, parameter.detach().clone()))
-        index = None if parameter.shape == delta.shape else place_in_stack(key)
-        target, kept = (x if index is None else x[index] for x in self.kept[-1])
-        target.copy_((target.double() + delta.to(target.device)).to(target.dtype))
-        self.shift[key] = (target.float() - kept.float()).cpu()
+    def write(self, key: str, parameter: Tensor, delta: Tensor, part: Tensor | None = None) -> None:
+        """Add ``delta`` to a parameter, or to a ``part`` that is a view of it, and record the shift under ``key``."""
+        if id(parameter) not in self._kept:
+            self._kept[id(parameter)] = parameter, parameter.detach().clone()
+        index = place_in_stack(key)
+        target, old = (x.detach() if index is None else x.detach()[index] for x in self._kept[id(parameter)])
+        part = target if part is None else part
+        part.copy_((part.double() + delta.to(part.device)).to(part.dtype))
+        self._moved[key] = target, old
 
     @torch.no_grad()
     def rollback(self) -> None:
@@ -70,13 +80,18 @@ class InMemoryApplier(WeightApplier):
             # One matrix at a time, since a full-parameter jump is as large as the model; an error undoes all of it.
             for name, moved in weight_deltas(prediction, alpha):
                 if isinstance(moved, FactorStep):
-                    keys = zip(SHIFT_KEYS, factor_keys(name), (moved.dA, moved.dB), strict=True)
-                    for shift_key, key, delta in keys:
+                    module = moved.at.module or name.removesuffix(".weight")
+                    keys = zip(shift_keys(module), factor_keys(module), (moved.dA, moved.dB), "AB", strict=True)
+                    for shift_key, key, delta, side in keys:
                         path = f"{key.removesuffix('.weight')}.{trained_adapter(out)}.weight"
-                        applied.write(shift_key.format(name=name), _find(parameters, path, delta), delta)
+                        whole = _find(parameters, path)
+                        part = part_of(side, whole.detach(), len(moved.dA), moved.at.expert)
+                        _check_shape(path, part, delta)
+                        applied.write(shift_key, whole, delta, part)
                 elif not is_peft(out):
-                    delta = dense(moved)
-                    applied.write(name, _in_full_precision(name, _find(parameters, name, delta)), delta)
+                    delta, parameter, index = dense(moved), _find(parameters, name), place_in_stack(name)
+                    _check_shape(name, parameter if index is None else parameter[index], delta)
+                    applied.write(name, _in_full_precision(name, parameter), delta)
                 else:
                     as_adapter[name] = _as_low_rank(name, moved)
             if as_adapter:
@@ -106,15 +121,22 @@ def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
     return delta
 
 
-def _find(parameters: Mapping[str, Tensor], path: str, delta: Tensor) -> Tensor:
+def _find(parameters: Mapping[str, Tensor], path: str) -> Tensor:
     target = parameters.get(path, parameters.get(stored_name(path)))
-    if target is None or matrices_in(stored_name(path), target.shape).get(path) != tuple(delta.shape):
-        have = "missing" if target is None else tuple(target.shape)
+    if target is None:
         raise BackendError(
-            f"the live model's '{path}' is {have}, the jump {tuple(delta.shape)}; use the checkpoints of this model",
-            kind="checkpoint-other-model",
+            f"'{path}' is missing in the live model; use the checkpoints of this model", kind="checkpoint-other-model"
         )
     return target
+
+
+def _check_shape(path: str, target: Tensor, delta: Tensor) -> None:
+    if target.shape != delta.shape:
+        raise BackendError(
+            f"the live model's '{path}' is {tuple(target.shape)}, the jump {tuple(delta.shape)}; use the checkpoints "
+            "of this model",
+            kind="checkpoint-other-model",
+        )
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -168,10 +190,12 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
     config = LoraConfig(**settings, task_type=trained.task_type, fan_in_fan_out=trained.fan_in_fan_out)
     with same_random_states():  # PEFT draws initial weights, which are overwritten
         model.add_adapter(name, config)
-    for module in settings["target_modules"]:
-        layer = model.base_model.model.get_submodule(module)
+    for parameter, delta in deltas.items():
+        if delta.rank == 0:
+            continue
+        layer = model.base_model.model.get_submodule(parameter.removesuffix(".weight"))
         with torch.no_grad():
-            for table, value in zip((layer.lora_A, layer.lora_B), balanced(deltas[f"{module}.weight"]), strict=True):
+            for table, value in zip((layer.lora_A, layer.lora_B), balanced(delta), strict=True):
                 table[name].weight.copy_(value)
     activate_jumps(model)
     return name

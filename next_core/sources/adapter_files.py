@@ -6,22 +6,47 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from next_core.errors import CheckpointError
+from next_core.sources.adapter_tensors import AdapterModule, PlainFile, read_modules
 from next_core.sources.layouts import ADAPTER_FILES
 from next_core.sources.pickles import open_tensors
 from next_core.sources.tensor_files import TensorFile, is_unchanged, read_json
-from next_core.storage.checkpoint_errors import damaged, other_model
+from next_core.storage.checkpoint_errors import damaged, not_found
 from next_core.storage.reading import stamp
-from next_core.types import Parameter
+from next_core.types import LoraFactors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract the first B A from the base weights."""
+VARIANTS = {
+    "use_dora": "DoRA's magnitude vector rescales whole rows; train with use_dora=False",
+    "use_qalora": "QA-LoRA's A reads averages of groups of inputs; train with use_qalora=False",
+    "use_bdlora": "BD-LoRA's factors are blocks of a diagonal; train with use_bdlora=None",
+    "kasa_config": "KaSA puts singular values between B and A and truncates the base weights; train with plain LoRA",
+    "monteclora_config": "MonteCLoRA samples weights around the factors; train with plain LoRA",
+    "arrow_config": "Arrow routes each token through several adapters; extrapolate each of them",
+}
+"""Fields of ``LoraConfig`` that, if set, make the delta something else than scaling * B A."""
+MEANINGFUL = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_parameters", "ensure_weight_tying", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication"),
+}
+"""Fields that are read, here or by an applier."""
+IRRELEVANT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core"),
+    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "velora_config", "qalora_group_size"),
+}
+"""Fields that do not change what the stored factors mean: initialisation, training, or tensors seen in the file."""
+VARIANT_NAME = re.compile(r"use_.+|.+_config")
+"""How PEFT names the fields of LoRA variants."""
 MOST_PATTERNS = 20_000
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 
@@ -39,14 +64,17 @@ class AdapterConfig:
 
     def _refuse_unsupported(self) -> None:
         kind, start = self.raw.get("peft_type"), self.raw.get("init_lora_weights")
+        variants = [field for field, value in self.raw.items() if value and VARIANT_NAME.fullmatch(field)]
+        variant = next((field for field in variants if field not in MEANINGFUL | IRRELEVANT), None)
         if kind != "LORA":
             problem = f"peft_type is {kind!r}; only LORA adapters can be extrapolated"
-        elif self.raw.get("use_dora"):
+        elif variant is not None:
+            unknown = "this version of next-core does not know it; train with plain LoRA"
             problem = (
-                "DoRA's delta is not low-rank (its magnitude vector rescales whole rows), so its factors cannot be "
-                "extrapolated; train with use_dora=False, or extrapolate merged checkpoints"
+                f"with {variant} its delta is not scaling * B A: {VARIANTS.get(variant, unknown)}, or extrapolate "
+                "merged checkpoints"
             )
-        elif isinstance(start, str) and start.startswith(CHANGES_BASE):
+        elif isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
             problem = (
                 f"init_lora_weights {start!r} changes the base weights, so B A is not what the model moved by; convert "
                 "the adapter with PEFT's path_initial_model_for_weight_conversion"
@@ -55,9 +83,23 @@ class AdapterConfig:
             return
         raise CheckpointError(f"{self.path}: {problem}", kind="checkpoint-unsupported-adapter")
 
+    @property
+    def target_parameters(self) -> list[str]:
+        """The parameters, most often fused experts, that have factors of their own."""
+        named = self.raw.get("target_parameters") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise damaged(self.path, "has target_parameters that are no list of names")
+        return named
+
     def scaling(self, module: str, rank: int) -> float:
         """Return alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
         alpha = self._number(module, "lora_alpha", "alpha_pattern")
+        if alpha == 0.0:
+            raise CheckpointError(
+                f"{self.path}: lora_alpha of '{module}' is 0, so its factors do nothing; some tools that merge "
+                "adapters write 0: put back the value that the adapter was trained with",
+                kind="checkpoint-unsupported-adapter",
+            )
         return alpha / (rank**0.5 if self.rslora else rank)
 
     def rank(self, module: str) -> float:
@@ -112,39 +154,32 @@ class AdapterFiles:
         weights = folder / WEIGHTS_FILE
         if not os.path.lexists(weights) and (folder / PICKLE_FILE).exists():
             weights = folder / PICKLE_FILE
-        self.file = replacement(open_tensors(weights, allow_pickle))
+        self.file = PlainFile(replacement(open_tensors(weights, allow_pickle)))
         self.config = AdapterConfig(folder / CONFIG_FILE)
-        self.skipped: dict[str, str] = {}
-        self.scaling: dict[str, float] = {}
-        sides: dict[str, dict[str, tuple[int, ...]]] = {}
-        for key, shape in self.file.shapes.items():
-            match = KEY.fullmatch(key)
-            if match is None or len(shape) != 2:
-                self.skipped[key] = "not a LoRA factor of a linear layer"
-            elif not self.file.dtype(key).is_floating_point:
-                raise damaged(self.file.path, f"stores '{key}' as {self.file.dtype(key)}")
-            else:
-                sides.setdefault(match["module"], {})[match["side"]] = shape
-        if not sides:
+        self.modules, self.skipped = read_modules(self.file, self.config)
+        self._module_of = {p.name: module for module in self.modules.values() for p in module.parameters}
+        self.parameters = tuple(p for module in self.modules.values() for p in module.parameters)
+        if not self.parameters:
             raise CheckpointError(
-                f"{self.file.path} contains no LoRA factors; is it the adapter of this run?",
+                f"{self.file.path}: no factors of a linear layer, only of {next(iter(self.modules))}",
                 kind="checkpoint-unsupported-adapter",
             )
-        self.parameters = tuple(self._parameter(module, shapes) for module, shapes in sorted(sides.items()))
+        self.scaling = {name: module.scaling for name, module in self._module_of.items()}
 
-    def _parameter(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
-        if set(shapes) != {"A", "B"} or not shapes["A"][0] == shapes["B"][1] > 0:
-            raise damaged(self.file.path, f"has factors of '{module}' that do not fit each other: {shapes}")
-        rank, declared = shapes["A"][0], self.config.rank(module)
-        if rank != declared:
-            raise other_model(
-                f"{self.file.path}: '{module}' has rank {rank} but {CONFIG_FILE} says {declared:g}; "
-                "config and weights are of different runs"
-            )
-        if 0 in (shapes["B"][0], shapes["A"][1]):
-            raise damaged(self.file.path, f"has a '{module}' without rows or columns")
-        self.scaling[f"{module}.weight"] = self.config.scaling(module, rank)
-        return Parameter(f"{module}.weight", (shapes["B"][0], shapes["A"][1]), rank)
+    def module_of(self, parameter: str) -> AdapterModule:
+        """Return the module that holds a parameter's factors. Raises ``CheckpointError`` for an unknown one."""
+        if parameter not in self._module_of:
+            raise not_found(f"{self.file.path} has no parameter '{parameter}'")
+        return self._module_of[parameter]
+
+    def read(self, module: AdapterModule) -> tuple[Tensor, Tensor]:
+        """Return the tensors that hold a module's A and B."""
+        return self.file.read(module.keys[0]), self.file.read(module.keys[1])
+
+    def factors(self, parameter: str) -> LoraFactors:
+        """Return a parameter's own factors."""
+        module = self.module_of(parameter)
+        return module.factors(parameter, self.read(module))
 
     def unchanged(self) -> bool:
         """Return whether factors and config on disk are still those that were opened."""

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
-from next_core.sources.adapter_files import KEY, AdapterFiles
+from next_core.sources.adapter_files import AdapterFiles
+from next_core.sources.adapter_tensors import AdapterModule, is_expert, shift_keys
 from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource
-from next_core.sources.hf_model import ModelFiles
+from next_core.sources.hf_model import HEADS, ModelFiles
 from next_core.sources.jumps import Shift, jump_folders
-from next_core.sources.layouts import ADAPTER_FILES
+from next_core.sources.layouts import ADAPTER_FILES, JUMP_PREFIX
 from next_core.sources.memory import lora_delta
 from next_core.sources.mismatch import check_same_shapes
 from next_core.sources.tensor_cache import TensorCache
@@ -26,9 +27,6 @@ from next_core.types import LoraFactors, Parameter
 
 ADAPTER = "adapter"
 """The subfolder of ``jumps/N`` with a jump that was made as an adapter."""
-JUMP_PREFIX = "jump-"
-"""How the name of such an adapter begins in a live model, and in the trainer's own checkpoints."""
-SHIFT_KEYS = ("{name}.lora_A", "{name}.lora_B")
 
 
 class PeftAdapterSourceConfig(DiskSourceConfig):
@@ -68,8 +66,8 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
     def refresh(self) -> set[int]:
         stale = super().refresh()
         for step in stale:
-            for parameter in self.parameters:
-                self._cache.drop((parameter.name, step))
+            for module in self.modules:
+                self._cache.drop((module.name, step))
         self._jump_adapters = {}
         return stale
 
@@ -83,7 +81,10 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         if self._first is None and self.config.backbone is not None:
             backbone = ModelFiles(self.config.backbone, self.config.allow_pickle)
             if not backbone.quantized():  # whose matrices are stored in other shapes; no base weight is read here
-                backbone.require({p.name: p.shape for p in first.parameters})
+                shapes = {p.name: p.shape for p in first.parameters if not is_expert(p.name)}  # stored in too many ways
+                # A tied head may be stored as the embedding alone.
+                tied = {name for name in shapes if name.endswith(HEADS) and backbone.declares_tie()}
+                backbone.require({name: shape for name, shape in shapes.items() if name not in tied})
         ours = {p.name: (*p.shape, p.rank or 0) for p in first.parameters}
         for adapter in checkpoints.values():
             theirs = {p.name: (*p.shape, p.rank or 0) for p in adapter.parameters}
@@ -101,6 +102,11 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         return () if self._first is None else self._first.parameters
 
     @property
+    def modules(self) -> tuple[AdapterModule, ...]:
+        """The modules of the adapter, those that cannot be extrapolated included."""
+        return () if self._first is None else tuple(self._first.modules.values())
+
+    @property
     def skipped(self) -> Mapping[str, str]:
         newest = self._newest()
         return {} if newest is None else newest.skipped
@@ -110,7 +116,8 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         newest = self._newest()
         if newest is None:
             return torch.float32
-        return max((newest.file.dtype(key) for key in self._keys(name)), key=lambda dtype: torch.finfo(dtype).eps)
+        keys = newest.module_of(name).keys
+        return max((newest.file.dtype(key) for key in keys), key=lambda dtype: torch.finfo(dtype).eps)
 
     def fingerprint(self, step: int | None) -> str | None:
         """Return a digest of the adapter at a step and of the jumps since; with None, of the adapter as RL began."""
@@ -134,51 +141,60 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         """Return the folder of a checkpoint."""
         return self._checkpoint(step).folder
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """The names of the tensors that hold factors."""
+        return [key for module in self.modules for key in module.keys]
+
+    def tied_embedding(self, head: AdapterModule) -> AdapterModule | None:
+        """Return the embedding whose factors are those of a head, transposed (PEFT's ``ensure_weight_tying``)."""
+        if not self.adapter_config().get("ensure_weight_tying"):
+            return None
+        same = head.shape[::-1], head.rank, "embedding"
+        return next((m for m in self.modules if (m.shape, m.rank, m.kind) == same), None)
+
     def extra_tensors(self, step: int) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint that are not LoRA factors of linear layers; they are kept as trained."""
+        """Return the tensors of a checkpoint that are not extrapolated; they are kept as trained."""
         adapter = self._checkpoint(step)
         return {key: adapter.file.read(key) for key in adapter.skipped}
 
     def stored(self, key: str, step: int) -> Tensor:
         """Return a tensor of a checkpoint by its name in the file, plus the jumps made right after it."""
-        value, match = self._checkpoint(step).file.read(key), KEY.fullmatch(key)
-        if match is not None:
-            shift_key = SHIFT_KEYS["AB".index(match["side"])].format(name=f"{match['module']}.weight")
-            for shift in self._shifts.made_after(step):
-                value = shift.added(value, shift_key)
+        value = self._checkpoint(step).file.read(key)
+        for module in self.modules:
+            if key in module.keys and module.moves:
+                shift_key = shift_keys(module.name)[module.keys.index(key)]
+                for shift in self._shifts.made_after(step):
+                    value = shift.added(value, shift_key)
         return value
 
     def remember(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Cache the tensors of a checkpoint that is being written, by their names in the file, to avoid reading it."""
-        for parameter in self.parameters:
-            keys = self._keys(parameter.name)
-            self._cache.put((parameter.name, step), tuple(tensors[key] for key in keys))
-            self._added.pop((parameter.name, step), None)
-
-    def _keys(self, name: str) -> list[str]:
-        return [f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+        for module in self.modules:
+            self._cache.put((module.name, step), tuple(tensors[key] for key in module.keys))
+            self._added.pop((module.name, step), None)
 
     def factors(self, name: str, step: int) -> LoraFactors:
+        module = self._checkpoint(step).module_of(name)
         shifts = self._shifts.since(step)
-        added = self._added.get((name, step), ())
+        added = self._added.get((module.name, step), ())
         if shifts[: len(added)] != added:  # a jump was rolled back: start again from what is stored
-            self._cache.drop((name, step))
+            self._cache.drop((module.name, step))
             added = ()
-        A, B = self._cached(name, step)
+        A, B = self._cached(module, step)
         if shifts != added:
             for shift in shifts[len(added) :]:
-                A, B = (shift.added(x, key.format(name=name)) for x, key in zip((A, B), SHIFT_KEYS, strict=True))
-            self._cache.put((name, step), (A, B))
-            self._added[name, step] = shifts
-        return LoraFactors(A.clone(), B.clone(), self.scaling(name))  # callers may change what they get
+                A, B = (shift.added(x, key) for x, key in zip((A, B), shift_keys(module.name), strict=True))
+            self._cache.put((module.name, step), (A, B))
+            self._added[module.name, step] = shifts
+        return module.factors(name, (A, B))
 
-    def _cached(self, name: str, step: int) -> tuple[Tensor, ...]:
-        cached = self._cache.get((name, step))
+    def _cached(self, module: AdapterModule, step: int) -> tuple[Tensor, ...]:
+        cached = self._cache.get((module.name, step))
         if cached is None:
-            self._added.pop((name, step), None)
-            file = self._checkpoint(step).file
-            cached = tuple(file.read(key) for key in self._keys(name))
-            self._cache.put((name, step), cached)
+            self._added.pop((module.name, step), None)
+            cached = self._checkpoint(step).read(module)
+            self._cache.put((module.name, step), cached)
         return cached
 
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank:
@@ -200,12 +216,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         """Return the deltas of the frozen jump adapters next to the trained one that touch a parameter."""
         if step not in self._jump_adapters:
             self._jump_adapters[step] = [AdapterFiles(path) for path in self._jump_adapter_folders(step)]
-        A, B = self._keys(name)
-        return [
-            LowRank(jump.scaling[name] * jump.file.read(B).double(), jump.file.read(A).double())
-            for jump in self._jump_adapters[step]
-            if name in jump.scaling
-        ]
+        return [lora_delta(jump.factors(name), None) for jump in self._jump_adapters[step] if name in jump.scaling]
 
     def _jump_adapter_folders(self, step: int) -> list[Path]:
         if self._shifts.in_run_folder:

@@ -25,6 +25,10 @@ WRITTEN_LAST = "tokenizer_config.json"
 """OpenRLHF writes the tokenizer last: a folder without it is incomplete."""
 RUN_FOLDER = ("journal.jsonl", "config.yaml", JUMPS)
 """Lie next to the checkpoints of a run of this project."""
+REFERENCE = "ref"
+"""The adapter in which TRL keeps the reference policy."""
+JUMP_PREFIX = "jump-"
+"""How the names of frozen jump adapters begin in a live model, and in the trainer's own checkpoints."""
 UNFINISHED = (".", "tmp-")
 """How the names of folders begin that are still being written."""
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -82,8 +86,19 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
         match = pattern.fullmatch(path.name)
         if match is not None and (path.is_dir() or (path.is_symlink() and not path.exists())):
             inside = [path / place for place in places]
-            return int(match[1]), next((folder for folder in inside if folder.is_dir()), inside[0])
+            found = next((folder for folder in inside if folder.is_dir()), inside[0])
+            named = [] if has_any(found) else named_adapters(found)
+            return int(match[1]), named[0] if len(named) == 1 else found
     return None
+
+
+def named_adapters(folder: Path) -> list[Path]:
+    """Return the subfolders in which PEFT saved adapters that are not called "default", but references and jumps."""
+    return sorted(
+        path.parent
+        for path in folder.glob(f"*/{ADAPTER_FILES[0]}")
+        if path.parent.name != REFERENCE and not path.parent.name.startswith(JUMP_PREFIX)
+    )
 
 
 def contains_checkpoints(path: Path, files: Collection[str], listed: Sequence[Path] = ()) -> bool:

@@ -25,15 +25,11 @@ from next_core.interfaces import Applied, Prediction
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, dense
-from next_core.sources.adapter_source import (
-    ADAPTER,
-    JUMP_PREFIX,
-    SHIFT_KEYS,
-    PeftAdapterSource,
-    PeftAdapterSourceConfig,
-)
+from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.adapter_tensors import shift_keys
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.jumps import SHIFT_FILE, jump_folders
+from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory, remove_directory, write_text
 
 if TYPE_CHECKING:
@@ -272,9 +268,10 @@ def split_updates(prediction: Prediction, alpha: float, lora: bool) -> tuple[dic
     frozen: dict[str, LowRank] = {}
     for name, delta in weight_deltas(prediction, alpha):
         if isinstance(delta, FactorStep):
-            for key, factor, step in zip(SHIFT_KEYS, (delta.at.A, delta.at.B), (delta.dA, delta.dB), strict=True):
+            keys = shift_keys(delta.at.module)
+            for key, factor, step in zip(keys, (delta.at.A, delta.at.B), (delta.dA, delta.dB), strict=True):
                 # What fp32 factors really move by, rounding included.
-                shift[key.format(name=name)] = ((factor.double() + step).float() - factor.float()).contiguous()
+                shift[key] = ((factor.double() + step).float() - factor.float()).contiguous()
         elif not lora:
             shift[name] = dense(delta).float().contiguous()
         elif isinstance(delta, LowRank):

@@ -14,7 +14,7 @@ from next_backends.trl.processes import Processes
 from next_core.errors import BackendError, describe
 from next_core.live_weights.in_memory import activate_jumps, is_peft, jump_adapters, remove_adapter
 from next_core.process.containment import same_random_states
-from next_core.sources.adapter_source import JUMP_PREFIX
+from next_core.sources.layouts import JUMP_PREFIX
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**20

@@ -14,8 +14,8 @@ from torch import Tensor
 from next_core.errors import CheckpointError, describe
 from next_core.live_weights.in_memory import is_peft, trained_adapter
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from next_core.sources.adapter_source import JUMP_PREFIX
 from next_core.sources.hf_model import SINGLE
+from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory
 
 

@@ -1,0 +1,170 @@
+"""Names and config of an adapter: wrappers' names are stripped, variants of LoRA refused, every field is classified."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from next_core import make_applier, open_checkpoints
+from next_core.interfaces import Prediction
+from next_core.sources.adapter_files import IRRELEVANT, MEANINGFUL, VARIANTS, AdapterFiles
+from tests.errors import raises_kind
+from tests.sources.models import MODULE, adapter, adapter_tensors
+
+UNSUPPORTED = "checkpoint-unsupported-adapter"
+KEY = f"base_model.model.{MODULE}.lora_A.weight"
+
+
+def configured(folder: Path, **fields: Any) -> Path:
+    """An adapter of rank 2 whose config has these fields."""
+    made = adapter(folder, 10)
+    path = made / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return made
+
+
+def renamed(folder: Path, **pairs: str) -> Path:
+    """An adapter of rank 2 in whose names texts are replaced by others."""
+    made, tensors = adapter(folder, 10), {}
+    for key, value in adapter_tensors(10).items():
+        for old, new in pairs.items():
+            key = key.replace(old, new) if old != "start" else f"{new}{key}"
+        tensors[key] = value
+    save_file(tensors, made / "adapter_model.safetensors")
+    return made
+
+
+def test_every_field_of_the_installed_peft_is_classified() -> None:
+    """A field that a new PEFT brings fails here: decide what it does to the delta."""
+    from peft import LoraConfig
+
+    classes = [set(VARIANTS), MEANINGFUL, IRRELEVANT]
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == set.union(*map(set, classes))
+    assert sum(map(len, classes)) == len(set.union(*map(set, classes)))
+
+
+@pytest.mark.parametrize("field", [*VARIANTS, "use_newlora", "newlora_config"])
+def test_a_variant_whose_delta_is_no_product_is_refused_if_set(tmp_path: Path, field: str) -> None:
+    with raises_kind(UNSUPPORTED, field, "adapter_config.json"):
+        AdapterFiles(configured(tmp_path / "set", **{field: {"a": 1}}))
+    assert AdapterFiles(configured(tmp_path / "unset", **{field: None})).parameters
+
+
+def test_what_other_tools_add_to_a_config_is_no_variant(tmp_path: Path) -> None:
+    more = {"unsloth_fixed": True, "auto_mapping": {"a": "b"}, "eva_config": {"rho": 2.0}, "velora_config": {"a": 1}}
+    assert AdapterFiles(configured(tmp_path / "a", **more)).scaling == {f"{MODULE}.weight": 1.0}
+
+
+def test_tensors_of_an_unknown_variant_are_refused(tmp_path: Path) -> None:
+    made, name = adapter(tmp_path / "a", 10), f"base_model.model.{MODULE}.lora_diag"
+    save_file(adapter_tensors(10) | {name: torch.ones(2)}, made / "adapter_model.safetensors")
+    with raises_kind(UNSUPPORTED, name):
+        AdapterFiles(made)
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 0}, {"alpha_pattern": {"q_proj": 0}}])
+def test_an_adapter_scaled_by_zero_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with raises_kind(UNSUPPORTED, "lora_alpha", MODULE):
+        AdapterFiles(configured(tmp_path / "a", **fields))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"start": "_orig_mod."},
+        {"start": "module."},
+        {"start": "module._orig_mod."},
+        {"base_model.model.": "base_model.model._orig_mod."},
+        {"layers.0.": "layers.0._checkpoint_wrapped_module."},
+        {"start": "_fsdp_wrapped_module.", "layers.0.": "layers.0._fsdp_wrapped_module."},
+        {".weight": ".default.weight"},
+        {".weight": ".policy.weight", "start": "module."},
+        {"base_model.model.": ""},
+    ],
+    ids=lambda names: " ".join(names.values()) or "bare",
+)
+def test_names_of_wrappers_and_adapters_are_stripped_in_what_is_read_and_written(
+    tmp_path: Path, names: dict[str, str]
+) -> None:
+    for step in (10, 20):
+        renamed(tmp_path / f"run/checkpoint-{step}", **names)
+    source = open_checkpoints(tmp_path / "run")
+    assert [parameter.name for parameter in source.parameters] == [f"{MODULE}.weight"]
+    assert torch.equal(source.delta(f"{MODULE}.weight", 20).dense(), torch.full((3, 4), 20.0).double())  # type: ignore[union-attr]
+    make_applier("peft-adapter").apply(Prediction(source, 20, 10), out=tmp_path / "out")
+    assert set(load_file(tmp_path / "out/adapter_model.safetensors")) == set(adapter_tensors(10))
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    made = adapter(tmp_path / "a", 10)
+    tensors = {
+        key.replace(".weight", f".{name}.weight"): v.clone() for name in "xy" for key, v in adapter_tensors(1).items()
+    }
+    save_file(tensors, made / "adapter_model.safetensors")
+    with raises_kind(UNSUPPORTED, ".x.weight", ".y.weight"):
+        AdapterFiles(made)
+
+
+def test_a_file_without_factors_is_refused_with_the_name_of_its_first_tensor(tmp_path: Path) -> None:
+    made = adapter(tmp_path / "a", 10)
+    save_file({"base_model.model.lm_head.weight": torch.ones(2, 2)}, made / "adapter_model.safetensors")
+    with raises_kind(UNSUPPORTED, "lm_head.weight"):
+        AdapterFiles(made)
+
+
+@pytest.mark.parametrize("shape", [(0,), (8,)])
+def test_factors_that_zero_3_left_in_shards_are_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    made = adapter(tmp_path / "a", 10)
+    save_file(adapter_tensors(10) | {KEY: torch.ones(shape)}, made / "adapter_model.safetensors")
+    with raises_kind("checkpoint-damaged", KEY, "ZeRO-3"):
+        AdapterFiles(made)
+
+
+def expert_tensors(ranks: dict[str, int]) -> dict[str, torch.Tensor]:
+    key = "base_model.model.layers.0.mlp.experts{}.lora_{}.weight"
+    sides = [{key.format(n, "A"): torch.ones(r, 6), key.format(n, "B"): torch.ones(6, r)} for n, r in ranks.items()]
+    return {name: tensor for side in sides for name, tensor in side.items()}
+
+
+def test_each_expert_of_a_fused_layer_is_a_parameter(tmp_path: Path) -> None:
+    """PEFT stores A expert after expert, and in B the expert is the fastest index."""
+    fields = {
+        "target_parameters": ["experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"gate_up_proj": 3},
+    }
+    made = configured(tmp_path / "a", lora_alpha=6, **fields)
+    tensors = expert_tensors({"": 8, ".base_layer": 12})
+    A, B = (f"base_model.model.layers.0.mlp.experts.lora_{side}.weight" for side in "AB")
+    tensors[A], tensors[B] = torch.arange(48.0).reshape(8, 6), torch.arange(48.0).reshape(6, 8)
+    save_file(tensors, made / "adapter_model.safetensors")
+    opened = AdapterFiles(made)
+    assert [(p.name, p.rank) for p in opened.parameters] == [
+        *((f"layers.0.mlp.experts.down_proj[{expert}]", 2) for expert in range(4)),
+        *((f"layers.0.mlp.experts.gate_up_proj[{expert}]", 3) for expert in range(4)),
+    ]
+    found = opened.factors("layers.0.mlp.experts.down_proj[1]")
+    assert torch.equal(found.A, tensors[A].reshape(4, 2, 6)[1])
+    assert torch.equal(found.B, tensors[B].reshape(6, 2, 4)[..., 1])
+    assert found.scaling == 3.0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "targets", "kind"),
+    [
+        ({"": 7}, ["mlp.experts.down_proj"], "checkpoint-other-model"),
+        ({"": 8, ".base_layer": 8}, ["mlp.experts.down_proj"], UNSUPPORTED),
+    ],
+)
+def test_fused_factors_that_do_not_fit_the_config_are_refused(
+    tmp_path: Path, ranks: dict[str, int], targets: list[str], kind: str
+) -> None:
+    made = configured(tmp_path / "a", target_parameters=targets)
+    save_file(expert_tensors(ranks), made / "adapter_model.safetensors")
+    with raises_kind(kind, "down_proj"):
+        AdapterFiles(made)

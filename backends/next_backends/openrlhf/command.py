@@ -62,8 +62,6 @@ REFUSED = {
     "--train.partial_rollout_enable": "weights would change while rollouts of the old ones are in flight",
 }
 """Options that the backend cannot work with, or how their names begin, and why."""
-NEUTRAL = {"--actor.optim": "adam", "--data.max_images_per_prompt": "0", "--ds.tensor_parallel_size": "1"}
-"""Values of refused options that change nothing."""
 ESTIMATORS = {"grpo": ("group_norm", "dr_grpo"), "rloo": ("rloo",), "reinforce++": ("reinforce_baseline", "reinforce")}
 """Advantage estimators of each algorithm, the default first."""
 MOST_RESTARTS = 20
@@ -144,13 +142,12 @@ def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
 
     OpenRLHF's parser accepts abbreviations, so an option may stand for any that it begins.
     """
-    for option, value in _extra(config).items():
+    for option in _extra(config):
         ours = next((name for name in options if name.startswith(option)), None)
         if ours is not None:
             raise _contradiction(f"backend.extra_args: {option} is set by {options[ours][0]}")
         for name, reason in REFUSED.items():
-            begins = option.startswith(name) if name.endswith(".") else name.startswith(option)
-            if begins and value != NEUTRAL.get(name):
+            if option.startswith(name) if name.endswith(".") else name.startswith(option):
                 raise _unsupported(f"backend.extra_args: {option} is not supported: {reason}")
 
 

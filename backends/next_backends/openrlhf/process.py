@@ -34,23 +34,23 @@ class TrainerProcess:
     ) -> None:
         """Start ``command`` with ``env`` as its whole environment and append its output to ``log``.
 
-        ``scratch`` is removed once everything has ended. A command that cannot be run ends with status 127. Raises
-        ``BackendError`` when the log cannot be written.
+        ``scratch``, a folder closed to other users, is removed once everything has ended. A command that cannot be run
+        ends with status 127. Raises ``BackendError`` when the log cannot be written.
         """
         self.token, self.log = secrets.token_hex(16), log
         self._scratch, self._grace = scratch, grace
         job = {
             "command": list(command),
             "env": {"SPT_NOENV": "1"} | dict(env),  # setproctitle then leaves the environment, and the token, alone
-            "scratch": str(scratch.absolute()),
             "grace": grace,
             "parent": os.getpid(),
         }
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
+            (scratch / supervisor.JOB).write_text(json.dumps(job), encoding="utf-8")
             with log.open("ab") as output:
                 self._supervisor = subprocess.Popen(
-                    [sys.executable, "-P", supervisor.__file__],
+                    [sys.executable, "-P", supervisor.__file__, str(scratch.absolute())],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
@@ -63,15 +63,6 @@ class TrainerProcess:
                 f"the trainer's log {log} cannot be written ({error}); choose another folder",
                 kind="storage-not-writable",
             ) from error
-        self._send(json.dumps(job).encode() + b"\n")
-
-    def _send(self, message: bytes) -> None:
-        """Write to the supervisor; ``poll`` shows whether it has ended."""
-        pipe = self._supervisor.stdin
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            while message:
-                message = message[pipe.write(message) or 0 :]
 
     def poll(self) -> int | None:
         """Return the command's exit status, 128 + n if signal n killed it; None until none of its processes is left."""
@@ -109,7 +100,8 @@ class TrainerProcess:
         """
         pipe = self._supervisor.stdin
         if pipe is not None and not pipe.closed:
-            self._send(b"stop")  # a fork of ours may hold the pipe open
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                pipe.write(b"stop")  # a fork of ours may hold the pipe open
             pipe.close()
         try:
             self._supervisor.wait(self._grace + KILL_TIME)

@@ -110,23 +110,21 @@ def _prompt_end(prompt: str, query: str) -> int:
 
 def special_tokens(model: Path) -> list[str]:
     """Return the special tokens of a tokenizer, longest first. Raises ``CheckpointError`` for a damaged file."""
-    found: set[Any] = set()
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
-        path = model / name
+    found: set[str] = set()
+    for path in (model / "tokenizer.json", model / "tokenizer_config.json"):
         if path.exists():
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))  # with numbers as large as 10**30
-                tokens = [value for key, value in config.items() if key.endswith("_token")]
-                tokens += config.get("additional_special_tokens") or []
-                added = [*(config.get("added_tokens_decoder") or {}).values(), *(config.get("added_tokens") or [])]
-                tokens += [token for token in added if token.get("special")]
-                found |= {token["content"] if isinstance(token, dict) else token for token in tokens}
+                added = [*config.get("added_tokens", ()), *config.get("added_tokens_decoder", {}).values()]
+                found |= {token["content"] for token in added if token.get("special")}
+                named = [value for key, value in config.items() if key.endswith("_token")]
+                found |= {value for value in named if isinstance(value, str)}  # add_bos_token is true or false
+                found |= {value["content"] for value in named if isinstance(value, dict)}
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{path} is not a tokenizer's ({describe(error)}); restore it", kind="checkpoint-damaged"
                 ) from None
-    texts = [text for text in found if isinstance(text, str) and text]  # add_bos_token is true or false
-    return sorted(texts, key=len, reverse=True)
+    return sorted(filter(None, found), key=len, reverse=True)
 
 
 class _Server(ThreadingHTTPServer):

@@ -1,7 +1,7 @@
-"""Start the trainer, watch it, and leave none of its processes behind. ``TrainerProcess`` runs this file as a script.
+"""Start the trainer, watch it, and leave none of its processes behind: ``supervisor.py SCRATCH``.
 
-Standard input carries the job, one line of JSON, and stays open while next-core lives: whatever comes next, its end
-included, ends the trainer. Standard output is the trainer's log.
+``TrainerProcess`` runs this file as a script. Its standard input stays open while next-core lives: whatever comes,
+its end included, ends the trainer. Standard output is the trainer's log.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 TOKEN = "NEXT_CORE_TRAINER"
+JOB = "job.json"
+"""In the scratch folder: the command, its environment and more."""
 TICK = 0.1
 PR_SET_CHILD_SUBREAPER = 36
 NOT_STARTED = 127
@@ -95,21 +98,16 @@ def run(job: dict[str, Any], signals: list[int]) -> int:
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 
-def main() -> int:
-    """Read the job, run it and remove its scratch directory."""
+def main(scratch: Path) -> int:
+    """Run the job in the scratch folder and remove that folder."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
-    with open(0, "rb", buffering=0, closefd=False) as pipe:
-        line = pipe.readline()
-    if not line.endswith(b"\n"):  # next-core ended before it had written the job
-        return NOT_STARTED
-    job: dict[str, Any] = json.loads(line)
     try:
-        return run(job, signals)
+        return run(json.loads((scratch / JOB).read_text(encoding="utf-8")), signals)
     finally:
-        shutil.rmtree(job["scratch"], ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    os._exit(main())  # a regular exit restores the default signal handlers before it is done
+    os._exit(main(Path(sys.argv[1])))  # a regular exit restores the default signal handlers before it is done

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import socket
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from next_backends.openrlhf.control_socket import ControlSocket
 from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.errors import BackendError
 
@@ -21,12 +23,15 @@ END_TIMEOUT = 1800.0
 """Seconds for its last save and the end of its processes."""
 LAST_WORDS = 20.0
 """Seconds for a trainer that hung up to end and log the reason."""
+LONGEST = 2**20
+"""Bytes of one message of the trainer: answers are figures, never weights."""
 
 
 class Trainer:
-    """A trainer process. While we wait for it, its rewards are served.
+    """A trainer process, which calls us through a Unix socket. While we wait for it, its rewards are served.
 
-    Any call raises ``BackendError`` with the trainer's last lines when it fails.
+    Only processes of the same user reach the socket, as its folder is closed to others. Messages are JSON, framed by
+    multiprocessing and never unpickled. Any call raises ``BackendError`` with the trainer's last lines when it fails.
     """
 
     def __init__(self, setup: TrainerSetup, start: int, load: bool = False) -> None:
@@ -37,11 +42,15 @@ class Trainer:
         self._new_weights = True
         """Whether the engines got weights since the last step."""
         scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short, as the paths of sockets have a limit
-        self._socket = ControlSocket(scratch)
+        self._caller: Connection | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
         try:
-            self.process = setup.launch(scratch, self._socket.address, start, load)
+            self._listener.bind(str(scratch / "control"))
+            self._listener.listen()
+            self.process = setup.launch(scratch, self._listener.getsockname(), start, load)
         except BaseException:
-            self._socket.close()
+            self._listener.close()
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         try:
@@ -83,7 +92,9 @@ class Trainer:
         try:
             self.process.stop()
         finally:
-            self._socket.close()
+            self._listener.close()
+            if self._caller is not None:
+                self._caller.close()
 
     def _wait(self) -> None:
         """Serve rewards for a moment."""
@@ -116,8 +127,8 @@ class Trainer:
         while True:
             ended = not self.process.running  # asked first: the last message may come just before the end
             try:
-                message = self._socket.receive()
-            except BackendError as error:
+                message = self._receive()
+            except (EOFError, OSError) as error:
                 raise self._lost(error) from None
             if message is not None:
                 return message
@@ -129,15 +140,31 @@ class Trainer:
                 )
             self._wait()
 
+    def _receive(self) -> dict[str, Any] | None:
+        """Return the next message, or None if there is none yet. The first caller is the trainer."""
+        if self._caller is None:
+            try:
+                self._caller = Connection(self._listener.accept()[0].detach())
+            except BlockingIOError:
+                return None
+        if not self._caller.poll():
+            return None
+        message: dict[str, Any] = json.loads(self._caller.recv_bytes(LONGEST))
+        return message
+
     def _send(self, message: dict[str, Any]) -> None:
+        assert self._caller is not None  # it has paused
         try:
-            self._socket.send(message)
-        except BackendError as error:
+            self._caller.send_bytes(json.dumps(message).encode())
+        except OSError as error:
             raise self._lost(error) from None
 
-    def _lost(self, error: BackendError) -> BackendError:
+    def _lost(self, error: EOFError | OSError) -> BackendError:
         """Wait for the end of a trainer that hung up, and raise or return the best explanation."""
         with contextlib.suppress(BackendError):
             self._wait_for_end(LAST_WORDS)
         self.process.check("while it was needed")
-        return BackendError(f"{error.message}; its log: {self.process.log}", kind=error.kind)
+        return BackendError(
+            f"the trainer has hung up ({error or 'end of file'}); its log: {self.process.log}",
+            kind="backend-process-lost",
+        )

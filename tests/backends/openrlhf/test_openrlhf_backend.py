@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from next_backends.openrlhf import trainer
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 from next_core.testing import BackendCase, Check, checks_of
 from tests.backends.openrlhf.pretence import Pretence, motion
@@ -177,6 +178,14 @@ def test_a_trainer_that_dies_is_reported_with_its_last_lines(
         pretence.jump(backend, 1)
     with raises_kind("backend-process-lost"):
         backend.train(2, lambda _: None)
+
+
+def test_a_trainer_that_sends_too_much_is_not_read(pretence: Pretence, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pretence.started()
+    monkeypatch.setattr(trainer, "LONGEST", 10)
+    monkeypatch.setattr(trainer, "LAST_WORDS", 0.1)
+    with raises_kind("backend-process-lost", "bad message length"):
+        pretence.observe(backend, 1)
 
 
 def test_a_trainer_that_died_while_it_paused_is_reported(pretence: Pretence) -> None:

@@ -68,13 +68,13 @@ def config(openrlhf_backend: Callable[..., dict[str, Any]]) -> Config:
 def tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of the trainers that a test starts; nothing of them is left when it ends."""
     found: list[str] = []
-    real = TrainerProcess._send
+    real = TrainerProcess.__init__
 
-    def send(self: TrainerProcess, message: bytes) -> None:
+    def start(self: TrainerProcess, *arguments: Any) -> None:
+        real(self, *arguments)
         found.append(self.token)
-        real(self, message)
 
-    monkeypatch.setattr(TrainerProcess, "_send", send)
+    monkeypatch.setattr(TrainerProcess, "__init__", start)
     yield found
     assert found
     assert not any(leftovers(token) for token in found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,18 +148,8 @@ def test_a_malformed_request_is_refused_and_others_are_served(served: Served, bo
     assert found["rewards"] == 1.0
 
 
-def test_a_whole_step_of_rollouts_may_call_at_once(served: Served) -> None:
-    server = served(lengths)
-    together = threading.Barrier(128)
-
-    def one(number: int) -> Any:
-        together.wait()
-        return ask(server, ["a=" + "x" * number], ["a="])[1]["rewards"]
-
-    assert answered(server, *(lambda number=number: one(number) for number in range(128))) == list(range(128))
-
-
 def test_pending_completions_are_scored_in_one_call(served: Served) -> None:
+    """A whole step of rollouts may call at once."""
     calls: list[int] = []
 
     def reward(completions: list[str], **_: Any) -> list[float]:
@@ -168,13 +157,13 @@ def test_pending_completions_are_scored_in_one_call(served: Served) -> None:
         return lengths(completions)
 
     server = served(reward)
-    with ThreadPoolExecutor(8) as clients:
-        asked = [clients.submit(ask, server, ["a=" + "x" * number], ["a="]) for number in range(8)]
-        while server._server.requests.qsize() < 8:
+    with ThreadPoolExecutor(128) as clients:
+        asked = [clients.submit(ask, server, ["a=" + "x" * number], ["a="]) for number in range(128)]
+        while server._server.requests.qsize() < 128:
             time.sleep(0.01)
         server.serve(0.1)
-        assert [future.result()[1]["rewards"] for future in asked] == list(range(8))
-    assert calls == [8]
+        assert [future.result()[1]["rewards"] for future in asked] == list(range(128))
+    assert calls == [128]
 
 
 def test_closing_answers_pending_requests_with_an_error() -> None:
@@ -231,11 +220,6 @@ DECODER = {"7": {"content": "<s>", "special": True}, "8": {"content": "word", "s
                 "tokenizer_class": "LlamaTokenizer",
             },
             ["<unk>", "</s>", "<s>"],
-        ),
-        (
-            "special_tokens_map",
-            {"bos_token": {"content": "[CLS]"}, "additional_special_tokens": ["<|turn|>", {"content": "<|stop|>"}]},
-            ["<|turn|>", "<|stop|>", "[CLS]"],
         ),
         ("other", {}, []),
     ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, model_validator
 from scipy.stats import t as student
 from sklearn.isotonic import IsotonicRegression
 
@@ -23,85 +23,127 @@ Result = Mapping[str, Any]
 """The ``result.json`` of one run."""
 Seeds = Mapping[int, Result]
 """The results of one variant by seed."""
+Number = Annotated[float, AllowInfNan(False)]
+Accuracies = dict[str, Number | None]
+"""Accuracy by how answers were taken: sampled, greedy."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Mean over seeds with Student's 95% interval, whose ends are None for one seed; ``values`` by seed."""
+class Part(BaseModel):
+    """A part of a file of results. Unknown keys are ignored, so that files of newer versions can be read."""
 
-    mean: float
-    low: float | None
-    high: float | None
-    values: Mapping[str, float]
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class Bounds(Part):
+    """A figure and the ends of its 95% interval, which are None for one seed."""
+
+    mean: Number
+    low: Number | None = None
+    high: Number | None = None
+
+
+class Interval(Bounds):
+    """Mean over seeds with Student's 95% interval; ``values`` by seed."""
+
+    values: Accuracies = {}
 
     @classmethod
-    def of(cls, values: Mapping[int, float]) -> Interval:
+    def of(cls, values: Mapping[Any, float]) -> Self:
         """Take one value per seed. Raises ``ValueError`` without any."""
-        mean, by_seed = statistics.mean(values.values()), {str(seed): value for seed, value in values.items()}
+        mean = statistics.mean(values.values())
+        by_seed: Accuracies = {str(seed): value for seed, value in values.items()}
         if len(values) < 2:
-            return cls(mean, None, None, by_seed)
+            return cls(mean=mean, low=None, high=None, values=by_seed)
         half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values.values()) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half, by_seed)
+        return cls(mean=mean, low=mean - half, high=mean + half, values=by_seed)
 
 
-@dataclass(frozen=True)
-class VariantResult:
+class Line(Part):
+    """Means along a curve, with their intervals."""
+
+    mean: list[Number | None]
+    low: list[Number | None] | None = None
+    high: list[Number | None] | None = None
+
+
+class Curve(Part):
+    """Accuracies along the runs of an arm, by kind."""
+
+    steps: list[int]
+    seconds: list[Number | None]
+    validation: dict[str, Line] = {}
+    test: dict[str, Line] = {}
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        count = len(self.steps)
+        columns = [self.seconds, *(part for line in self.test.values() for part in (line.mean, line.low, line.high))]
+        if any(column is not None and len(column) != count for column in columns):
+            raise ValueError(f"every column must have {count} points, as many as steps")
+        return self
+
+
+class VariantResult(Part):
     """One combination of the values that an arm chooses among, with its final accuracies."""
 
-    values: Mapping[str, Any]
-    validation: Interval
-    test: Interval
-    chosen: bool
+    values: dict[str, Any]
+    validation: Interval | None = None
+    test: Interval | None = None
+    chosen: bool = False
 
 
-@dataclass(frozen=True)
-class Icer:
-    """RL steps for each point of accuracy gained: of the mean gain and the ends of its interval."""
+class ArmResult(Part):
+    """The figures of one arm, of the variant that validation chose; docs/compare.md defines each.
 
-    mean: float
-    low: float | None
-    high: float | None
+    ``icer`` are RL steps for each point of accuracy gained: of the mean gain and of the ends of its interval.
+    """
 
-
-@dataclass(frozen=True)
-class ArmResult:
-    """The figures of one arm, of the variant that validation chose; docs/compare.md defines each."""
-
-    role: str
+    role: Literal["plain", "control", "arm"]
     predictor: str
-    chosen: Mapping[str, Any]
-    variants: Sequence[VariantResult]
+    chosen: dict[str, Any] = {}
+    variants: list[VariantResult] = []
     steps: int
-    spent_steps: int
-    validation: Mapping[str, Interval]
-    test: Mapping[str, Interval]
-    difference: Interval | None
-    difference_longer: Interval | None
-    equals_step: Interval
-    beyond: int
-    steps_saved: Interval
-    icer: Icer | None
-    seconds: Interval
-    seconds_saved: Interval
-    ours_seconds: Interval
-    curve: Mapping[str, Any]
-    jumps: Mapping[str, Any]
+    spent_steps: int | None = None
+    validation: dict[str, Interval | None] = {}
+    test: dict[str, Interval | None] = {}
+    difference: Interval | None = None
+    difference_longer: Interval | None = None
+    equals_step: Interval | None = None
+    beyond: int = 0
+    steps_saved: Interval | None = None
+    icer: Bounds | None = None
+    seconds: Interval | None = None
+    seconds_saved: Interval | None = None
+    ours_seconds: Interval | None = None
+    curve: Curve | None = None
+    jumps: Mapping[str, Sequence[Any]] = {}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All arms, ``plain`` first, and the facts of the whole comparison."""
+class Comparison(Part):
+    """``compare.json``: the facts of the whole comparison, and all arms, ``plain`` first."""
 
-    facts: Mapping[str, Any]
-    arms: Mapping[str, ArmResult]
+    versions: dict[str, str] = {}
+    hardware: str = ""
+    config: dict[str, Any] = {}
+    steps: int
+    longer: int | None = None
+    seeds: list[int]
+    metric: str
+    rollouts_per_step: int | None = None
+    base: dict[str, Accuracies] = {}
+    steps_run: int | None = None
+    steps_shared: int | None = None
+    failed: dict[str, str] = {}
+    arms: Mapping[str, ArmResult] = Field(min_length=1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain objects for JSON, with the keys that docs/compare.md lists."""
-        return {**self.facts, "arms": {name: asdict(arm) for name, arm in self.arms.items()}}
+        return self.model_dump()
 
     def __repr__(self) -> str:
-        means = [f"{name} {arm.test[self.facts['metric']].mean:.3f}" for name, arm in self.arms.items()]
-        return f"<Comparison over {len(self.facts['seeds'])} seeds; {', '.join(means)}>"
+        ends = {name: arm.test.get(self.metric) for name, arm in self.arms.items()}
+        means = [f"{name} {end.mean:.3f}" for name, end in ends.items() if end is not None]
+        return f"<Comparison over {len(self.seeds)} seeds; {', '.join(means)}>"
 
 
 def collect(
@@ -122,21 +164,21 @@ def collect(
     plain = found[PLAIN, 0]
     longest = found.get((LONGER, 0), plain)
     training = arms[0].variants[0].config.training
-    facts = {
-        "versions": versions(),
-        "hardware": hardware(),
-        "config": config.model_dump(mode="json"),
-        "steps": config.steps,
-        "longer": config.longer,
-        "seeds": list(config.seeds),
-        "metric": config.metric,
-        "rollouts_per_step": training.prompts_per_step * training.generations,
-        "base": {split: next(iter(plain.values()))["curve"][0][split] for split in SPLITS},
-        "steps_run": plan.steps,
-        "steps_shared": plan.shared,
-        "failed": dict(failed),
-    }
-    return Comparison(facts, {arm.name: _judge(arm, found, plain, longest, config.metric) for arm in arms})
+    return Comparison(
+        versions=versions(),
+        hardware=hardware(),
+        config=config.model_dump(mode="json"),
+        steps=config.steps,
+        longer=config.longer,
+        seeds=list(config.seeds),
+        metric=config.metric,
+        rollouts_per_step=training.prompts_per_step * training.generations,
+        base={split: next(iter(plain.values()))["curve"][0][split] for split in SPLITS},
+        steps_run=plan.steps,
+        steps_shared=plan.shared,
+        failed=dict(failed),
+        arms={arm.name: _judge(arm, found, plain, longest, config.metric) for arm in arms},
+    )
 
 
 def _judge(arm: Arm, found: Mapping[tuple[str, int], Seeds], plain: Seeds, longest: Seeds, metric: str) -> ArmResult:
@@ -160,10 +202,10 @@ def _judge(arm: Arm, found: Mapping[tuple[str, int], Seeds], plain: Seeds, longe
         chosen=dict(arm.variants[best].values),
         variants=[
             VariantResult(
-                dict(arm.variants[index].values),
-                validation[index],
-                Interval.of(_final(one, "test", metric)),
-                index == best,
+                values=dict(arm.variants[index].values),
+                validation=validation[index],
+                test=Interval.of(_final(one, "test", metric)),
+                chosen=index == best,
             )
             for index, one in complete.items()
         ],
@@ -180,7 +222,7 @@ def _judge(arm: Arm, found: Mapping[tuple[str, int], Seeds], plain: Seeds, longe
         seconds=Interval.of(seconds),
         seconds_saved=Interval.of({s: _seconds_until(longest[s], equals[s]) - seconds[s] for s in seeds}),
         ours_seconds=Interval.of({seed: float(result["seconds"]["ours"]) for seed, result in seeds.items()}),
-        curve=_curves(seeds),
+        curve=_curve(seeds),
         jumps={str(seed): result["jumps"] for seed, result in seeds.items()},
     )
 
@@ -239,22 +281,22 @@ def _seconds_until(result: Result, step: float) -> float:
     return float(np.interp(step, [p["step"] for p in points], [p["seconds"] for p in points]))
 
 
-def _icer(steps: int, gains: Mapping[int, float]) -> Icer | None:
+def _icer(steps: int, gains: Mapping[int, float]) -> Bounds | None:
     """Return RL steps for each point of accuracy gained (arXiv 2604.11446); None unless the mean gain is above 0."""
     gain = Interval.of(gains)
     mean, low, high = (steps / (100 * g) if g is not None and g > 0 else None for g in (gain.mean, gain.high, gain.low))
-    return None if mean is None else Icer(mean, low, high)
+    return None if mean is None else Bounds(mean=mean, low=low, high=high)
 
 
-def _curves(seeds: Seeds) -> dict[str, Any]:
+def _curve(seeds: Seeds) -> Curve:
     """Return mean and interval over seeds at the points that all of them have."""
     by_step = {seed: {p["step"]: p for p in result["curve"]} for seed, result in seeds.items()}
     steps = sorted(set.intersection(*(set(points) for points in by_step.values())))
-    seconds = [statistics.mean(points[step]["seconds"] for points in by_step.values()) for step in steps]
-    found: dict[str, Any] = {"steps": steps, "seconds": seconds}
-    for split in SPLITS:
-        found[split] = {}
-        for kind in _kinds(seeds, split):
-            over = [Interval.of({s: _value(p[step][split][kind]) for s, p in by_step.items()}) for step in steps]
-            found[split][kind] = {end: [getattr(one, end) for one in over] for end in ("mean", "low", "high")}
-    return found
+
+    def line(split: str, kind: str) -> Line:
+        over = [Interval.of({s: _value(p[step][split][kind]) for s, p in by_step.items()}) for step in steps]
+        return Line(mean=[p.mean for p in over], low=[p.low for p in over], high=[p.high for p in over])
+
+    validation, test = ({kind: line(split, kind) for kind in _kinds(seeds, split)} for split in SPLITS)
+    seconds: list[float | None] = [statistics.mean(at[step]["seconds"] for at in by_step.values()) for step in steps]
+    return Curve(steps=steps, seconds=seconds, validation=validation, test=test)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
 import sys
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from next_core.comparison.comparison_config import Arm, CompareConfig
 from next_core.comparison.comparison_results import Comparison, collect
@@ -39,6 +37,7 @@ from next_core.types import Progress
 COMPARISON = "comparison.json"
 """The resolved config of the last call; its presence marks a comparison's folder."""
 COMPARE = "compare.json"
+Work = TypeVar("Work")
 KEPT = frozenset({CONFIG, RESULT, JOURNAL, ERROR_LOG, "metrics.jsonl"})
 """What is kept of a finished run; checkpoints only if asked for."""
 
@@ -121,12 +120,12 @@ def _check_failures(failed: Mapping[str, str], plan: RacePlan, done: Sequence[Ra
         )
 
 
-def _identity(config: RunConfig) -> Any:
+def _identity(config: RunConfig) -> dict[str, Any]:
     """Return what decides the result of a run; ``save_every`` may have been added for a trunk."""
-    return json.loads(config.model_copy(update={"save_every": None}).model_dump_json())
+    return config.model_dump(mode="json") | {"save_every": None}
 
 
-def _config_of(folder: Path) -> Any:
+def _config_of(folder: Path) -> dict[str, Any] | None:
     """Return the same of a run on disk, finished or not; None where none can be read."""
     try:
         made = parse_yaml(read_text(folder / CONFIG), str(folder / CONFIG))
@@ -136,64 +135,67 @@ def _config_of(folder: Path) -> Any:
 
 
 class _Execution:
-    """The races that a folder lacks, at work in a pool of processes. A race with a trunk waits for it."""
+    """The races that a folder lacks, at work in a pool of processes: first the trunks, then what branches off."""
 
     def __init__(self, plan: RacePlan, out: Path, keep: bool, progress: Progress | None) -> None:
-        self.plan, self.out, self.keep, self.progress = plan, out, keep, progress
+        self.plan, self.out, self.keep = plan, out, keep
+        self.progress: Progress = progress or (lambda what, done, total: None)
         self.missing = [race for race in plan.races if not is_done(race, out)]
         self.done = len(plan.races) - len(self.missing)
         self.failed: dict[str, str] = {}
-        self.waiting: dict[Future[None], Race | list[Race]] = {}
-        """What each process does: a race, or the trunk of several."""
 
     def run(self, workers: int) -> dict[str, str]:
         """Run all that is missing. Returns why races failed, by title."""
         branches: dict[str, list[Race]] = defaultdict(list)
         for race in self.missing:
-            branches[race.trunk.folder if race.trunk else race.folder].append(race)
-        if not branches:
+            if race.trunk is not None:
+                branches[race.trunk.folder].append(race)
+        if not self.missing:
             return {}
         with _pool(workers) as (pool, reports):
-            for races in branches.values():
-                if races[0].trunk is None:
-                    self.waiting[pool.submit(run_race, races[0], self.out, self.keep)] = races[0]
-                else:
-                    last = max(race.begins for race in races)
-                    self.waiting[pool.submit(run_trunk, races[0].trunk, last, self.out)] = races
-            while self.waiting:
-                ended, _ = wait(self.waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                self._pass_on(reports)
-                for future in ended:
-                    self._ended(self.waiting.pop(future), future.exception(), pool)
+            trunks = {
+                _submit(pool, run_trunk, races[0].trunk, max(race.begins for race in races), self.out): races
+                for races in branches.values()
+            }
+            for races, error in self._ended(trunks, reports):
+                for race in races:
+                    if not _copy_for(race, self.out).exists():
+                        self._finish(race, error)
+            ready = [race for race in self.missing if race.title not in self.failed]
+            runs = {_submit(pool, run_race, race, self.out, self.keep): race for race in ready}
+            for race, error in self._ended(runs, reports):
+                self._finish(race, error)
         return self.failed
 
-    def _ended(self, what: Race | list[Race], error: BaseException | None, pool: ProcessPoolExecutor) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            raise error
-        for race in what if isinstance(what, list) else [what]:
-            if race is what or not _copy_for(race, self.out).exists():
-                self._finished(race, error)
-                continue
-            try:
-                self.waiting[pool.submit(run_race, race, self.out, self.keep)] = race
-            except BrokenProcessPool as broken:
-                self._finished(race, broken)
+    def _ended(self, running: dict[Future[None], Work], reports: Any) -> Iterator[tuple[Work, BaseException | None]]:
+        """Yield each task when it has ended, with its error."""
+        while running:
+            ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            while not reports.empty():  # unread, they would fill their pipe and stop the workers
+                self.progress(*reports.get())
+            for future in ended:
+                error = future.exception()
+                if isinstance(error, KeyboardInterrupt):
+                    raise error
+                yield running.pop(future), error
 
-    def _finished(self, race: Race, error: BaseException | None) -> None:
+    def _finish(self, race: Race, error: BaseException | None) -> None:
         self.done += 1
         if isinstance(error, BrokenProcessPool):
             self.failed[race.title] = "a worker was killed, often for want of memory; try fewer --workers"
         elif error is not None:
             self.failed[race.title] = describe(error)
-        if self.progress is not None:
-            self.progress("races", self.done, len(self.plan.races))
+        self.progress("races", self.done, len(self.plan.races))
 
-    def _pass_on(self, reports: Any) -> None:
-        """Read what the workers report; unread, it would fill their pipe and stop them."""
-        while not reports.empty():
-            report = reports.get()
-            if self.progress is not None:
-                self.progress(*report)
+
+def _submit(pool: ProcessPoolExecutor, task: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Submit a task; where a worker was killed, which ends the pool, that is the task's error."""
+    try:
+        return pool.submit(task, *arguments)
+    except BrokenProcessPool as error:
+        broken: Future[None] = Future()
+        broken.set_exception(error)
+        return broken
 
 
 @contextlib.contextmanager
@@ -239,13 +241,10 @@ def _end_with_parent() -> None:
 
 
 def _report(title: str) -> Progress:
-    """Return a progress that reports a race as one bar, at most once a second."""
-    last = 0.0
+    """Return a progress that reports the steps of a race as one bar."""
 
     def progress(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if _reports is not None and (done in (0, total) or time.monotonic() - last > 1) and what == RUNNING:
-            last = time.monotonic()
+        if _reports is not None and what == RUNNING:
             _reports.put((title, done, total))
 
     return progress

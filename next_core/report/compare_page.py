@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy.stats import t as student
-
-from next_core.report.compare_pictures import draw_curves, draw_differences, draw_multiples
+from next_core.comparison.comparison_results import Interval
+from next_core.report import pictures
 from next_core.report.formatting import as_yaml, counted, decimal, listed, reasons, steps_text, values_text, with_span
-from next_core.report.inputs import Arm, Comparison, Interval, Jump
+from next_core.report.inputs import Arm, Comparison, Jump
 from next_core.report.page import Page
 
 SECTIONS = {
@@ -33,10 +31,11 @@ def compare_page(comparison: Comparison, title: str) -> Page:
     parts += [f"{rollouts} rollouts per step"] if rollouts else []
     subtitle = f"Comparison of {', '.join(parts)}"
     page = Page("compare.html", title, subtitle, _summary(comparison), _tiles(comparison), SECTIONS)
-    page.draw("differences", draw_differences(comparison), "Differences to plain RL")
-    page.draw("curves-over-steps", draw_curves(comparison, "steps"), "Accuracy over RL steps")
-    page.draw("curves-over-seconds", draw_curves(comparison, "seconds"), "Accuracy over seconds of training")
-    page.draw("multiples", draw_multiples({name: list(arm.jumps.values()) for name, arm in arms.items()}))
+    page.draw("differences", 3.0, pictures.differences, comparison, what="Differences to plain RL")
+    page.draw("curves-over-steps", 4.6, pictures.curves, comparison, "steps", what="Accuracy over RL steps")
+    over_seconds = "Accuracy over seconds of training"
+    page.draw("curves-over-seconds", 4.6, pictures.curves, comparison, "seconds", what=over_seconds)
+    page.draw("multiples", 3.4, pictures.multiples, {name: list(arm.jumps.values()) for name, arm in arms.items()})
     jumping = {name: arm for name, arm in arms.items() if arm.jump_log}
     chosen = {name: arm for name, arm in arms.items() if len(arm.variants) > 1}
     if not chosen:
@@ -46,7 +45,7 @@ def compare_page(comparison: Comparison, title: str) -> Page:
     if not comparison.config:
         page.missing["Config"] = "compare.json holds none"
     measured = {kind for arm in arms.values() for kind in arm.test}
-    multiples = [jump.diagnostics.get("multiple") or 0.0 for arm in arms.values() for jump in arm.jump_log]
+    multiples = [jump.multiple or 0.0 for arm in arms.values() for jump in arm.jump_log]
     page.facts = {
         "comparison": comparison,
         "metric": comparison.metric,
@@ -71,16 +70,12 @@ def above(arm: Arm) -> bool:
 
 def paired(one: Interval, other: Interval) -> Interval | None:
     """Return the mean of one minus other over the seeds that both have, with Student's 95% interval."""
-    each: list[float] = []
-    for seed, mine in one.values.items():
-        against = other.values.get(seed)
-        if mine is not None and against is not None:
-            each.append(mine - against)
-    if len(each) < 2:
-        return Interval(mean=each[0]) if each else None
-    middle = statistics.fmean(each)
-    half = float(student.ppf(0.975, len(each) - 1)) * statistics.stdev(each) / len(each) ** 0.5
-    return Interval(mean=middle, low=middle - half, high=middle + half)
+    each = {
+        seed: mine - against
+        for seed, mine in one.values.items()
+        if mine is not None and (against := other.values.get(seed)) is not None
+    }
+    return Interval.of(each) if each else None
 
 
 def _end(arm: Arm, comparison: Comparison) -> Interval | None:

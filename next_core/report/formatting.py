@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from next_core.report.inputs import Interval, Jump
+from next_core.comparison.comparison_results import Bounds
+from next_core.report.inputs import Jump
 
 NONE = "–"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -42,7 +43,7 @@ def seconds(value: float | None) -> str:
     return f"{decimal(scaled, 2 if abs(scaled) < 1 else 1 if abs(scaled) < 100 else 0)} {unit}"
 
 
-def span(interval: Interval | None, form: Format = decimal) -> str:
+def span(interval: Bounds | None, form: Format = decimal) -> str:
     """Return ``0.71 to 0.78`` or ``0.71 or more``; nothing where a single seed gives no interval."""
     if interval is None or interval.low is None:
         return ""
@@ -51,7 +52,7 @@ def span(interval: Interval | None, form: Format = decimal) -> str:
     )
 
 
-def with_span(interval: Interval | None) -> str:
+def with_span(interval: Bounds | None) -> str:
     """Return +0.12 (95% +0.08 to +0.16)."""
     if interval is None:
         return NONE

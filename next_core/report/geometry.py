@@ -15,9 +15,9 @@ from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
+from next_core.report import pictures
 from next_core.report.inputs import Recorded
 from next_core.report.page import Page
-from next_core.report.run_pictures import draw_nulls, draw_skills
 from next_core.types import Progress
 
 CUTS = 12
@@ -69,10 +69,10 @@ def _add_analysis(
     history = History(source, 1, None, progress, spectrum=full, cache=options.cache)
     history.jump_log = recorded.records
     analysis = analyze(history)
-    page.draw("figures", draw_nulls(analysis), "Figures against random walks")
+    page.draw("figures", 4.4, pictures.nulls, analysis, what="Figures against random walks")
     titles = {"energy-ratios": "Energy ratios", "skill": "Skill of a straight line", "layers": "Layers"}
     for name, drawn in analysis.draw().items():
-        page.draw(name, drawn, titles.get(name, name.capitalize()))
+        page.keep(name, drawn, titles.get(name, name.capitalize()))
     missing: dict[str, list[str]] = {}
     for name, reason in analysis.missing.items():
         missing.setdefault(reason, []).append(FIGURES[name].heading)
@@ -96,7 +96,7 @@ def _add_skill(
     if judged.failures:
         page.missing[judged.name] = f"failed at {len(judged.failures)} cuts, for example: {judged.failures[0].reason}"
     if judged.acted:
-        page.draw("skill-by-layer", draw_skills(analysis, judged), "Skill by layer")
+        page.draw("skill-by-layer", 3.4, pictures.skills, analysis, judged, what="Skill by layer")
     else:
         reason = next(iter(judged.reasons), "it predicted no motion")
         page.missing["Skill by layer"] = f"{judged.name} predicted nothing: {reason}"

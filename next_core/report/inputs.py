@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
+from next_core.comparison import comparison_results
+from next_core.comparison.comparison_results import Accuracies, ArmResult, Number, Part
 from next_core.comparison.execution import COMPARE
 from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
 from next_core.cycle.measurements import CURVE
@@ -21,24 +23,6 @@ from next_core.storage.yaml_files import MAX_YAML, parse_yaml
 
 CHECKPOINTS = "checkpoints"
 MOST_PROBLEMS = 3
-Number = Annotated[float, AllowInfNan(False)]
-Accuracies = dict[str, Number | None]
-"""Accuracy by how answers were taken: sampled, greedy."""
-
-
-class Part(BaseModel):
-    """A part of a file. Unknown keys are ignored, so that files of newer versions can be read."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-
-class Interval(Part):
-    """A mean over seeds, its 95% interval (None for one seed), and each seed's value."""
-
-    mean: Number
-    low: Number | None = None
-    high: Number | None = None
-    values: dict[str, Number | None] = {}
 
 
 class Jump(Part):
@@ -55,60 +39,21 @@ class Jump(Part):
     accuracy_after: Number | None = None
     accuracy_recovered: Number | None = None
 
+    @property
+    def multiple(self) -> float | None:
+        """The multiple of the observed update that a predictor such as ``auto`` aims at."""
+        return self.diagnostics.get("multiple")
 
-class Line(Part):
-    """Means along a curve, with their intervals."""
-
-    mean: list[Number | None]
-    low: list[Number | None] | None = None
-    high: list[Number | None] | None = None
-
-
-class Curve(Part):
-    """Accuracies along the runs of an arm, by kind."""
-
-    steps: list[int]
-    seconds: list[Number | None]
-    test: dict[str, Line] = {}
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
-        count = len(self.steps)
-        columns = [self.seconds, *(part for line in self.test.values() for part in (line.mean, line.low, line.high))]
-        if any(column is not None and len(column) != count for column in columns):
-            raise ValueError(f"every column must have {count} points, as many as steps")
-        return self
+    @property
+    def change(self) -> float | None:
+        """How much validation accuracy changed at once; None where it was not measured."""
+        known = self.accuracy_before is not None and self.accuracy_after is not None
+        return self.accuracy_after - self.accuracy_before if known else None  # type: ignore[operator]
 
 
-class Variant(Part):
-    """One of the settings that an arm chose from on the validation prompts."""
+class Arm(ArmResult):
+    """One way of training, over all seeds."""
 
-    values: dict[str, Any]
-    validation: Interval | None = None
-    test: Interval | None = None
-    chosen: bool = False
-
-
-class Arm(Part):
-    """One way of training, over all seeds; docs/compare.md describes each figure."""
-
-    role: Literal["plain", "control", "arm"]
-    predictor: str
-    chosen: dict[str, Any] = {}
-    variants: list[Variant] = []
-    steps: int
-    spent_steps: int | None = None
-    test: dict[str, Interval | None] = {}
-    difference: Interval | None = None
-    difference_longer: Interval | None = None
-    equals_step: Interval | None = None
-    beyond: int = 0
-    steps_saved: Interval | None = None
-    icer: Interval | None = None
-    seconds: Interval | None = None
-    seconds_saved: Interval | None = None
-    ours_seconds: Interval | None = None
-    curve: Curve | None = None
     jumps: dict[str, list[Jump]] = {}
 
     @property
@@ -117,20 +62,9 @@ class Arm(Part):
         return [jump for jumps in self.jumps.values() for jump in jumps]
 
 
-class Comparison(Part):
+class Comparison(comparison_results.Comparison):
     """``compare.json``."""
 
-    versions: dict[str, str] = {}
-    hardware: str = ""
-    config: dict[str, Any] = {}
-    steps: int
-    longer: int | None = None
-    seeds: list[int]
-    metric: str
-    rollouts_per_step: int | None = None
-    base: dict[str, Accuracies] = {}
-    steps_run: int | None = None
-    steps_shared: int | None = None
     arms: dict[str, Arm] = Field(min_length=1)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from next_core.diagnostics.drawing import Drawing
+from next_core.diagnostics.drawing import WIDTH, Drawing, draw
 from next_core.errors import PluginError
 from next_core.report import formatting
 
@@ -42,11 +42,15 @@ class Page:
     drawings: dict[str, Drawing] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def draw(self, name: str, drawn: Drawing | str, what: str | None = None) -> None:
-        """Keep a drawing; in place of one, its reason becomes the reason why ``what`` is missing."""
+    def draw(self, name: str, height: float, paint: Callable[..., str | None], *facts: Any, what: str = "") -> None:
+        """Draw ``paint(picture, *facts)``, or else give its reason as the one why ``what`` is missing."""
+        self.keep(name, draw(name, (WIDTH, height), paint, *facts), what)
+
+    def keep(self, name: str, drawn: Drawing | str, what: str = "") -> None:
+        """Keep a drawing, or the reason why there is none."""
         if isinstance(drawn, Drawing):
             self.drawings[name] = drawn
-        elif what is not None:
+        elif what:
             self.missing[what] = drawn
 
     def html(self) -> str:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from next_core.report.compare_pictures import draw_multiples
+from next_core.report import pictures
 from next_core.report.formatting import counted, decimal, mean, one_digit, reasons, seconds, steps_text
 from next_core.report.geometry import GeometryOptions, add_geometry
 from next_core.report.inputs import Jump, Recorded, Result
 from next_core.report.page import Page
-from next_core.report.run_pictures import draw_effects, draw_progress, draw_reward
 from next_core.types import Progress
 
 SECTIONS = {
@@ -146,11 +145,11 @@ def _tiles(recorded: Recorded) -> list[tuple[str, str]]:
 def _add_curves(page: Page, recorded: Recorded) -> None:
     if all(recorded.accuracy(name) is None for name in NAMES):
         page.missing["Accuracy on the test prompts"] = "none was measured"
-    page.draw("accuracy-over-steps", draw_progress(recorded, "steps"), "Accuracy along the run")
-    page.draw("accuracy-over-seconds", draw_progress(recorded, "seconds"))
+    page.draw("accuracy-over-steps", 4.3, pictures.progress, recorded, "steps", what="Accuracy along the run")
+    page.draw("accuracy-over-seconds", 4.3, pictures.progress, recorded, "seconds")
     rewards = [numbers["reward"] for numbers in recorded.metrics.values() if "reward" in numbers]
     if not page.drawings:
-        page.draw("reward", draw_reward(recorded), "Reward along the run")
+        page.draw("reward", 3.9, pictures.reward, recorded, what="Reward along the run")
     page.facts |= {"rewards": rewards}
 
 
@@ -159,8 +158,8 @@ def _add_jumps(page: Page, recorded: Recorded) -> None:
     jumps = recorded.jumps
     if not jumps:
         page.missing["Jumps"] = "none was attempted"
-    page.draw("jump-effects", draw_effects(jumps))
-    page.draw("multiples", draw_multiples({recorded.predictor: [jumps]}))
+    page.draw("jump-effects", 3.4, pictures.effects, jumps)
+    page.draw("multiples", 3.4, pictures.multiples, {recorded.predictor: [jumps]})
     outcomes = {"made": [j for j in jumps if j.accepted], "refused": [j for j in jumps if not j.accepted]}
     page.facts |= {
         "jumps": jumps,
@@ -171,12 +170,8 @@ def _add_jumps(page: Page, recorded: Recorded) -> None:
             for outcome, some in outcomes.items()
             for reason, alike in reasons(some)
         ],
-        "changes": [
-            jump.accuracy_after - jump.accuracy_before
-            for jump in jumps
-            if jump.accuracy_before is not None and jump.accuracy_after is not None
-        ],
-        "highest_multiple": max((jump.diagnostics.get("multiple") or 0.0 for jump in jumps), default=0.0),
+        "changes": [jump.change for jump in jumps if jump.change is not None],
+        "highest_multiple": max((jump.multiple or 0.0 for jump in jumps), default=0.0),
     }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
+from next_core.comparison.comparison_results import Interval
 from next_core.report.compare_page import paired
-from next_core.report.inputs import Interval
 from next_core.report.write import WrittenReport, write_report
 from tests.errors import raises_kind
 from tests.report.conftest import Seen, read_page

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from next_core.diagnostics import Analysis
-from next_core.report import geometry
+from next_core.report import geometry, pictures
 from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded
 from next_core.report.write import write_report
@@ -133,7 +133,7 @@ def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_la
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing but what the weights alone need."""
     monkeypatch.setattr(Analysis, "draw", lambda self: {})
-    monkeypatch.setattr(geometry, "draw_nulls", lambda analysis: "not drawn")
+    monkeypatch.setattr(pictures, "nulls", lambda picture, analysis: "not drawn")
 
 
 @pytest.mark.usefixtures("measured")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
 from typer import Option
 
-from next_core.cli.console import make_console, make_table, progress_bars, shorten
-from next_core.cli.options import Json, RunOptions, expand_options, show_source
+from next_core.cli.console import Output, progress_bars
+from next_core.cli.options import Json, RunOptions, expand_options, show_source, trouble
 from next_core.errors import ConfigError
-from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.diagnostics import Analysis, Figure, Group
@@ -60,83 +57,77 @@ def analyze(
         from next_core.diagnostics.plots import write_plots
 
         check_drawing(plots)  # before the work
-    console = make_console(as_json=as_json)
+    output = Output(as_json)
     source = run.source()
-    facts = show_source(run, source, console)
+    facts = show_source(run, source, output)
     full = all(parameter.rank is not None for parameter in source.parameters) if spectrum is None else spectrum
     with progress_bars() as progress:
         history = run.history(with_origin(source), 1, progress, spectrum=full)
         history.jump_log = RecordedRun(source, run.checkpoints[0] if len(run.checkpoints) == 1 else None).jumps
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
-    trouble = [] if history.cache_trouble is None else [history.cache_trouble]
-    for note in [*analysis.notes[len(source.notes) :], *trouble]:
-        console.print(f"  note: {note}")
-    _show(analysis, by, console)
+    for note in [*analysis.notes[len(source.notes) :], *trouble(history)]:
+        output.print(f"  note: {note}")
+    _show(analysis, by, output)
     written = {} if plots is None else write_plots(analysis.draw(), plots)
     for name, outcome in written.items():
-        console.print(f"plot {name}: {outcome}")
-    if as_json:
-        print(json_text({**facts, **analysis.as_dict(), "plots": written}))
+        output.print(f"plot {name}: {outcome}")
+    output.json({**facts, **analysis.as_dict(), "plots": written})
 
 
-def _show(analysis: Analysis, by: str, console: Console) -> None:
-    console.print(
+def _show(analysis: Analysis, by: str, output: Output) -> None:
+    output.print(
         f"{'evenly' if analysis.even else 'unevenly'} spaced, deltas count from step {analysis.origin}; "
         f"{len(analysis.matrices)} matrices changed, {len(analysis.frozen)} did not"
     )
     if analysis.matrices:
-        console.print(_overall(analysis, explain=console.width >= ROOM_FOR_MEANINGS))
-        console.print(_grouped(analysis, by))
+        ahead = "" if analysis.horizon is None else f"; out-of-sample figures: {analysis.horizon} steps ahead"
+        title = f"All matrices: median and quartiles, against random walks with the same step lengths{ahead}"
+        output.table(title, _overall(analysis, output.console.width >= ROOM_FOR_MEANINGS), words=("meaning",))
+        title = f"By {by}: {'' if by == 'matrix' else 'median; '}↑ above, ↓ below the random walk's 95%"
+        output.table(title, _grouped(analysis, by))
     reasons: dict[str, list[str]] = {}
     for name, reason in analysis.missing.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        console.print(f"not measured: {', '.join(names)}: {reason}")
-    frozen = [f"frozen: {name}: {reason}" for name, reason in analysis.frozen.items()]
-    for line in shorten(frozen, MOST_FROZEN, "frozen"):
-        console.print(line)
+        output.print(f"not measured: {', '.join(names)}: {reason}")
+    output.list([f"frozen: {name}: {reason}" for name, reason in analysis.frozen.items()], MOST_FROZEN, "frozen")
     if analysis.precision is not None and analysis.precision.drowned:
-        console.print(f"lost in rounding: {', '.join(analysis.precision.drowned[:MOST_FROZEN])}")
-    console.print()
+        output.print(f"lost in rounding: {', '.join(analysis.precision.drowned[:MOST_FROZEN])}")
+    output.print()
     for sentence in analysis.advice:
-        console.print(f"- {sentence}")
+        output.print(f"- {sentence}")
 
 
-def _overall(analysis: Analysis, *, explain: bool) -> Table:
+def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
     """Return one row for each figure, over all matrices."""
     from next_core.diagnostics.figures import FIGURES, number
 
-    def rows() -> Iterator[list[str]]:
-        for name, figure in analysis.overall.figures.items():
-            if figure.value is None:
-                continue
-            spread = "" if figure.quartiles is None else " to ".join(map(number, figure.quartiles))
+    for name, figure in analysis.overall.figures.items():
+        if figure.value is not None:
             null = figure.null
-            walk = ("-", "") if null is None else (number(null.mean), f"{number(null.low)} to {number(null.high)}")
-            row = [FIGURES[name].heading, number(figure.value), spread, MARKS[figure.outside], *walk]
-            yield [*row, FIGURES[name].words] if explain else row
+            yield {
+                "figure": FIGURES[name].heading,
+                "run": number(figure.value),
+                "quartiles": "" if figure.quartiles is None else " to ".join(map(number, figure.quartiles)),
+                "": MARKS[figure.outside],
+                "random walk": "-" if null is None else number(null.mean),
+                "95%": "" if null is None else f"{number(null.low)} to {number(null.high)}",
+                **({"meaning": FIGURES[name].words} if explain else {}),
+            }
 
-    ahead = "" if analysis.horizon is None else f"; out-of-sample figures: {analysis.horizon} steps ahead"
-    title = f"All matrices: median and quartiles, against random walks with the same step lengths{ahead}"
-    headings = ["figure", "run", "quartiles", "", "random walk", "95%", *(["meaning"] if explain else [])]
-    return make_table(title, headings, rows(), text=("figure", "meaning"))
 
-
-def _grouped(analysis: Analysis, by: str) -> Table:
+def _grouped(analysis: Analysis, by: str) -> Iterator[dict[str, str]]:
     """Return one row for each layer, kind or matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
-    title = f"By {by}: {'' if by == 'matrix' else 'median; '}↑ above, ↓ below the random walk's 95%"
-    groups: dict[str, Group] = {
-        "layer": {str(layer): group for layer, group in analysis.layers.items()},
-        "kind": dict(analysis.kinds),
+    groups: Mapping[Any, Group] = {
+        "layer": analysis.layers,
+        "kind": analysis.kinds,
         "matrix": {_short(name): group for name, group in analysis.matrices.items()},
     }[by]
-    count = [] if by == "matrix" else ["matrices"]
-    rows = (
-        [label, *(str(len(group.members)) for _ in count), *(_marked(group.figures.get(name)) for name in columns)]
-        for label, group in groups.items()
-    )
-    return make_table(title, [by, *count, *columns.values()], rows, text=(by,))
+    for label, group in groups.items():
+        count = {} if by == "matrix" else {"matrices": str(len(group.members))}
+        figures = {heading: _marked(group.figures.get(name)) for name, heading in columns.items()}
+        yield {by: str(label), **count, **figures}
 
 
 def _short(name: str) -> str:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Option
 
-from next_core.cli.console import make_console, make_table, progress_bars, shorten
-from next_core.cli.options import Json, Rank, RunOptions, allow_local_modules, expand_options, show_source
+from next_core.cli.console import Output, progress_bars
+from next_core.cli.options import Json, Rank, RunOptions, allow_local_modules, expand_options, show_source, trouble
 from next_core.errors import ConfigError
-from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.diagnostics.backtest_results import Backtest, Judged
 
 MOST_FAILURES = 8
-COLUMNS = ("skill", "95%", "", "random walk", "its 95%", "error", "cosine", "norm", "lambda*", "damped", "acted", "s")
 
 
 @expand_options
@@ -40,16 +37,15 @@ def backtest(
     from next_core.diagnostics.backtest import backtest
 
     chosen = parse_predictors(predictors, settings or [])
-    console = make_console(as_json=as_json)
+    output = Output(as_json)
     source = run.source()
-    facts = show_source(run, source, console)
+    facts = show_source(run, source, output)
     with progress_bars() as progress:
         history = run.history(source, rank)
         found = backtest(history, chosen, horizon=horizon, cuts=cuts, draws=draws, seed=seed, progress=progress)
-    notes = [*found.notes, *([] if history.cache_trouble is None else [history.cache_trouble])]
-    _show(found, notes, console)
-    if as_json:
-        print(json_text({**facts, **found.as_dict(), "rank": rank, "notes": [*source.notes, *notes]}))
+    notes = [*found.notes, *trouble(history)]
+    _show(found, notes, output)
+    output.json({**facts, **found.as_dict(), "rank": rank, "notes": [*source.notes, *notes]})
 
 
 def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, dict[str, Any]] | None:
@@ -85,47 +81,47 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
     return chosen
 
 
-def _show(found: Backtest, notes: list[str], console: Console) -> None:
+def _show(found: Backtest, notes: list[str], output: Output) -> None:
     cuts = found.cuts
     overlap = f"overlapping in blocks of {found.block}" if found.block > 1 else "not overlapping"
-    console.print(
+    output.print(
         f"{found.horizon} steps ahead from {len(cuts)} cuts (steps {cuts[0]} to {cuts[-1]}, {overlap}), "
         f"{found.matrices} matrices, {found.draws} random walks; {found.shared_seconds:.1f} s of shared work"
     )
     for note in notes:
-        console.print(f"  note: {note}")
+        output.print(f"  note: {note}")
     title = "Skill relative to no jump; ↑ above, ↓ below the skill on random walks; * beats both"
-    rows = (
-        [f"{judged.name}{' *' if judged.useful else ''}", *_cells(judged, len(cuts))]
-        for judged in found.predictors.values()
-    )
-    console.print(make_table(title, ["predictor", *COLUMNS], rows, text=("predictor",)))
+    output.table(title, (_row(judged, len(cuts)) for judged in found.predictors.values()))
     for judged in found.predictors.values():
         failures = [f"failed: {judged.name} at step {failure.cut}: {failure.reason}" for failure in judged.failures]
-        for line in shorten(failures, MOST_FAILURES, f"failed: {judged.name}"):
-            console.print(line)
+        output.list(failures, MOST_FAILURES, f"failed: {judged.name}")
         if not judged.acted and judged.reasons and judged.name != "stay":
-            console.print(f"abstained: {judged.name}: {next(iter(judged.reasons))}")
+            output.print(f"abstained: {judged.name}: {next(iter(judged.reasons))}")
     useful = [judged.name for judged in found.predictors.values() if judged.useful]
-    console.print()
-    console.print(f"Better than no jump and than on random walks: {', '.join(useful) or 'none'}")
+    output.print()
+    output.print(f"Better than no jump and than on random walks: {', '.join(useful) or 'none'}")
 
 
-def _cells(judged: Judged, cuts: int) -> list[str]:
+def _row(judged: Judged, cuts: int) -> dict[str, str]:
     from next_core.diagnostics.figures import number
 
     def text(value: float | None) -> str:
         return "-" if value is None else number(value)
 
     score, null = judged.score, judged.null
-    mark = "" if null is None or score.skill is None else "↑" if judged.above_null else "↓" * (score.skill < null.low)
-    return [
-        text(score.skill),
-        "-" if judged.interval is None else " to ".join(map(number, judged.interval)),
-        mark,
-        "-" if null is None else number(null.mean),
-        "-" if null is None else f"{number(null.low)} to {number(null.high)}",
-        *map(text, (score.rel_error, score.cosine, score.norm_ratio, score.best_lambda, score.damped_skill)),
-        f"{judged.acted}/{cuts}",
-        f"{judged.seconds:.2g}",
-    ]
+    below = null is not None and score.skill is not None and score.skill < null.low
+    return {
+        "predictor": f"{judged.name}{' *' if judged.useful else ''}",
+        "skill": text(score.skill),
+        "95%": "-" if judged.interval is None else " to ".join(map(number, judged.interval)),
+        "": "↑" if judged.above_null else "↓" * below,
+        "random walk": "-" if null is None else number(null.mean),
+        "its 95%": "-" if null is None else f"{number(null.low)} to {number(null.high)}",
+        "error": text(score.rel_error),
+        "cosine": text(score.cosine),
+        "norm": text(score.norm_ratio),
+        "lambda*": text(score.best_lambda),
+        "damped": text(score.damped_skill),
+        "acted": f"{judged.acted}/{cuts}",
+        "s": f"{judged.seconds:.2g}",
+    }

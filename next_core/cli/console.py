@@ -1,43 +1,58 @@
-"""Where output goes, and what tables and progress bars look like."""
+"""What a command prints: text, tables, progress bars, and with ``--json`` one object for machines."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from next_core.storage.json_lines import json_text
 
 WIDTH = 130
 """Columns to use when there is no terminal."""
 
 
-def make_console(*, as_json: bool) -> Console:
-    """Return a console that prints text as it is; with ``as_json`` standard output is left to the JSON object."""
-    stream = sys.stderr if as_json else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
-    return Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
+class Output:
+    """Standard output for people; with ``as_json`` it is left to the JSON object, and text goes to standard error."""
 
+    def __init__(self, as_json: bool) -> None:
+        stream = sys.stderr if as_json else sys.stdout
+        width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
 
-def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[str] = ()) -> Table:
-    """Return a table. Columns whose heading is in ``text`` hold words and may wrap; the others hold numbers."""
-    table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
-    for heading in headings:
-        if heading in text:
-            table.add_column(heading, overflow="fold")
-        else:
-            table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    for row in rows:
-        table.add_row(*row)
-    return table
+    def print(self, text: object = "") -> None:
+        """Print text as it is."""
+        self.console.print(text)
 
+    def list(self, lines: Sequence[str], most: int, what: str) -> None:
+        """Print at most ``most`` lines, and one that counts the rest."""
+        for line in lines[:most]:
+            self.print(line)
+        if len(lines) > most:
+            self.print(f"{what}: {len(lines) - most} more; --json lists all")
 
-def shorten(lines: Sequence[str], most: int, what: str) -> list[str]:
-    """Return at most ``most`` lines, and one that counts the rest."""
-    rest = len(lines) - most
-    return list(lines) if rest <= 0 else [*lines[:most], f"{what}: {rest} more; --json lists all"]
+    def table(self, title: str, rows: Iterable[Mapping[str, str]], words: Collection[str] = ()) -> None:
+        """Print cells by heading. The first column and those in ``words`` hold words and may wrap, others numbers."""
+        table = Table(title=title, header_style="bold", title_justify="left", box=None, pad_edge=False)
+        for index, row in enumerate(rows):
+            for heading in row if index == 0 else ():
+                if not table.columns or heading in words:
+                    table.add_column(heading, overflow="fold")
+                else:
+                    table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+            table.add_row(*row.values())
+        self.print(table)
+
+    def json(self, facts: Any) -> None:
+        """Print the facts as one line of JSON if they were asked for."""
+        if self.as_json:
+            print(json_text(facts))
 
 
 @contextlib.contextmanager

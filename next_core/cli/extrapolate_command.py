@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Option
 
-from next_core.cli.console import make_console, progress_bars, shorten
-from next_core.cli.options import Json, PluginOptions, RunOptions, expand_options, show_source
+from next_core.cli.console import Output, progress_bars
+from next_core.cli.options import Json, PluginOptions, RunOptions, expand_options, show_source, trouble
 from next_core.errors import CheckpointError, ConfigError, GuardError
-from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.interfaces import Applied, Prediction
@@ -53,14 +51,14 @@ def extrapolate(
             f"--alphas needs an applier that writes new folders; '{applier.name}' with these settings does not",
             kind="config-contradiction",
         )
-    console = make_console(as_json=as_json)
+    output = Output(as_json)
     source = run.source()
     if isinstance(applier, FolderApplier):
         applier.check_source(source, out, dry_run)  # before the work
-    facts = show_source(run, source, console)
+    facts = show_source(run, source, output)
     warnings = rounding_warnings(source)
     for warning in warnings:
-        console.print(f"  warning: {warning}")
+        output.print(f"  warning: {warning}")
     with progress_bars() as progress:
         predictor.progress = applier.progress = progress
         history = run.history(source, plugins.rank, progress)
@@ -88,9 +86,8 @@ def extrapolate(
         "out": None if dry_run else str(out),
         "share_landed": {f"{scale:g}": getattr(applied, "share", None) for scale, applied in written.items()},
     }
-    _show(facts, prediction.moved(), history.cache_trouble, console)
-    if as_json:
-        print(json_text(facts))
+    _show(facts, prediction.moved(), trouble(history), output)
+    output.json(facts)
 
 
 def _check_abstentions(prediction: Prediction, predictor: str, strict: bool) -> None:
@@ -105,21 +102,20 @@ def _check_abstentions(prediction: Prediction, predictor: str, strict: bool) -> 
         )
 
 
-def _show(facts: Mapping[str, Any], moved: str, cache_trouble: str | None, console: Console) -> None:
-    console.print(
+def _show(facts: Mapping[str, Any], moved: str, notes: Sequence[str], output: Output) -> None:
+    output.print(
         f"{facts['predictor']} extrapolated {moved} by {facts['horizon']} steps; the norm of the jump is "
-        f" {facts['norm_ratio']:.2f} times that of the update over the last {facts['horizon']} steps"
+        f"{facts['norm_ratio']:.2f} times that of the update over the last {facts['horizon']} steps"
     )
     unchanged = [f"  unchanged: {name}: {reason}" for name, reason in facts["abstained"].items()]
-    for line in shorten(unchanged, MOST_UNCHANGED, "  unchanged"):
-        console.print(line)
-    if cache_trouble is not None:
-        console.print(f"  note: {cache_trouble}")
+    output.list(unchanged, MOST_UNCHANGED, "  unchanged")
+    for note in notes:
+        output.print(f"  note: {note}")
     out = facts["out"]
-    console.print("nothing written (--dry-run)" if out is None else f"written: {out} ({facts['applier']})")
+    output.print("nothing written (--dry-run)" if out is None else f"written: {out} ({facts['applier']})")
     for scale, share in facts["share_landed"].items():
         if share is not None:
-            console.print(f"  alpha {scale}: {share:.1%} of the jump remains after rounding to the stored precision")
+            output.print(f"  alpha {scale}: {share:.1%} of the jump remains after rounding to the stored precision")
 
 
 def _scales(alpha: float, alphas: str | None) -> list[float]:

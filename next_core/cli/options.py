@@ -15,8 +15,7 @@ from typer import Option
 from next_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from next_core.cli.console import Output
     from next_core.history.delta_cache import DeltaCache
     from next_core.history.history import History
     from next_core.interfaces import CheckpointSource
@@ -138,14 +137,13 @@ class RunOptions(CacheOptions, SourceOptions):
         from next_core.history.executor import Executor
         from next_core.history.history import History
         from next_core.plugins import make_compressor, registry
-        from next_core.settings import explain
+        from next_core.settings import config_error
 
+        given = {"name": self.executor, "workers": self.workers, "address": self.address}
         try:
-            executor = Executor.model_validate(
-                {"name": self.executor, "workers": self.workers, "address": self.address}
-            )
+            executor = Executor.model_validate(given)
         except ValidationError as error:
-            raise ConfigError(explain(error, "executor", Executor), kind="config-invalid-value") from None
+            raise config_error(error, "executor", Executor) from None
         name = self.compressor
         compressor = None if name is None else make_compressor(name)
         cache = self.open_cache("" if name is None else registry().version("compressor", name))
@@ -183,15 +181,15 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=hints[field.name])
 
 
-def show_source(options: SourceOptions, source: CheckpointSource, console: Console) -> dict[str, Any]:
+def show_source(options: SourceOptions, source: CheckpointSource, output: Output) -> dict[str, Any]:
     """Print what was found and what is unusual about it. Return the same facts for ``--json``."""
     steps = source.steps
     count = f"{len(steps)} checkpoint{'s' * (len(steps) > 1)}"
     span = f"{count}, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
     layout = f"{source.name} ({source.naming})" if source.naming else source.name
-    console.print(f"{layout}: {span}; {len(source.parameters)} matrices")
+    output.print(f"{layout}: {span}; {len(source.parameters)} matrices")
     for note in source.notes:
-        console.print(f"  note: {note}")
+        output.print(f"  note: {note}")
     return {
         "checkpoints": [str(path) for path in options.checkpoints],
         "layout": source.name,
@@ -200,3 +198,8 @@ def show_source(options: SourceOptions, source: CheckpointSource, console: Conso
         "notes": list(source.notes),
         "skipped": dict(source.skipped),
     }
+
+
+def trouble(history: History) -> list[str]:
+    """Return a note for a cache that could not be used."""
+    return [] if history.cache_trouble is None else [history.cache_trouble]

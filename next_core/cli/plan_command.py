@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
+from next_core.cli.console import Output
 from next_core.cli.options import Checkpoints, Json, PluginOptions, SourceOptions, expand_options
 from next_core.errors import ConfigError
-from next_core.storage.json_lines import json_text
-
-if TYPE_CHECKING:
-    from next_core.planning import ResourcePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,30 +51,23 @@ def plan(
         predictor, fields = plugins.make_predictor(), plugins.applier_fields()
         source, rank, applier = run.source(), plugins.rank, plugins.applier
         found = plan_checkpoints(source, predictor, horizon, rank=rank, applier=applier, applier_fields=fields, out=out)
-    show_plan(found, as_json=as_json)
+    show_plan(found, Output(as_json))
 
 
-def show_plan(plan: ResourcePlan, *, as_json: bool) -> None:
+def show_plan(plan: Mapping[str, Any], output: Output) -> None:
     """Print one table, section by section, then what the trainer adds, and the notes."""
-
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_column()
-    for section, figures in plan.as_dict().items():
-        if section != "notes":
-            names = (name for name in figures if name != "trainer")
-            for index, name in enumerate(names):
-                table.add_row(section if index == 0 else "", name, escape(_figure(section, name, figures[name])))
-    console.print(table)
-    for fact, value in plan.compute.get("trainer", {}).items():  # a line each, so that a command can be copied
+    for section, figures in plan.items():
+        for index, name in enumerate(figures if section != "notes" else ()):
+            if name != "trainer":
+                table.add_row("" if index else section, name, _figure(section, name, figures[name]))
+    output.print(table)
+    for fact, value in plan["compute"].get("trainer", {}).items():  # a line each, so that a command can be copied
         text = shlex.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        console.print(f"trainer's {fact}: {text}", markup=False)
-    for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
-    if as_json:
-        print(json_text(plan.as_dict()))
+        output.print(f"trainer's {fact}: {text}")
+    for note in plan["notes"]:
+        output.print(f"note: {note}")
+    output.json(plan)
 
 
 def _figure(section: str, name: str, value: Any) -> str:

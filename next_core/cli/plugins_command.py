@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from next_core.cli.console import Output
 from next_core.cli.options import Json
 
 COLUMNS = ("kind", "name", "distribution", "version", "status")
@@ -17,14 +14,10 @@ def plugins(as_json: Json = False) -> None:
     """List every plug-in with its kind, name, distribution, version and status."""
     from next_core.plugins import registry
 
-    entries = list(registry().entries())
-    if as_json:
-        print(json.dumps({"plugins": [{key: getattr(entry, key) for key in COLUMNS} for entry in entries]}))
-        return
-    table = Table(*COLUMNS, box=None, header_style="bold")
-    for entry in entries:
-        table.add_row(*(escape(getattr(entry, key)) for key in COLUMNS), style=None if entry.error is None else "red")
-    Console().print(table)
+    rows = [{key: getattr(entry, key) for key in COLUMNS} for entry in registry().entries()]
+    output = Output(as_json)
+    output.table("", rows, words=COLUMNS)
+    output.json({"plugins": rows})
 
 
 def schema() -> None:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from next_core.cli.console import make_console, progress_bars
+from next_core.cli.console import Output, progress_bars
 from next_core.cli.options import Backbone, CacheOptions, Json, Predictor, expand_options
-from next_core.storage.json_lines import json_text
 
 
 @expand_options
@@ -32,13 +31,12 @@ def report(
     options = GeometryOptions(geometry, predictor, backbone, caching.open_cache())
     with progress_bars() as progress:
         written = write_report(folder, out, figures, options, progress)
-    console = make_console(as_json=as_json)
+    output = Output(as_json)
     for sentence in written.summary:
-        console.print(sentence)
+        output.print(sentence)
     for what, reason in written.missing.items():
-        console.print(f"not in the report: {what}: {reason}")
+        output.print(f"not in the report: {what}: {reason}")
     if figures is not None:
-        console.print(f"{len(written.figures)} plots, as PNG and SVG: {figures}")
-    console.print(f"report: {written.out}")
-    if as_json:
-        print(json_text(written.as_dict()))
+        output.print(f"{len(written.figures)} plots, as PNG and SVG: {figures}")
+    output.print(f"report: {written.out}")
+    output.json(written.as_dict())

@@ -6,14 +6,12 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Argument, Option
 
-from next_core.cli.console import make_console, make_table, progress_bars
+from next_core.cli.console import Output, progress_bars
 from next_core.cli.options import Json
 from next_core.errors import Interrupted
 from next_core.process.quiet import quiet_libraries
-from next_core.storage.json_lines import json_text
 
 if TYPE_CHECKING:
     from next_core.cycle.run_result import RunResult
@@ -33,12 +31,12 @@ def run(
     """
     from next_core.config import load_config
 
-    loaded = load_config(config)
+    loaded, output = load_config(config), Output(as_json)
     if dry_run:
         from next_core.cli.plan_command import show_plan
         from next_core.planning import plan_run
 
-        show_plan(plan_run(loaded, out), as_json=as_json)
+        show_plan(plan_run(loaded, out), output)
         return
     from next_core.cycle.run import run
     from next_core.cycle.run_result import RESULT
@@ -46,20 +44,12 @@ def run(
     from next_core.diagnostics.learning_rate import run_advice
 
     quiet_libraries()
-    console = make_console(as_json=as_json)
     finished = not overwrite and (out / RESULT).exists()
     with Signals() as signals:
         try:
             with progress_bars() as progress:
-                result = run(
-                    loaded,
-                    out,
-                    overwrite=overwrite,
-                    strict=strict,
-                    progress=progress,
-                    signals=signals,
-                    advise=run_advice,
-                )
+                options: dict[str, Any] = {"progress": progress, "signals": signals, "advise": run_advice}
+                result = run(loaded, out, overwrite=overwrite, strict=strict, **options)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"{signals.name} stopped the run at once; run the same command again to resume from the last "
@@ -67,32 +57,30 @@ def run(
                 signals.received or signal.SIGINT,
             ) from None
     if finished:
-        console.print(f"{out} already holds this finished run; --overwrite runs it again.")
-    show_result(result, console)
-    if as_json:
-        print(json_text(result.as_dict()))
+        output.print(f"{out} already holds this finished run; --overwrite runs it again.")
+    show_result(result, output)
+    output.json(result.as_dict())
 
 
-def show_result(result: RunResult, console: Console) -> None:
+def show_result(result: RunResult, output: Output) -> None:
     """Print accuracies, jumps, the time spent and hints."""
     accuracy, control = result.accuracy, result.control
-    keys = ("start", "before_jump", "after_jump", "final")
-    rows = [["with jumps", str(result.steps), *(_figure(accuracy[key]) for key in keys)]]
+    headings = {"start": "start", "before_jump": "before first jump", "after_jump": "after it", "final": "end"}
+    ends = {heading: _figure(accuracy[key]) for key, heading in headings.items()}
+    rows = [{"run": "with jumps", "steps": str(result.steps), **ends}]
     if control is not None:
-        end = _figure(control["accuracy"]["final"])
-        rows.append(["plain, same seed", str(control["steps"]), _figure(accuracy["start"]), "", "", end])
-    headings = ["run", "steps", "start", "before first jump", "after it", "end"]
-    console.print()
-    console.print(make_table("Accuracy on the test prompts", headings, rows, text=("run",)))
+        gaps = {"before first jump": "", "after it": "", "end": _figure(control["accuracy"]["final"])}
+        rows.append({"run": "plain, same seed", "steps": str(control["steps"]), **ends, **gaps})
+    output.print()
+    output.table("Accuracy on the test prompts", rows)
     if result.jumps:
         title = "Jumps (norm: relative to the update just before; accuracy: on the validation prompts)"
-        headings = ["step", "predictor", "alpha", "norm", "accuracy", "outcome"]
-        console.print(make_table(title, headings, map(_jump, result.jumps), text=("predictor", "outcome")))
+        output.table(title, map(_jump, result.jumps), words=("predictor", "outcome"))
     if result.average is not None:
         outcome = "used" if result.average["accepted"] else "not used"
         before = _figure(accuracy.get("before_average"))
-        console.print(f"Average of the last checkpoints {outcome}: {result.average['reason']}")
-        console.print(f"Test accuracy without the average: {before}")
+        output.print(f"Average of the last checkpoints {outcome}: {result.average['reason']}")
+        output.print(f"Test accuracy without the average: {before}")
     seconds = result.seconds
     parts = [
         f"RL {seconds['rl']:.1f}",
@@ -101,23 +89,23 @@ def show_result(result: RunResult, console: Console) -> None:
         *([] if control is None else [f"plain run {control['seconds']:.1f}"]),
         f"total {seconds['total']:.1f}",
     ]
-    console.print(f"Seconds: {', '.join(parts)}.")
+    output.print(f"Seconds: {', '.join(parts)}.")
     if result.advice is not None:
-        console.print(f"Hint: {result.advice}")
+        output.print(f"Hint: {result.advice}")
     for note in result.notes:
-        console.print(f"Note: {note}.")
-    console.print(f"Folder: {result.folder}")
+        output.print(f"Note: {note}.")
+    output.print(f"Folder: {result.folder}")
 
 
-def _jump(jump: dict[str, Any]) -> list[str]:
-    return [
-        str(jump["step"]),
-        jump["predictor"],
-        f"{jump['alpha']:g}",
-        _figure(jump["norm_ratio"], 2),
-        f"{_figure(jump.get('accuracy_before'))} → {_figure(jump.get('accuracy_after'))}",
-        f"{'made' if jump['accepted'] else 'refused'}: {jump['reason']}",
-    ]
+def _jump(jump: dict[str, Any]) -> dict[str, str]:
+    return {
+        "step": str(jump["step"]),
+        "predictor": jump["predictor"],
+        "alpha": f"{jump['alpha']:g}",
+        "norm": _figure(jump["norm_ratio"], 2),
+        "accuracy": f"{_figure(jump.get('accuracy_before'))} → {_figure(jump.get('accuracy_after'))}",
+        "outcome": f"{'made' if jump['accepted'] else 'refused'}: {jump['reason']}",
+    }
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

@@ -19,7 +19,6 @@ from next_core.diagnostics.gram_figures import OUT_OF_SAMPLE, Curve, gram_figure
 from next_core.diagnostics.learning_rate import Agreements, judge, measure_agreements
 from next_core.diagnostics.random_walks import (
     FEWEST_DRAWS,
-    and_whole,
     band,
     chunks,
     dimensions,
@@ -49,7 +48,7 @@ FEWEST_INTERVALS = {
 
 
 class Measured(NamedTuple):
-    """One figure of M matrices and, last, of the whole run as one vector: (M + 1,); of its walks: (D, M + 1)."""
+    """One figure of M matrices, (M,), and of their walks, (D, M)."""
 
     values: Tensor
     draws: Tensor | None = None
@@ -85,14 +84,13 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
     if isinstance(agreements, Agreements):
         values, drawn = agreements.values, agreements.draws
         figures["agreement"] = Measured(median(values), median(drawn))
-        curves["agreement"] = Curve("step", agreements.moments, values[:-1], median(drawn[:, :-1], 1))
+        curves["agreement"] = Curve("step", agreements.moments, values, median(drawn, 1))
     layers: dict[int, list[int]] = {}
     kinds: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         kinds.setdefault(kind_of(name), []).append(index)
         if (layer := layer_of(name)) is not None:
             layers.setdefault(layer, []).append(index)
-    *alone, whole = _each(figures, len(names) + 1)
     found = Analysis(
         steps=steps,
         origin=history.source.origin,
@@ -101,12 +99,11 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         draws=draws,
         seed=seed,
         overall=_group(figures, curves, names, list(range(len(names))), with_null=True),
-        whole=Group(names, {k: figure for k, figure in whole.items() if figure.value is not None}),
         layers={layer: _group(figures, curves, names, members) for layer, members in sorted(layers.items())},
         kinds={kind: _group(figures, curves, names, members) for kind, members in sorted(kinds.items())},
         matrices={
             name: Group((name,), own, layer=layer_of(name), kind=kind_of(name))
-            for name, own in zip(names, alone, strict=True)
+            for name, own in zip(names, _each(figures, len(names)), strict=True)
         },
         frozen=history.frozen,
         skipped=dict(history.source.skipped),
@@ -139,33 +136,32 @@ def _inner_product_figures(
     """Return what follows from inner products; walks take the observed step lengths in random directions."""
     grams = read_grams(history)
     lengths, space, rng = step_lengths(grams), dimensions(history, grid.times[1:]), np.random.default_rng(seed)
-    figures, curves = gram_figures(and_whole(grams), grid, horizon)
+    figures, curves = gram_figures(grams, grid, horizon)
     decomposed = draws if grid.intervals <= MANY else max(FEWEST_DRAWS, int(draws * (MANY / grid.intervals) ** 3))
     drawn: dict[str, list[Tensor]] = {}
     drawn_curves: dict[str, list[Tensor]] = {}
     for start, count in chunks(draws, lengths):
-        walks = and_whole(isotropic_walks(lengths, space, count, rng))
+        walks = isotropic_walks(lengths, space, count, rng)
         some, some_curves = gram_figures(walks, grid, horizon, start < decomposed)
         for name, value in some.items():
             drawn.setdefault(name, []).append(value)
         for name, curve in some_curves.items():
-            drawn_curves.setdefault(name, []).append(median(curve.values[:, :-1], 1))
+            drawn_curves.setdefault(name, []).append(median(curve.values, 1))
 
     def joined(name: str, parts: Mapping[str, list[Tensor]]) -> Tensor | None:
         return None if name in NO_NULL else torch.cat(parts[name])
 
     return (
         {name: Measured(value, joined(name, drawn)) for name, value in figures.items()},
-        {k: curve._replace(values=curve.values[:-1], draws=joined(k, drawn_curves)) for k, curve in curves.items()},
+        {name: curve._replace(draws=joined(name, drawn_curves)) for name, curve in curves.items()},
     )
 
 
 def _add_triplet_figures(figures: Figures, curves: Curves, history: History, seed: int) -> None:
-    """Add what needs singular triplets; the whole run as one vector is no matrix and has none."""
+    """Add what needs singular triplets."""
 
     def over_time(name: str, value: Tensor) -> Tensor:
-        summed_up = value[..., -1] if name in NEWEST else median(value)
-        return torch.nn.functional.pad(summed_up, (0, 1), value=torch.nan)
+        return value[..., -1] if name in NEWEST else median(value)
 
     steps, nulls = measured_steps(history), triplet_nulls(history, seed)
     for name, value in triplet_figures(history).items():
@@ -178,7 +174,7 @@ def _add_triplet_figures(figures: Figures, curves: Curves, history: History, see
 
 
 def _each(figures: Figures, count: int) -> list[dict[str, Figure]]:
-    """Return the figures of each matrix alone, and last those of the whole run."""
+    """Return the figures of each matrix alone."""
     found: list[dict[str, Figure]] = [{} for _ in range(count)]
     for name in filter(figures.__contains__, FIGURES):
         values, draws = figures[name]

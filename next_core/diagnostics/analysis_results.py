@@ -25,7 +25,7 @@ class Precision:
 
 @dataclass(frozen=True, repr=False)
 class Analysis:
-    """The geometry of a run. ``whole`` takes all matrices as one vector; ``missing`` says why a figure is not there."""
+    """The geometry of a run; ``missing`` says why a figure is not there."""
 
     steps: tuple[int, ...]
     origin: int
@@ -34,7 +34,6 @@ class Analysis:
     draws: int
     seed: int
     overall: Group
-    whole: Group
     layers: Mapping[int, Group]
     kinds: Mapping[str, Group]
     matrices: Mapping[str, Group]
@@ -53,7 +52,6 @@ class Analysis:
             **vars(self),
             "evenly_spaced": self.even,
             "overall": self.overall.as_dict(),
-            "whole": self.whole.as_dict(),
             "layers": {str(layer): group.as_dict() for layer, group in self.layers.items()},
             "kinds": {kind: group.as_dict() for kind, group in self.kinds.items()},
             "per_matrix": each,

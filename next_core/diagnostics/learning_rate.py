@@ -14,7 +14,7 @@ from torch import Tensor
 
 from next_core.diagnostics.figures import Null, number
 from next_core.diagnostics.gram_figures import step_lengths
-from next_core.diagnostics.random_walks import and_whole, band, chunks, isotropic_walks, median, quantile
+from next_core.diagnostics.random_walks import band, chunks, isotropic_walks, median, quantile
 from next_core.diagnostics.trajectory import measured_steps, spread_out
 from next_core.errors import CheckpointError
 from next_core.history.history import History
@@ -58,10 +58,9 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Agreements:
-    """lambda of successive motions of ``span`` RL steps at L moments, (M + 1, L), and of D walks, (D, M + 1, L).
+    """lambda of successive motions of ``span`` RL steps at L moments, (M, L), and of D walks, (D, M, L).
 
-    The last of the M + 1 is the whole run as one vector. Motions are those of the adapter's own factors A and B, or of
-    the matrices without LoRA.
+    Motions are those of the adapter's own factors A and B, or of the matrices without LoRA.
     """
 
     span: int
@@ -95,7 +94,7 @@ def measure_agreements(history: History, draws: int, seed: int) -> Agreements | 
         each = []
         for moment in moments:
             first, middle, last = (at[moment - back * span] for back in (2, 1, 0))
-            each.append(agreement(and_whole(grams), slice(first, middle), slice(middle, last)))
+            each.append(agreement(grams, slice(first, middle), slice(middle, last)))
         return torch.stack(each, -1)
 
     found = motion_grams(history, points)
@@ -165,11 +164,11 @@ def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> L
     made, multiple = sum(bool(jump["accepted"]) for jump in jumps), _multiple(jumps)
     if isinstance(agreements, str):
         return LearningRate(multiple=multiple, jumps=made, reason=agreements)
-    over_time = median(agreements.values[:-1], 0)
+    over_time = median(agreements.values, 0)
     if bool(over_time.isnan().all()):
         return LearningRate(multiple=multiple, jumps=made, reason="no matrix moved between the moments compared")
     low, middle, high = (float(quantile(over_time, q)) for q in (0.25, 0.5, 0.75))
-    null = Null(*(float(one) for one in band(median(median(agreements.draws[:, :-1], 1)))))
+    null = Null(*(float(one) for one in band(median(median(agreements.draws, 1)))))
     base = 1.0 if multiple is None else multiple
     factor, least, most = (base * (_too_small(x) if middle > null.high else 1.0) for x in (middle, low, high))
     span, moments = agreements.span, len(agreements.moments)

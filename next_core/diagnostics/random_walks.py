@@ -89,11 +89,6 @@ def chunks(draws: int, lengths: Tensor) -> Iterator[tuple[int, int]]:
     return ((start, min(size, draws - start)) for start in range(0, draws, size))
 
 
-def and_whole(grams: Tensor) -> Tensor:
-    """Append the Gram matrix of all matrices together to those of each, (..., M, N, N): (..., M + 1, N, N)."""
-    return torch.cat([grams, grams.sum(-3, keepdim=True)], -3)
-
-
 def median(values: Tensor, dim: int = -1) -> Tensor:
     """Return the median of what is not NaN, the mean of the middle two for an even count; NaN where nothing is left."""
     return quantile(values, 0.5, dim)

@@ -15,7 +15,7 @@ from torch import Tensor
 from next_core.diagnostics.trajectory import measured_steps
 from next_core.errors import CheckpointError
 from next_core.history.history import DeltaKind, History
-from next_core.mathematics.low_rank import Factors, lora_difference, truncated_svd
+from next_core.mathematics.low_rank import Factors, LowRank, lora_difference, truncated_svd
 from next_core.types import LoraFactors
 
 KINDS: tuple[DeltaKind, ...] = ("global", "local")
@@ -98,46 +98,43 @@ def _lora_null(history: History, names: Sequence[str], rng: np.random.Generator)
         path = _factor_path(history, name)
         if path is None:
             return {}
-        each.append(factor_walk_figures(*(_walk_like(factor, rng) for factor in path)))
+        A, B = (_walk_like(factor, rng) for factor in path)
+        each.append(
+            {
+                f"{figure}_{kind}": value
+                for kind, past in (("global", slice(0, 1)), ("local", slice(0, -1)))
+                for figure, value in figures_of(truncated_svd(_differences(A, B, past), 1)).items()
+            }
+        )
     return {figure: torch.stack([one[figure] for one in each]) for figure in each[0]}
+
+
+def _differences(A: Tensor, B: Tensor, past: slice) -> LowRank:
+    """B_t A_t - B_s A_s at t = 1 ... T, s the points of ``past``, of A (T + 1, r, n) and B (T + 1, m, r)."""
+    later, earlier = (A[1:], B[1:]), (A[past].expand_as(A[1:]), B[past].expand_as(B[1:]))
+    return lora_difference(later, earlier, 1.0)
 
 
 def _factor_path(history: History, name: str) -> tuple[Tensor, Tensor] | None:
     """A (T + 1, r, n) and B (T + 1, m, r) over time. Where step 0 was not kept, A starts as first seen, and B at 0."""
-    steps, source = measured_steps(history), history.source
-    now = [at for step in steps if (at := source.factors(name, step)) is not None]
-    if len(now) < len(steps):
+    now = [at for step in measured_steps(history) if (at := history.source.factors(name, step)) is not None]
+    if len(now) < len(measured_steps(history)):
         return None
     try:
-        start = source.factors(name, 0)
+        start = history.source.factors(name, 0)
     except CheckpointError:
         start = None
     if start is None:
         start = LoraFactors(now[0].A, torch.zeros_like(now[0].B), now[0].scaling)
-    path = [start, *now]
-    return torch.stack([at.A for at in path]).double(), torch.stack([at.B for at in path]).double()
+    return torch.stack([at.A for at in (start, *now)]).double(), torch.stack([at.B for at in (start, *now)]).double()
 
 
 def _walk_like(path: Tensor, rng: np.random.Generator) -> Tensor:
     """A walk (T + 1, a, b) from where ``path`` starts, with steps of the same norms in random directions."""
-    lengths = path.diff(dim=0).square().sum((1, 2)).sqrt()
+    lengths = torch.linalg.matrix_norm(path.diff(dim=0))
     steps = torch.from_numpy(rng.standard_normal((len(path) - 1, *path.shape[1:])))
-    steps = steps * (lengths / steps.square().sum((1, 2)).sqrt())[:, None, None]
+    steps = steps * (lengths / torch.linalg.matrix_norm(steps))[:, None, None]
     return torch.cat([path[:1], steps]).cumsum(0)
-
-
-def factor_walk_figures(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The figures of B_t A_t - B_0 A_0 over time, (T,), A (T + 1, r, n) and B (T + 1, m, r); point 0 is the start."""
-    later = A[1:], B[1:]
-    deltas = {
-        "global": lora_difference(later, (A[:1].expand_as(later[0]), B[:1].expand_as(later[1])), 1.0),
-        "local": lora_difference(later, (A[:-1], B[:-1]), 1.0),
-    }
-    return {
-        f"{figure}_{kind}": value
-        for kind, delta in deltas.items()
-        for figure, value in figures_of(truncated_svd(delta, 1)).items()
-    }
 
 
 def dense_null(shape: tuple[int, int], length: int, draws: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import typer
 from next_core import cli as cli_module
 from next_core.backend import Backend
 from next_core.cli.app import app
-from next_core.cli.console import make_console
+from next_core.cli.console import Output
 from next_core.cli.run_command import show_result
 from next_core.cycle.run_result import RunResult
 from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, PluginError, StorageError
@@ -198,7 +198,7 @@ def test_a_result_is_shown_with_its_jumps_and_gaps(capsys: pytest.CaptureFixture
         average={"accepted": True, "reason": "better on validation"},
         advice="raise the learning rate",
     )
-    show_result(result, make_console(as_json=False))
+    show_result(result, Output(as_json=False))
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("with jumps 100 0.200 - - 0.500", "100 0.200 0.400", "50 [auto] 4 4.25 0.300 → 0.310", "all good"):
         assert words in shown

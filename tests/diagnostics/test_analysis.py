@@ -100,18 +100,6 @@ def test_a_group_shows_the_median_and_its_quartiles() -> None:
     assert len(series.null) == len(series.value) == 14
 
 
-def test_the_whole_run_is_all_matrices_as_one_vector() -> None:
-    source = walks(3)
-    analysis = analyze(history(source))
-    steps = [
-        torch.cat([source.delta(name(i), t, before) for i in range(3)]).flatten()
-        for t, before in zip(FIFTEEN, (None, *FIFTEEN), strict=False)
-    ]
-    wanted = float(sum(steps).norm()) / sum(float(step.norm()) for step in steps)
-    assert analysis.whole.value("straightness") == pytest.approx(wanted)
-    assert "energy_ratio_global" not in analysis.whole.figures
-
-
 @pytest.mark.parametrize(
     ("steps", "there", "missing"),
     [

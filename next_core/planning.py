@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import timeit
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +46,17 @@ class Rates:
     def measure(cls) -> Rates:
         thin = torch.ones(4096, 64, dtype=torch.float64)
         large, copy = torch.ones(2**24), torch.ones(2**24)
-        flops = 2 * 4096 * 64 * 64 / _fastest(lambda: thin.T @ thin)
         layer, batch = torch.ones(1024, 256), torch.ones(128, 1024)
-        single = 2 * 1024 * 256 * 128 / _fastest(lambda: batch @ layer)
-        return cls(flops, 2 * large.nbytes / _fastest(lambda: copy.copy_(large)), single)
+        tasks = (lambda: thin.T @ thin, lambda: copy.copy_(large), lambda: batch @ layer)
+        product, moved, single = (min(timeit.repeat(task, number=1, repeat=5)) for task in tasks)
+        return cls(2 * 4096 * 64 * 64 / product, 2 * large.nbytes / moved, 2 * 1024 * 256 * 128 / single)
 
     def seconds(self, work: Work) -> float:
         return work.flops / self.flops + work.bytes / self.bytes + work.single_flops / self.single_flops
 
 
-@dataclass(frozen=True)
-class ResourcePlan:
-    """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``."""
-
-    read: Mapping[str, Any] = field(default_factory=dict)
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    write: Mapping[str, Any] = field(default_factory=dict)
-    memory: Mapping[str, Any] = field(default_factory=dict)
-    time: Mapping[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain objects for ``--json``."""
-        return {**asdict(self), "notes": list(self.notes)}
+Plan = dict[str, Any]
+"""Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``: plain objects."""
 
 
 def plan_checkpoints(
@@ -80,7 +68,7 @@ def plan_checkpoints(
     applier: str = "peft-adapter",
     applier_fields: Mapping[str, Any] | None = None,
     out: Path | None = None,
-) -> ResourcePlan:
+) -> Plan:
     """Plan an extrapolation of checkpoints. Raises ``ConfigError`` for a horizon below 1 or a missing backbone."""
     if horizon < 1:
         raise ConfigError(f"horizon must be at least 1 (got {horizon})", kind="config-invalid-value")
@@ -92,8 +80,8 @@ def plan_checkpoints(
     reason = predictor.why_not(steps, horizon) if steps else "no checkpoint"
     nothing = [] if reason is None else [f"{predictor.name} would predict nothing: {reason}"]
     largest = max(matrices, key=_stored)
-    return ResourcePlan(
-        read={
+    return {
+        "read": {
             "layout": source.name,
             "checkpoints": len(steps),
             "steps": list(steps),
@@ -102,24 +90,24 @@ def plan_checkpoints(
             "bytes": sum(_reads(p, spans, len(steps), gram) * _stored(p) * size for p, size in matrices.items()),
             "skipped": dict(source.skipped),
         },
-        compute={
+        "compute": {
             "predictor": predictor.name,
             "horizon": horizon,
             "deltas": len(spans) * len(matrices),
             "inner products": gram,
             "flops": decompose.flops + fit.flops + fit.single_flops,
         },
-        write={"applier": applier, "what": what, "bytes": written, "free": free},
-        memory={
+        "write": {"applier": applier, "what": what, "bytes": written, "free": free},
+        "memory": {
             "bytes": _memory(list(matrices), spans, len(steps), rank),
             "largest matrix": f"{largest.name} {largest.shape[0]} x {largest.shape[1]}",
         },
-        time=_seconds(decompose, fit, written or 0),
-        notes=[*source.notes, *nothing, *_full_disk(out, written or 0, free)],
-    )
+        "time": _seconds(decompose, fit, written or 0),
+        "notes": [*source.notes, *nothing, *_full_disk(out, written or 0, free)],
+    }
 
 
-def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
+def plan_run(config: RunConfig, out: Path) -> Plan:
     """Plan a run of the cycle, except the seconds of its RL steps: nothing shows their cost beforehand."""
     notes, parameters = ["the seconds of RL are not known beforehand; jumps cost no RL step"], list[Parameter]()
     try:
@@ -147,10 +135,11 @@ def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
         "bytes of the trainer's": 0 if config.save_every is None else (config.steps // config.save_every) * 3 * each,
     }
     total, free = sum(value for key, value in written.items() if key.startswith("bytes of")), free_bytes(out)
-    held = 2 * each if dense and jumps else 0  # a full-parameter jump holds what was there and what it becomes
-    return ResourcePlan(
-        read={"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},
-        compute={
+    needed = _memory(parameters, spans, checkpoints, config.rank)
+    needed += 2 * each if dense and jumps else 0  # a full-parameter jump holds what was there and what it becomes
+    return {
+        "read": {"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},
+        "compute": {
             "steps": config.steps,
             "backend": config.backend.name,
             "algorithm": config.training.algorithm,
@@ -162,11 +151,11 @@ def plan_run(config: RunConfig, out: Path) -> ResourcePlan:
             "control": config.control,
             **({"trainer": trainer} if trainer else {}),
         },
-        write={"out": str(out), **written, "bytes": total, "free": free},
-        memory={"bytes": _memory(parameters, spans, checkpoints, config.rank) + held, "besides": "the trainer's own"},
-        time={**_seconds(decompose, fit, total), "RL": None},
-        notes=[*_full_disk(out, total, free), *notes],
-    )
+        "write": {"out": str(out), **written, "bytes": total, "free": free},
+        "memory": {"bytes": needed, "besides": "the trainer's own"},
+        "time": {**_seconds(decompose, fit, total), "RL": None},
+        "notes": [*_full_disk(out, total, free), *notes],
+    }
 
 
 def predictor_work(
@@ -284,16 +273,15 @@ def _reads(parameter: Parameter, spans: Sequence[Span], steps: int, gram: bool) 
 
 def _memory(parameters: Sequence[Parameter], spans: Sequence[Span], steps: int, rank: int) -> int:
     """Return the bytes of what is kept (the components) and of the largest matrix at work."""
-    kept = sum(8 * rank * sum(p.shape) * len(spans) for p in parameters)  # aligned, one copy
-    return _LIBRARIES + kept + max((_at_work(p, spans, steps) for p in parameters), default=0)
-
-
-def _at_work(parameter: Parameter, spans: Sequence[Span], steps: int) -> int:
-    (m, n), r = parameter.shape, parameter.rank
-    if r is None:
-        return 16 * m * n
-    cores = 2 * 8 * (2 * r) ** 2 * len(spans)
-    return 8 * r * (m + n) * (steps + 1) + 2 * 8 * r * r * 3 * steps + 3 * cores
+    kept, largest = 0, 0
+    for (m, n), r in ((parameter.shape, parameter.rank) for parameter in parameters):
+        kept += 8 * rank * (m + n) * len(spans)  # aligned, one copy
+        if r is None:
+            work = 16 * m * n
+        else:
+            work = 8 * r * (m + n) * (steps + 1) + 2 * 8 * r * r * 3 * steps + 3 * 2 * 8 * (2 * r) ** 2 * len(spans)
+        largest = max(largest, work)
+    return _LIBRARIES + kept + largest
 
 
 def _seconds(decompose: Work, fit: Work, written: int) -> dict[str, float]:
@@ -305,15 +293,6 @@ def _seconds(decompose: Work, fit: Work, written: int) -> dict[str, float]:
 def _full_disk(out: Path | None, needed: int, free: int | None) -> list[str]:
     full = free is not None and needed > free
     return [f"the disk of {out} has {gib(free or 0)} free, {gib(needed)} are needed"] if full else []
-
-
-def _fastest(function: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def gib(count: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from next_core import planning
 from next_core.checkpoints import open_checkpoints
+from next_core.cli.console import Output
 from next_core.cli.plan_command import show_plan
 from next_core.config import make_config
 from next_core.history.history import History
@@ -45,7 +46,7 @@ def test_the_deltas_are_those_that_the_predictor_then_has_decomposed(
     made.fit(History(source, 1, counting)).predict(20)
     plan = planning.plan_checkpoints(source, made, 20)
     moving = len(source.parameters) - 1  # one of them is frozen, which names and shapes do not tell
-    assert plan.compute["deltas"] / len(source.parameters) == counting.deltas / moving
+    assert plan["compute"]["deltas"] / len(source.parameters) == counting.deltas / moving
     assert {name for name in ("global", "local", "target") if name in made.requires} == wanted
 
 
@@ -54,19 +55,19 @@ def test_the_adapter_is_as_large_as_was_said(space: str, lora_run: LoraRun, tmp_
     source = open_checkpoints(lora_run.path)
     predictor = make_predictor("secant", space=space)
     plan = planning.plan_checkpoints(source, predictor, 10, out=tmp_path)
-    assert plan.read["bytes a checkpoint"] == sum(4 * 4 * sum(p.shape) for p in source.parameters)
+    assert plan["read"]["bytes a checkpoint"] == sum(4 * 4 * sum(p.shape) for p in source.parameters)
     make_applier("peft-adapter").apply(predictor.fit(History(source)).predict(10), out=tmp_path / "out")
     size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     # In merged space the rank grows by that of the update, which may be more than one.
-    assert size >= plan.write["bytes"]
+    assert size >= plan["write"]["bytes"]
     if space == "factors":
-        assert size < plan.write["bytes"] + 8192
+        assert size < plan["write"]["bytes"] + 8192
 
 
 def test_a_merged_model_is_as_large_as_its_backbone(lora_run: LoraRun, tmp_path: Path) -> None:
     source = open_checkpoints(lora_run.path, lora_run.base)
     plan = planning.plan_checkpoints(source, make_predictor("secant"), 10, applier="merged-model", out=tmp_path)
-    assert plan.write["bytes"] == (lora_run.base / "model.safetensors").stat().st_size
+    assert plan["write"]["bytes"] == (lora_run.base / "model.safetensors").stat().st_size
     with raises_kind("config-missing-backbone", "--backbone"):
         planning.plan_checkpoints(
             open_checkpoints(lora_run.path), make_predictor("secant"), 10, applier="merged-model", out=tmp_path
@@ -78,26 +79,26 @@ def test_notes_name_a_prediction_of_nothing_and_a_full_disk(
 ) -> None:
     source = open_checkpoints(lora_run.path)
     plan = planning.plan_checkpoints(source, make_predictor("next-mlp"), 999)
-    assert any("next-mlp would predict nothing" in note for note in plan.notes)
+    assert any("next-mlp would predict nothing" in note for note in plan["notes"])
     with raises_kind("config-invalid-value", "horizon"):
         planning.plan_checkpoints(source, make_predictor("secant"), 0)
     monkeypatch.setattr(planning, "free_bytes", lambda path: 10)
     plan = planning.plan_checkpoints(source, make_predictor("secant"), 10, out=tmp_path)
-    assert any("10 B free" in note for note in plan.notes)
+    assert any("10 B free" in note for note in plan["notes"])
 
 
 def test_a_run_names_its_jumps_checkpoints_and_their_size(config: dict[str, Any], tmp_path: Path) -> None:
     plan = planning.plan_run(make_config(config), tmp_path / "deep" / "run")
-    assert "trainer" not in plan.compute
+    assert "trainer" not in plan["compute"]
     matrices = 2 * 7
-    assert plan.compute["matrices"] == matrices
-    assert plan.compute["jumps after"] == [50, 60, 70, 80, 90]
-    assert plan.compute["roll-outs"] == 100 * 16 * 8
-    each = plan.write["bytes a checkpoint"]
-    assert plan.write["checkpoints"] == 21
-    assert plan.write["bytes of checkpoints"] == 21 * each
-    assert plan.write["bytes of jumps"] == 5 * each
-    assert plan.time["RL"] is None
+    assert plan["compute"]["matrices"] == matrices
+    assert plan["compute"]["jumps after"] == [50, 60, 70, 80, 90]
+    assert plan["compute"]["roll-outs"] == 100 * 16 * 8
+    each = plan["write"]["bytes a checkpoint"]
+    assert plan["write"]["checkpoints"] == 21
+    assert plan["write"]["bytes of checkpoints"] == 21 * each
+    assert plan["write"]["bytes of jumps"] == 5 * each
+    assert plan["time"]["RL"] is None
     assert not (tmp_path / "deep").exists()
 
 
@@ -118,9 +119,9 @@ def test_a_trainer_tells_what_it_would_start(
     monkeypatch.setattr(registry(), "_entries", dict(registry()._entries))
     registry().add(Launched)
     plan = planning.plan_run(make_config(config | {"backend": "launched"}), tmp_path / "run")
-    command = plan.compute["trainer"]["command"]
+    command = plan["compute"]["trainer"]["command"]
     assert command[:3] == ["train", "--steps", "100"]
-    show_plan(plan, as_json=True)
+    show_plan(plan, Output(as_json=True))
     out, err = capsys.readouterr()
     assert json.loads(out)["compute"]["trainer"] == {"command": command, "bytes": "many"}
     options = " ".join(f"--option{n}" for n in range(20))
@@ -132,9 +133,9 @@ def test_a_trainer_tells_what_it_would_start(
 def test_a_full_parameter_run_is_larger(config: dict[str, Any], tmp_path: Path) -> None:
     lora = planning.plan_run(make_config(config), tmp_path)
     full = planning.plan_run(make_config(config | {"training": config["training"] | {"lora": None}}), tmp_path)
-    assert full.read["trained"] == "all parameters"
-    assert full.write["bytes"] > lora.write["bytes"]
-    assert full.compute["matrices"] == 2 * 7 + 2  # embeddings and head as well
+    assert full["read"]["trained"] == "all parameters"
+    assert full["write"]["bytes"] > lora["write"]["bytes"]
+    assert full["compute"]["matrices"] == 2 * 7 + 2  # embeddings and head as well
 
 
 @pytest.mark.parametrize(
@@ -168,8 +169,8 @@ def test_bytes_are_written_for_people() -> None:
 
 def test_the_steps_of_the_fixture_are_what_is_read(lora_run: LoraRun) -> None:
     plan = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("next-mlp"), 20)
-    assert plan.read["steps"] == list(STEPS)
+    assert plan["read"]["steps"] == list(STEPS)
     # Each once for its deltas; the two newest before, to see what moves.
-    assert plan.read["bytes"] == (len(STEPS) + 2) * plan.read["bytes a checkpoint"]
+    assert plan["read"]["bytes"] == (len(STEPS) + 2) * plan["read"]["bytes a checkpoint"]
     gram = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("relex"), 20)
-    assert gram.read["bytes"] == (len(STEPS) + 2) * plan.read["bytes a checkpoint"]
+    assert gram["read"]["bytes"] == (len(STEPS) + 2) * plan["read"]["bytes a checkpoint"]

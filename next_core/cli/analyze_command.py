@@ -119,11 +119,8 @@ def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
 def _grouped(analysis: Analysis, by: str) -> Iterator[dict[str, str]]:
     """Return one row for each layer, kind or matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
-    groups: Mapping[Any, Group] = {
-        "layer": analysis.layers,
-        "kind": analysis.kinds,
-        "matrix": {_short(name): group for name, group in analysis.matrices.items()},
-    }[by]
+    matrices = {_short(name): group for name, group in analysis.matrices.items()}
+    groups: Mapping[Any, Group] = {"layer": analysis.layers, "kind": analysis.kinds}.get(by, matrices)  # type: ignore[assignment]
     for label, group in groups.items():
         count = {} if by == "matrix" else {"matrices": str(len(group.members))}
         figures = {heading: _marked(group.figures.get(name)) for name, heading in columns.items()}

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
@@ -40,7 +41,8 @@ class Child:
         context.set_forkserver_preload(["tests.crash.work"])
         receiving, sending = context.Pipe(duplex=False)
         self._receiving: Connection = receiving
-        with _found():
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with mock.patch.dict(os.environ, {"PYTHONPATH": path}):  # the server, if it starts now, has to find the tests
             self._process = context.Process(target=_reporting, args=(sending, function, *arguments), daemon=True)
             self._process.start()
         sending.close()
@@ -92,17 +94,3 @@ def _reporting(sending: Connection, function: Callable[..., Any], *arguments: An
         sending.send((None, f"{type(error).__name__}: {error}"))
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     sending.send((value, ""))
-
-
-@contextlib.contextmanager
-def _found() -> Iterator[None]:
-    """The server that is started, if it is not running yet, has to find the tests."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before

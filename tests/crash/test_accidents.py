@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.crash import small_run, work
+from tests.crash import work
 from tests.crash.conftest import Whole
 from tests.crash.processes import PATIENCE, Child, call
 from tests.crash.reader import damages
@@ -50,7 +51,8 @@ def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes
     action: work.Action, code: int, said: str, whole_run: Whole, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs" / "run"
-    config = written(whole_run, tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(whole_run.raw))
     ended = call(work.go, str(config), whole_run.raw, out, Point("after appending to", "run/metrics.jsonl", 4), action)
     message = Path(f"{config}.said").read_text()
     assert ended.code == code, message
@@ -63,13 +65,6 @@ def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes
     for extra in (out / "trainer").glob("checkpoint-5/*"):  # the uninterrupted run has none of this step
         extra.unlink()
     whole_run.check(out)
-
-
-def written(whole: Whole, folder: Path) -> Path:
-    """The run's config as a file."""
-    path = folder / "config.yaml"
-    path.write_text(small_run.dumped(whole.raw))
-    return path
 
 
 def wait_for(path: Path, child: Child) -> None:

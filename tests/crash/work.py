@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from mmap import mmap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,12 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: F401
 
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.build import build_trainer, last_checkpoint
-from next_core.cycle.journal import JOURNAL
 from next_core.cycle.run import run
 from next_core.process.quiet import quiet_libraries
 from next_core.storage import atomic as storage
 from tests.crash import small_run
 
 Action = Callable[[], None]
-PHASE_BYTES = 128
-STARTING, TRAINING = "starting", "training"
 
 
 @dataclass(frozen=True)
@@ -58,17 +54,12 @@ class Points:
     def __init__(self, folder: Path, at: Point | None, action: Action) -> None:
         self._folder, self._at, self._action = folder, at, action
         self._times: Counter[tuple[str, str]] = Counter()
-        self._begun = False
         self._one = threading.Lock()  # checkpoints are written by a thread
         self.passed: list[Point] = []
-        self.show: Callable[[str], None] = lambda what: None
 
     def __call__(self, what: str, path: Path) -> None:
         # A scratch name has the number of its process.
         name = re.sub(r"\.([^/]+)\.(tmp|old)-\d+", r"\1 (\2)", os.path.relpath(path, self._folder))
-        self._begun = self._begun or path.name == JOURNAL
-        between = TRAINING if self._begun else STARTING
-        self.show(f"{what.removeprefix('before ')} {name}" if what.startswith("before") else between)
         with self._one:
             self._times[what, name] += 1
             point = Point(what, name, self._times[what, name])
@@ -77,14 +68,8 @@ class Points:
             self._action()
 
 
-def kill() -> None:
-    """As a power cut would, but that what was written is kept."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt() -> None:
-    """Ctrl-C."""
-    os.kill(os.getpid(), signal.SIGINT)
+kill, interrupt, terminate = (partial(signal.raise_signal, s) for s in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+"""A power cut that leaves what was written; Ctrl-C; what a scheduler ends a job with."""
 
 
 def interrupt_twice() -> None:
@@ -92,11 +77,6 @@ def interrupt_twice() -> None:
     interrupt()
     time.sleep(0)  # the first one is seen
     interrupt()
-
-
-def terminate() -> None:
-    """As a scheduler ends a job."""
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -122,20 +102,6 @@ class Remount:
 
 
 @dataclass(frozen=True)
-class Forbid:
-    """From now on this thread may write nothing into a folder, whoever it runs as."""
-
-    folder: Path
-
-    def __call__(self) -> None:
-        for path in (self.folder, *self.folder.rglob("*")):
-            path.chmod(path.stat().st_mode & ~0o222)
-        version_3, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        if os.geteuid() == 0 and ctypes.CDLL(None).capset(version_3, nothing):  # root may write all the same
-            raise PermissionError("root keeps its capabilities here")
-
-
-@dataclass(frozen=True)
 class Pause:
     """Wait until a file is there; another one says that it waits."""
 
@@ -156,30 +122,10 @@ class Trained:
     seconds: float
 
 
-def go(
-    way: str,
-    raw: dict[str, Any],
-    out: Path,
-    at: Point | None = None,
-    action: Action = kill,
-    phase: Path | None = None,
-) -> Trained:
-    """The command that is killed and given again, to its end: ``run``, ``callback``, or the command line's.
-
-    ``phase`` is a file that always says what the process is doing.
-    """
+def go(way: str, raw: dict[str, Any], out: Path, at: Point | None = None, action: Action = kill) -> Trained:
+    """The command that is killed and given again, to its end: ``run``, ``callback``, or the command line's."""
     quiet_libraries()
-    points = Points(out.parent, at, action)
-    if phase is not None:
-        with phase.open("r+b") as file:
-            page = mmap(file.fileno(), PHASE_BYTES)
-
-        def show(what: str) -> None:
-            page[:] = what.encode()[:PHASE_BYTES].ljust(PHASE_BYTES)
-
-        points.show = show
-        show(STARTING)
-    storage.failpoint = points
+    points = storage.failpoint = Points(out.parent, at, action)
     started = time.perf_counter()
     if way == "run":
         run(small_run.checked(raw), out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,78 +46,57 @@ class Target:
     share: float
 
 
-def run_config(folder: Path) -> None:
-    load_config(folder / "run.yaml")
+def weights(file: Path) -> None:
+    opened = SafetensorsFile(file)
+    for key in opened.shapes:
+        opened.read(key)
 
 
-def compare_config(folder: Path) -> None:
-    load_comparison(folder / "compare.yaml")
-
-
-def weights(folder: Path) -> None:
-    file = SafetensorsFile(folder / "plain" / "x.safetensors")
-    for key in file.shapes:
-        file.read(key)
-
-
-def adapter_files(folder: Path) -> None:
-    opened = AdapterFiles(folder / "plain")
+def adapter_files(file: Path) -> None:
+    opened = AdapterFiles(file.parent)
     assert all(math.isfinite(scaling) for scaling in opened.scaling.values())
     for key in opened.file.shapes:
         opened.file.read(key)
 
 
-def model_files(folder: Path) -> None:
-    opened = ModelFiles(folder / "model")
+def model_files(file: Path) -> None:
+    opened = ModelFiles(file.parent)
     for key in opened.shapes:
         opened.read(key)
 
 
-def sealed(folder: Path) -> None:
-    check_manifest(folder / "run" / "checkpoints" / "step-20", contents=True)
-    check_contents(folder / "run" / "checkpoints" / "step-20" / "adapter_model.safetensors")
+def sealed(file: Path) -> None:
+    check_manifest(file.parent, contents=True)
+    check_contents(file.parent / "adapter_model.safetensors")
 
 
-def steps(folder: Path) -> None:
-    source = open_checkpoints(folder / "run" / "checkpoints", skip_damaged=True)
+def steps(file: Path) -> None:
+    source = open_checkpoints(file.parents[1], skip_damaged=True)
     source.delta(source.parameters[0].name, source.steps[-1])
 
 
-def log(folder: Path) -> None:
-    read_log(folder / "run" / "metrics.jsonl")
-
-
-def state(folder: Path) -> None:
-    read_metrics({10: folder / "trainer" / "checkpoint-10"})
-
-
-def recorded(folder: Path) -> None:
-    run = Recorded(folder / "run")
+def recorded(file: Path) -> None:
+    run = Recorded(file.parent)
     _ = run.predictor, run.backbone, run.started, run.last_step, [run.accuracy(way) for way in ("start", "final")]
 
 
-def result(folder: Path) -> None:
-    read_result(folder / "run")
-    recorded(folder)
+def result(file: Path) -> None:
+    read_result(file.parent)
+    recorded(file)
 
 
-def compared(folder: Path) -> None:
-    open_folder(folder / "compared")
+def page(file: Path) -> None:
+    """Write a whole page."""
+    write_report(file.parent, settings=GeometryOptions(wanted=False))
 
 
-def page(folder: Path) -> None:
-    """Write whole pages."""
-    for name in ("run", "compared"):
-        write_report(folder / name, settings=GeometryOptions(wanted=False))
-
-
-def jump(folder: Path) -> None:
-    jump_records(folder / "run" / "jumps")
+def jumps(file: Path) -> None:
+    jump_records(file.parents[1])
 
 
 TARGETS = {
-    "run-config": Target("run.yaml", mutations.of_yaml, run_config, 0.03),
-    "compare-config": Target("compare.yaml", mutations.of_yaml, compare_config, 0.02),
+    "run-config": Target("run.yaml", mutations.of_json, load_config, 0.03),
+    "compare-config": Target("compare.yaml", mutations.of_json, load_comparison, 0.02),
     "safetensors": Target("plain/x.safetensors", mutations.of_safetensors, weights, 0.18),
     "adapter-weights": Target("plain/adapter_model.safetensors", mutations.of_safetensors, adapter_files, 0.1),
     "adapter-config": Target("plain/adapter_config.json", mutations.of_json, adapter_files, 0.1),
@@ -126,62 +104,34 @@ TARGETS = {
     "manifest": Target("run/checkpoints/step-20/manifest.json", mutations.of_checked, sealed, 0.08),
     "checkpoint": Target("run/checkpoints/step-20/adapter_model.safetensors", mutations.of_safetensors, steps, 0.04),
     "journal": Target("run/journal.jsonl", mutations.of_lines, recorded, 0.08),
-    "metrics": Target("run/metrics.jsonl", mutations.of_lines, log, 0.05),
-    "trainer-state": Target("trainer/checkpoint-10/trainer_state.json", mutations.of_json, state, 0.05),
+    "metrics": Target("run/metrics.jsonl", mutations.of_lines, read_log, 0.05),
+    "trainer-state": Target(
+        "trainer/trainer_state.json", mutations.of_json, lambda f: read_metrics({10: f.parent}), 0.05
+    ),
     "result": Target("run/result.json", mutations.of_json, result, 0.05),
-    "compare": Target("compared/compare.json", mutations.of_json, compared, 0.04),
+    "compare": Target("compared/compare.json", mutations.of_json, lambda f: open_folder(f.parent), 0.04),
     "page-of-run": Target("run/result.json", mutations.of_json, page, 0.0002),
     "page-of-journal": Target("run/journal.jsonl", mutations.of_lines, page, 0.0002),
     "page-of-compare": Target("compared/compare.json", mutations.of_json, page, 0.0002),
-    "jump": Target("run/jumps/0001/jump.json", mutations.of_json, jump, 0.03),
-    "undone": Target("run/jumps/0001/undone.json", mutations.of_json, jump, 0.03),
+    "jump": Target("run/jumps/0001/jump.json", mutations.of_json, jumps, 0.03),
+    "undone": Target("run/jumps/0001/undone.json", mutations.of_json, jumps, 0.03),
 }
 
 
-def write_examples(folder: Path) -> None:
-    """Write a valid file of every kind."""
+def write_examples(folder: Path) -> Path:
+    """Write a valid file of every kind into a new folder. Returns it."""
     (folder / "base").mkdir(parents=True)
     for name in ("train", "validation", "test"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
-    examples = Path(__file__).parents[2]
-    run: dict[str, Any] = yaml.safe_load((examples / "examples" / "quickstart.yaml").read_text())
+    quickstart = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+    run: dict[str, Any] = yaml.safe_load(quickstart.read_text())
     data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
     run["training"] |= {"model": "base", "data": data, "learning_rate": 1e-4}
-    (folder / "run.yaml").write_text(json.dumps(run))
     arms = {"secant": {"predictor": "secant", "choose": {"schedule.alpha": [1, 2]}}, "auto": {"predictor": "auto"}}
-    race = {
-        "base": "run.yaml",
-        "steps": 100,
-        "longer": 150,
-        "seeds": 2,
-        "arms": arms,
-        "run": {"schedule": {"alpha": 1}},
-    }
-    race |= {"tuned": {"training.learning_rate": [3e-4, 1e-3]}, "measure_every": 25}
-    (folder / "compare.yaml").write_text(json.dumps(race))
-
-    adapter(folder / "plain", 10)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_rslora": False, "target_modules": ["q_proj"]}
-    config |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.q_proj": 4.0, "v_proj": 8}}
-    (folder / "plain" / "adapter_config.json").write_text(json.dumps(config))
-    save_file(
-        {"a": torch.ones(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.ones(2).int()},
-        folder / "plain" / "x.safetensors",
-    )
-    (folder / "model").mkdir()
-    for shard in "12":
-        save_file({f"w{shard}": torch.ones(2, 2)}, folder / "model" / f"{shard}.safetensors")
-    index = {"metadata": {"total_size": 32}, "weight_map": {"w1": "1.safetensors", "w2": "2.safetensors"}}
-    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    for step in (10, 20, 30):
-        seal(adapter(folder / "run" / "checkpoints" / f"step-{step}", step))
-    made = folder / "run" / "jumps" / "0001"
-    made.mkdir(parents=True)
-    (made / "jump.json").write_text('{"step": 10, "alpha": 1.5, "adapter": null}')
-    (made / "undone.json").write_text('{"step": 15}')
-    save_file({key: value * 0 for key, value in adapter_tensors(1).items()}, made / "shift.safetensors")
-    secant = arm({0: 0.5}, {0: 0.4})
+    race = {"base": "run.yaml", "steps": 100, "longer": 150, "seeds": 2, "arms": arms, "measure_every": 25}
+    race |= {"tuned": {"training.learning_rate": [3e-4, 1e-3]}, "run": {"schedule": {"alpha": 1}}}
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_rslora": False, "target_modules": ["q_proj"]}
+    lora |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.q_proj": 4.0, "v_proj": 8}}
     jump = {"step": 10, "accepted": True, "reason": "fine", "alpha": 1.0, "diagnostics": {"x": 0.5}, "norm_ratio": 2.0}
     point = {"step": 0, "seconds": 0.5, "validation": {"sampled": 0.5}, "test": {"sampled": 0.5, "greedy": None}}
     records = [
@@ -193,31 +143,40 @@ def write_examples(folder: Path) -> None:
         {"event": "resume", "step": 12},
         {"event": "end", "step": 20},
     ]
-    (folder / "run" / "journal.jsonl").write_bytes(b"".join(map(json_line, records)))
     logged = [{"step": step, "reward": 0.1 * step, "loss": 1.0, "note": "x"} for step in range(1, 6)]
-    (folder / "run" / "metrics.jsonl").write_bytes(b"".join(map(json_line, logged)))
-    (folder / "run" / "config.yaml").write_text(json.dumps(run))
-    result = {
-        "steps": 20,
-        "seconds": {"rl": 1.5},
-        "accuracy": {"start": 0.2, "final": None},
-        "jumps": [jump],
-        "folder": "x",
+    control = {"steps": 20, "seconds": 1.0, "accuracy": {"final": 0.3}, "curve": [point]}
+    result = {"steps": 20, "seconds": {"rl": 1.5}, "accuracy": {"start": 0.2, "final": None}, "jumps": [jump]}
+    result |= {"control": control, "curve": [point], "resumed_from": None, "settings": {"predictor": "secant"}}
+    result |= {"folder": "x", "notes": [], "average": None, "advice": None}
+    compared = {"plain": arm({0: 0.4}, {0: 0.4}, role="plain"), "secant": arm({0: 0.5}, {0: 0.4})}
+
+    for step in (10, 20, 30):
+        seal(adapter(folder / "run" / "checkpoints" / f"step-{step}", step))
+    adapter(folder / "plain", 10)
+    objects: dict[str, Any] = {
+        "run.yaml": run,
+        "compare.yaml": race,
+        "plain/adapter_config.json": lora,
+        "model/model.safetensors.index.json": {
+            "metadata": {"total_size": 32},
+            "weight_map": {"w1": "1.safetensors", "w2": "2.safetensors"},
+        },
+        "run/config.yaml": run,
+        "run/result.json": result,
+        "run/jumps/0001/jump.json": {"step": 10, "alpha": 1.5, "adapter": None},
+        "run/jumps/0001/undone.json": {"step": 15},
+        "trainer/trainer_state.json": {"global_step": 10, "log_history": logged, "best_metric": None},
+        "compared/compare.json": comparison(seeds=1) | {"arms": compared},
     }
-    result |= {"control": {"steps": 20, "seconds": 1.0, "accuracy": {"final": 0.3}, "curve": [point]}, "curve": [point]}
-    result |= {"resumed_from": None, "settings": {"predictor": "secant"}, "notes": [], "average": None, "advice": None}
-    (folder / "run" / "result.json").write_text(json.dumps(result))
-
-    state = {"global_step": 10, "log_history": logged, "best_metric": None}
-    (folder / "trainer" / "checkpoint-10").mkdir(parents=True)
-    (folder / "trainer" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
-    (folder / "compared").mkdir()
-    small = comparison(seeds=1) | {"arms": {"plain": arm({0: 0.4}, {0: 0.4}, role="plain"), "secant": secant}}
-    (folder / "compared" / "compare.json").write_text(json.dumps(small))
-
-
-def fresh(folder: Path) -> Path:
-    """Write the examples into an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    write_examples(folder)
+    for file, value in objects.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(value))
+    (folder / "run" / "journal.jsonl").write_bytes(b"".join(map(json_line, records)))
+    (folder / "run" / "metrics.jsonl").write_bytes(b"".join(map(json_line, logged)))
+    several = {"a": torch.ones(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.ones(2).int()}
+    save_file(several, folder / "plain" / "x.safetensors")
+    for shard in "12":
+        save_file({f"w{shard}": torch.ones(2, 2)}, folder / "model" / f"{shard}.safetensors")
+    shift = {key: value * 0 for key, value in adapter_tensors(1).items()}
+    save_file(shift, folder / "run" / "jumps" / "0001" / "shift.safetensors")
     return folder

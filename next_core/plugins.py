@@ -35,7 +35,7 @@ BASES: dict[Kind, type[Plugin]] = {
     "reward": Reward,
     "backend": Backend,
 }
-PredictorLike = str | Mapping[str, Any] | Choice | TrajectoryPredictor | Callable[[], TrajectoryPredictor]
+PredictorLike = str | Mapping[str, Any] | type[TrajectoryPredictor] | TrajectoryPredictor
 """Everything that ``resolve_predictor`` accepts."""
 
 
@@ -109,8 +109,6 @@ class Registry:
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._broken: list[Entry] = []
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
 
     def load_entry_points(self) -> None:
         """Load every plug-in installed under the entry-point group ``next_core``."""
@@ -129,27 +127,24 @@ class Registry:
 
     def add_plugin(self, plugin: object, distribution: str = "local", version: str = "") -> None:
         """Take what a plug-in's hooks register. Nothing is taken from a plug-in one of whose hooks fails."""
+        manager = pluggy.PluginManager(hookspecs.PROJECT)  # its own, so that no other plug-in's hooks are called
+        manager.add_hookspecs(hookspecs)
+        manager.register(plugin)
+        manager.check_pending()
         collected: list[Entry] = []
-        self._manager.register(plugin)
-        others = [other for other in self._manager.get_plugins() if other is not plugin]
-        try:
-            self._check_hooks(plugin)
-            for kind in KINDS:
-                caller = self._manager.subset_hook_caller(f"register_{kind}s", others)
-                caller(register=self._collector(collected, kind, distribution, version))
-        except Exception:
-            self._manager.unregister(plugin)
-            raise
+
+        def register(kind: Kind, target: type[Plugin] | str, name: str | None = None) -> None:
+            if isinstance(target, str) and name is None:
+                raise PluginError(f"register('{target}') needs name=, the plug-in's name", kind="plugin-invalid")
+            found = target if isinstance(target, str) else check_class(kind, target)
+            collected.append(Entry(kind, name or str(getattr(target, "name", None)), found, distribution, version))
+
+        for kind in KINDS:
+            getattr(manager.hook, f"register_{kind}s")(register=functools.partial(register, kind))
         for entry in collected:
             self._add(entry)
 
-    def _check_hooks(self, plugin: object) -> None:
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            if not caller.has_spec():
-                known = ", ".join(f"register_{kind}s" for kind in KINDS)
-                raise PluginError(f"unknown hook '{caller.name}'; known: {known}", kind="plugin-invalid")
-
-    def add(self, cls: type[Plugin], distribution: str = "local", version: str = "") -> type[Plugin]:
+    def add(self, cls: type[Plugin]) -> type[Plugin]:
         """Register one class of this program, without an entry point; usable as a decorator.
 
         A class that is defined again, as when a notebook cell runs twice, replaces the earlier one.
@@ -166,18 +161,8 @@ class Registry:
                 f"{kind} '{cls.name}' is already provided by {taken.distribution}; choose another name",
                 kind="plugin-name-taken",
             )
-        self._entries[kind, cls.name] = Entry(kind, cls.name, cls, distribution, version)
+        self._entries[kind, cls.name] = Entry(kind, cls.name, cls, "local", "")
         return cls
-
-    def _collector(self, collected: list[Entry], kind: Kind, distribution: str, version: str) -> Callable[..., None]:
-        def register(target: type[Plugin] | str, name: str | None = None) -> None:
-            if isinstance(target, str) and name is None:
-                raise PluginError(f"register('{target}') needs name=, the plug-in's name", kind="plugin-invalid")
-            if not isinstance(target, str):
-                check_class(kind, target)
-            collected.append(Entry(kind, name or str(getattr(target, "name", None)), target, distribution, version))
-
-        return register
 
     def _add(self, entry: Entry) -> None:
         key = entry.kind, entry.name
@@ -281,58 +266,29 @@ def make_chosen(kind: Kind, choice: Choice) -> Any:
     return registry().make(kind, choice.name, **choice.fields)
 
 
-def resolve_predictor(given: PredictorLike, /, **fields: Any) -> Callable[[], TrajectoryPredictor]:
+def resolve_predictor(given: PredictorLike, /) -> Callable[[], TrajectoryPredictor]:
     """Return a function that makes a fresh predictor, for callers that fit one predictor for each jump.
 
-    ``given`` is a registered name, ``"module:Class"``, a mapping such as ``{"name": "secant", "window": 10}``, a class,
-    an instance, or a function without arguments that returns a predictor. ``fields`` are the settings of a predictor
-    given by name or class. An instance is copied for each use, so that no fit sees another; copies share the history
-    that it was fitted on.
+    ``given`` is a registered name, ``"module:Class"``, a mapping such as ``{"name": "secant", "window": 10}``, a class
+    or an instance. An instance is copied for each use, so that no fit sees another; copies share the history that it
+    was fitted on.
 
     Raises ``PluginError`` for anything else, ``ConfigError`` for wrong settings: at once, not at the first use.
     """
-    if isinstance(given, Choice):
-        given = {"name": given.name, **given.fields}
-    if isinstance(given, Mapping):
-        fields = {**given, **fields}
-        given = fields.pop("name", DEFAULT_PREDICTOR)
-    make: Callable[[], Any]
-    if isinstance(given, str | type):
-        cls: Any = registry().get("predictor", given) if isinstance(given, str) else check_class("predictor", given)
-        where = given if isinstance(given, str) else cls.name
-        make = functools.partial(cls, _settings_of(cls, fields, f"predictor '{where}'"))
-    elif fields:
-        raise PluginError(
-            f"the settings {', '.join(fields)} have no effect on {given!r}; pass its class, or leave them out",
-            kind="plugin-invalid",
-        )
-    elif isinstance(given, TrajectoryPredictor):
-        make = functools.partial(_copied, given)
-    elif callable(given):
-        make = given
-    else:
-        raise PluginError(
-            f"{given!r} is no predictor; pass a name, 'module:Class', a mapping with a name, a class, an instance, or "
-            "a function without arguments that returns one",
-            kind="plugin-invalid",
-        )
-
-    def made() -> TrajectoryPredictor:
-        try:
-            predictor = make()
-        except NextCoreError:
-            raise
-        except Exception as error:
-            raise PluginError(f"{given!r} makes no predictor: {describe(error)}", kind="plugin-invalid") from error
-        if not isinstance(predictor, TrajectoryPredictor):
-            raise PluginError(f"{given!r} returned {predictor!r}, which is no predictor", kind="plugin-invalid")
-        return predictor
-
-    made()
-    return made
+    if isinstance(given, TrajectoryPredictor):
+        _copied(given)
+        return functools.partial(_copied, given)
+    fields = dict(given) if isinstance(given, Mapping) else {}
+    chosen = fields.pop("name", DEFAULT_PREDICTOR) if isinstance(given, Mapping) else given
+    cls: Any = registry().get("predictor", chosen) if isinstance(chosen, str) else check_class("predictor", chosen)
+    return functools.partial(cls, _settings_of(cls, fields, f"predictor '{cls.name}'"))
 
 
 def _copied(predictor: TrajectoryPredictor) -> TrajectoryPredictor:
     """Copy deeply, but for the history, which may hold open files, and the display of progress."""
     shared = [value for key, value in vars(predictor).items() if key == "progress" or isinstance(value, History)]
-    return copy.deepcopy(predictor, {id(value): value for value in shared})
+    try:
+        return copy.deepcopy(predictor, {id(value): value for value in shared})
+    except Exception as error:
+        message = f"predictor '{predictor.name}' cannot be copied: {describe(error)}; pass its class or name"
+        raise PluginError(message, kind="plugin-invalid") from error

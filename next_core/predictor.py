@@ -84,10 +84,6 @@ class TrajectoryPredictor(Plugin):
             raise NextCoreError(f"{self.name}: call fit(history) before predict", kind="predictor-not-fitted")
         return self._history
 
-    @history.setter
-    def history(self, history: History) -> None:
-        self._history = history
-
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         """Return why no prediction can be made from checkpoints of these steps, whatever they hold; None if one can.
 
@@ -124,9 +120,7 @@ class PerMatrixPredictor(TrajectoryPredictor):
     ``prepare`` may add numbers to ``diagnostics``, which becomes ``Prediction.diagnostics``.
     """
 
-    def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
-        super().__init__(config, **fields)
-        self.diagnostics: dict[str, float] = {}
+    diagnostics: dict[str, float]
 
     @property
     def anchor(self) -> Anchor:
@@ -226,7 +220,7 @@ def matrix_predictor(
     *,
     config: type[Config] = Settings,  # type: ignore[assignment]
     requires: Iterable[Needs] = (),
-    anchor: Anchor | Callable[[Config], Anchor] = "newest",
+    anchor: Anchor = "newest",
 ) -> Callable[[Callable[[MatrixHistory, int, Config], Outcome]], type[PerMatrixPredictor]]:
     """Make a predictor class from a function of one matrix, the horizon and the config::
 
@@ -238,11 +232,10 @@ def matrix_predictor(
             c = horizon / (newest - before)
             return CoefficientUpdate({newest: c, before: -c})
 
-    ``anchor`` is what the updates count from, or a function of the config that returns it. Register the result like
-    any class: ``registry().add(last_step)``, or by a ``register_predictors`` hook. Raises ``PluginError`` for an
-    unknown anchor.
+    ``anchor`` is what the updates count from. Register the result like any class: ``registry().add(last_step)``, or by
+    a ``register_predictors`` hook. Raises ``PluginError`` for an unknown anchor.
     """
-    if not callable(anchor) and anchor not in get_args(Anchor):
+    if anchor not in get_args(Anchor):
         message = f"predictor '{name}': anchor is {anchor!r}; known: {', '.join(get_args(Anchor))}"
         raise PluginError(message, kind="plugin-invalid")
     plugin_name, needs = name, frozenset(requires)
@@ -255,7 +248,7 @@ def matrix_predictor(
 
             @property
             def anchor(self) -> Anchor:
-                return anchor(self.config) if callable(anchor) else anchor
+                return anchor
 
             def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
                 return function(matrix, horizon, self.config)

@@ -32,17 +32,16 @@ from tests.predictors.trajectories import (
 
 class LastStepConfig(Settings):
     damping: float = Field(1.0, description="Factor on the motion")
-    anchor: Anchor = Field("newest", description="What the update counts from")
 
 
-@matrix_predictor("last-step", config=LastStepConfig, requires={"gram"}, anchor=lambda config: config.anchor)
+@matrix_predictor("last-step", config=LastStepConfig, requires={"gram"})
 def last_step(matrix: MatrixHistory, horizon: int, config: LastStepConfig) -> Outcome:
     """Continue the last interval."""
     if len(matrix.steps) < 2:
         return Abstain("needs two checkpoints")
     before, newest = matrix.steps[-2:]
     c = config.damping * horizon / (newest - before)
-    return CoefficientUpdate({newest: c + (config.anchor == "backbone"), before: -c})
+    return CoefficientUpdate({newest: c, before: -c})
 
 
 def answering(*outcomes: Any, anchor: Anchor = "newest") -> Prediction:
@@ -72,27 +71,13 @@ def test_a_decorated_function_is_a_predictor_class() -> None:
     assert pickle.loads(pickle.dumps(last_step)) is last_step
 
 
-@pytest.mark.parametrize("anchor", ["newest", "backbone"])
-def test_predicts_through_the_registry_with_its_own_settings(anchor: str) -> None:
+def test_predicts_through_the_registry_with_its_own_settings() -> None:
     ours = Registry()
     ours.add(last_step)
-    predictor = ours.make("predictor", "last-step", damping=0.5, anchor=anchor)
+    predictor = ours.make("predictor", "last-step", damping=0.5)
     prediction = predictor.fit(history(dense_run({"a": drift(1)}))).predict(40)
-    assert (prediction.anchor, prediction.step, prediction.horizon) == (anchor, 100, 40)
+    assert (prediction.anchor, prediction.step, prediction.horizon) == ("newest", 100, 40)
     assert relative_error(resolve_dense(prediction, "a"), drift(1)(20)) < 1e-9
-
-
-def test_registers_through_a_hook() -> None:
-    from next_core.hookspecs import Register, hookimpl
-
-    class Plugin:
-        @hookimpl
-        def register_predictors(self, register: Register) -> None:
-            register(last_step)
-
-    ours = Registry()
-    ours.add_plugin(Plugin())
-    assert ours.get("predictor", "last-step") is last_step
 
 
 def test_refuses_an_anchor_that_is_not_one() -> None:

@@ -88,6 +88,7 @@ class AlphaRL(PerMatrixPredictor):
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         found = matrix.components("global")
+        # x has the norm of the whole delta: its leading triplets are scaled by ||D|| / ||D_k||.
         length = found.S.square().sum(-1).sqrt()
         alpha = torch.where(length > 0, found.energy.sqrt() / torch.where(length > 0, length, 1.0), 0.0)
         x = (alpha[:, None, None] * found.U * found.S[:, None, :]).double()  # (T, m, k)
@@ -95,6 +96,7 @@ class AlphaRL(PerMatrixPredictor):
         target = invert(flat[self._series.rows], self._series.y, self._series.y_target, self.config.min_t)
         if isinstance(target, Abstain):
             return target
+        # x varies over time through u and sigma. v_T stands for all v_t, which is why signs are aligned beforehand.
         left = torch.from_numpy(target).reshape(x.shape[1:])
         if self.anchor == "newest":
             left = left - x[-1]
@@ -149,6 +151,7 @@ def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain
     # The scores are centred, so b is the mean of y.
     centred = y - y.mean()
     a = float(z @ centred / (z @ z))
+    # The standard error of a slope: sqrt(residual variance / sum of z^2), with T - 2 degrees of freedom.
     residual = centred - a * z
     error = math.sqrt(float(residual @ residual) / (len(y) - 2) / float(z @ z))
     if abs(a) < min_t * error:

@@ -96,6 +96,7 @@ class Auto(PerMatrixPredictor):
         return CoefficientUpdate({newest: multiple - 1.0, newest - horizon: 1.0 - multiple}, "factors")
 
     def _adapted(self, multiple: float, agreed: float) -> float:
+        # In the logarithm, so that equal agreements above and below target undo each other.
         change = self.config.gain * (agreed - self.config.target)
         change = min(max(change, -self.config.limit), self.config.limit)
         return float(min(max(multiple * math.exp(change), 1.0), self.config.most))

@@ -108,7 +108,7 @@ def make_groups(
     newest: dict[Key, dict[str, Tensor]] = {}
     rows = list(earlier)
     for name, target in sorted(targets.items()):
-        alive = target.S > 0
+        alive = target.S > 0  # where sigma is 0, u and v are zero columns and no direction to learn
         given = [_vectors(factors[name]) for factors in inputs]
         for key, wanted in _vectors(target).items():
             observed = torch.stack([vectors[key] for vectors in given])

@@ -130,6 +130,7 @@ class ComponentPredictor(TrajectoryPredictor):
                 decoded = self.decode(name, found)
                 u, sigma, v = decoded["u"], decoded["sigma"], decoded["v"]
                 figures["sigma_clamped"] += float((sigma < 0).sum())
+                # The networks return no unit vectors; sigma alone says how far. A negative one would reverse the jump.
                 U, S, V = normalize(u), sigma.clamp(min=0), normalize(v)
                 if not bool((S * U).isfinite().all() and V.isfinite().all()):
                     abstained[name] = "training the networks diverged; lower lr"
@@ -178,6 +179,7 @@ def _read_components(history: History, horizon: int, align: bool) -> Components:
 
 def fix_signs(components: Components) -> Components:
     """Fix the one sign that alignment leaves free per component: make the sum of its newest global u positive."""
+    # u and v flip together, so each delta u sigma v^T stays what it is. One sign for all times keeps them aligned.
     signs = {name: torch.where(f.U[-1].sum(0) < 0, -1.0, 1.0) for name, f in components["global"].items()}
     return {kind: {name: f.flip(signs[name]) for name, f in group.items()} for kind, group in components.items()}
 
@@ -194,6 +196,7 @@ def _diagnostics(groups: Mapping[Key, Group], jumps: list[LowRank], targets: lis
         figures[f"epochs/{part}/{length}"] = group.epochs
     if jumps:
         predicted = sum(float(norm(jump)) ** 2 for jump in jumps)
+        # |U S V^T|_F^2 is the sum of S^2, as U and V have orthonormal columns.
         observed = torch.stack([target.S.square().sum(-1) for target in targets]).sum(0).sqrt().mean()
         figures["norm_ratio"] = float(math.sqrt(predicted) / observed)
     return figures

@@ -113,6 +113,7 @@ def _directions(kinds: Sequence[tuple[Tensor, Tensor]], newest: Tensor, q: int) 
     Each kind of delta gets the same total weight; otherwise local deltas, which are short, would not count.
     """
     weighed = [(vectors.double() * sigma.double()[:, None, :]).transpose(0, 1).flatten(1) for vectors, sigma in kinds]
+    # Left singular vectors only: right factor I, so the cost is linear in d, and no (d, d) matrix is formed.
     stacked = torch.cat([columns / columns.norm().clamp(min=torch.finfo(torch.float64).tiny) for columns in weighed], 1)
     found = truncated_svd(LowRank(stacked, torch.eye(stacked.shape[1], dtype=torch.float64)), q).U
     signs = torch.where(found.mT @ newest.double() < 0, -1.0, 1.0)
@@ -121,6 +122,7 @@ def _directions(kinds: Sequence[tuple[Tensor, Tensor]], newest: Tensor, q: int) 
 
 def _kept(targets: Mapping[str, Factors], encoded: Mapping[str, Factors]) -> dict[str, float]:
     """Return the share of the targets' energy whose u, or v, lies in the basis, over all matrices."""
+    # |basis^T u| <= |u| = 1: its square, weighted by sigma^2, is the part of the energy that the coordinates keep.
     weights = {name: factors.S.double().square() for name, factors in targets.items()}
     whole = sum(float(weight.sum()) for weight in weights.values()) or 1.0
     kept_u = sum(float((encoded[name].U.square().sum(-2) * weight).sum()) for name, weight in weights.items())

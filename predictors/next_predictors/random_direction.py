@@ -52,4 +52,5 @@ class RandomDirection(PerMatrixPredictor):
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:
     """Return |L R|_F; nothing cancels, because random columns are nearly orthogonal."""
+    # |L R|^2 = tr(L^T L R R^T), the sum of the elementwise product of two (k, k) matrices: no (m, n) matrix is formed.
     return ((left.mT @ left) * (right @ right.mT)).sum().sqrt()

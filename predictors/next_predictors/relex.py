@@ -48,12 +48,13 @@ class Relex(PerMatrixPredictor):
         kept = (squares > squares[-1] * len(squares) * torch.finfo(squares.dtype).eps).nonzero().flatten()
         kept = kept[-(self.config.rank or self.history.rank) :]
         s, Q = squares[kept].sqrt(), Q[:, kept]
-        c = s * Q
+        c = s * Q  # (T, k): row t has the coordinates of W_t - W_0 along the unit directions M^T q_i / s_i
         steps = torch.tensor(matrix.steps, dtype=c.dtype)
         centred = steps - steps.mean()
         slope = centred @ c / (centred @ centred)
         c_target = c.mean(0) + slope * (matrix.steps[-1] + horizon - steps.mean())
         if self.anchor == "newest":
             c_target = c_target - c[-1]
+        # sum_i c_i M^T q_i / s_i = M^T (Q (c / s)): a weight for each row of M. The signs of the q_i cancel in it.
         weights = Q @ (c_target / s)
         return CoefficientUpdate(dict(zip(matrix.steps, weights.tolist(), strict=True)), self.config.space)

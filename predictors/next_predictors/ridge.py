@@ -66,18 +66,21 @@ class Ridge(PerMatrixPredictor):
         if not bool((scale > 0).any()):
             return Abstain("ridge: position and velocity are zero at every observed pair")
         scale = torch.where(scale > 0, scale, 1.0)
-        # Standardised, so that the penalty is equal for a long position and a short velocity.
+        # Standardised, so that the penalty is equal for a long position and a short velocity. pinv, because without a
+        # penalty the two inputs may be collinear: with one pair on a straight line, position is a multiple of velocity.
         penalised = squares / scale / scale[:, None]
         penalised.diagonal().add_(self.config.alpha_ridge)
         coefficients = torch.zeros(2, dtype=scale.dtype)
         coefficients[used] = torch.linalg.pinv(penalised, hermitian=True) @ (products / scale) / scale
         a, b = coefficients.tolist()
+        # a G_T + b L_T with L_T = G_T - G_{T-1}.
         before, newest = matrix.steps[-2:]
         return CoefficientUpdate({newest: a + b, before: -b}, self.config.space)
 
 
 def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Return global and local deltas (2, pairs, count) and targets (pairs, count) as weights of global deltas."""
+    # A delta is a combination of the G_t, so every inner product that the regression needs is weights^T Gram weights.
     unit = torch.eye(count, dtype=torch.float64)
     before = torch.cat([torch.zeros(1, count, dtype=torch.float64), unit[:-1]])
     start, end = [i for i, _ in pairs], [j for _, j in pairs]

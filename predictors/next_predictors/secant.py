@@ -101,6 +101,7 @@ class Secant(PerMatrixPredictor):
             return backbone_weights(newest, horizon, self.config.damping)
         window = self._window(horizon)
         c = self.config.damping * horizon / window
+        # Weights that sum to zero need no initial adapter in factor space, and the backbone cancels.
         # A step 0 without a checkpoint is where RL began: its global delta is zero.
         return {newest: c, newest - window: -c} if newest - window in steps else {newest: c}
 
@@ -159,6 +160,7 @@ def measure(history: History, config: GateConfig) -> Gate | Abstain:
 
 def _lambda(PP: float, PD: float, _: float, DD: float) -> float:
     """Return <P, D> / <P, P>, or NaN where P is negligible relative to D."""
+    # The lambda that minimises |D - lambda P|. 1e-12 bounds squares: where |P| < 1e-6 |D|, P may be only rounding.
     return PD / PP if PP > 1e-12 * DD else math.nan
 
 

@@ -99,36 +99,10 @@ def test_each_horizon_is_trained_once(past: History) -> None:
     assert predictor.fit(past).predict(50) is not predictor.fit(past).predict(50)
 
 
-def test_signs_of_the_svd_matter_if_alignment_is_switched_off(run: Run) -> None:
-    as_is, flipped = (predict(past_of(run, signs=signs), align=False, **QUICK) for signs in (None, 1))
-    assert not same(as_is, flipped)
-
-
 def test_alignment_is_what_makes_signs_learnable(run: Run) -> None:
     flipped = past_of(run, signs=0)
     aligned, as_released = (predict(flipped, align=align, lr=1e-3, epochs=60).diagnostics for align in (True, False))
     assert aligned["loss/u/16"] < 0.5 * as_released["loss/u/16"]
-
-
-def test_the_length_of_a_jump_is_that_of_sigma(past: History, run: Run) -> None:
-    """A rotation of the rows changes every u and no sigma: the jump turns and keeps its length."""
-    turn = {m: torch.linalg.qr(torch.randn(m, m, generator=_seeded(m), dtype=torch.float64)).Q for m in (12, 16)}
-    turned = past_of({step: {name: turn[len(W)] @ W for name, W in weights.items()} for step, weights in run.items()})
-    before, after = moved(predict(past, **QUICK)), moved(predict(turned, **QUICK))
-    for name in SHAPES:
-        assert not torch.allclose(before[name], after[name])
-        torch.testing.assert_close(before[name].norm(), after[name].norm(), rtol=1e-4, atol=0)
-
-
-def test_other_matrices_of_other_lengths_do_not_matter(past: History, run: Run) -> None:
-    wider = curved_run(OBSERVED, {**SHAPES, "other": (18, 20)})  # last by name: the others keep their paths
-    both = {step: {**wider[step], **run[step]} for step in run}
-    mixed, alone = moved(predict(past_of(both), **QUICK)), moved(predict(past, **QUICK))
-    for name in SHAPES:
-        U, S, V = torch.linalg.svd(mixed[name], full_matrices=False)
-        u, s, v = torch.linalg.svd(alone[name], full_matrices=False)
-        torch.testing.assert_close(torch.outer(U[:, 0], V[0]), torch.outer(u[:, 0], v[0]))  # sigma has one for all
-        assert not torch.equal(S[0], s[0])
 
 
 def test_a_negative_sigma_is_counted_and_taken_as_zero(run: Run) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from next_core.history.history import History
-from next_core.interfaces import CheckpointSource, LowRankUpdate, Prediction
+from next_core.interfaces import CheckpointSource, Prediction
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
 from next_predictors.next_mlp_reduced import Basis, NextMLPReduced
-from tests.predictors.trajectories import curve, dense_run, drift, history, moved, noise, resolve_dense, same, walk
+from tests.predictors.trajectories import curve, dense_run, drift, history, moved, noise, resolve_dense
 
 OBSERVED = tuple(range(10, 160, 10))
 HORIZON = 50
@@ -64,16 +64,6 @@ def test_it_predicts_a_curved_trajectory_far_better_than_staying(past: History) 
     assert error(predict(past), run(curve, (*OBSERVED, 200))) < 0.3
 
 
-def test_a_straight_trajectory_is_continued() -> None:
-    assert error(predict(history(run(drift))), run(drift, (*OBSERVED, 200))) < 0.1
-
-
-def test_on_a_random_walk_the_harm_is_bounded_by_the_jumps_length() -> None:
-    """The predictor itself does not notice; the guard on walk-forward skill stops it."""
-    prediction = predict(history(run(walk)), epochs=100)
-    assert 1 < error(prediction, run(walk, (*OBSERVED, 200))) < math.sqrt(2)
-
-
 def test_twelve_coordinates_keep_nearly_all_of_a_lora_run() -> None:
     figures = predict(history(lora_run()), **QUICK).diagnostics
     assert min(figures["kept/u"], figures["kept/v"]) >= 0.9999
@@ -108,11 +98,6 @@ def test_all_matrices_share_one_network_for_each_component(past: History) -> Non
     assert {name for name in figures if name.startswith("loss/")} == {"loss/u/12", "loss/sigma/1", "loss/v/12"}
 
 
-def test_a_matrix_learns_from_others_of_other_sizes(past: History) -> None:
-    alone = predict(history(run(curve, names="a")), **QUICK)
-    assert not torch.equal(moved(alone)["a"], moved(predict(past, **QUICK))["a"])
-
-
 def test_turning_and_scaling_a_matrix_turns_and_scales_its_jump() -> None:
     """Coordinates know neither the directions nor the size of a matrix's motion."""
     turn = torch.linalg.qr(noise(1, 7, 7)).Q
@@ -122,23 +107,6 @@ def test_turning_and_scaling_a_matrix_turns_and_scales_its_jump() -> None:
     ]
     as_is, turned = (moved(predict(history(source), **QUICK))["w"] for source in sources)
     torch.testing.assert_close(100 * turn @ as_is, turned, rtol=1e-3, atol=1e-3 * float(turned.norm()))
-
-
-def test_of_rank_2_it_comes_closer_to_a_trajectory_of_two_directions() -> None:
-    source, truth = lora_run(), lora_run((*OBSERVED, 200))
-    one, two = (predict(history(source, rank)) for rank in (1, 2))
-    update = two.updates["0"]
-    assert isinstance(update, LowRankUpdate)
-    assert update.matrix.rank == 2
-    assert error(two, truth) < error(one, truth) < 1
-
-
-def test_either_input_can_be_switched_off(past: History) -> None:
-    both, position, velocity = (
-        predict(past, **QUICK, **switch) for switch in ({}, {"use_local": False}, {"use_global": False})
-    )
-    assert not same(both, position)
-    assert not same(position, velocity)
 
 
 def test_the_estimated_cost_hardly_depends_on_the_size_of_matrices() -> None:

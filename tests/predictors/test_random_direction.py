@@ -11,7 +11,7 @@ from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
-from tests.predictors.trajectories import curve, curved_lora_run, dense_run, history, still
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, history
 
 
 def predict(source: MemorySource, horizon: int = 30, **fields: Any) -> Prediction:
@@ -55,13 +55,6 @@ def test_seed_step_and_name_decide_the_direction_and_nothing_else() -> None:
     earlier = MemorySource({t: both._checkpoints[t] for t in both.steps if t < 100}, both._backbone)
     for other in (matrix(first, "a"), matrix(predict(both, seed=1), "b"), matrix(predict(earlier), "b")):
         assert abs(cosine(other)) < 0.9
-
-
-def test_abstains_without_a_checkpoint_a_horizon_before() -> None:
-    source = dense_run({"a": curve(1), "b": still()})
-    missing = predict(source, 35)
-    assert all(figure in (missing.abstention or "") for figure in ("35 steps before step 100", "[10, 20,"))
-    assert set(predict(source).abstained) == {"b"}
 
 
 def test_does_not_move_a_matrix_that_returned_to_where_it_was() -> None:

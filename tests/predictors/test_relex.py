@@ -20,7 +20,6 @@ from tests.predictors.trajectories import (
     dense_run,
     drift,
     history,
-    noise,
     relative_error,
     resolve_dense,
 )
@@ -62,25 +61,6 @@ def test_components_of_rounding_size_are_not_amplified() -> None:
     assert relative_error(resolve_dense(prediction, "a"), drift(1)(30)) < 1e-5
 
 
-def test_the_pinned_form_keeps_what_lies_outside_the_components() -> None:
-    side = noise(77, 7, 5)
-
-    def path(t: int) -> Tensor:
-        return drift(1)(t) + (side if t == 100 else 0 * side)
-
-    source = dense_run({"a": path})
-    pinned, based = (resolve_dense(predict(source, anchor=anchor), "a") for anchor in ("newest", "backbone"))
-    # The line is nearly that of the drift, and the newest checkpoint's own offset stays in W_T ...
-    assert relative_error(pinned, drift(1)(30)) < 0.1
-    # ... where the paper's form drops it, but for the quarter that the leading direction itself takes up.
-    assert relative_error(pinned - based, side) < 0.4
-
-
 def test_the_line_is_over_the_steps_where_checkpoints_are_not_evenly_spaced() -> None:
     source = dense_run({"a": drift(1)}, steps=[5, 10, 40, 100])
     assert relative_error(resolve_dense(predict(source), "a"), drift(1)(30)) < 1e-9
-
-
-def test_two_checkpoints_are_enough_and_one_is_not() -> None:
-    assert predict(dense_run({"a": drift(1)}, steps=[10, 20])).abstention is None
-    assert "2 checkpoints" in (predict(dense_run({"a": drift(1)}, steps=[10])).abstention or "")

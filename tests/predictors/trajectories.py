@@ -1,4 +1,4 @@
-"""Synthetic runs with known futures, and predictions resolved to dense matrices from the interface's definition."""
+"""Synthetic runs with known futures, and predictions resolved to dense matrices."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
 from next_core.history.history import History
-from next_core.interfaces import CoefficientUpdate, Prediction
-from next_core.mathematics.low_rank import Factors, LowRank
+from next_core.interfaces import Prediction
+from next_core.mathematics.low_rank import dense
 from next_core.sources.memory import MemorySource
+from next_core.testing.predictor_checks import RandomSigns
 from next_core.types import LoraFactors
 
 EVERY_TEN = tuple(range(10, 110, 10))
@@ -76,31 +77,7 @@ def curved_lora_run(steps: Sequence[int] = (0, *EVERY_TEN), names: Sequence[str]
 
 def resolve_dense(prediction: Prediction, name: str) -> Tensor:
     """W_hat - W_T of one parameter at alpha 1, dense (m, n); zero where nothing is predicted."""
-    source, newest = prediction.source, prediction.step
-    observed = _dense(source.delta(name, newest))
-    update = prediction.updates.get(name)
-    if update is None:
-        return torch.zeros_like(observed)
-    if isinstance(update, CoefficientUpdate) and update.space == "factors":
-        at, first = source.factors(name, newest), source.factors(name, 0)
-        assert at is not None
-        assert first is not None
-        start = first if prediction.anchor == "backbone" else at
-        A, B = start.A.clone(), start.B.clone()
-        for step, weight in update.weights.items():
-            then = source.factors(name, step)
-            assert then is not None
-            # Each weight counts from the initial adapter: step 0 gets the weight missing to a sum of zero.
-            A += weight * (then.A - first.A)
-            B += weight * (then.B - first.B)
-        predicted = at.scaling * (B @ A) - at.scaling * (at.B @ at.A)
-    else:
-        if isinstance(update, CoefficientUpdate):
-            moved = sum((w * _dense(source.delta(name, t)) for t, w in update.weights.items()), 0 * observed)
-        else:
-            moved = update.matrix.dense()
-        predicted = moved - observed if prediction.anchor == "backbone" else moved
-    return prediction.weight(name) * predicted
+    return dense(prediction.delta(name)).double()
 
 
 def moved(prediction: Prediction) -> dict[str, Tensor]:
@@ -118,21 +95,5 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-class RandomSigns(ExactCompressor):
-    """An SVD whose common signs of u and v are arbitrary, as LAPACK's are."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def compress(self, deltas: Sequence[LowRank | Tensor], rank: int) -> Factors:
-        factors = super().compress(deltas, rank)
-        return factors.flip(1 - 2 * torch.randint(0, 2, factors.S.shape, generator=self.generator))
-
-
 def history(source: MemorySource, rank: int = 1, signs: int | None = None) -> History:
     return History(source, rank, RandomSigns(signs) if signs is not None else ExactCompressor())
-
-
-def _dense(delta: LowRank | Tensor) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta

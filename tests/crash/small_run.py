@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from next_core.config import make_config
 from next_core.run_config import RunConfig
 
@@ -19,13 +21,13 @@ LOGGED = {"logging_steps": 1}
 PREDICTOR = {"name": "secant", "window": 2}
 
 
-def raw_config(folder: Path) -> dict[str, Any]:
+def raw_config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A run of a second or two, as a config file has it; its data, a few prompts, are written into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 64), ("validation", 8), ("test", 8)):
         lines = (EXAMPLES / "arithmetic" / f"{split}.jsonl").read_text().splitlines()[:count]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return {
+    raw: dict[str, Any] = {
         "steps": STEPS,
         "seed": 0,
         "save_every": SAVE_EVERY,
@@ -46,6 +48,14 @@ def raw_config(folder: Path) -> dict[str, Any]:
         "schedule": SCHEDULE,
         "guards": GUARDS,
     }
+    for key, value in changes.items():
+        raw[key] = raw[key] | value if key in ("training", "schedule", "guards") else value
+    return raw
+
+
+def dumped(raw: dict[str, Any]) -> str:
+    """A run's fields as a config file has them."""
+    return yaml.safe_dump(raw)
 
 
 def checked(raw: dict[str, Any]) -> RunConfig:

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.crash import work
+from tests.crash import small_run, work
 from tests.crash.conftest import Whole
 from tests.crash.processes import PATIENCE, Child, call
 from tests.crash.reader import damages
@@ -52,7 +51,7 @@ def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes
 ) -> None:
     out = tmp_path / "runs" / "run"
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(whole_run.raw))
+    config.write_text(small_run.dumped(whole_run.raw))
     ended = call(work.go, str(config), whole_run.raw, out, Point("after appending to", "run/metrics.jsonl", 4), action)
     message = Path(f"{config}.said").read_text()
     assert ended.code == code, message

@@ -6,13 +6,10 @@ OpenRLHF or vLLM is changed, and nothing here has to do with how next-core drive
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
+
+from wrapt import when_imported  # type: ignore[import-not-found]
 
 
 class CpuDevice(str):
@@ -24,6 +21,7 @@ class CpuDevice(str):
         return "0"
 
 
+@when_imported("torch.cuda")
 def no_gpu(torch_cuda: Any) -> None:
     """One device, always current; nothing to wait for."""
     torch_cuda.current_device = lambda: CpuDevice("cpu")
@@ -32,6 +30,7 @@ def no_gpu(torch_cuda: Any) -> None:
     torch_cuda.current_stream = lambda device=None: None
 
 
+@when_imported("torch.distributed.device_mesh")
 def cpu_mesh(device_mesh: Any) -> None:
     real = device_mesh.init_device_mesh
 
@@ -60,10 +59,12 @@ class GlooBroadcaster:
         self.group.broadcast([tensor.contiguous()], options).wait()
 
 
+@when_imported("openrlhf.utils.distributed_util")
 def gloo_for_nccl(distributed_util: Any) -> None:
     distributed_util.stateless_init_process_group = GlooBroadcaster
 
 
+@when_imported("openrlhf.trainer.ray.vllm_worker_wrap")
 def weights_to_the_cpu(vllm_worker_wrap: Any) -> None:
     def update_weight(self: Any, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
         import torch
@@ -77,6 +78,7 @@ def weights_to_the_cpu(vllm_worker_wrap: Any) -> None:
     vllm_worker_wrap.WorkerWrap.update_weight = update_weight
 
 
+@when_imported("vllm.model_executor.layers.utils")
 def weights_stay_writable(vllm_layers: Any) -> None:
     """On a CPU vLLM repacks each matrix and drops the original, so that no new weights could be loaded into it."""
 
@@ -88,6 +90,7 @@ def weights_stay_writable(vllm_layers: Any) -> None:
     vllm_layers.dispatch_cpu_unquantized_gemm = keep
 
 
+@when_imported("deepspeed.runtime.zero.partition_parameters")
 def gathers_are_waited_for(partition_parameters: Any) -> None:
     """DeepSpeed (0.19) starts the gathers of several weights and waits only for the last one.
 
@@ -102,44 +105,3 @@ def gathers_are_waited_for(partition_parameters: Any) -> None:
             gather(self, [param], *args, **kwargs)
 
     init._allgather_params_coalesced = one_by_one
-
-
-CHANGES: dict[str, Callable[[Any], None]] = {
-    "deepspeed.runtime.zero.partition_parameters": gathers_are_waited_for,
-    "torch.cuda": no_gpu,
-    "torch.distributed.device_mesh": cpu_mesh,
-    "openrlhf.utils.distributed_util": gloo_for_nccl,
-    "openrlhf.trainer.ray.vllm_worker_wrap": weights_to_the_cpu,
-    "vllm.model_executor.layers.utils": weights_stay_writable,
-}
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of CHANGES where they are, and changes each once it is loaded."""
-
-    def __init__(self) -> None:
-        self.looking_for: set[str] = set()
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in CHANGES or fullname in self.looking_for:
-            return None
-        self.looking_for.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.looking_for.discard(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            CHANGES[fullname](module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, Finder())

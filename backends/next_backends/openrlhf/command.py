@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from operator import attrgetter
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
 
     OpenRLHF's parser accepts abbreviations, so an option may stand for any that it begins.
     """
-    for option in _extra(config):
+    for option in (word.partition("=")[0] for word in config.extra_args if word.startswith("--")):
         ours = next((name for name in options if name.startswith(option)), None)
         if ours is not None:
             raise _contradiction(f"backend.extra_args: {option} is set by {options[ours][0]}")
@@ -151,23 +152,12 @@ def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
                 raise _unsupported(f"backend.extra_args: {option} is not supported: {reason}")
 
 
-def _extra(config: OpenRlhfConfig) -> dict[str, str]:
-    """Return what follows each option of ``backend.extra_args``. OpenRLHF's parser checks it, before a run starts."""
-    found: dict[str, str] = {}
-    option = None
-    for word in config.extra_args:
-        if word.startswith("--"):
-            option, _, value = word.partition("=")
-            found[option] = value
-        elif option is not None:
-            found[option] = f"{found[option]} {word}".strip()
-    return found
-
-
 def _ring(config: OpenRlhfConfig) -> int:
     """Return the GPUs of a ring, which share the rollouts of one data-parallel rank."""
-    size = next((value for option, value in _extra(config).items() if "--ds.ring_attn_size".startswith(option)), "1")
-    return int(size) if size.isdigit() else 1
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--ds.ring_attn_size", nargs="?", dest="size")
+    size = parser.parse_known_args(config.extra_args)[0].size
+    return int(size) if size and size.isdigit() else 1  # OpenRLHF's own parser reports what is no number
 
 
 def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:

@@ -45,11 +45,6 @@ def test_importing_the_package_imports_neither_torch_nor_pandas_and_lists_every_
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "next_core", "--help"], capture_output=True, text=True, check=True)
-    assert "extrapolate" in done.stdout
-
-
 def test_a_run_says_its_layout_steps_matrices_and_rank(run: nc.RecordedRun) -> None:
     for fact in ("peft-adapter checkpoint-N", "10 to 60 (6)", "matrices 14", "rank 4", "metrics 12 steps"):
         assert fact in repr(run)

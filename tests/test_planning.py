@@ -163,10 +163,6 @@ def test_work_grows_as_it_should() -> None:
     assert dense.bytes > once.bytes
 
 
-def test_bytes_are_written_for_people() -> None:
-    assert [planning.gib(x) for x in (3, 2048, 5 * 2**20, 3.5 * 2**30)] == ["3 B", "2 KiB", "5 MiB", "3.5 GiB"]
-
-
 def test_the_steps_of_the_fixture_are_what_is_read(lora_run: LoraRun) -> None:
     plan = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("next-mlp"), 20)
     assert plan["read"]["steps"] == list(STEPS)

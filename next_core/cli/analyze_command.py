@@ -15,7 +15,7 @@ from next_core.errors import ConfigError
 if TYPE_CHECKING:
     from next_core.diagnostics import Analysis, Figure, Group
 
-GROUPINGS = ("layer", "kind", "matrix")
+GROUPINGS = {"layer": "layers", "kind": "kinds", "matrix": "matrices"}
 COLUMNS = {
     "squared_energy_ratio_global": "s1²/Σs²",
     "c1_r2": "R2(c1~t)",
@@ -119,12 +119,11 @@ def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
 def _grouped(analysis: Analysis, by: str) -> Iterator[dict[str, str]]:
     """Return one row for each layer, kind or matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
-    matrices = {_short(name): group for name, group in analysis.matrices.items()}
-    groups: Mapping[Any, Group] = {"layer": analysis.layers, "kind": analysis.kinds}.get(by, matrices)  # type: ignore[assignment]
+    groups: Mapping[Any, Group] = getattr(analysis, GROUPINGS[by])
     for label, group in groups.items():
         count = {} if by == "matrix" else {"matrices": str(len(group.members))}
         figures = {heading: _marked(group.figures.get(name)) for name, heading in columns.items()}
-        yield {by: str(label), **count, **figures}
+        yield {by: _short(str(label)), **count, **figures}
 
 
 def _short(name: str) -> str:

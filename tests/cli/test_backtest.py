@@ -44,6 +44,7 @@ def test_with_json_standard_output_is_one_object(backtest: Backtest) -> None:
     assert (stay["skill"], stay["skill_low"], stay["null_skill"], stay["abstained"]) == (0, 0, 0, 1)
     assert secant["null_skill"] < secant["skill"] <= 1
     assert len(secant["per_matrix"]) == 14
+    assert {"skill_high", "rel_error", "cosine", "norm_ratio", "lambda", "damped_skill", "seconds"} < secant.keys()
     assert secant["failures"] == []
     assert "secant" in outcome.err
 

@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from next_core import cli as cli_module
 from next_core.backend import Backend
 from next_core.cli.app import app
 from next_core.cli.console import Output
@@ -49,11 +48,6 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
     outcome = Outcome(done.returncode, done.stdout, done.stderr)
     assert_fails(outcome, 2, "config-contradiction", "ConfigError: ", "--cache", "--no-cache")
     assert len(outcome.err.splitlines()) == 1
-
-
-def test_the_installed_script_is_the_same_entry_point() -> None:
-    (script,) = entry_points(group="console_scripts", name="next-core")
-    assert script.load() is cli_module.main
 
 
 def test_commands_that_read_checkpoints_share_their_options() -> None:
@@ -102,26 +96,6 @@ def test_an_unexpected_error_is_not_hidden(cli: Callable[..., Outcome], monkeypa
 def test_schema_and_version_are_printed(cli: Callable[..., Outcome]) -> None:
     assert {"steps", "predictor", "schedule"} <= set(json.loads(cli("schema").out)["properties"])
     assert cli("--version").out == f"next-core {version('next-core')}\n"
-
-
-def test_without_a_command_the_help_is_shown(cli: Callable[..., Outcome]) -> None:
-    assert "extrapolate" in cli().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        (("extrapolat",), "'extrapolat'"),
-        (("extrapolate", "--checkpoints", "x", "--out", "y", "--horizon", "0"), "'--horizon'"),
-        (("compare", "x.yaml", "--workers", "0"), "'--workers'"),
-    ],
-)
-def test_a_wrong_command_or_number_is_exit_code_2(
-    cli: Callable[..., Outcome], arguments: tuple[str, ...], name: str
-) -> None:
-    outcome = cli(*arguments)
-    assert outcome.code == 2
-    assert name in outcome.err
 
 
 CONFIG = """

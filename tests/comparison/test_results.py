@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from next_core.comparison.comparison_config import load_comparison
-from next_core.comparison.comparison_results import SPLITS, Interval, collect, equals_step
+from next_core.comparison.comparison_results import SPLITS, collect, equals_step
 from next_core.comparison.races import make_plan
 from tests.comparison.test_config import written
 from tests.errors import raises_kind
@@ -81,15 +80,6 @@ def test_a_comparison_of_straight_curves(tmp_path: Path) -> None:
     assert plain["curve"]["steps"][-1] == 100
     assert longer["curve"]["steps"][-1] == 160
     assert found["base"]["test"]["sampled"] == pytest.approx(0.2)
-
-
-def test_an_interval_is_students(tmp_path: Path) -> None:
-    found = Interval.of({0: 1.0, 1: 2.0, 2: 3.0})
-    assert found.mean == 2.0
-    assert found.high is not None
-    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    alone = Interval.of({0: 1.0})
-    assert (alone.low, alone.high) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from next_core.diagnostics import FIGURES, Analysis, FromFirstCheckpoint, Group,
 from next_core.diagnostics.advice import advice
 from next_core.diagnostics.analysis import kind_of, layer_of
 from next_core.diagnostics.figures import Figure, Null
-from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.sources.memory import MemorySource
 from next_core.storage.json_lines import json_text
@@ -129,13 +128,6 @@ def test_few_or_uneven_checkpoints_leave_figures_out_with_a_reason(
     strict(analysis)
 
 
-def test_an_uneven_straight_line_is_still_one() -> None:
-    analysis = analyze(history(dense_run({name(0): drift(0)}, (5, 10, 20, 40, 45, 60, 65, 90))))
-    assert not analysis.even
-    assert value(analysis, "msd_exponent") == pytest.approx(2)
-    assert value(analysis, "pinned_skill") == pytest.approx(1)
-
-
 def test_a_run_that_never_moved_says_so() -> None:
     analysis = analyze(history(dense_run({name(0): still(), name(1): still()}, (10, 20, 30))))
     assert set(analysis.missing) == set(FIGURES)
@@ -178,15 +170,6 @@ def test_without_the_spectrum_the_published_ratio_is_missing_and_the_reason_name
     analysis = analyze(History(walks(2, m=40, n=30), 1, LanczosCompressor()))
     assert "--spectrum" in analysis.missing["energy_ratio_global"]
     assert analysis.overall.value("squared_energy_ratio_global") is not None
-
-
-def test_values_that_are_not_finite_are_the_sources_error(tmp_path: Path) -> None:
-    for step in (10, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        save_file({name(0): torch.full((4, 3), torch.nan if step == 20 else 1.0)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="q_proj"):
-        analyze(history(with_origin(open_checkpoints(tmp_path))))
 
 
 def test_a_full_run_without_its_backbone_counts_from_the_first_checkpoint() -> None:

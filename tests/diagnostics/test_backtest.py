@@ -24,7 +24,7 @@ from next_core.predictor import Abstain, TrajectoryPredictor, matrix_predictor
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
 from next_predictors.secant import Secant
-from tests.conftest import STEPS, LoraRun
+from tests.conftest import LoraRun
 from tests.diagnostics.replayed import ALONE, RUNS, assert_close, replayed, until, walked
 from tests.diagnostics.runs import FIFTEEN, lora_walks, name, straight, walks
 from tests.errors import raises_kind
@@ -158,22 +158,6 @@ def test_on_a_random_walk_nothing_beats_its_null_and_staying_is_zero(lora: bool)
         assert score.cosine == pytest.approx(0, abs=0.06)
     assert secant.score.best_lambda == pytest.approx(0, abs=0.06)
     assert secant.score.skill == pytest.approx(-1, abs=0.15)
-
-
-def test_a_random_direction_is_as_long_as_recent_motion_and_leads_nowhere() -> None:
-    judged = backtest(walks(4, m=60, n=50), [], horizon=20, draws=0).predictors["random"]
-    assert judged.acting.norm_ratio == pytest.approx(1, abs=0.05)
-    assert judged.acting.cosine == pytest.approx(0, abs=0.02)
-    assert judged.acting.skill == pytest.approx(-1, abs=0.1)
-
-
-def test_a_recorded_run_has_walks_too(lora_run: LoraRun) -> None:
-    found = backtest(open_checkpoints(lora_run.path), {"secant": {}, "alpharl": {}}, horizon=10, draws=2)
-    assert found.cuts == STEPS[:-1]
-    assert not any(judged.failures for judged in found.predictors.values())
-    frozen, _ = found.predictors["secant"].per_matrix["model.layers.1.self_attn.k_proj.weight"]
-    assert frozen == Score()
-    assert found.predictors["secant"].score.skill is not None
 
 
 def test_what_runs_elsewhere_can_be_sent_there(lora_run: LoraRun) -> None:
@@ -458,14 +442,3 @@ def test_too_short_a_run_and_nan_in_a_checkpoint_are_refused() -> None:
     source._checkpoints[50][name(0)] = torch.full((7, 5), torch.nan).double()
     with raises_kind("checkpoint-not-finite", name(0)):
         backtest(source, horizon=10)
-
-
-def test_as_plain_objects_it_has_what_the_page_lists() -> None:
-    plain = backtest(straight(), ["secant"], horizon=10, draws=2).as_dict()
-    assert (plain["horizon"], plain["cuts"]) == (10, list(range(10, 150, 10)))
-    secant = plain["predictors"]["secant"]
-    assert {"skill", "skill_low", "skill_high", "null_skill", "null_high", "rel_error", "cosine", "norm_ratio"} < set(
-        secant
-    )
-    assert {"lambda", "damped_skill", "abstained", "seconds", "per_matrix", "failures"} < set(secant)
-    assert secant["per_matrix"][name(0)]["skill"] == pytest.approx(1)

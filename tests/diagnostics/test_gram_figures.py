@@ -127,13 +127,6 @@ def test_what_stood_still_is_undefined_and_not_a_number_that_misleads() -> None:
         assert bool(value.isnan().all())
 
 
-def test_too_few_points_give_no_figure() -> None:
-    grams = torch.ones(1, 2, 2, dtype=torch.float64)
-    assert set(time_components(grams, Grid((0, 10, 20)))) == {"top_1_share"}
-    assert line_in_sample(grams, Grid((0, 10, 20))) == {}
-    assert walk_forward(grams, Grid((0, 10, 20))) == {}
-
-
 @pytest.mark.parametrize("times", [EVEN, UNEVEN])
 def test_a_random_walk_in_many_dimensions_has_exponent_one_and_cosine_zero(times: tuple[int, ...]) -> None:
     lengths = torch.tensor(times, dtype=torch.float64).diff().sqrt()[None]

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pytest
 import typer
 from pydantic import BaseModel, Field
 
@@ -88,22 +87,6 @@ def test_every_command_is_there_with_every_option_and_its_default() -> None:
             assert cli_reference.escape(parameter.help) in section
     assert "| `--draws` | `INTEGER` ≥ 20 | `200` |" in text
     assert "| `--checkpoints` | `PATH` | **required** |" in text
-
-
-def test_a_program_of_other_options_has_another_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = typer.Typer()
-
-    @other.command()
-    def one() -> None:
-        """Nothing."""
-
-    @other.command()
-    def two(loud: Annotated[bool, typer.Option("--loud", help="Say it")] = False) -> None:
-        """Something."""
-
-    monkeypatch.setattr(cli_reference, "app", other)
-    assert "## next-core two\n\nSomething.\n\n`next-core two [OPTIONS]`" in cli_reference.commands()
-    assert "| `--loud` |  |  | Say it |" in cli_reference.commands()
 
 
 def test_every_exit_code_is_there_once() -> None:

@@ -162,10 +162,7 @@ def extrapolate(
     earlier result of ours, and nothing else. Raises ``CheckpointError`` when the predictor abstains.
     """
     opened, target = _opened(run), Path(out)
-    full = any(parameter.rank is None for parameter in opened.source.parameters)
-    if applier is None:
-        applier = "merged-model" if full else "peft-adapter"
-    writer = applier if isinstance(applier, WeightApplier) else make_applier(applier)
+    writer = applier if isinstance(applier, WeightApplier) else make_applier(applier or opened.source.applier)
     earlier = target.exists()
     if earlier and not (overwrite and (target / RECORD).is_file()):
         remedy = "it was not written by extrapolate, so it is not replaced" if overwrite else "pass overwrite=True"

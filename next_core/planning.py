@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from next_core.appliers.merged_model import model_layout
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import make_chosen
@@ -65,7 +66,7 @@ def plan_checkpoints(
     horizon: int,
     *,
     rank: int = 1,
-    applier: str = "peft-adapter",
+    applier: str | None = None,
     applier_fields: Mapping[str, Any] | None = None,
     out: Path | None = None,
 ) -> Plan:
@@ -75,6 +76,7 @@ def plan_checkpoints(
     steps, gram = source.steps, "gram" in predictor.requires
     matrices = {parameter: source.precision(parameter.name).itemsize for parameter in source.parameters}
     spans, decompose, fit = predictor_work(predictor, matrices, steps, horizon, rank)
+    applier = applier or source.applier
     written, what = _written(source, applier, dict(applier_fields or {}), predictor, rank)
     free = None if out is None else free_bytes(out)
     reason = predictor.why_not(steps, horizon) if steps else "no checkpoint"
@@ -247,13 +249,8 @@ def _written(
         size = sum(4 * r * sum(p.shape) for p, r in zip(parameters, ranks, strict=True))
         return size, "an adapter" + ("" if in_factors else f" (at least rank r + {rank}, fp32)")
     if applier == "merged-model":
-        backbone = fields.get("backbone") or getattr(source.config, "backbone", None)
-        if backbone is None:
-            raise ConfigError(
-                "the applier 'merged-model' needs the base model; pass --backbone FOLDER",
-                kind="config-missing-backbone",
-            )
-        return sum(file.path.stat().st_size for file in ModelFiles(Path(backbone)).files), "a whole model"
+        layout = model_layout(source, fields.get("backbone"))
+        return sum(file.path.stat().st_size for file in ModelFiles(layout).files), "a whole model"
     return None, "not known beforehand"
 
 

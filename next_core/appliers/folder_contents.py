@@ -21,7 +21,7 @@ CARD = "README.md"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one subfolder that a tokenizer reads."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
-NOT_COPIED = {MANIFEST, RECORD, CARD, "trainer_state.json", "adapter_config.json", "latest"}
+NOT_COPIED = {MANIFEST, RECORD, CARD, "trainer_state.json", "adapter_config.json", "latest", "zero_to_fp32.py"}
 """Files that describe another folder or belong to a trainer. The model card is written anew."""
 TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template\.\w+|vocab\.\w+|merges\.txt|"

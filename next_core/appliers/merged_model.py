@@ -22,7 +22,7 @@ from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import is_expert
-from next_core.sources.architecture import architecture_of
+from next_core.sources.architecture import MODEL_CONFIG, architecture_of
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.tensor_files import TensorFile
 from next_core.sources.tied_weights import tied_names
@@ -57,7 +57,7 @@ class MergedModelApplier(FolderApplier):
     config_class = MergedModelConfig
 
     def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
-        backbone = self._backbone(source)
+        backbone = model_layout(source, self.config.backbone)
         target = checked_target(source, out, backbone, dry_run=dry_run)
         _refuse_pickles(backbone)
         files = ModelFiles(backbone)
@@ -76,15 +76,16 @@ class MergedModelApplier(FolderApplier):
 
     def check(self, prediction: Prediction, out: str | Path) -> Path:
         target = super().check(prediction, out)
-        files = ModelFiles(self._backbone(prediction.source))
+        files = ModelFiles(model_layout(prediction.source, self.config.backbone))
         TensorPlan(prediction.source, files).check(files, prediction.moving)
         return target
 
     def needed(self, prediction: Prediction) -> int:
-        return sum(file.path.stat().st_size for file in ModelFiles(self._backbone(prediction.source)).files)
+        layout = ModelFiles(model_layout(prediction.source, self.config.backbone))
+        return sum(file.path.stat().st_size for file in layout.files)
 
     def write(self, prediction: Prediction, alpha: float, folder: Path) -> WrittenFolder:
-        backbone = self._backbone(prediction.source)
+        backbone = model_layout(prediction.source, self.config.backbone)
         copy_files(model_files(backbone), backbone, folder)
         writer = _ModelWriter(self, prediction, alpha, backbone)
         for file in ModelFiles(backbone).files:
@@ -93,14 +94,23 @@ class MergedModelApplier(FolderApplier):
         write_texts(folder, record_texts(facts, backbone / CARD, LIBRARY))
         return WrittenFolder(folder, facts, writer.loss.shares(), writer.digests)
 
-    def _backbone(self, source: CheckpointSource) -> Path:
-        backbone: Path | None = self.config.backbone or getattr(source.config, "backbone", None)
-        if backbone is None:
-            raise ConfigError(
-                "the applier 'merged-model' needs the base model; pass --backbone FOLDER",
-                kind="config-missing-backbone",
-            )
-        return backbone
+
+def model_layout(source: CheckpointSource, backbone: str | Path | None = None) -> Path:
+    """Return the folder that gives a merged model its names, precisions and other files.
+
+    That is the backbone; without one, the newest checkpoint if it is a whole model. Raises ``ConfigError`` if there is
+    neither.
+    """
+    given = backbone or getattr(source.config, "backbone", None)
+    if given is not None:
+        return Path(given)
+    newest = source.model(source.steps[-1]).folder if source.stores_full_weights and source.steps else None
+    if newest is None or not (newest / MODEL_CONFIG).exists():
+        raise ConfigError(
+            "the applier 'merged-model' needs the base model or checkpoints with a config.json; pass --backbone FOLDER",
+            kind="config-missing-backbone",
+        )
+    return newest
 
 
 class _ModelWriter:

@@ -40,7 +40,9 @@ def extrapolate(
 
     scales = _scales(alpha, alphas)
     predictor = plugins.make_predictor()
-    applier = make_applier(plugins.applier, **plugins.applier_fields())
+    source = run.source()
+    name, fields = plugins.applier_and_fields(source)
+    applier = make_applier(name, **fields)
     if not applier.writes_folders:
         raise ConfigError(
             f"the applier '{applier.name}' changes a model in memory; use peft-adapter or merged-model",
@@ -52,7 +54,6 @@ def extrapolate(
             kind="config-contradiction",
         )
     output = Output(as_json)
-    source = run.source()
     if isinstance(applier, FolderApplier):
         applier.check_source(source, out, dry_run)  # before the work
     facts = show_source(run, source, output)
@@ -82,7 +83,7 @@ def extrapolate(
         "norm": norm.jump,
         "norm_ratio": norm.ratio,
         "diagnostics": dict(prediction.diagnostics),
-        "applier": plugins.applier,
+        "applier": applier.name,
         "out": None if dry_run else str(out),
         "share_landed": {f"{scale:g}": getattr(applied, "share", None) for scale, applied in written.items()},
     }

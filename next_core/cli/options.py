@@ -47,7 +47,9 @@ class PluginOptions:
 
     predictor: Predictor = "secant"
     rank: Rank = 1
-    applier: Annotated[str, Option(help="peft-adapter or merged-model")] = "peft-adapter"
+    applier: Annotated[
+        str | None, Option(help="peft-adapter or merged-model; default: what the run stores, adapters or models")
+    ] = None
     settings: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
     ] = None
@@ -62,14 +64,14 @@ class PluginOptions:
 
         return make_predictor(self.predictor, **parse_assignments(self.settings or []))
 
-    def applier_fields(self) -> dict[str, Any]:
-        """Return the settings of the applier, checked."""
+    def applier_and_fields(self, source: CheckpointSource) -> tuple[str, dict[str, Any]]:
+        """Return the name of the applier, which follows from the run unless it is given, and its settings, checked."""
         from next_core.config import parse_assignments
         from next_core.plugins import registry
 
-        fields = parse_assignments(self.applier_settings or [])
-        registry().make_config("applier", self.applier, fields)
-        return fields
+        name, fields = self.applier or source.applier, parse_assignments(self.applier_settings or [])
+        registry().make_config("applier", name, fields)
+        return name, fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,8 @@ def plan(
             kind="config-contradiction",
         )
     else:
-        predictor, fields = plugins.make_predictor(), plugins.applier_fields()
-        source, rank, applier = run.source(), plugins.rank, plugins.applier
+        predictor, rank, source = plugins.make_predictor(), plugins.rank, run.source()
+        applier, fields = plugins.applier_and_fields(source)
         found = plan_checkpoints(source, predictor, horizon, rank=rank, applier=applier, applier_fields=fields, out=out)
     show_plan(found, Output(as_json))
 

@@ -46,11 +46,14 @@ def backtest(
 
     A predictor that raises or returns nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
     predictor, ``ConfigError`` for its settings or a horizon that no two checkpoints span, ``CheckpointError`` for what
-    cannot be read, such as a backbone that is missing.
+    cannot be read. Without a backbone, the first checkpoint is only what the later ones moved from, and predictors that
+    count from the backbone fail.
     """
     chosen, notes = _choose(predictors)
     whole = run if isinstance(run, History) else History(run)
     replay = make_replay(whole.source, whole.steps, horizon, cuts, draws, seed)
+    if replay.start is not None:
+        notes.append(f"no backbone: the motion is known from step {replay.start} on")
     return _WalkForward(whole, replay, chosen, progress).judge(notes)
 
 
@@ -133,10 +136,10 @@ class _WalkForward:
 
         ``motion`` has by cut and matrix what was measured.
         """
-        run, horizon, shared = self.replay.run(draw), self.replay.horizon, Shared()
+        shared = Shared()
         asked: list[tuple[int, str, CutHistory, Prediction | None]] = []
         for cut in sorted(motion, reverse=True):  # the last one decomposes at once what the cuts before it need as well
-            history = CutHistory(self.whole, run, cut, cut + horizon, motion[cut], shared)
+            history = CutHistory(self.whole, self.replay, draw, cut, motion[cut], shared)
             asked += [(cut, name, history, self._predict(name, history, draw, cut)) for name in self.chosen]
             self.done += len(self.chosen)
             self.progress("predict", self.done, (1 + self.replay.draws) * len(self.replay.cuts) * len(self.chosen))

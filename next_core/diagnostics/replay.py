@@ -20,7 +20,7 @@ from next_core.interfaces.prediction import coefficients
 from next_core.mathematics import low_rank
 from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank
-from next_core.sources.source_views import RandomWalk, UpTo
+from next_core.sources.source_views import RandomWalk, UpTo, with_origin
 from next_core.types import Span
 
 Shared = dict[Span, dict[str, Factors]]
@@ -31,7 +31,8 @@ Shared = dict[Span, dict[str, Factors]]
 class Replay:
     """A run, predicted ``horizon`` steps ahead from each of ``cuts``, and likewise ``draws`` random walks of it.
 
-    ``steps`` are all observed ones. A replay is also the task that measures the motion of one matrix.
+    ``steps`` are all observed ones. ``start`` is the first of them if there is no backbone to count from, else None: the
+    first increment is then empty. A replay is also the task that measures the motion of one matrix.
     """
 
     source: CheckpointSource
@@ -40,6 +41,7 @@ class Replay:
     horizon: int
     draws: int
     seed: int
+    start: int | None = None
 
     @property
     def jumps(self) -> bool:
@@ -90,7 +92,7 @@ class Replay:
     def _increments(self, until: int) -> list[Span]:
         """Return the spans between neighbouring checkpoints up to a step; the first counts from where RL began."""
         seen = [step for step in self.steps if step <= until]
-        return list(zip(seen, (None, *seen), strict=False))
+        return list(zip(seen, (self.start, *seen), strict=False))
 
     def _as_of(self, cut: int, run: CheckpointSource, name: str) -> Tensor:
         """Measure a LoRA run with jumps: they move A and B, and so change every later B_t A_t - B_s A_s."""
@@ -119,7 +121,8 @@ def make_replay(
             f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})", kind="checkpoint-too-few"
         )
     chosen = default_horizon(steps) if horizon is None else horizon
-    every = cuts_of(steps, chosen)
+    start = None if with_origin(source) is source else steps[0]
+    every = tuple(cut for cut in cuts_of(steps, chosen) if cut != start)  # before which nothing is known
     if not every:
         there = ", ".join(map(str, sorted({b - a for a, b in itertools.combinations(steps, 2) if a > 0})))
         raise ConfigError(
@@ -127,7 +130,7 @@ def make_replay(
         )
     if cuts is not None and cuts < len(every):
         every = every[:: -(len(every) // cuts)][:cuts][::-1]  # evenly spaced, back from the last
-    return Replay(source, tuple(steps), every, chosen, draws, seed)
+    return Replay(source, tuple(steps), every, chosen, draws, seed, start)
 
 
 def cuts_of(steps: Sequence[int], horizon: int) -> tuple[int, ...]:
@@ -154,9 +157,10 @@ class CutHistory(History):
     """
 
     def __init__(
-        self, whole: History, run: CheckpointSource, cut: int, end: int, motion: Mapping[str, Tensor], shared: Shared
+        self, whole: History, replay: Replay, draw: int, cut: int, motion: Mapping[str, Tensor], shared: Shared
     ) -> None:
-        self._motion, self._shared = motion, shared
+        self._motion, self._shared, self._start = motion, shared, replay.start
+        run, end = replay.run(draw), cut + replay.horizon
         later = run.as_of(end)
         self._motion_ahead = functools.lru_cache(1)(lambda name: later.delta(name, end, cut))
         options: dict[str, Any] = {"spectrum": whole.spectrum, "executor": whole.executor, "cache": whole.cache}
@@ -166,7 +170,7 @@ class CutHistory(History):
         return not bool(self._motion[name][-2, -2] > 0)
 
     def inner_products(self, spans: Sequence[Span]) -> Mapping[str, Tensor]:
-        known = (None, *self.steps)
+        known = (None, *self.steps) if self._start is None else self.steps
         if any(step not in known or since not in known for step, since in spans):
             return super().inner_products(spans)
         sums = torch.stack([self._path(step) - self._path(since) for step, since in spans])
@@ -201,6 +205,8 @@ class CutHistory(History):
                 message = f"'{name}': step {unknown[0]} was not observed; observed: {self.steps}"
                 raise CheckpointError(message, kind="predictor-wrong-answer")
             along = sum((weight * self._path(step) for step, weight in weights.items()), self._path(None))
+            if self._start is not None and abs(along[0]) > 1e-9 * sum(map(abs, weights.values())):
+                self.source.delta(name, self._start)  # raises: the prediction counts from the backbone
             return float(along @ self._motion[name] @ along), float(along @ self._motion[name][-1])
         predicted, ahead = prediction.delta(name), self._motion_ahead(name)
         return _inner(predicted, predicted), _inner(predicted, ahead)

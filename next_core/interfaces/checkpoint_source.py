@@ -104,6 +104,11 @@ class CheckpointSource(Plugin):
         return False
 
     @property
+    def applier(self) -> str:
+        """The name of the applier that writes such a run, unless another is chosen."""
+        return "merged-model" if self.stores_full_weights else "peft-adapter"
+
+    @property
     def tied(self) -> Mapping[str, str]:
         """Output heads that share the input embedding's weights, with the name of that embedding."""
         return {}

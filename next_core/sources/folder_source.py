@@ -99,7 +99,7 @@ class FolderSource(CheckpointSource, Generic[T]):
                 opened[step] = self._open(folder, step)
             except CheckpointError as error:
                 if not self.config.skip_damaged:
-                    raise
+                    raise _with_remedy(error, newest=step == max(found.folders)) from error
                 skipped[step] = f"skipped {folder}, step {step}: {error.message}"
         if skipped and not any(opened):  # step 0 alone is not an observation
             raise CheckpointError(
@@ -158,3 +158,11 @@ class FolderSource(CheckpointSource, Generic[T]):
         digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
         # Nor may a file have been replaced while it was hashed.
         return digest if all(each.unchanged() for each in opened) else None
+
+
+def _with_remedy(error: CheckpointError, newest: bool) -> CheckpointError:
+    """Return the error of a folder that lacks something, with what helps if its trainer has not finished it."""
+    if error.kind not in ("checkpoint-incomplete", "checkpoint-damaged", "checkpoint-not-found"):
+        return error
+    wait = "this newest checkpoint may still be being written: wait, or " if newest else ""
+    return CheckpointError(f"{error.message}; {wait}pass --skip-damaged (skip_damaged=True)", kind=error.kind)

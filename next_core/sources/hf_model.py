@@ -53,7 +53,7 @@ class ModelFiles:
             raise not_found(f"the model folder {folder} does not exist")
         present = [name for name in (*MODEL_FILES, *MODEL_PICKLES) if os.path.lexists(folder / name)]
         if not present:
-            raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}; is it a model folder?")
+            raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}, so it is no model folder")
         shard_of: dict[str, str] = {}
         self._index: tuple[Path, Stamp] | None = None
         if present[0] in (INDEX, PICKLE_INDEX):

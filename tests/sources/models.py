@@ -74,13 +74,15 @@ class StraightRun:
 
 
 @torch.no_grad()
-def straight_run(folder: Path, model: Any, base: Mapping[str, Any] | None = None, **save: Any) -> StraightRun:
-    """Write steps 10 and 20 of a run of a model, and its base; ``base`` and ``save`` are for ``save_pretrained``."""
+def straight_run(
+    folder: Path, model: Any, base: Mapping[str, Any] | None = None, steps: Sequence[int] = (10, 20), **save: Any
+) -> StraightRun:
+    """Write some steps of a run of a model, and its base; ``base`` and ``save`` are for ``save_pretrained``."""
     model.save_pretrained(folder / "base", **(save if base is None else base))
     began = {name: value.clone() for name, value in model.named_parameters()}
     velocity = {name: 0.01 * torch.randn_like(value) for name, value in began.items()}
     run = StraightRun(folder / "checkpoints", folder / "base", began, velocity)
-    for step in (10, 20):
+    for step in steps:
         for name, value in model.named_parameters():
             value.copy_(run.at(step)[name])
         model.save_pretrained(run.path / f"checkpoint-{step}", **save)

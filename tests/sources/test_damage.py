@@ -137,13 +137,17 @@ def test_damaged_folders_are_skipped_only_on_request_and_listed(
     damage(folders[1])
     kind = "checkpoint-damaged" if damage is truncate else "checkpoint-incomplete"
     kind = "checkpoint-not-found" if (write, damage) == (model, empty) else kind
-    with raises_kind(kind, "checkpoint-20"):
+    with raises_kind(kind, "checkpoint-20", "--skip-damaged") as caught:
         open_checkpoints(tmp_path)
+    assert "written" not in caught.value.message
     source = open_checkpoints(tmp_path, skip_damaged=True)
     assert source.steps == (10, 30, 40)
     [note] = source.notes  # and step 20 is not reported as missing too
     assert note.startswith(f"skipped {folders[1]}, step 20: ")
-    for folder in (folders[0], *folders[2:]):
+    damage(folders[3])
+    with raises_kind(kind, "checkpoint-40", "may still be being written", "--skip-damaged"):
+        open_checkpoints([folders[0], folders[2], folders[3]])
+    for folder in (folders[0], folders[2]):
         damage(folder)
     with raises_kind("checkpoint-damaged", tmp_path, "checkpoint-10"):
         open_checkpoints(tmp_path, layout=source.name, skip_damaged=True)

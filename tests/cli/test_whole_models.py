@@ -1,0 +1,113 @@
+"""Checkpoints of whole models on the command line: the applier follows from them, and few questions need a backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from next_core import backtest, open_run
+from tests.conftest import Outcome
+from tests.sources.models import SMALL, StraightRun, built, straight_run
+
+NEED_NONE = ("auto", "random", "secant")
+NEED_A_BACKBONE = ("next-mlp-reduced", "relex", "ridge", "rl-extra")
+
+
+def model(**others: Any) -> Any:
+    return built("Qwen2ForCausalLM", "Qwen2Config", **SMALL, num_key_value_heads=1, **others)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> StraightRun:
+    return straight_run(tmp_path_factory.mktemp("whole"), model(), steps=(5, 10, 15, 20))
+
+
+@pytest.mark.parametrize("predictor", ["secant", "auto"])
+def test_backtest_scores_predictors_without_a_backbone(
+    run: StraightRun, predictor: str, cli: Callable[..., Outcome]
+) -> None:
+    found = cli("backtest", "--checkpoints", run.path, "--predictors", predictor, "--draws", 0, "--json")
+    assert found.code == 0, found.err
+    told = json.loads(found.out)
+    assert told["steps"] == [10, 15, 20]
+    assert any("step 5" in note for note in told["notes"])
+    assert told["predictors"]["secant" if predictor == "secant" else "auto"]
+
+
+def test_so_does_a_notebook(run: StraightRun) -> None:
+    assert backtest(open_run(run.path), ["secant"], draws=0).predictors["secant"].score.skill == pytest.approx(1)
+
+
+def test_plan_names_the_applier_that_follows_from_the_run(run: StraightRun, cli: Callable[..., Outcome]) -> None:
+    told = json.loads(cli("plan", "--checkpoints", run.path, "--horizon", 5, "--json").out)
+    assert told["write"]["applier"] == "merged-model"
+    assert told["write"]["bytes"] == (run.path / "checkpoint-20" / "model.safetensors").stat().st_size
+
+
+def test_extrapolate_writes_a_model_like_the_newest_checkpoint(
+    run: StraightRun, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    found = cli("extrapolate", "--checkpoints", run.path, "--horizon", 10, "--out", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["applier"] == "merged-model"
+    assert run.differing(tmp_path / "out", model(), step=30) == []
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("predictor", [*NEED_NONE, *NEED_A_BACKBONE])
+def test_only_predictors_that_count_from_the_backbone_need_it(
+    run: StraightRun, predictor: str, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    command = ["extrapolate", "--checkpoints", run.path, "--horizon", 5, "--predictor", predictor]
+    found = cli(*command, "--out", tmp_path / "out")
+    assert ("config-missing-backbone" in found.err) == (predictor in NEED_A_BACKBONE), found.err
+    assert (found.code == 0) == (predictor in NEED_NONE)
+    assert cli(*command, "--backbone", run.base, "--out", tmp_path / "more").code == 0
+
+
+def test_checkpoints_without_a_config_need_a_backbone_to_be_written(
+    tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    run = straight_run(tmp_path, model())
+    (run.path / "checkpoint-20" / "config.json").unlink()
+    command = ("extrapolate", "--checkpoints", run.path, "--horizon", 10)
+    assert "config-missing-backbone" in cli(*command, "--out", tmp_path / "out").err
+    assert cli(*command, "--backbone", run.base, "--out", tmp_path / "out").code == 0
+
+
+def test_a_resized_vocabulary_needs_no_backbone(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    resized = model()
+    resized.resize_token_embeddings(35)
+    run = straight_run(tmp_path, resized)
+    model().save_pretrained(run.base)
+    command = ("extrapolate", "--checkpoints", run.path, "--horizon", 10, "--out", tmp_path / "out")
+    assert "checkpoint-other-vocabulary" in cli(*command, "--backbone", run.base).err
+    assert cli(*command).code == 0
+    assert run.differing(tmp_path / "out", resized, step=30) == []
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_mixed_precisions_and_tied_heads_are_written_as_the_backbone_stores_them(
+    tmp_path: Path, precision: torch.dtype, tied: bool, cli: Callable[..., Outcome]
+) -> None:
+    run = straight_run(tmp_path, model(tie_word_embeddings=tied))
+    half = type(model()).from_pretrained(run.base)
+    half.model.layers.to(precision)
+    half.save_pretrained(run.base)
+    command = ("extrapolate", "--checkpoints", run.path, "--backbone", run.base, "--horizon", 10)
+    assert cli(*command, "--out", tmp_path / "out").code == 0
+    from safetensors.torch import load_file
+
+    found, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.base))
+    moved, newest = run.at(30), run.at(20)
+    assert found.keys() == stored.keys()
+    for name, value in found.items():
+        assert value.dtype == stored[name].dtype
+        exact = moved[name] if value.dim() == 2 else newest[name]
+        torch.testing.assert_close(value, exact.to(value.dtype), atol=1e-5 if value.itemsize == 4 else 4e-3, rtol=0)

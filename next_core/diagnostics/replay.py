@@ -31,7 +31,7 @@ Shared = dict[Span, dict[str, Factors]]
 class Replay:
     """A run, predicted ``horizon`` steps ahead from each of ``cuts``, and likewise ``draws`` random walks of it.
 
-    ``steps`` are all observed ones. ``start`` is the first of them if there is no backbone to count from, else None: the
+    ``steps`` are all observed ones. ``start`` is the first if there is no backbone to count from, else None; the
     first increment is then empty. A replay is also the task that measures the motion of one matrix.
     """
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from next_core import backtest, open_run
+from next_core import Secant, backtest, open_run
 from tests.conftest import Outcome
 from tests.sources.models import SMALL, StraightRun, built, straight_run
 
-NEED_NONE = ("auto", "random", "secant")
+NEED_NONE = ("random", "secant")
 NEED_A_BACKBONE = ("next-mlp-reduced", "relex", "ridge", "rl-extra")
 
 
@@ -27,20 +27,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> StraightRun:
     return straight_run(tmp_path_factory.mktemp("whole"), model(), steps=(5, 10, 15, 20))
 
 
-@pytest.mark.parametrize("predictor", ["secant", "auto"])
-def test_backtest_scores_predictors_without_a_backbone(
-    run: StraightRun, predictor: str, cli: Callable[..., Outcome]
+def test_backtest_scores_what_needs_no_backbone_and_names_what_does(
+    run: StraightRun, cli: Callable[..., Outcome]
 ) -> None:
-    found = cli("backtest", "--checkpoints", run.path, "--predictors", predictor, "--draws", 0, "--json")
+    options = ("--predictors", "secant,relex", "--set", "secant.window=5", "--draws", 2, "--json")
+    found = cli("backtest", "--checkpoints", run.path, *options)
     assert found.code == 0, found.err
     told = json.loads(found.out)
-    assert told["steps"] == [10, 15, 20]
+    assert told["cuts"] == [10]  # step 5 is where the known motion begins; 15 and 20 have no checkpoint 10 steps on
     assert any("step 5" in note for note in told["notes"])
-    assert told["predictors"]["secant" if predictor == "secant" else "auto"]
+    judged = told["predictors"]
+    assert judged["secant"]["skill"] == pytest.approx(1)  # every weight moves along a straight line
+    for name in ("relex", "ridge"):
+        assert "--backbone" in str(judged[name]["failures"])
+    assert judged["secant"]["failures"] == []
 
 
 def test_so_does_a_notebook(run: StraightRun) -> None:
-    assert backtest(open_run(run.path), ["secant"], draws=0).predictors["secant"].score.skill == pytest.approx(1)
+    found = backtest(open_run(run.path), [Secant(window=5)], horizon=5, draws=0)
+    assert found.cuts == (10, 15)
+    assert found.predictors["secant"].score.skill == pytest.approx(1)
 
 
 def test_plan_names_the_applier_that_follows_from_the_run(run: StraightRun, cli: Callable[..., Outcome]) -> None:

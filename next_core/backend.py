@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from next_core.interfaces import Applied, CheckpointSource, Prediction
 from next_core.run_config import RunConfig
-from next_core.types import Plugin
+from next_core.types import Plugin, Space
 
 
 class Backend(Plugin):
@@ -26,6 +26,9 @@ class Backend(Plugin):
 
         Raises ``ConfigError`` or ``BackendError`` for what the trainer cannot do.
         """
+
+    def check_jumps(self, space: Space | None) -> None:
+        """Raise ``BackendError``, before training begins, if no jump in this space (None: unknown) can ever be made."""
 
     def start(self) -> None:
         """Start a trainer that is a process of its own, once, after ``prepare``. It may take minutes."""

@@ -84,6 +84,14 @@ class TrajectoryPredictor(Plugin):
             raise NextCoreError(f"{self.name}: call fit(history) before predict", kind="predictor-not-fitted")
         return self._history
 
+    @property
+    def space(self) -> Space | None:
+        """Where its updates move a LoRA run, known before it predicts: in the factors or the merged weights.
+
+        None if that is not known; a merged-space jump of a trainer's model is then tried without a check beforehand.
+        """
+        return getattr(self.config, "space", None)
+
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         """Return why no prediction can be made from checkpoints of these steps, whatever they hold; None if one can.
 

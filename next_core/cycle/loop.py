@@ -55,7 +55,9 @@ class PredictExtendCycle:
     def __post_init__(self) -> None:
         self.schedule.check(self.total)
         self.guards.check(self.schedule)
-        self.schedule.check_predictor(self.predictor(), self.total)
+        predictor = self.predictor()
+        self.schedule.check_predictor(predictor, self.total)
+        self.backend.check_jumps(predictor.space)
         self._watches = {what: Stopwatch() for what in ("observe", "predict", "extend", "probe")}
         self._probes = Probes(self.backend, self.journal, self.guards.probe, self._watches["probe"])
         self._start = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from next_core.appliers.jump_adapter import adapter_settings, balanced
-from next_core.errors import BackendError
+from next_core.errors import BackendError, describe
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
@@ -18,6 +18,8 @@ from next_core.process.containment import same_random_states
 from next_core.sources.adapter_tensors import factor_keys, part_of, shift_keys
 from next_core.sources.layouts import JUMP_PREFIX
 from next_core.sources.matrices import place_in_stack, stored_name
+
+FACTORS_INSTEAD = "use a coefficient predictor with space: factors"
 
 
 class InMemoryApplied(Applied):
@@ -178,15 +180,20 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
     """Add an active frozen adapter whose B A is exactly each delta. Returns its name."""
     from peft import LoraConfig
 
+    trained = model.peft_config[trained_adapter(model)]
+    tied = getattr(trained, "ensure_weight_tying", False)
+    reason = None
     if "ref" in model.peft_config:
+        reason = "its reference policy is an adapter named 'ref', and switching to it deactivates jump adapters"
+    elif tied and any(".lora_embedding_A." in name for name, _ in model.named_parameters()):
+        reason = "with ensure_weight_tying its head and embedding share factors, and a jump would move the head alone"
+    if reason is not None:
         raise BackendError(
-            "this run keeps its reference policy in an adapter named 'ref'; switching to it and back deactivates jump "
-            "adapters: use a coefficient predictor with space: factors, or start from a merged model",
+            f"this model takes no jump adapter: {reason}; {FACTORS_INSTEAD}, or start from a merged model",
             kind="backend-unsupported",
         )
     name = f"{JUMP_PREFIX}{max(map(_number, jump_adapters(model)), default=0) + 1}"
     settings = adapter_settings(deltas)
-    trained = model.peft_config[trained_adapter(model)]
     config = LoraConfig(**settings, task_type=trained.task_type, fan_in_fan_out=trained.fan_in_fan_out)
     with same_random_states():  # PEFT draws initial weights, which are overwritten
         model.add_adapter(name, config)
@@ -199,6 +206,40 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
                 table[name].weight.copy_(value)
     activate_jumps(model)
     return name
+
+
+def rehearse_adapter(model: Any) -> None:
+    """Add a jump adapter that does nothing, read it as the trainer's checkpoints do, and remove it.
+
+    Raises ``BackendError`` for a model in which every jump in merged space must fail.
+    """
+    from peft import get_peft_model_state_dict
+
+    try:
+        name = add_frozen_adapter(model, _zeros(model, trained_adapter(model)))
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        remove_adapter(model, name)
+    except BackendError:
+        raise
+    except Exception as error:  # PEFT has no class of errors for what it cannot do
+        raise BackendError(
+            "this model takes no second adapter next to the trained one, which a jump in merged space needs "
+            f"({describe(error)}): {FACTORS_INSTEAD}",
+            kind="backend-unsupported",
+        ) from error
+
+
+def _zeros(model: Any, adapter: str) -> dict[str, LowRank]:
+    """Return a delta of zeros and rank 1 for every matrix that an adapter moves."""
+    found = {}
+    for name, layer in model.base_model.model.named_modules():
+        tables = [getattr(layer, side, {}) for side in ("lora_A", "lora_B")]
+        if not all(adapter in table for table in tables) or tables[0][adapter].weight.ndim != 2:
+            continue
+        (_, n), (m, _) = (table[adapter].weight.shape for table in tables)
+        key = f"{name}[0]" if hasattr(layer, "parameter_name") else f"{name}.weight"
+        found[key] = LowRank(torch.zeros(m, 1).double(), torch.zeros(1, n).double())
+    return found
 
 
 def remove_adapter(model: Any, name: str) -> None:

@@ -70,6 +70,7 @@ class AlphaRL(PerMatrixPredictor):
     """
 
     name = "alpharl"
+    space = "merged"
     config_class = AlphaRlConfig
     requires = frozenset({"global", "metrics"})
     _series: Series

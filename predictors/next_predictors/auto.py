@@ -48,6 +48,7 @@ class Auto(PerMatrixPredictor):
     """
 
     name = "auto"
+    space = "factors"
     config_class = AutoConfig
     requires = frozenset({"gram"})  # where the run has no factors, or no checkpoint of its start
     recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {

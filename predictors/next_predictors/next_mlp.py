@@ -161,6 +161,7 @@ class NextMLP(ComponentPredictor):
     """
 
     name = "next-mlp"
+    space = "merged"
     config_class = NextMlpConfig
     network_class = Network
 

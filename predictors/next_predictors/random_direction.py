@@ -31,6 +31,7 @@ class RandomDirection(PerMatrixPredictor):
     """
 
     name = "random"
+    space = "merged"
     config_class = RandomConfig
     requires = frozenset({"gram"})
 

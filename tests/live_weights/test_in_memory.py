@@ -5,20 +5,25 @@ What an applied jump must do is in the conformance checks, which run on this app
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.live_weights.in_memory import InMemoryApplier, activate_jumps, jump_adapters
+from next_core.live_weights.in_memory import InMemoryApplier, activate_jumps, jump_adapters, rehearse_adapter
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
+from tests.fuzz.adapters import Draw, base_model, write_run
 
+MOE = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ROW, LAST = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -105,3 +110,45 @@ def test_a_dense_jump_cannot_become_an_adapter(model: Any) -> None:
     prediction = Prediction(source, 20, 10, updates={ROW: CoefficientUpdate({20: 1.0, 10: -1.0})})
     with raises_kind("backend-unsupported", ROW):
         InMemoryApplier().apply(prediction, out=model)
+
+
+@pytest.fixture
+def moe(tmp_path: Path) -> Any:
+    """A run of fused experts, continued from step 20, and its folder."""
+    from peft import PeftModel
+
+    case = Draw(5, "moe", MOE, "default", 1.0, start=False)
+    write_run(case, base_model("moe", tmp_path), tmp_path / "run")
+    return PeftModel.from_pretrained(
+        copy.deepcopy(base_model("moe", tmp_path)), tmp_path / "run/checkpoint-20", is_trainable=True
+    )
+
+
+def test_a_factor_jump_of_fused_experts_moves_each_as_in_the_files_and_is_undone(moe: Any, tmp_path: Path) -> None:
+    before = weights(moe)
+    source = open_checkpoints(tmp_path / "run")
+    moves = {p.name: CoefficientUpdate({20: 1.0, 10: -1.0}, "factors") for p in source.parameters}
+    applied = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), 2.0, out=moe)
+    files = [load_file(tmp_path / f"run/checkpoint-{step}/adapter_model.safetensors") for step in (10, 20)]
+    after = weights(moe)
+    for key, value in files[1].items():
+        moved = after[key.replace(".weight", ".default.weight")]
+        torch.testing.assert_close(moved, value + 2.0 * (value - files[0][key]), atol=1e-6, rtol=1e-6)
+    assert set(applied.shift) == {f"{key[17:-14]}.weight.{key[-13:-7]}" for key in files[1]}
+    assert len(applied.kept) == len(files[1])
+    applied.rollback()
+    assert all(torch.equal(value, before[name]) for name, value in weights(moe).items())
+
+
+def test_jumps_in_merged_space_are_tried_on_a_model_before_it_trains(model: Any, moe: Any) -> None:
+    before, states = weights(model), torch.get_rng_state()
+    rehearse_adapter(model)
+    assert model.base_model.active_adapters == ["default"]
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(torch.get_rng_state(), states)
+    assert weights(model).keys() == before.keys()
+    with raises_kind("backend-unsupported", "experts", "space: factors"):
+        rehearse_adapter(moe)
+    model.peft_config["ref"] = model.peft_config["default"]
+    with raises_kind("backend-unsupported", "'ref'", "space: factors"):
+        rehearse_adapter(model)

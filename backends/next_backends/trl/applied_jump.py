@@ -26,8 +26,9 @@ class TrlApplied(Applied):
     def __init__(self, model: nn.Module, optimizer: Any, live: InMemoryApplied, folder: Path) -> None:
         self.folder = folder
         self._live, self._optimizer = live, optimizer
-        written = {id(parameter) for parameter, _ in live.kept}  # the applier has kept these already
-        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in written]
+        # The applier has kept these already, also where a tied parameter shares their values.
+        written = {parameter.data_ptr() for parameter, _ in live.kept}
+        trained = [p for p in model.parameters() if p.requires_grad and p.data_ptr() not in written]
         self._kept = [(parameter, parameter.detach().clone()) for parameter in trained]
         self._state: State = {
             parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -9,6 +9,7 @@ from torch import nn
 
 from next_core.errors import BackendError, ConfigError
 from next_core.run_config import Guards, Schedule
+from next_core.types import Space
 
 SHARDED = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "XLA": "TorchXLA"}
 """Distributed types, as accelerate names them, in which no process holds the whole weights, with their names."""
@@ -47,6 +48,25 @@ def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, s
                     f"{what} multiples of {unit}",
                     kind="config-schedule",
                 )
+
+
+def check_best_model(args: Any, schedule: Schedule, space: Space | None, lora: bool) -> None:
+    """Raise ``ConfigError`` if TRL's ``load_best_model_at_end`` would undo a part of what jumps and the mean did.
+
+    It loads the trained weights of an earlier step, which contain the jumps of full weights and of factors until then.
+    """
+    undone = None
+    if schedule.average is not None:
+        undone = f"the mean of the last checkpoints (average: {schedule.average})"
+    elif lora and space != "factors":
+        undone = (
+            "the training since, but not the jumps next to the trained adapter (with space: factors there are none)"
+        )
+    if args.load_best_model_at_end and undone is not None:
+        raise ConfigError(
+            f"load_best_model_at_end would undo {undone}: set it to False, or omit the other",
+            kind="config-contradiction",
+        )
 
 
 def steps_of_a_generation(args: Any) -> int:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from next_backends.data import read_rows, read_splits
-from next_backends.trl.argument_checks import check_arguments
+from next_backends.trl.argument_checks import check_arguments, check_best_model
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.errors import CheckpointError, ConfigError, describe
+from next_core.plugins import make_chosen
 from next_core.process.optional_packages import import_optional
 from next_core.rewards import RewardFunction, make_reward
 from next_core.storage.manifest import MANIFEST, check_manifest
@@ -53,6 +54,7 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
     reward = make_reward(training.reward)
     args = make_args(run, extra, output)
     check_arguments(run.schedule, run.guards, run.steps, args)
+    check_best_model(args, run.schedule, make_chosen("predictor", run.predictor).space, training.lora is not None)
     train, splits = _load_data(training)
     set_seed(run.seed)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
-from next_backends.trl.argument_checks import check_arguments, check_whole
+from next_backends.trl.argument_checks import check_arguments, check_best_model, check_whole
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trl_backend import TrlBackend
@@ -19,6 +19,7 @@ from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError
+from next_core.live_weights.in_memory import is_peft
 from next_core.plugins import PredictorLike, resolve_predictor
 from next_core.process.containment import same_random_states
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
@@ -128,7 +129,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
                 kind="config-contradiction",
             )
         check_arguments(self.schedule, self.guards, state.max_steps, args, several=True)
-        self.schedule.check_predictor(self._make_predictor(), state.max_steps)
+        predictor = self._make_predictor()
+        self.schedule.check_predictor(predictor, state.max_steps)
+        check_best_model(args, self.schedule, predictor.space, is_peft(model))
         check_whole(model)
 
     def _begin(self, args: Any, state: Any, optimizer: Any, guards: Guards) -> None:

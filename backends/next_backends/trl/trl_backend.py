@@ -19,12 +19,20 @@ from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tens
 from next_core.backend import Backend
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Prediction
-from next_core.live_weights.in_memory import InMemoryApplier, activate_jumps, is_peft, jump_adapters, trained_adapter
+from next_core.live_weights.in_memory import (
+    InMemoryApplier,
+    activate_jumps,
+    is_peft,
+    jump_adapters,
+    rehearse_adapter,
+    trained_adapter,
+)
 from next_core.run_config import RunConfig
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.storage.atomic import seal, sweep
+from next_core.types import Space
 
 
 class TrlConfig(Settings):
@@ -76,6 +84,10 @@ class TrlBackend(Backend):
     @property
     def notes(self) -> Sequence[str]:
         return self._notes
+
+    def check_jumps(self, space: Space | None) -> None:
+        if space == "merged" and is_peft(self._model):
+            rehearse_adapter(self._model)
 
     def attach(
         self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None

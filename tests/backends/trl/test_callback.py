@@ -11,10 +11,13 @@ import torch
 from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
+from next_backends.trl.argument_checks import check_best_model
 from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
 from next_core.interfaces import CoefficientUpdate
 from next_core.live_weights.in_memory import jump_adapters
 from next_core.mathematics.low_rank import LowRank
+from next_core.plugins import resolve_predictor
+from next_core.run_config import Schedule
 from tests.backends.trl.conftest import BASE
 from tests.errors import raises_kind
 
@@ -334,12 +337,95 @@ def test_a_run_with_a_reference_adapter_takes_factor_jumps_and_refuses_the_other
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
 
-    for predictor, accepted in ((FACTORS, True), (MERGED, False)):
-        callback = PredictExtendCallback(predictor, folder=None, overwrite=True, **SMALL)
-        make_trainer([callback], steps=8, lora=False, model=model(), beta=0.05).train()
-        (jump,) = callback.journal.jumps()
-        assert jump["accepted"] is accepted
-        assert accepted or "'ref'" in jump["reason"]
+    callback = PredictExtendCallback(FACTORS, **SMALL)
+    make_trainer([callback], steps=8, lora=False, model=model(), beta=0.05).train()
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
+    trainer = make_trainer(
+        [PredictExtendCallback(MERGED, **SMALL)], out="refused", lora=False, model=model(), beta=0.05
+    )
+    with raises_kind("backend-unsupported", "'ref'", "space: factors"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+TOKENS = {"trainable_token_indices": [1, 2]}
+MODULES = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(("predictor", "lora"), [(FACTORS, TOKENS), (FACTORS, MODULES), (MERGED, MODULES)])
+def test_jumps_next_to_tokens_and_modules_that_train_are_made_and_saved(
+    make_trainer: Any, tmp_path: Path, predictor: Any, lora: dict[str, Any]
+) -> None:
+    callback = PredictExtendCallback(predictor, guards={"max_norm_ratio": None}, **SMALL)
+    make_trainer([callback], steps=8, lora=lora, save_strategy="steps", save_steps=8).train()
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
+    assert (tmp_path / "trainer/checkpoint-8/adapter_model.safetensors").is_file()
+
+
+def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(make_trainer: Any) -> None:
+    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)], lora=TOKENS)
+    with raises_kind("backend-unsupported", "trainable_tokens", "space: factors"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_fused_experts_are_moved_in_their_factors_and_refused_in_merged_space(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 2}
+
+    def trainer(predictor: Any, out: str) -> Any:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, vocab_size=19, num_experts_per_tok=2))
+        return make_trainer([predictor], out=out, steps=8, lora=lora, model=model)
+
+    callback = PredictExtendCallback(FACTORS, guards={"max_norm_ratio": None}, **SMALL)
+    made = trainer(callback, "factors")
+    made.train()
+    assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
+    source = open_checkpoints(tmp_path / "factors/next-core/checkpoints")
+    assert len(source.parameters) == 1 + 2 * 4
+    refused = trainer(PredictExtendCallback(MERGED, **SMALL), "merged")
+    with raises_kind("backend-unsupported", "experts", "space: factors"):
+        refused.train()
+
+
+@pytest.mark.parametrize(
+    ("predictor", "lora", "average", "refused"),
+    [
+        (FACTORS, True, None, None),
+        (FACTORS, True, 8, "average"),
+        (MERGED, True, None, "space: factors"),
+        (MERGED, False, None, None),
+        ("next-mlp", True, None, "space: factors"),
+    ],
+)
+def test_loading_the_best_model_at_the_end_is_refused_where_it_would_undo_jumps(
+    tmp_path: Path, predictor: Any, lora: bool, average: int | None, refused: str | None
+) -> None:
+    from trl import GRPOConfig
+
+    steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    args = GRPOConfig(str(tmp_path), load_best_model_at_end=True, use_cpu=True, bf16=False, **steps)
+    schedule = Schedule(**SMALL, average=average)
+    space = resolve_predictor(predictor)().space
+    if refused is None:
+        check_best_model(args, schedule, space, lora)
+    else:
+        with raises_kind("config-contradiction", "load_best_model_at_end", refused):
+            check_best_model(args, schedule, space, lora)
+        check_best_model(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), schedule, space, lora)
+
+
+def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:
+    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])
+    trainer.args.load_best_model_at_end = True
+    with raises_kind("config-contradiction", "load_best_model_at_end"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_the_journal_and_the_metrics_are_on_disk(make_trainer: Any, tmp_path: Path) -> None:

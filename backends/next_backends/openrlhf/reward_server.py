@@ -15,8 +15,6 @@ from typing import Any
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.rewards import RewardFunction
 
-MOST_REQUESTS = 256
-"""Requests answered by one call of the reward."""
 CUT = 20
 """Characters of a prompt that must be found in a query whose prompt was cut from the left."""
 
@@ -67,7 +65,7 @@ class RewardServer:
         found: list[tuple[dict[str, Any], Future[Any]]] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._server.requests.get(timeout=seconds))
-            while len(found) < MOST_REQUESTS:
+            while True:
                 found.append(self._server.requests.get_nowait())
         return found
 

@@ -61,14 +61,10 @@ class Controller(ControlClient):  # type: ignore[misc]
         adapters: list[str],
         moments: str | None = None,
         schedule: int | None = None,
-    ) -> float:
-        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters`` to the model.
-
-        Returns the Frobenius norm of the change. See ``policy.load``.
-        """
-        moved: float = self._on_policy(load, folder, shifts, adapters, moments, schedule)
+    ) -> None:
+        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters`` to the model."""
+        self._on_policy(load, folder, shifts, adapters, moments, schedule)
         self.trainer.broadcast_to_vllm()
-        return moved
 
     def likelihood(self, pairs: list[list[str]]) -> float:
         """Return the mean probability of sampling exactly the answer and the end token."""

@@ -6,7 +6,6 @@ DeepSpeed trains fp32 masters and keeps the model in half precision; we read the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,22 +56,19 @@ def save_moments(actor: Any, file: str) -> None:
 @torch.no_grad()
 def load(
     actor: Any, folder: str | None, shifts: list[str], adapters: list[str], moments: str | None, schedule: int | None
-) -> float:
-    """Replace the trained weights (and moments); return the Frobenius norm of the change.
+) -> None:
+    """Replace the trained weights, the moments if there are any, and the frozen adapters.
 
-    ``schedule`` advances a fresh learning-rate schedule by so many optimizer steps. Raises ``RuntimeError`` if a
-    master, or the half-precision weight on some rank, does not hold what was written.
+    ``folder`` None keeps the weights. ``schedule`` advances a fresh learning-rate schedule by so many optimizer steps.
+    Raises ``RuntimeError`` if a master, or the half-precision weight on some rank, does not hold what was written.
     """
     module = actor.actor.model.module
     for _ in range(schedule or 0):
         actor.actor_scheduler.step()
     if hasattr(module, "peft_config"):
         freeze_adapters(module, [Path(path) for path in adapters])
-    elif adapters:
-        raise ValueError("a policy that trains all its weights cannot have an adapter")
     if folder is None:
-        return 0.0
-    squares = 0.0
+        return
     refused: list[str] = []
     stored, added = _Files(Path(folder).glob("*.safetensors")), [_Files([Path(path)]) for path in shifts]
     kept = _Files([Path(moments)]) if moments is not None else None
@@ -83,17 +79,13 @@ def load(
         for shift in added:
             if key in shift.keys:
                 value = value + shift[key]
-        before = _master(parameter)
-        value = value.to(before.device)
         _set(parameter, value)
         if not _holds(parameter, value):
             refused.append(name)
-        squares += float((value - before).square().sum())
         if kept is not None:
             for moment in MOMENTS:
                 _set_state(parameter, kept[f"{moment}/{name}"], moment)
     _raise_everywhere(refused)
-    return math.sqrt(squares)
 
 
 class _Files:
@@ -162,7 +154,7 @@ def _holds(parameter: Any, value: Tensor) -> bool:
     master = _master(parameter)
     with deepspeed.zero.GatheredParameters([parameter]):
         half = parameter.data
-        return torch.equal(master, value) and torch.equal(half, value.to(half.dtype))
+        return torch.equal(master, value.to(master.device)) and torch.equal(half, value.to(half))
 
 
 def _raise_everywhere(refused: list[str]) -> None:

@@ -110,16 +110,14 @@ def factors_give_the_delta(case: SourceCase) -> None:
     for parameter in source.parameters:
         name = parameter.name
         now, then, start = source.factors(name, b), source.factors(name, a), source.start(name)
-        if parameter.rank is None:
-            expect(now is None and start is None, f"no factors of '{name}', which is dense", "factors")
-        elif now is None or then is None:
-            raise CheckError(f"factors of '{name}', which is LoRA", "None")
-        else:
-            expect(now.A.shape[0] == parameter.rank, f"A ({parameter.rank}, n) of '{name}'", tuple(now.A.shape))
-            for since, before in ((a, then), (None, start)):
-                moved = _product(now) - (0.0 if before is None else _product(before))
-                wanted = f"delta({b}, {since}) of '{name}' from its factors: scaling * B A less the earlier one"
-                _expect_close(dense(source.delta(name, b, since)), moved, _product(now), wanted)
+        if parameter.rank is None or now is None or then is None:
+            expect(now is then is start is None and parameter.rank is None, f"factors of '{name}' under LoRA only", now)
+            continue
+        expect(now.A.shape[0] == parameter.rank, f"A ({parameter.rank}, n) of '{name}'", tuple(now.A.shape))
+        for since, before in ((a, then), (None, start)):
+            moved = _product(now) - (0.0 if before is None else _product(before))
+            wanted = f"delta({b}, {since}) of '{name}' from its factors: scaling * B A less the earlier one"
+            _expect_close(dense(source.delta(name, b, since)), moved, _product(now), wanted)
 
 
 @check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,25 @@ def live_adapter(folder: Path, run: LoraRun) -> ApplierCase:
     return ApplierCase(make_applier("in-memory"), open_checkpoints(run.path), target, read)
 
 
+class Whole(nn.Module):
+    """A module all of whose weights train, under the names of a run."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.trained = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.trained.items()
+
+
 def live_model(folder: Path, run: LoraRun) -> ApplierCase:
-    """A module all of whose weights train."""
     source = dense_run()
 
-    def target() -> nn.Module:
-        model = nn.Module()
-        for name, weight in source.weights[source.steps[-1]].items():
-            *parents, last = name.split(".")
-            module = model
-            for parent in parents:
-                if parent not in module._modules:
-                    module.add_module(parent, nn.Module())
-                module = module.get_submodule(parent)
-            assert isinstance(weight, Tensor)
-            module.register_parameter(last, nn.Parameter(weight.clone()))
-        return model
-
-    def read(model: nn.Module) -> Mapping[str, Tensor]:
+    def read(model: Whole) -> Mapping[str, Tensor]:
         return {name: value.double() - source._backbone[name] for name, value in model.named_parameters()}
 
-    return ApplierCase(make_applier("in-memory"), source, target, read)
+    newest = source.weights[source.steps[-1]]
+    return ApplierCase(make_applier("in-memory"), source, lambda: Whole(newest), read)
 
 
 def fresh(folder: Path) -> Callable[[], Path]:
@@ -165,7 +163,7 @@ WRONG: list[tuple[str, Any]] = [
     ("moves_by_the_update", apply_that(lambda given: dataclasses.replace(given, confidence={}))),
     ("moves_by_the_update", apply_that(also=nudge)),
     ("moves_by_the_update", apply_that(also=lambda *_: torch.rand(1))),
-    ("rollback_restores_every_bit", apply_that(also=lambda applied, given, out: applied.kept.pop())),
+    ("rollback_restores_every_bit", apply_that(also=lambda applied, given, out: applied._kept.popitem())),
     ("bad_updates_change_nothing", eager),
     ("bad_updates_change_nothing", apply_that(without_unknown)),
 ]

@@ -50,11 +50,17 @@ class TensorPlan:
         for head, embedding in source.tied.items():
             backbone.tie(head, embedding)
         backbone.rename(self._trained)
+        more = set(backbone.shapes) - self._trained if source.stores_full_weights else set()
+        built = architecture_of(backbone.folder) if more else None
+        tied = {} if built is None else built.tied
+        self._tied = {name: one for name, one in tied.items() if name in more and one in self._trained} | dict(
+            source.tied
+        )
 
     def name(self, key: str) -> str:
         """Return the run's name of a stored tensor: a tied head is the embedding."""
         name = self._backbone.renamed.get(key, key)
-        return self._source.tied.get(name, name)
+        return self._tied.get(name, name)
 
     def parts(self, key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the run's names and the shapes of the parts of a tensor that move on their own: a stack's matrices."""

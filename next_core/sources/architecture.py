@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,12 @@ class Architecture:
 
     ``in_memory`` returns the name that a stored tensor is loaded under, and whether that is the tensor itself and not
     one made of several. ``names`` are those of its tensors, ``transposed`` those of the weights that are stored (in,
-    out).
+    out). ``tied`` maps each further name of a tensor to the first.
     """
 
     names: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
     in_memory: Callable[[str], tuple[str, bool]] = field(default=lambda name: (name, True))
 
 
@@ -66,6 +67,7 @@ def _built(folder: Path, _: Stamp) -> Architecture | None:
             return found, merged is None
 
         conv = {name for name, module in model.named_modules() if type(module).__name__ == STORED_TRANSPOSED}
-        return Architecture(frozenset(tensors), frozenset(f"{name}.weight" for name in conv), in_memory)
+        transposed = frozenset(f"{name}.weight" for name in conv)
+        return Architecture(frozenset(tensors), transposed, model.all_tied_weights_keys, in_memory)
     except Exception:  # whatever a config makes transformers raise: the model is then read as it is stored
         return None

@@ -22,6 +22,7 @@ from next_core.storage.manifest import check_manifest
 from tests.appliers.conftest import ROW, secant
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
+from tests.sources.models import built, straight_run
 
 MODEL = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -287,3 +288,33 @@ def test_stochastic_rounding_repeats_with_its_seed(run: LoraRun, tmp_path: Path)
     assert a == b != c
     with raises_kind("config-contradiction", "rounding: stochastic"):
         make_applier("merged-model", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "sizes"),
+    [
+        ("MambaForCausalLM", "MambaConfig", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}),
+        (
+            "T5ForConditionalGeneration",
+            "T5Config",
+            {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+        ),
+        ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}),
+    ],
+)
+def test_every_name_of_a_shared_tensor_gets_the_same_values(
+    architecture: str, config: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    shared = built(architecture, config, vocab_size=32, **sizes)
+    run = straight_run(tmp_path, shared)
+    stored = load_file(run.base / MODEL)
+    names = {name: one for name, one in shared.all_tied_weights_keys.items() if one in stored}
+    save_file(stored | {name: stored[one].clone() for name, one in names.items()}, run.base / MODEL, {"format": "pt"})
+    source = open_checkpoints(run.path, backbone=run.base)
+    prediction = make_predictor("secant", window=10).fit(History(source)).predict(10)
+    make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    written = load_file(tmp_path / "out" / MODEL)
+    assert written.keys() == stored.keys() | names.keys() > stored.keys()
+    for name, one in names.items():
+        assert torch.equal(written[name], written[one])
+        torch.testing.assert_close(written[name], run.at(30)[one], atol=1e-5, rtol=0)

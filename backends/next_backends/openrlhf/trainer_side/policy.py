@@ -79,6 +79,9 @@ def load(
         for shift in added:
             if key in shift.keys:
                 value = value + shift[key]
+            for index in range(len(value) if value.dim() == 3 else 0):  # experts move one by one
+                if f"{key}[{index}]" in shift.keys:
+                    value[index] += shift[f"{key}[{index}]"]
         _set(parameter, value)
         if not _holds(parameter, value):
             refused.append(name)

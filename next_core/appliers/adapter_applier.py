@@ -18,7 +18,7 @@ from next_core.appliers.jump_adapter import rank_settings
 from next_core.appliers.safetensors_writer import TensorWriter, header_room
 from next_core.errors import ConfigError, GuardError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.interfaces.prediction import resolve_scaled
+from next_core.interfaces.prediction import resolve
 from next_core.interfaces.weight_delta import FactorStep, Resolved
 from next_core.mathematics.low_rank import LowRank, truncated_svd
 from next_core.settings import Settings
@@ -103,7 +103,7 @@ class PeftAdapterApplier(FolderApplier):
         """Return the new A and B of a module as they are stored, and their scaling."""
         parts = []
         for name in (parameter.name for parameter in module.parameters):
-            moved = resolve_scaled(prediction, name, alpha)
+            moved = resolve(prediction, name, alpha)
             now, jumps = source.factors(name, prediction.step), source.jump_deltas(name, prediction.step)
             parts.append(self._factors(now, moved, jumps))
         scalings = {scaling for *_, scaling in parts}

@@ -17,7 +17,7 @@ from next_core.appliers.rounding import Rounder, Rounding, RoundingLoss
 from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
-from next_core.interfaces.prediction import resolve_scaled
+from next_core.interfaces.prediction import resolve
 from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
@@ -144,7 +144,7 @@ class _ModelWriter:
     def _computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         config, source, step = self._applier.config, self._prediction.source, self._prediction.step
         trained = None if source.stores_full_weights else source.position(name, step)
-        moved = resolve_scaled(self._prediction, name, self._alpha)
+        moved = resolve(self._prediction, name, self._alpha)
         if name in self._plan.transposed:  # the run's matrix is (out, in), the stored one (in, out)
             trained, moved = None if trained is None else trained.T, transposed(moved)
 

@@ -162,14 +162,6 @@ def coefficients(prediction: Prediction, name: str, alpha: float) -> dict[int, f
     return weights
 
 
-def resolve_scaled(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
-    """Return what ``resolve`` does, computed at alpha 1 and then scaled: it may differ in the last bit."""
-    once = resolve(prediction, name, 1.0)
-    if once is None:
-        return None
-    return _checked(prediction, name, alpha * once if isinstance(once, Tensor) else once.scale(alpha))
-
-
 def weight_delta(prediction: Prediction, name: str, alpha: float) -> WeightDelta | None:
     """Return what ``resolve`` does, with a ``LazyDelta`` read into the whole matrix."""
     moved = resolve(prediction, name, alpha)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,10 +26,6 @@ class FactorStep:
     dA: Tensor  # noqa: N815
     dB: Tensor  # noqa: N815
     at: LoraFactors
-
-    def scale(self, alpha: float) -> FactorStep:
-        """Return the step with dA and dB each multiplied by alpha; the product B A is not linear in it."""
-        return FactorStep(alpha * self.dA, alpha * self.dB, self.at)
 
     def merged(self) -> LowRank:
         """Return the move of the weight matrix: scaling * ((B + dB)(A + dA) - B A)."""
@@ -68,11 +64,6 @@ class LazyDelta:
         if newest is None:
             return self.source.delta_rows(self.name, rows, self.step, since).mul(-weight)
         return (self.source.weight(self.name, since, rows) - newest).mul_(weight)
-
-    def scale(self, alpha: float) -> LazyDelta:
-        """Return alpha times the move."""
-        weights = {step: alpha * weight for step, weight in self.weights.items()}
-        return replace(self, weights=weights, matrix=None if self.matrix is None else self.matrix.scale(alpha))
 
     def dense(self) -> Tensor:
         """Return the whole matrix in fp32, or in fp64 where the source reads fp64."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
-from next_core.interfaces.prediction import jump_norms, resolve, resolve_scaled, weight_delta, weight_deltas
+from next_core.interfaces.prediction import jump_norms, resolve, weight_delta, weight_deltas
 from next_core.interfaces.weight_delta import FactorStep, LazyDelta
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
@@ -155,7 +155,7 @@ def test_a_move_that_is_not_finite_is_refused(source: MemorySource, name: str, b
         with raises_kind("numbers-not-finite", f"'{name}'", "step 30"):
             weight_delta(prediction, name, 1.0)
     with raises_kind("numbers-not-finite", f"'{name}'"):
-        resolve_scaled(predict(source, good), name, bad)
+        resolve(predict(source, good), name, bad)
 
 
 def test_an_update_of_another_shape_or_parameter_or_step_is_refused_by_name(source: MemorySource) -> None:
@@ -197,9 +197,9 @@ def test_a_move_that_is_read_by_rows_is_the_same(
     streamed = Prediction(by_rows, 30, 10, anchor, {"full": update}, {"full": 0.5})  # type: ignore[arg-type]
     expected = dense(predict(source, update, anchor, confidence=0.5), "full", 2.0)
     lazy = not isinstance(update, LowRankUpdate) or anchor == "backbone"
-    for found in (resolve(streamed, "full", 2.0), resolve_scaled(streamed, "full", 2.0)):
-        assert isinstance(found, LazyDelta if lazy else LowRank)
-        torch.testing.assert_close(found.dense(), expected)
+    found = resolve(streamed, "full", 2.0)
+    assert isinstance(found, LazyDelta if lazy else LowRank)
+    torch.testing.assert_close(found.dense(), expected)
     torch.testing.assert_close(dense(streamed, "full", 2.0), expected)
     assert jump_norms(streamed, 2.0)["full"] == pytest.approx(float(expected.norm()))
 

@@ -191,7 +191,6 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
 @pytest.mark.parametrize(
     "text",
     [
-        "steps: 10\nsteps: 20\n",
         "steps: [1, 2\n",
         "steps: 1\n\tseed: 2\n",
         "a: *nobody\n",
@@ -208,17 +207,14 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
 def test_a_file_that_is_not_safe_yaml_is_named(load: Callable[..., RunConfig], text: str) -> None:
     with raises_kind("config-yaml", "run.yaml"):
         load(text=text)
+    with raises_kind("config-yaml", "line 3"):
+        load(text="steps: 1\nseed: 2\nseed: 3\n")
 
 
 @pytest.mark.parametrize("text", ["- steps\n", "", "just text", "1: 2\n"])
 def test_a_file_that_is_not_a_mapping_of_names_is_named(load: Callable[..., RunConfig], text: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load(text=text)
-
-
-def test_the_line_of_a_yaml_mistake_is_named(load: Callable[..., RunConfig]) -> None:
-    with raises_kind("config-yaml", "line 3"):
-        load(text="steps: 1\nseed: 2\nseed: 3\n")
 
 
 @pytest.mark.parametrize("place", ["steps: *g", "training: {reward: {name: 'a:b', x: *g}}", "{*g : 1}"])
@@ -246,14 +242,11 @@ def test_yaml_merge_keys_give_way_to_the_keys_beside_them() -> None:
     assert parse_yaml(text, "here")["lora"] == {"rank": 4, "alpha": 16}
 
 
-@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", ".1e-3", "0.0001", "+1e-4"])
-def test_numbers_as_people_write_them_are_numbers(number: str) -> None:
-    assert parse_yaml(f"rate: {number}", "here") == {"rate": 1e-4}
-
-
-@pytest.mark.parametrize("text", ["e-4", "1e", "1e-4x", "v1e-4"])
-def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
-    assert parse_yaml(f"rate: {text}", "here") == {"rate": text}
+def test_numbers_as_people_write_them_are_numbers_and_what_only_looks_like_one_is_text() -> None:
+    for text in ("1e-4", "1E-4", "1.e-4", ".1e-3", "0.0001", "+1e-4"):
+        assert parse_yaml(f"rate: {text}", "here") == {"rate": 1e-4}
+    for text in ("e-4", "1e", "1e-4x", "v1e-4"):
+        assert parse_yaml(f"rate: {text}", "here") == {"rate": text}
 
 
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:

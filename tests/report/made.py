@@ -8,21 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import t
+from next_core.comparison.comparison_results import Interval
 
 Object = dict[str, Any]
 
 
 def interval(values: Mapping[int, float]) -> Object:
     """As a comparison writes it: no ends with one seed."""
-    numbers = list(values.values())
-    mean = float(np.mean(numbers))
-    found: Object = {"mean": mean, "low": None, "high": None, "values": {str(k): v for k, v in values.items()}}
-    if len(numbers) > 1:
-        half = float(t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / math.sqrt(len(numbers)))
-        found |= {"low": mean - half, "high": mean + half}
-    return found
+    return Interval.of(values).model_dump()
 
 
 def jumps(steps: Sequence[int], refused: int = 7, predictor: str = "secant", multiple: bool = False) -> list[Object]:
@@ -31,19 +24,15 @@ def jumps(steps: Sequence[int], refused: int = 7, predictor: str = "secant", mul
     for index, step in enumerate(steps):
         accepted = bool((index + 1) % refused)
         norm = f"the jump is {9 + index}.5 times the motion of the last 2 steps; max_norm_ratio is 10"
-        reason = "14 of 14 matrices" if accepted else norm if index % 2 else "accuracy fell; rolled back"
-        diagnostics = (
-            {"multiple": 1 + 8 * math.sin(0.02 * step) ** 2, "measured": step} if multiple else {"lambda": 0.7}
-        )
         found.append(
             {
                 "step": step,
                 "accepted": accepted,
-                "reason": reason,
+                "reason": "14 of 14 matrices" if accepted else norm if index % 2 else "accuracy fell; rolled back",
                 "norm_ratio": 2.0 + 0.1 * index,
                 "alpha": 1.0,
                 "predictor": predictor,
-                "diagnostics": diagnostics,
+                "diagnostics": {"multiple": 1 + 8 * math.sin(0.02 * step) ** 2} if multiple else {"lambda": 0.7},
                 "accuracy_before": 0.3 + 0.002 * step,
                 "accuracy_after": 0.31 + 0.002 * step if accepted else 0.2,
             }

@@ -44,12 +44,6 @@ def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def kind_of(error: ValidationError) -> str:
-    """Return the kind of the first mistake: an unknown key, a contradiction between keys, or a value that is wrong."""
-    kinds = {"extra_forbidden": "config-unknown-key", "value_error": "config-contradiction"}
-    return kinds.get(error.errors()[0]["type"], "config-invalid-value")
-
-
 def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the block at ``location``, walking through optional and listed blocks."""
     for part in location:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from next_core.errors import ConfigError
-from next_core.settings import Settings, explain, kind_of
+from next_core.settings import Settings, config_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Plugin(ABC):
         try:
             self.config: Any = config if config is not None else self.config_class(**fields)
         except ValidationError as error:
-            raise ConfigError(explain(error, self.name, self.config_class), kind=kind_of(error)) from None
+            raise config_error(error, self.name, self.config_class) from None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -146,20 +145,20 @@ class _Execution:
 
     def run(self, workers: int) -> dict[str, str]:
         """Run all that is missing. Returns why races failed, by title."""
-        branches: dict[str, list[Race]] = defaultdict(list)
-        for race in self.missing:
-            if race.trunk is not None:
-                branches[race.trunk.folder].append(race)
         if not self.missing:
             return {}
         with _pool(workers) as (pool, reports):
-            trunks = {
-                _submit(pool, run_trunk, races[0].trunk, max(race.begins for race in races), self.out): races
-                for races in branches.values()
-            }
-            for races, error in self._ended(trunks, reports):
-                for race in races:
-                    if not _copy_for(race, self.out).exists():
+            trunks = {}
+            for trunk in self.plan.trunks:
+                branches = [
+                    race for race in self.missing if race.trunk is not None and race.trunk.folder == trunk.folder
+                ]
+                if branches:
+                    last = max(race.begins for race in branches)
+                    trunks[_submit(pool, run_trunk, trunk, last, self.out)] = trunk, branches
+            for (trunk, branches), error in self._ended(trunks, reports):
+                for race in branches:
+                    if not (self.out / trunk.copy(race.begins)).exists():
                         self._finish(race, error)
             ready = [race for race in self.missing if race.title not in self.failed]
             runs = {_submit(pool, run_race, race, self.out, self.keep): race for race in ready}
@@ -252,17 +251,17 @@ def _report(title: str) -> Progress:
 
 def run_trunk(trunk: Trunk, last: int, out: Path) -> None:
     """Run a trunk up to step ``last`` and keep a copy at each stop; an interrupted one resumes from its newest copy."""
-    place, progress = out / trunk.folder, _report(f"shared steps, seed {trunk.config.seed}")
-    running, before = place / "running", 0
+    running, progress = out / trunk.folder / "running", _report(f"shared steps, seed {trunk.config.seed}")
+    before = 0
     for stop in (stop for stop in trunk.stops if stop <= last):
-        if not _copy_at(place, stop).exists():
+        if not (out / trunk.copy(stop)).exists():
             config = trunk.segment(stop)
             if running.exists():
                 remove_directory(running)
             if before:
-                _branch_off(_copy_at(place, before), running, config, before)
+                _branch_off(out / trunk.copy(before), running, config, before)
             run(config, running, progress=progress)
-            move_directory(running, _copy_at(place, stop))
+            move_directory(running, out / trunk.copy(stop))
         before = stop
 
 
@@ -274,7 +273,7 @@ def run_race(race: Race, out: Path, keep: bool) -> None:
         if folder.exists():
             remove_directory(folder)
         if race.trunk is not None:
-            _branch_off(_copy_for(race, out), folder, race.config, race.begins)
+            _branch_off(out / race.trunk.copy(race.begins), folder, race.config, race.begins)
         run(race.config, folder, progress=progress, advise=run_advice)
     _prune(folder, keep)
 
@@ -288,15 +287,6 @@ def _resumed(config: RunConfig, folder: Path, progress: Progress) -> bool:
     except (CheckpointError, ConfigError):
         return False
     return True
-
-
-def _copy_for(race: Race, out: Path) -> Path:
-    assert race.trunk is not None
-    return _copy_at(out / race.trunk.folder, race.begins)
-
-
-def _copy_at(place: Path, stop: int) -> Path:
-    return place / f"step-{stop:06d}"
 
 
 def _branch_off(source: Path, target: Path, config: RunConfig, step: int) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from next_core.comparison.comparison_config import LONGER, PLAIN, Arm, CompareConfig, Values
 from next_core.plugins import registry
@@ -22,6 +23,10 @@ class Trunk:
     folder: str
     config: RunConfig = field(repr=False)
     stops: tuple[int, ...]
+
+    def copy(self, stop: int) -> Path:
+        """Return where the copy at one of the stops is, relative to the comparison's folder."""
+        return Path(self.folder, f"step-{stop:06d}")
 
     def segment(self, stop: int) -> RunConfig:
         """Return the config of the run that ends at one of the stops."""

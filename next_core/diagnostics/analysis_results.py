@@ -73,7 +73,7 @@ class Analysis:
         return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
     def draw(self) -> dict[str, Drawing | str]:
-        """Return every plot by name, or why it was not drawn. Raises ``PluginError`` without matplotlib."""
+        """Return every plot by name, or why it was not drawn. Raises ``ConfigError`` without matplotlib."""
         return draw_analysis(self.overall, self.matrices, self.missing)
 
     def plot(self, name: str | None = None) -> Drawing | Drawings:

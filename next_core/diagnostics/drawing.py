@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from next_core.errors import ConfigError, PluginError
+from next_core.errors import ConfigError
+from next_core.process.optional_packages import import_optional
 from next_core.storage.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -96,13 +97,8 @@ def drawn_or_error(drawn: Drawing | str) -> Drawing:
 
 
 def check_drawing(folder: Path | None = None) -> None:
-    """Raise ``PluginError`` without matplotlib, ``ConfigError`` if ``folder`` is a file."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise PluginError(
-            f"plots need matplotlib ({error}); pip install next-core[report]", kind="config-missing-package"
-        ) from error
+    """Raise ``ConfigError`` without matplotlib, or if ``folder`` is a file."""
+    import_optional("matplotlib.figure", "report")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder for the plots", kind="config-invalid-value")
 

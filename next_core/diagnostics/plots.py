@@ -41,7 +41,7 @@ PICTURES = ("energy-ratios", "skill", "displacement", "layers")
 def draw_analysis(
     overall: Group, matrices: Mapping[str, Group], missing: Mapping[str, str]
 ) -> dict[str, Drawing | str]:
-    """Return each of ``PICTURES``, or why it was not drawn. Raises ``PluginError`` without matplotlib."""
+    """Return each of ``PICTURES``, or why it was not drawn. Raises ``ConfigError`` without matplotlib."""
     check_drawing()
     return {
         "energy-ratios": draw("energy-ratios", (WIDTH, 5.8), _energy, overall),

@@ -10,11 +10,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from next_core.diagnostics.drawing import WIDTH, Drawing, draw
-from next_core.errors import PluginError
+from next_core.process.optional_packages import import_optional
 from next_core.report import formatting
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
 
 SVG = "http://www.w3.org/2000/svg"
@@ -54,24 +53,19 @@ class Page:
             self.missing[what] = drawn
 
     def html(self) -> str:
-        """Return the page. Raises ``PluginError`` without jinja2."""
+        """Return the page. Raises ``ConfigError`` without jinja2."""
         values = vars(self) | self.facts | {"version": version("next-core")}
         text = make_environment().get_template(self.template).render(values)
         return UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def make_environment() -> Environment:
-    """Return the templates and the functions that they use. Raises ``PluginError`` without jinja2."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise PluginError(
-            f"a report needs jinja2 ({error}); pip install next-core[report]", kind="config-missing-package"
-        ) from error
-    made = Environment(
-        loader=PackageLoader("next_core.report"),
+def make_environment() -> Any:
+    """Return the templates and the functions that they use. Raises ``ConfigError`` without jinja2."""
+    jinja2 = import_optional("jinja2", "report")
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("next_core.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )

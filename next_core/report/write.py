@@ -46,8 +46,8 @@ def write_report(
     """Write the page of a run's or a comparison's folder atomically to ``out``, by default ``report/index.html`` in it.
 
     ``figures`` is a folder for each plot as PNG and SVG. Raises ``ConfigError`` for a folder that holds neither and for
-    an ``out`` that does not end in .html, ``CheckpointError`` for a damaged file, ``PluginError`` without the extra
-    ``report`` and for an unknown predictor.
+    an ``out`` that does not end in .html and without the extra ``report``, ``CheckpointError`` for a damaged file,
+    ``PluginError`` for an unknown predictor.
     """
     settings = settings or GeometryOptions()
     out = folder / REPORT if out is None else out

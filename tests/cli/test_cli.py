@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import typer
 
-from next_core.backend import Backend
 from next_core.cli.app import app
 from next_core.cli.console import Output
 from next_core.cli.run_command import show_result
 from next_core.cycle.run_result import RunResult
 from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, PluginError, StorageError
-from next_core.plugins import Registry
 from tests.cli.conftest import assert_fails, facts
 from tests.conftest import Outcome
 
@@ -139,24 +137,6 @@ def test_a_wrong_config_stops_a_run_before_it_starts(
     assert outcome.code == code
     assert all(name in outcome.err for name in names)
     assert not (config.parent / "run").exists()
-
-
-def test_a_backend_that_cannot_run_a_config_is_exit_code_6(
-    cli: Callable[..., Outcome], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def prepare(self: Any, run: Any, out: Path, resume: bool = False) -> int:
-        raise BackendError("no such algorithm", kind="backend-unsupported")
-
-    methods = dict.fromkeys(Backend.__abstractmethods__, lambda self, *_: None)
-    fresh = Registry()
-    fresh.load_entry_points()
-    fresh.add(type("Failing", (Backend,), methods | {"prepare": prepare, "name": "failing"}))
-    for module in ("next_core.plugins", "next_core.config"):
-        monkeypatch.setattr(f"{module}.registry", lambda: fresh)
-    config.write_text(CONFIG + "backend: failing\n")
-    outcome = cli("run", config, "--out", tmp_path / "run")
-    assert outcome.code == 6
-    assert outcome.err.endswith("no such algorithm [backend-unsupported]\n")
 
 
 def test_a_result_is_shown_with_its_jumps_and_gaps(capsys: pytest.CaptureFixture[str]) -> None:

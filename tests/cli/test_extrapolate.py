@@ -187,12 +187,6 @@ def test_a_second_predictor_reads_the_first_ones_cache(
         extrapolate("--predictor", "alpharl", "--no-cache", out=tmp_path / "anew")
 
 
-def test_without_ray_the_extra_is_named(extrapolate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    outcome = extrapolate("--json", "--predictor", "alpharl", "--executor", "ray")
-    assert_fails(outcome, 2, "config", "next-core[ray]")
-
-
 def test_checkpoints_can_be_listed_one_by_one(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> None:
     listed = [word for step in (40, 50, 60) for word in ("--checkpoints", lora_run.folder(step))]
     found = facts(cli("extrapolate", *listed, "--out", tmp_path / "out", "--horizon", 10, "--json"))

@@ -14,6 +14,7 @@ from next_backends.trl import PredictExtendCallback
 from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.live_weights.in_memory import InMemoryApplier
 from tests.backends.trl.conftest import BASE
+from tests.sources.models import SMALL, built
 
 pytestmark = pytest.mark.trl
 SCHEDULE = {"observe": 6, "every": 3, "horizon": 3, "jump_every": 3}
@@ -84,3 +85,29 @@ def test_the_trainers_own_checkpoint_exports_its_jump_adapters_too(
     make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
     adapter = logits(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
     torch.testing.assert_close(adapter, logits(trainer.model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_of_experts_jumps_whole_and_is_exported(
+    make_trainer: Any, tokenizer: Any, logits: Any, tmp_path: Path
+) -> None:
+    sizes = SMALL | {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = built("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **sizes, **experts)
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
+    callback = PredictExtendCallback("secant", **SCHEDULE)
+    trainer = make_trainer([callback], steps=12, lora=False, learning_rate=1e-3, model=model)
+    trainer.reward_funcs = [lambda completions, **_: [float(len(set(text))) for text in completions]]
+    trainer.train()
+    run = tmp_path / "trainer" / "next-core"
+    matrices = sum(value.shape[0] if value.dim() == 3 else 1 for value in model.parameters() if value.dim() > 1)
+    accepted = [jump["reason"] for jump in callback.journal.jumps() if jump["accepted"]]
+    assert any(f" of {matrices} matrices, 9" in reason for reason in accepted)
+
+    source = open_checkpoints(run / "checkpoints", backbone=tmp_path / "base")
+    prediction = make_predictor("secant").fit(History(source)).predict(3)
+    make_applier("merged-model").apply(prediction, out=tmp_path / "merged")
+    InMemoryApplier().apply(prediction, out=trainer.model)
+    live = logits(trainer.model)
+    trainer.save_model(tmp_path / "saved")  # experts one by one, as the Hub has them
+    for folder in (tmp_path / "merged", tmp_path / "saved"):
+        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), live, atol=1e-5, rtol=1e-5)

@@ -18,6 +18,7 @@ def open_checkpoints(
     backbone: str | Path | None = None,
     layout: str | None = None,
     *,
+    start: str | Path | None = None,
     skip_damaged: bool = False,
     allow_pickle: bool = False,
     masters: bool = False,
@@ -25,16 +26,25 @@ def open_checkpoints(
     """Open the checkpoints of a run; their layout is detected, or given by ``layout`` (the name of a source).
 
     ``path`` is the folder that contains them, a cache of the Hugging Face Hub, or a list of the checkpoints' own
-    folders, with steps in their names. ``skip_damaged`` skips damaged ones and lists them in the source's ``notes``;
-    ``allow_pickle`` reads ``.bin`` files too, tensors only; ``masters`` takes fp32 weights from DeepSpeed's optimizer
-    states instead of the stored ones (it needs DeepSpeed and ``allow_pickle``, as these pickles can run code).
+    folders, with steps in their names. ``start`` is the adapter (or model) that RL began from, where the run kept no
+    checkpoint of step 0: deltas count from it. ``skip_damaged`` skips damaged ones and lists them in the source's
+    ``notes``; ``allow_pickle`` reads ``.bin`` files too, tensors only; ``masters`` takes fp32 weights from DeepSpeed's
+    optimizer states instead of the stored ones (it needs DeepSpeed and ``allow_pickle``, as these pickles can run
+    code).
 
     Raises ``CheckpointError`` if no layout fits or a checkpoint is damaged, ``PluginError`` for an unknown layout, and
     ``ConfigError`` for a setting that the layout's source does not have.
     """
     folder, folders = _locate(path)
     fields: dict[str, Any] = {"path": folder, "backbone": None if backbone is None else _absolute(Path(backbone))}
-    optional = {"folders": folders, "skip_damaged": skip_damaged, "allow_pickle": allow_pickle, "masters": masters}
+    began = None if start is None else _absolute(Path(start))
+    optional = {
+        "folders": folders,
+        "start": began,
+        "skip_damaged": skip_damaged,
+        "allow_pickle": allow_pickle,
+        "masters": masters,
+    }
     fields |= {field: value for field, value in optional.items() if value}
     layouts = {name: source for name in registry().names("source") if (source := _reads_folders(name)) is not None}
     if layout is not None and layout not in layouts:

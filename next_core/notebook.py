@@ -6,6 +6,7 @@ Everything here returns values with a short repr and a table in a notebook; pand
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from next_core.diagnostics.backtest_results import Backtest
 from next_core.errors import CheckpointError, ConfigError
 from next_core.history.history import History
 from next_core.interfaces import Applied, CheckpointSource, WeightApplier
+from next_core.interfaces.checkpoint_source import WARNING
 from next_core.plugins import PredictorLike, make_applier, resolve_predictor
 from next_core.process.optional_packages import import_optional
 from next_core.sources.jumps import jump_places
@@ -96,17 +98,24 @@ def open_run(
     path: str | Path | Sequence[str | Path],
     backbone: str | Path | None = None,
     layout: str | None = None,
+    *,
+    start: str | Path | None = None,
     **options: bool,
 ) -> RecordedRun:
     """Open a run's folder, any folder of checkpoints, or a list of checkpoints.
 
-    ``backbone`` is the base model's folder, where deltas need one; ``options`` are those of ``open_checkpoints``
-    (``skip_damaged``, ``allow_pickle``, ``masters``). Raises ``CheckpointError`` for what cannot be read.
+    ``backbone`` is the base model's folder, where deltas need one; ``start`` is the adapter that RL began from, where
+    there is no checkpoint of step 0; ``options`` are those of ``open_checkpoints`` (``skip_damaged``,
+    ``allow_pickle``, ``masters``). Warns if the run seems to continue an adapter that is not named. Raises
+    ``CheckpointError`` for what cannot be read.
     """
     folder = Path(path) if isinstance(path, str | Path) else None
     if folder is not None and (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    source = open_checkpoints(path if folder is None else folder, backbone, layout, **options)
+    source = open_checkpoints(path if folder is None else folder, backbone, layout, start=start, **options)
+    for note in source.notes:
+        if note.startswith(WARNING):
+            warnings.warn(note.removeprefix(WARNING), stacklevel=2)
     return RecordedRun(source, folder)
 
 

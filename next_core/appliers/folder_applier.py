@@ -100,7 +100,7 @@ def checked_target(
     config = source.config
     # The path of a listed run is the folder above all its checkpoints, often the user's working folder.
     checkpoints = getattr(config, "folders", ()) or (getattr(config, "path", None),)
-    for read in (*checkpoints, getattr(config, "backbone", None), backbone):
+    for read in (*checkpoints, getattr(config, "start", None), getattr(config, "backbone", None), backbone):
         if read is not None and target.resolve().is_relative_to(Path(read).resolve()):
             raise ConfigError(
                 f"{target} lies in {read}, which is being read; choose a folder outside it", kind="config-contradiction"

@@ -80,6 +80,7 @@ class SourceOptions:
 
     checkpoints: Checkpoints
     backbone: Backbone = None
+    start: Annotated[Path | None, Option(help="Adapter that RL began from, if there is no checkpoint-0")] = None
     layout: Annotated[str | None, Option(help="Read this layout instead of detecting it")] = None
     skip_damaged: Annotated[bool, Option("--skip-damaged", help="Skip damaged checkpoints instead of failing")] = False
     allow_pickle: Annotated[bool, Option("--allow-pickle", help="Also read tensors in .bin files; run no code")] = False
@@ -93,6 +94,7 @@ class SourceOptions:
             self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints,
             self.backbone,
             self.layout,
+            start=self.start,
             skip_damaged=self.skip_damaged,
             allow_pickle=self.allow_pickle,
             masters=self.masters,
@@ -185,13 +187,15 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
 
 def show_source(options: SourceOptions, source: CheckpointSource, output: Output) -> dict[str, Any]:
     """Print what was found and what is unusual about it. Return the same facts for ``--json``."""
+    from next_core.interfaces.checkpoint_source import WARNING
+
     steps = source.steps
     count = f"{len(steps)} checkpoint{'s' * (len(steps) > 1)}"
     span = f"{count}, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoint"
     layout = f"{source.name} ({source.naming})" if source.naming else source.name
     output.print(f"{layout}: {span}; {len(source.parameters)} matrices")
     for note in source.notes:
-        output.print(f"  note: {note}")
+        output.print(f"  {note if note.startswith(WARNING) else f'note: {note}'}")
     return {
         "checkpoints": [str(path) for path in options.checkpoints],
         "layout": source.name,

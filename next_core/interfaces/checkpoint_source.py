@@ -19,6 +19,9 @@ from next_core.errors import CheckpointError
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.types import LoraFactors, Parameter, Plugin
 
+WARNING = "warning: "
+"""How a source's note begins that the user should act on."""
+
 
 class StoredModel(Protocol):
     """The whole weights of one checkpoint as its files store them, read one tensor at a time."""

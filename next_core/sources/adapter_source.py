@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from next_core.errors import CheckpointError
+from next_core.interfaces.checkpoint_source import WARNING
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_files import AdapterFiles
@@ -27,6 +31,12 @@ from next_core.types import LoraFactors, Parameter
 
 ADAPTER = "adapter"
 """The subfolder of ``jumps/N`` with a jump that was made as an adapter."""
+
+
+FAR = 5.0
+"""How many times farther from the base model than training moves in as many steps a first checkpoint may be."""
+SAMPLE, SPANS = 12, 3
+"""Matrices, and intervals between checkpoints, that this is measured on."""
 
 
 class PeftAdapterSourceConfig(DiskSourceConfig):
@@ -48,6 +58,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         self._added: dict[tuple[str, int], tuple[Shift, ...]] = {}  # the jumps that a cached tensor contains
         self._jump_adapters: dict[int, list[AdapterFiles]] = {}
         self._as_of: int | None = None
+        self._far: list[str] | None = None  # the warning about the start, once it was computed
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,7 +79,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         for step in stale:
             for module in self.modules:
                 self._cache.drop((module.name, step))
-        self._jump_adapters = {}
+        self._jump_adapters, self._far = {}, None
         return stale
 
     def _open(self, folder: Path, step: int) -> AdapterFiles:
@@ -110,6 +121,36 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
     def skipped(self) -> Mapping[str, str]:
         newest = self._newest()
         return {} if newest is None else newest.skipped
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if self._far is None:
+            try:
+                self._far = self._start_note()
+            except CheckpointError:  # values that are not finite: whoever uses them hears of it
+                self._far = []
+        return [*super().notes, *self._far]
+
+    def _start_note(self) -> list[str]:
+        """Return a warning if the first checkpoint is too far from the base model for RL to have gone there.
+
+        In t steps from a fresh adapter, training goes about as far as in t steps later. An adapter that was trained
+        before is far away at once.
+        """
+        steps, names = self.steps, [p.name for p in self.parameters[:: max(1, len(self.parameters) // SAMPLE)]]
+        if len(steps) < 2 or 0 in self._checkpoints:
+            return []
+        spans = [(steps[0], None), *((later, before) for before, later in itertools.pairwise(steps[: 1 + SPANS]))]
+        reached, *moves = (math.hypot(*(float(self.delta(name, *span).norm()) for name in names)) for span in spans)
+        speed = max(move / (later - (before or 0)) for move, (later, before) in zip(moves, spans[1:], strict=True))
+        if speed == 0.0 or reached <= FAR * speed * steps[0]:
+            return []
+        times = f"{reached / (speed * steps[0]):.0f} times"
+        return [
+            f"{WARNING}step {steps[0]} is {times} as far from the base model as training moves in so many steps: did "
+            "RL continue an adapter that was trained before, as by SFT? What counts from the start includes that one, "
+            "unless you name it: --start ADAPTER, or start="
+        ]
 
     def precision(self, name: str) -> torch.dtype:
         """Return the coarser of the precisions of the newest checkpoint's A and B."""

@@ -29,6 +29,7 @@ class DiskSourceConfig(Settings):
 
     path: Path = Field(description="Folder that contains the folders of the steps")
     folders: tuple[Path, ...] = Field((), description="The checkpoints' own folders, where path only contains them")
+    start: Path | None = Field(None, description="The adapter or model that RL began from, instead of a checkpoint-0")
     skip_damaged: bool = Field(False, description="Skip folders that are incomplete or damaged")
     allow_pickle: bool = Field(False, description="Read weights from .bin files too, as tensors only")
     masters: bool = Field(False, description="fp32 masters from DeepSpeed's optimizer states, which can run code")
@@ -49,6 +50,7 @@ class Checkpoint(Protocol):
 
 
 T = TypeVar("T", bound=Checkpoint)
+V = TypeVar("V")
 
 
 class FolderSource(CheckpointSource, Generic[T]):
@@ -87,6 +89,8 @@ class FolderSource(CheckpointSource, Generic[T]):
         checkpoints that do not belong together; the source is then unchanged.
         """
         found = find_checkpoints(self.config.path, self.config.folders)
+        if self.config.start is not None:
+            found = found.starting_at(self.config.start)
         opened: dict[int, T] = {}
         skipped: dict[int, str] = {}
         for step, folder in found.folders.items():
@@ -119,7 +123,7 @@ class FolderSource(CheckpointSource, Generic[T]):
 
     @property
     def notes(self) -> Sequence[str]:
-        missing = missing_steps(tuple(self._folders.folders), self._skipped_folders)
+        missing = missing_steps(tuple(self._own(self._folders.folders)), self._skipped_folders)
         what = f"step {missing[0]} seems" if len(missing) == 1 else f"steps {', '.join(map(str, missing))} seem"
         gap = [f"{what} to be missing"] if missing else []
         return [*self._folders.notes, *self._skipped_folders.values(), *gap]
@@ -131,8 +135,12 @@ class FolderSource(CheckpointSource, Generic[T]):
 
     def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
         if self._metrics is None:
-            self._metrics = read_metrics({step: checkpoint.folder for step, checkpoint in self._checkpoints.items()})
+            self._metrics = read_metrics({step: c.folder for step, c in self._own(self._checkpoints).items()})
         return self._metrics
+
+    def _own(self, by_step: Mapping[int, V]) -> dict[int, V]:
+        """Return what belongs to the run: not the start that was named, which another training may have logged."""
+        return {step: value for step, value in by_step.items() if step > 0 or self.config.start is None}
 
     def _newest(self) -> T | None:
         return next(reversed(self._checkpoints.values()), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from next_core.errors import CheckpointError
@@ -43,6 +43,15 @@ class CheckpointFolders:
     folders: dict[int, Path]
     naming: str = ""
     notes: tuple[str, ...] = ()
+
+    def starting_at(self, start: Path) -> CheckpointFolders:
+        """Return these with the adapter or model that RL began from as step 0. Raises ``CheckpointError``."""
+        if 0 in self.folders:
+            raise ambiguous_step(f"step 0 appears twice: {self.folders[0]} and the start {start}; omit the start")
+        place = _weights_in(start)
+        if not has_any(place):
+            raise not_found(f"the start {start} contains neither an adapter nor a model")
+        return replace(self, folders={0: place, **self.folders})
 
 
 Rows = tuple[list[tuple[int, Path, str]], list[str]]
@@ -86,10 +95,14 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
         match = pattern.fullmatch(path.name)
         if match is not None and (path.is_dir() or (path.is_symlink() and not path.exists())):
             inside = [path / place for place in places]
-            found = next((folder for folder in inside if folder.is_dir()), inside[0])
-            named = [] if has_any(found) else named_adapters(found)
-            return int(match[1]), named[0] if len(named) == 1 else found
+            return int(match[1]), _weights_in(next((folder for folder in inside if folder.is_dir()), inside[0]))
     return None
+
+
+def _weights_in(folder: Path) -> Path:
+    """Return a folder, or its one subfolder with a named adapter if only that has weights."""
+    named = [] if has_any(folder) else named_adapters(folder)
+    return named[0] if len(named) == 1 else folder
 
 
 def named_adapters(folder: Path) -> list[Path]:

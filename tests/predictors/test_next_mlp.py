@@ -15,7 +15,7 @@ from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from next_predictors.next_mlp import Network, NextMLP, NextMlpConfig
 from tests.errors import raises_kind
-from tests.predictors.trajectories import history, moved, same
+from tests.predictors.trajectories import history, moved, noise, same
 
 SHAPES = {"0.down": (12, 24), "0.q": (16, 12), "1.down": (12, 24), "1.q": (16, 12)}
 OBSERVED = tuple(range(10, 160, 10))
@@ -24,13 +24,11 @@ QUICK: dict[str, Any] = {"epochs": 5, "hidden": 8, "lr": 1e-2}  # for what does 
 Run = Mapping[int, dict[str, Tensor]]
 
 
-def curved_run(steps: Sequence[int], shapes: Mapping[str, tuple[int, int]] = SHAPES) -> Run:
+def curved_run(steps: Sequence[int]) -> Run:
     """Two parts, one a third of the other, that turn by 0.4 rad in 100 steps while their growth decays."""
     run: Run = {step: {} for step in steps}
-    for index, (name, shape) in enumerate(sorted(shapes.items())):
-        generator = _seeded(index)
-        noise = (torch.randn(d, 4, generator=generator, dtype=torch.float64) for d in shape)
-        left, right = (torch.linalg.qr(x).Q.split(2, dim=1) for x in noise)
+    for index, (name, (m, n)) in enumerate(sorted(SHAPES.items())):
+        left, right = (torch.linalg.qr(noise(index + 10 * d, d, 4)).Q.split(2, dim=1) for d in (m, n))
         for step in steps:
             t = torch.tensor(step / 100, dtype=torch.float64)
             U, V = (start * torch.cos(0.4 * t) + end * torch.sin(0.4 * t) for start, end in (left, right))
@@ -41,8 +39,7 @@ def curved_run(steps: Sequence[int], shapes: Mapping[str, tuple[int, int]] = SHA
 
 def straight_run(steps: Sequence[int], sizes: Sequence[float], name: str = "straight") -> Run:
     """A delta that grows along fixed orthogonal directions, as 4 t / 100 times ``sizes``."""
-    noise = (torch.randn(d, len(sizes), generator=_seeded(d), dtype=torch.float64) for d in (14, 10))
-    left, right = (torch.linalg.qr(x).Q for x in noise)
+    left, right = (torch.linalg.qr(noise(d, d, len(sizes))).Q for d in (14, 10))
     return {t: {name: 4 * t / 100 * left * torch.tensor(sizes, dtype=torch.float64) @ right.T} for t in steps}
 
 
@@ -66,10 +63,6 @@ def squared_error(prediction: Prediction, run: Run, until: int) -> float:
     truth = {name: run[until][name] - run[prediction.step][name] for name in run[until]}
     missed = sum(float((moved(prediction)[name] - true).square().sum()) for name, true in truth.items())
     return missed / sum(float(true.square().sum()) for true in truth.values())
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

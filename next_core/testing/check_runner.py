@@ -137,6 +137,5 @@ def _global_state() -> dict[str, object]:
         "torch's random state": torch.random.get_rng_state(),
         "numpy's random state": [str(part) for part in np.random.get_state()],
         "Python's random state": random.getstate(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's default dtype and gradient mode": (torch.get_default_dtype(), torch.is_grad_enabled()),
     }

@@ -6,7 +6,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from next_core.testing.check_runner import (
 )
 from next_core.testing.synthetic_runs import FROZEN, SHAPES, SyntheticRun, dense_run, lora_run
 from next_core.types import Anchor, LoraFactors, Span
-
-if TYPE_CHECKING:
-    import pytest
 
 Checked = type[TrajectoryPredictor] | TrajectoryPredictor
 TOLERANCE = 1e-3
@@ -72,7 +69,7 @@ class PredictorCase:
         compressor: Compressor | None = None,
     ) -> Prediction:
         """Fit a predictor (by default a new one) on a run, and predict."""
-        return predict((predictor or self.make()).fit(history(run, rank, compressor)), self.horizon)
+        return (predictor or self.make()).fit(history(run, rank, compressor)).predict(self.horizon)
 
     def shortened(self, run: SyntheticRun) -> Iterator[tuple[tuple[int, ...], SyntheticRun]]:
         """Yield the run with few or unevenly spaced checkpoints, and their steps."""
@@ -94,7 +91,7 @@ def check_predictor(predictor: Checked, *, expected_failures: Mapping[str, str] 
     run_checks("predictor", predictor.name, predictor, expected_failures)
 
 
-def parametrize_with_checks(predictors: Sequence[Checked]) -> pytest.MarkDecorator:
+def parametrize_with_checks(predictors: Sequence[Checked]) -> Any:
     """Give a test the arguments ``plugin`` and ``check``, for each predictor and check; it calls ``check(plugin)``."""
     import pytest
 
@@ -136,7 +133,7 @@ def predicts_on_its_schedule(case: PredictorCase) -> None:
     predictor = case.make()
     fitted: object = predictor.fit(history(lora_run(case.steps)))
     expect(fitted is predictor, "fit returns self", repr(fitted))
-    found = predict(predictor, case.horizon)
+    found = predictor.predict(case.horizon)
     expect(bool(deltas(found)), f"a jump from steps {list(case.steps)}, horizon {case.horizon}", _outcome(found))
 
 
@@ -204,10 +201,10 @@ def is_deterministic(case: PredictorCase) -> None:
     for (label, run), (_, other) in zip(case.runs(), case.runs(seed=1), strict=True):
         wanted, used, shared = case.predict(run), case.make(), history(run)
         case.predict(other, used)
-        expect_same(wanted, predict(used.fit(shared), case.horizon), f"for {label} after another run", exactly=True)
-        predict(used, 2 * case.horizon)
-        expect_same(wanted, predict(used, case.horizon), f"for {label} after another horizon", exactly=True)
-        expect_same(wanted, predict(used.fit(shared), case.horizon), f"for {label} fitted again", exactly=True)
+        expect_same(wanted, used.fit(shared).predict(case.horizon), f"for {label} after another run", exactly=True)
+        used.predict(2 * case.horizon)
+        expect_same(wanted, used.predict(case.horizon), f"for {label} after another horizon", exactly=True)
+        expect_same(wanted, used.fit(shared).predict(case.horizon), f"for {label} fitted again", exactly=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             seeded = case.predict(run)
@@ -221,7 +218,7 @@ def changes_nothing_else(case: PredictorCase) -> None:
         shared = history(run, 2)
         before = {what: value.clone() for what, value in _contents(run, shared, case.horizon).items()}
         with global_state_unchanged():
-            predict(case.make().fit(shared), case.horizon)
+            case.make().fit(shared).predict(case.horizon)
         expect_equal(before, _contents(run, shared, case.horizon), f"{label} and its history are left unchanged")
 
 
@@ -261,20 +258,12 @@ def pickles(case: PredictorCase) -> None:
     cls, sent, fitted = (pickle.loads(pickle.dumps(x)) for x in (case.cls, case.make(), case.make().fit(history(run))))
     expect(cls is case.cls, "a pickled class is found by its module and name", repr(cls))
     expect_same(plain, case.predict(run, sent), "after pickling the predictor", exactly=True)
-    expect_same(plain, predict(fitted, case.horizon), "after pickling the fitted predictor", exactly=True)
+    expect_same(plain, fitted.predict(case.horizon), "after pickling the fitted predictor", exactly=True)
 
 
 def history(run: SyntheticRun, rank: int = 1, compressor: Compressor | None = None) -> History:
     """Return a history with exact triplets, so that differences between predictions come from the predictor."""
     return History(run, rank, compressor or ExactCompressor())
-
-
-def predict(fitted: TrajectoryPredictor, horizon: int) -> Prediction:
-    """Return the prediction; raise ``CheckError`` for anything else."""
-    found: object = fitted.predict(horizon)
-    if not isinstance(found, Prediction):
-        raise CheckError("predict returns a Prediction", type(found).__name__)
-    return found
 
 
 def deltas(prediction: Prediction) -> dict[str, Tensor]:
@@ -285,11 +274,9 @@ def deltas(prediction: Prediction) -> dict[str, Tensor]:
 
 def expect_same(before: Prediction, after: Prediction, when: str, exactly: bool = False) -> None:
     """Raise ``CheckError`` unless two predictions move the same matrices equally, bit for bit if ``exactly``."""
-    if (before.abstention is None) != (after.abstention is None):
-        raise CheckError(f"the same prediction {when}", f"abstention {before.abstention!r}, then {after.abstention!r}")
     first, second = deltas(before), deltas(after)
-    if set(first) != set(second):
-        raise CheckError(f"the same matrices move {when}", f"{sorted(first)}, then {sorted(second)}")
+    same = set(first) == set(second) and (before.abstention is None) == (after.abstention is None)
+    expect(same, f"the same prediction {when}", f"{_outcome(before)}, then {_outcome(after)}")
     for name, was in first.items():
         error = float((second[name] - was).norm() / was.norm())
         if not (torch.equal(was, second[name]) if exactly else error <= TOLERANCE):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from next_core import registry
 from next_core.backend import Backend
-from next_core.config import make_config
 from next_core.errors import GuardError
 from next_core.interfaces import Applied, Prediction
 from next_core.mathematics.low_rank import dense
@@ -24,32 +23,20 @@ from next_core.run_config import RunConfig
 from next_core.settings import Settings
 from next_core.sources.memory import MemorySource
 from next_core.testing import BackendCase, Check, check_backend, checks_of
+from tests.crash import small_run
 from tests.testing.helpers import COMMON, fails
 
-ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 ELSEWHERE = {"openrlhf": "a run takes minutes; tests/backends/openrlhf checks it with a simulated trainer"}
 """Backends that are not checked here, and why."""
 
 
-def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    return [float(text.strip() == gold) for text, gold in zip(completions, answer, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    validation = tmp_path_factory.mktemp("data") / "validation.jsonl"
-    validation.write_text("".join((ARITHMETIC / "validation.jsonl").read_text().splitlines(keepends=True)[:8]))
-    training = {
-        "model": ARITHMETIC / "base",
-        "data": {"train": ARITHMETIC / "train.jsonl", "validation": validation},
-        "reward": f"{__name__}:exact",
-        "learning_rate": 1e-3,
-        "prompts_per_step": 4,
-        "generations": 4,
-        "max_new_tokens": 4,
-    }
-    schedule = {"observe": 2, "every": 1, "horizon": 1, "jump_every": 1}
-    return make_config({"steps": 4, "save_every": 2, "training": training, "predictor": "secant", "schedule": schedule})
+    schedule = {"observe": 2, "every": 1, "horizon": 1, "jump_every": 1, "settle": 0, "average": None}
+    folder = tmp_path_factory.mktemp("data")
+    return small_run.checked(
+        small_run.raw_config(folder, steps=4, save_every=2, schedule=schedule, guards={"recovery": None})
+    )
 
 
 @pytest.fixture(scope="module")

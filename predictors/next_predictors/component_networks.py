@@ -129,9 +129,9 @@ def make_groups(
 def train(
     groups: Sequence[Group],
     config: NetworkConfig,
-    precision: Precision = "float32",
-    progress: Progress | None = None,
-    what: str = "train",
+    precision: Precision,
+    progress: Progress | None,
+    what: str,
 ) -> None:
     """Train every network once per epoch with AdamW and a cosine schedule; with ``patience``, each may stop early.
 

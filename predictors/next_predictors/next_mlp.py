@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, get_args
+from typing import ClassVar, Self, get_args
 
 import torch
 from pydantic import Field
@@ -72,7 +72,6 @@ class ComponentPredictor(TrajectoryPredictor):
     requires = frozenset({"global", "local", "target"})
     shares = True
     network_class: ClassVar[type[ComponentNetwork]]
-    precision: Precision = "float32"
 
     def encode(self, components: Components, figures: dict[str, float]) -> Components:
         """Return the components in the networks' coordinates; may add to the diagnostics ``figures``."""
@@ -149,7 +148,8 @@ class ComponentPredictor(TrajectoryPredictor):
         read = {"global": self.config.use_global, "local": self.config.use_local}
         inputs = [components[kind] for kind in get_args(DeltaKind) if read.get(kind)]
         groups = make_groups(inputs, components["target"], earlier, self.network_class, self.config)
-        train(list(groups.values()), self.config, self.precision, self.progress, f"train {self.name}")
+        precision: Precision = getattr(self.config, "precision", "float32")
+        train(list(groups.values()), self.config, precision, self.progress, f"train {self.name}")
         return groups
 
 
@@ -164,10 +164,6 @@ class NextMLP(ComponentPredictor):
     space = "merged"
     config_class = NextMlpConfig
     network_class = Network
-
-    def __init__(self, config: NextMlpConfig | None = None, /, **fields: Any) -> None:
-        super().__init__(config, **fields)
-        self.precision = self.config.precision
 
 
 def _read_components(history: History, horizon: int, align: bool) -> Components:

@@ -55,14 +55,14 @@ def still(m: int = 7, n: int = 5) -> Callable[[int], Tensor]:
     return lambda t: torch.zeros(m, n, dtype=torch.float64)
 
 
-def linear_lora(seed: int, t: int, m: int = 7, n: int = 5) -> LoraFactors:
+def linear_lora(seed: int, t: int) -> LoraFactors:
     """A does not move, B = t b with b of rank 1: exactly linear in the factors, and of rank 1 as a matrix."""
-    b = torch.outer(noise(seed, m), noise(seed + 1, 2))
-    return LoraFactors(A=noise(seed + 2, 2, n), B=t * b, scaling=2.0)
+    b = torch.outer(noise(seed, 7), noise(seed + 1, 2))
+    return LoraFactors(A=noise(seed + 2, 2, 5), B=t * b, scaling=2.0)
 
 
-def linear_lora_run(steps: Sequence[int] = (0, *EVERY_TEN), names: Sequence[str] = ("a", "b")) -> MemorySource:
-    return MemorySource({t: {name: linear_lora(10 * i, t) for i, name in enumerate(names)} for t in steps})
+def linear_lora_run(steps: Sequence[int] = (0, *EVERY_TEN)) -> MemorySource:
+    return MemorySource({t: {name: linear_lora(10 * i, t) for i, name in enumerate("ab")} for t in steps})
 
 
 def curved_lora_run(steps: Sequence[int] = (0, *EVERY_TEN), names: Sequence[str] = ("a", "b")) -> MemorySource:

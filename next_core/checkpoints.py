@@ -10,7 +10,11 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
+from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, step_folder
 from next_core.storage.checkpoint_errors import not_found
+
+DEEPEST = 3
+"""How many folders deep weights are looked for where no layout fits."""
 
 
 def open_checkpoints(
@@ -88,11 +92,26 @@ def _why_nothing_fits(folder: Path, folders: Sequence[Path], layouts: Mapping[st
         return f"none of the {len(folders)} folders contains an adapter or a model of a known layout ({known})"
     nearby = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
     better = next((other for other in nearby if any(_detects(source, other) for source in layouts.values())), None)
-    hint = "" if better is None else f"; did you mean {better}?"
+    hint = _below(folder) if better is None else f"; did you mean {better}?"
     return (
         f"{folder} holds no checkpoints of a known layout ({known}); expected folders such as "
         f"checkpoint-10/adapter_model.safetensors{hint}"
     )
+
+
+def _below(folder: Path) -> str:
+    """Return how to name what lies deeper than the layouts say: one run's folder, or a list."""
+    for depth in range(1, DEEPEST + 1):
+        pattern = "*/" * depth
+        weights = (path.parent for name in (*MODEL_FILES, *ADAPTER_FILES[1:]) for path in folder.glob(pattern + name))
+        found = sorted(set(weights))
+        runs = {path.parent for path in found if step_folder(path) is not None}
+        if len(runs) == 1:
+            return f"; did you mean {runs.pop()}?"
+        if found:
+            each = " ".join(f"--checkpoints {path}" for path in found[:2])
+            return f"; {len(found)} folders in it have weights: list those of one run, {each} ..."
+    return ""
 
 
 def _reads_folders(name: str) -> type[CheckpointSource] | None:

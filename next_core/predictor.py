@@ -211,14 +211,14 @@ class PerMatrixPredictor(TrajectoryPredictor):
             return dataclasses.replace(update, space="merged"), confidence
         weights = update.weights.values()
         missing = sum(weights) - (1.0 if self.anchor == "backbone" else 0.0)
-        if abs(missing) > 1e-12 * (1.0 + sum(abs(weight) for weight in weights)):
+        if update.weights.get(0) or abs(missing) > 1e-12 * (1.0 + sum(abs(weight) for weight in weights)):
             # Step 0 gets the weight that is missing to a sum of zero, so the initial adapter must be readable.
             try:
                 source.factors(name, 0)
             except CheckpointError:
                 return Abstain(
                     "space: factors needs the initial adapter, and the run kept no checkpoint of step 0; "
-                    "keep one, or set space: merged"
+                    "name it by --start, or set space: merged"
                 )
         return update, confidence
 

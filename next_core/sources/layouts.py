@@ -16,7 +16,7 @@ from next_core.storage.checkpoint_errors import ambiguous_step, incomplete, not_
 from next_core.storage.manifest import MANIFEST, check_manifest
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
-    re.compile(r"(?:checkpoint|step)-(\d+)"): ("",),  # transformers and TRL; this project
+    re.compile(r"(?:checkpoint-|step[-_])(\d+)"): ("",),  # transformers and TRL; this project; accelerate's examples
     re.compile(r"global_step(\d+)_hf"): ("",),  # OpenRLHF with --ckpt.save_hf
     re.compile(r"global_step_(\d+)"): ("actor/lora_adapter", "actor/huggingface"),  # verl
 }

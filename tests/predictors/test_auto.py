@@ -106,3 +106,12 @@ def test_missing_checkpoints_are_named_before_a_run() -> None:
     assert "2 steps before step 20" in str(auto.why_not((10, 20), 2))
     assert "step 2;" in str(auto.why_not((2,), 2))
     assert auto.why_not((2, 4), 2) is None
+
+
+def test_from_where_rl_began_it_goes_on_only_if_the_initial_adapter_was_kept() -> None:
+    """Ordinary trainer checkpoints have no step 0: in factors, nothing can be said of the motion since."""
+    without, kept = (predict(linear_lora_run(steps=steps), horizon=40) for steps in ((20, 40), (0, 20, 40)))
+    assert without.abstention is not None
+    assert "step 0" in without.abstention
+    assert "--start" in without.abstention
+    assert kept.updates

@@ -15,6 +15,7 @@ from next_core.mathematics.low_rank import dense
 from next_core.storage.atomic import seal
 from tests.conftest import STEPS, LoraRun
 from tests.errors import raises_kind
+from tests.sources.models import adapter
 
 
 def openrlhf(source: Path, root: Path, step: int) -> Path:
@@ -77,3 +78,51 @@ def test_one_step_of_two_trainers_is_ambiguous(lora_run: LoraRun, tmp_path: Path
     openrlhf(lora_run.folder(STEPS[0]), root, STEPS[0])
     with raises_kind("checkpoint-ambiguous-step", f"step {STEPS[0]}"):
         open_checkpoints(root)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-{}", "step_{}"])
+@pytest.mark.parametrize("others", [(), ("ref", "jump-1")])
+def test_the_one_named_adapter_of_each_checkpoint_is_read(tmp_path: Path, name: str, others: tuple[str, ...]) -> None:
+    """PEFT saves an adapter that is not called "default" in a subfolder; TRL adds a reference, we add jumps."""
+    for step in (10, 20):
+        for adapter_name in ("policy", *others):
+            adapter(tmp_path / name.format(step) / adapter_name, step)
+    source = open_checkpoints(tmp_path)
+    assert source.steps == (10, 20)
+    assert source.naming == f"{name.format('N')}/policy"
+
+
+def test_checkpoints_next_to_a_final_adapter_are_the_steps(tmp_path: Path) -> None:
+    """As accelerate's examples save them: ``step_N`` inside the folder of the final weights."""
+    adapter(tmp_path / "out", 30)
+    for step in (10, 20):
+        adapter(tmp_path / f"out/step_{step}", step)
+    assert open_checkpoints(tmp_path / "out").steps == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("places", "listed"),
+    [
+        (("checkpoint-{}/policy", "checkpoint-{}/value"), "checkpoint-10/policy"),
+        (("epoch_{}", ""), "epoch_10"),
+        (("checkpoint-{}/adapters/policy",), "checkpoint-10/adapters/policy"),
+    ],
+)
+def test_where_no_layout_fits_the_message_says_how_to_list_the_folders(
+    tmp_path: Path, places: tuple[str, ...], listed: str
+) -> None:
+    for step in (10, 20):
+        for place in places:
+            made = adapter(tmp_path / f"made/{step}{place}", step)
+            shutil.copytree(made, tmp_path / "run" / place.format(step), dirs_exist_ok=True)
+    with raises_kind("checkpoint-unknown-layout", f"--checkpoints {tmp_path / 'run' / listed}"):
+        open_checkpoints(tmp_path / "run")
+    one = [tmp_path / "run" / places[0].format(step) for step in (10, 20)]
+    assert open_checkpoints(one).steps == (10, 20)
+
+
+def test_the_run_below_a_folder_is_suggested(tmp_path: Path) -> None:
+    for step in (10, 20):
+        adapter(tmp_path / f"a/out/checkpoint-{step}", step)
+    with raises_kind("checkpoint-unknown-layout", f"did you mean {tmp_path / 'a/out'}?"):
+        open_checkpoints(tmp_path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -13,9 +13,8 @@ from next_core.cli.options import Json, RunOptions, expand_options, show_source,
 from next_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from next_core.diagnostics import Analysis, Figure, Group
+    from next_core.diagnostics import Analysis, Figure
 
-GROUPINGS = {"layer": "layers", "kind": "kinds", "matrix": "matrices"}
 COLUMNS = {
     "squared_energy_ratio_global": "s1²/Σs²",
     "c1_r2": "R2(c1~t)",
@@ -24,7 +23,7 @@ COLUMNS = {
     "msd_exponent": "MSD exp.",
     "speed_ratio": "speed",
 }
-"""Figures of the table by layer, kind or matrix, with their headings; the JSON has all figures."""
+"""Figures of the table by kind of matrix, with their headings; the JSON has all, and layers and matrices."""
 ROOM_FOR_MEANINGS = 126
 """Narrower consoles omit the column that explains each figure."""
 MARKS = {"above": "↑", "below": "↓", None: ""}
@@ -35,7 +34,6 @@ MOST_FROZEN = 8
 def analyze(
     run: RunOptions,
     horizon: Annotated[int | None, Option(help="RL steps ahead, out of sample; default: a third of the run")] = None,
-    by: Annotated[str, Option(help="Rows of the second table: layer, kind or matrix")] = "kind",
     spectrum: Annotated[bool | None, Option(help="Compute all singular values; default: only of LoRA runs")] = None,
     draws: Annotated[int, Option(min=20, help="Number of random walks in each null distribution")] = 200,
     seed: Annotated[int, Option(min=0, help="Seed of the random walks")] = 0,
@@ -46,8 +44,6 @@ def analyze(
     from next_core.diagnostics import analyze, with_origin
     from next_core.notebook import RecordedRun
 
-    if by not in GROUPINGS:
-        raise ConfigError(f"--by must be one of {', '.join(GROUPINGS)} (got {by!r})", kind="config-invalid-value")
     if spectrum and run.compressor == "lanczos":
         raise ConfigError(
             "--compressor lanczos does not compute the spectrum; omit it or --spectrum", kind="config-contradiction"
@@ -67,14 +63,14 @@ def analyze(
         analysis = analyze(history, horizon=horizon, draws=draws, seed=seed)
     for note in [*analysis.notes[len(source.notes) :], *trouble(history)]:
         output.print(f"  note: {note}")
-    _show(analysis, by, output)
+    _show(analysis, output)
     written = {} if plots is None else write_plots(analysis.draw(), plots)
     for name, outcome in written.items():
         output.print(f"plot {name}: {outcome}")
     output.json({**facts, **analysis.as_dict(), "plots": written})
 
 
-def _show(analysis: Analysis, by: str, output: Output) -> None:
+def _show(analysis: Analysis, output: Output) -> None:
     output.print(
         f"{'evenly' if analysis.even else 'unevenly'} spaced, deltas count from step {analysis.origin}; "
         f"{len(analysis.matrices)} matrices changed, {len(analysis.frozen)} did not"
@@ -83,8 +79,7 @@ def _show(analysis: Analysis, by: str, output: Output) -> None:
         ahead = "" if analysis.horizon is None else f"; out-of-sample figures: {analysis.horizon} steps ahead"
         title = f"All matrices: median and quartiles, against random walks with the same step lengths{ahead}"
         output.table(title, _overall(analysis, output.console.width >= ROOM_FOR_MEANINGS), words=("meaning",))
-        title = f"By {by}: {'' if by == 'matrix' else 'median; '}↑ above, ↓ below the random walk's 95%"
-        output.table(title, _grouped(analysis, by))
+        output.table("By kind: median; ↑ above, ↓ below the random walk's 95%", _kinds(analysis))
     reasons: dict[str, list[str]] = {}
     for name, reason in analysis.missing.items():
         reasons.setdefault(reason, []).append(name)
@@ -116,19 +111,12 @@ def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
             }
 
 
-def _grouped(analysis: Analysis, by: str) -> Iterator[dict[str, str]]:
-    """Return one row for each layer, kind or matrix."""
+def _kinds(analysis: Analysis) -> Iterator[dict[str, str]]:
+    """Return one row for each kind of matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
-    groups: Mapping[Any, Group] = getattr(analysis, GROUPINGS[by])
-    for label, group in groups.items():
-        count = {} if by == "matrix" else {"matrices": str(len(group.members))}
+    for kind, group in analysis.kinds.items():
         figures = {heading: _marked(group.figures.get(name)) for name, heading in columns.items()}
-        yield {by: _short(str(label)), **count, **figures}
-
-
-def _short(name: str) -> str:
-    """Return 12.mlp.up_proj for model.layers.12.mlp.up_proj.weight, to fit a narrow terminal."""
-    return name.removeprefix("model.layers.").removesuffix(".weight")
+        yield {"kind": kind, "matrices": str(len(group.members)), **figures}
 
 
 def _marked(figure: Figure | None) -> str:

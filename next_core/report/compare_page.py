@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from next_core.comparison.comparison_results import Interval
 from next_core.report import pictures
@@ -30,7 +30,8 @@ def compare_page(comparison: Comparison, title: str) -> Page:
     parts = [counted(len(arms), "arm"), f"{comparison.steps} RL steps", counted(len(comparison.seeds), "seed")]
     parts += [f"{rollouts} rollouts per step"] if rollouts else []
     subtitle = f"Comparison of {', '.join(parts)}"
-    page = Page("compare.html", title, subtitle, _summary(comparison), _tiles(comparison), SECTIONS)
+    ends = Ends.of(comparison)
+    page = Page("compare.html", title, subtitle, _summary(comparison, ends), _tiles(comparison, ends), SECTIONS)
     page.draw("differences", 3.0, pictures.differences, comparison, what="Differences to plain RL")
     page.draw("curves-over-steps", 4.6, pictures.curves, comparison, "steps", what="Accuracy over RL steps")
     over_seconds = "Accuracy over seconds of training"
@@ -51,7 +52,7 @@ def compare_page(comparison: Comparison, title: str) -> Page:
         "metric": comparison.metric,
         "kinds": list(dict.fromkeys(kind for kind in [*KINDS, *sorted(measured)] if kind in measured)),
         "shown": {name: arm for name, arm in arms.items() if arm.difference is not None and arm.role != "plain"},
-        "ends": {name: end for name, arm in arms.items() if (end := _end(arm, comparison)) is not None},
+        "ends": ends.accuracy,
         "beyond": {name: arm.beyond for name, arm in arms.items() if arm.beyond},
         "chosen": chosen,
         "jumping": jumping,
@@ -78,85 +79,82 @@ def paired(one: Interval, other: Interval) -> Interval | None:
     return Interval.of(each) if each else None
 
 
-def _end(arm: Arm, comparison: Comparison) -> Interval | None:
-    return arm.test.get(comparison.metric)
+class Ends(NamedTuple):
+    """The final accuracies by arm, and which arms are plain RL, longer, tuned, and the best of those that jump."""
+
+    accuracy: dict[str, Interval]
+    plain: str | None
+    longer: str | None
+    tuned: str | None
+    best: str | None
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self:
+        """Find them; None where there is none with an accuracy."""
+        arms = comparison.arms
+        ends = {name: end for name, arm in arms.items() if (end := arm.test.get(comparison.metric)) is not None}
+        plain = {arms[name].steps: name for name in ends if arms[name].role == "plain"}
+        tuned = [name for name in ends if arms[name].role == "control" and arms[name].chosen]
+        best = max((name for name in ends if arms[name].role == "arm"), key=lambda name: ends[name].mean, default=None)
+        return cls(ends, plain.get(comparison.steps), plain.get(comparison.longer or 0), next(iter(tuned), None), best)
+
+    def mean(self, name: str) -> str:
+        """Return an arm's accuracy as text."""
+        return decimal(self.accuracy[name].mean)
 
 
-def _find(comparison: Comparison, role: str, steps: int | None = None) -> tuple[str, Arm] | None:
-    """Return the plain run of so many steps, the tuned control, or the arm with the highest mean accuracy."""
-    found = [(name, arm) for name, arm in comparison.arms.items() if arm.role == role and _end(arm, comparison)]
-    if role == "plain":
-        found = [(name, arm) for name, arm in found if arm.steps == steps]
-    elif role == "control":
-        found = [(name, arm) for name, arm in found if arm.chosen]
-    else:
-        found.sort(key=lambda one: -_mean_end(one[1], comparison))
-    return found[0] if found else None
-
-
-def _mean_end(arm: Arm, comparison: Comparison) -> float:
-    end = _end(arm, comparison)
-    return float("-inf") if end is None else end.mean
-
-
-def _summary(comparison: Comparison) -> list[str]:
+def _summary(comparison: Comparison, ends: Ends) -> list[str]:
     """Say which arms beat plain RL, and how the best one compares with the controls that cost more."""
     arms = {name: arm for name, arm in comparison.arms.items() if arm.role == "arm"}
-    plain, best, tuned = (_find(comparison, role, comparison.steps) for role in ("plain", "arm", "control"))
-    reached = "" if plain is None else f" Plain RL reaches {decimal(_mean_end(plain[1], comparison))}."
-    ahead = [name for name, arm in arms.items() if above(arm)]
-    higher = [name for name, arm in arms.items() if arm.difference is not None and arm.difference.mean > 0]
-    of = f"of {counted(len(arms), 'arm')}"
+    reached = "" if ends.plain is None else f" Plain RL reaches {ends.mean(ends.plain)}."
+    one_seed = len(comparison.seeds) == 1
+    higher = [arm.difference is not None and arm.difference.mean > 0 for arm in arms.values()]
+    better = higher if one_seed else [above(arm) for arm in arms.values()]
+    ahead = [name for name, is_better in zip(arms, better, strict=True) if is_better]
+    names = f": {listed(ahead)}" if ahead else ""
     if not arms:
         found = [f"All arms are plain RL or controls.{reached}"]
-    elif len(comparison.seeds) == 1:
-        names = f": {listed(higher)}" if higher else ""
+    elif one_seed:
         found = [
-            f"{len(higher)} {of} {'ends' if len(higher) == 1 else 'end'} above plain RL after {comparison.steps} "
-            f"steps{names}.{reached} One seed gives no intervals, so small differences may be noise."
+            f"{len(ahead)} of {counted(len(arms), 'arm')} {'ends' if len(ahead) == 1 else 'end'} above plain RL after "
+            f"{comparison.steps} steps{names}.{reached} One seed gives no intervals, so small differences may be noise."
         ]
     else:
-        names = f": {listed(ahead)}" if ahead else ""
         found = [
-            f"{len(ahead)} {of} {'beats' if len(ahead) == 1 else 'beat'} plain RL after {comparison.steps} steps with "
-            f"the whole 95% interval of the paired difference{names}.{reached}"
+            f"{len(ahead)} of {counted(len(arms), 'arm')} {'beats' if len(ahead) == 1 else 'beat'} plain RL after "
+            f"{comparison.steps} steps with the whole 95% interval of the paired difference{names}.{reached}"
         ]
-    if best is not None:
-        found.append(_best(comparison, *best, tuned))
+    if ends.best is not None:
+        found.append(_best(comparison, ends, ends.best))
     beating = [name for name, arm in comparison.arms.items() if arm.role == "control" and above(arm)]
-    beating = [name for name in beating if tuned is None or name != tuned[0]]
-    if beating:
+    if beating := [name for name in beating if name != ends.tuned]:
         found.append(f"Warning: {listed(beating)}, meant as a control, also beats plain RL.")
     return found
 
 
-def _best(comparison: Comparison, name: str, arm: Arm, tuned: tuple[str, Arm] | None) -> str:
-    end = _end(arm, comparison)
-    assert end is not None  # _find leaves out arms without one
-    parts = [f"The best arm, {name}, reaches {decimal(end.mean)}: {with_span(arm.difference)} against plain RL"]
+def _best(comparison: Comparison, ends: Ends, name: str) -> str:
+    arm = comparison.arms[name]
+    parts = [f"The best arm, {name}, reaches {ends.mean(name)}: {with_span(arm.difference)} against plain RL"]
     if arm.difference_longer is not None and comparison.longer is not None:
         parts.append(f"{with_span(arm.difference_longer)} against plain RL of {comparison.longer} steps")
-    against = None if tuned is None else _end(tuned[1], comparison)
-    if tuned is not None and against is not None:
-        values = values_text(tuned[1].chosen)
-        parts.append(f"{with_span(paired(end, against))} against plain RL tuned on the validation prompts ({values})")
+    if ends.tuned is not None:
+        difference = paired(ends.accuracy[name], ends.accuracy[ends.tuned])
+        values = values_text(comparison.arms[ends.tuned].chosen)
+        parts.append(f"{with_span(difference)} against plain RL tuned on the validation prompts ({values})")
     return f"{', '.join(parts)}."
 
 
-def _tiles(comparison: Comparison) -> list[tuple[str, str]]:
+def _tiles(comparison: Comparison, ends: Ends) -> list[tuple[str, str]]:
     """Return the accuracy before RL, of the plain runs, and of the best arm."""
     before = comparison.base.get("test", {}).get(comparison.metric)
+    labels = {
+        ends.plain: f"plain RL, {comparison.steps} steps",
+        ends.longer: f"plain RL, {comparison.longer} steps",
+        ends.tuned: "plain RL, tuned",
+        ends.best: f"best arm: {ends.best}",
+    }
     tiles = [] if before is None else [(decimal(before), "before RL")]
-    best = _find(comparison, "arm")
-    for found, label in (
-        (_find(comparison, "plain", comparison.steps), f"plain RL, {comparison.steps} steps"),
-        (_find(comparison, "plain", comparison.longer), f"plain RL, {comparison.longer} steps"),
-        (_find(comparison, "control"), "plain RL, tuned"),
-        (best, "" if best is None else f"best arm: {best[0]}"),
-    ):
-        if found is not None:
-            tiles.append((decimal(_mean_end(found[1], comparison)), label))
-    return tiles
+    return tiles + [(ends.mean(name), label) for name, label in labels.items() if name is not None]
 
 
 def _refusals(name: str, jumps: Sequence[Jump]) -> list[dict[str, Any]]:

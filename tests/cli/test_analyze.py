@@ -36,7 +36,7 @@ def test_a_lora_run_is_described_in_tables_and_sentences(
     analyze: Analyze, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = analyze(lora_run.path, "--by", "layer").out
+    shown = analyze(lora_run.path).out
     assert "13 matrices" in shown
     assert "model.layers.1.self_attn.k_proj.weight" in shown
     for figure in ("energy_ratio_global", "c1_r2", "pinned_skill", "cosine_local", "msd_exponent"):
@@ -69,19 +69,10 @@ def test_a_full_run_has_its_spectrum_computed_only_on_request(
     assert (figures["energy_ratio_global"]["value"] is not None) == spectrum
 
 
-@pytest.mark.parametrize(
-    ("by", "labels"),
-    [
-        ("layer", ["0", "1", "2"]),
-        ("kind", ["q_proj"]),
-        ("matrix", [f"{i}.self_attn.q_proj" for i in range(3)]),
-    ],
-)
-def test_the_table_has_the_rows_that_were_asked_for(analyze: Analyze, by: str, labels: list[str]) -> None:
-    _, headings, *rows = analyze(walks(3), "--by", by).out.split(f"By {by}: ")[1].splitlines()
+def test_the_second_table_has_a_row_for_each_kind(analyze: Analyze) -> None:
+    _, headings, row, *_ = analyze(walks(3)).out.split("By kind: ")[1].splitlines()
     assert all(heading in headings for heading in COLUMNS.values())
-    assert [row.split()[0] for row in rows[: len(labels)]] == labels
-    assert not rows[len(labels)].startswith(labels[0][-6:])
+    assert row.split()[:2] == ["q_proj", "3"]
 
 
 def test_a_run_without_a_backbone_or_with_one_checkpoint_is_described_as_far_as_possible(analyze: Analyze) -> None:
@@ -105,15 +96,9 @@ def test_plots_are_listed_and_a_wrong_place_fails_before_the_work(
     assert_fails(analyze(walks(2), "--plots", folder / "file"), 2, "config-invalid-value", folder / "file")
 
 
-@pytest.mark.parametrize(
-    ("more", "kind", "names"),
-    [
-        (("--by", "colour"), "config-invalid-value", ("--by", "layer, kind, matrix", "colour")),
-        (("--spectrum", "--compressor", "lanczos"), "config-contradiction", ("--spectrum", "lanczos")),
-    ],
-)
-def test_a_mistake_has_its_kind(analyze: Analyze, more: tuple[str, ...], kind: str, names: tuple[str, ...]) -> None:
-    assert_fails(analyze(walks(2), *more), 2, kind, *names)
+def test_a_compressor_without_a_spectrum_contradicts_it(analyze: Analyze) -> None:
+    outcome = analyze(walks(2), "--spectrum", "--compressor", "lanczos")
+    assert_fails(outcome, 2, "config-contradiction", "--spectrum", "lanczos")
 
 
 def test_the_jumps_of_a_run_folder_count_in_the_learning_rate(analyze: Analyze, own_lora_run: LoraRun) -> None:

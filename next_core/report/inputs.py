@@ -137,6 +137,18 @@ class Recorded:
         return str(named or next((jump.predictor for jump in self.jumps if jump.predictor), "unknown"))
 
     @property
+    def seed(self) -> str:
+        """Return the run's seed, as far as it was recorded."""
+        named = None if self.result is None else self.result.settings.get("seed")
+        known = self.started.get("seed") if named is None else named
+        return "not recorded" if known is None else str(known)
+
+    @property
+    def control(self) -> Control | None:
+        """Return the plain run of the same seed, if there is one."""
+        return None if self.result is None else self.result.control
+
+    @property
     def backbone(self) -> Path | None:
         """Return the base model in the config of a full-parameter run, if it still exists."""
         values = parse_yaml(self.config or "", CONFIG)

@@ -86,8 +86,7 @@ def curves(picture: Figure, comparison: Comparison, over: Over) -> str | None:
 
 def progress(picture: Figure, recorded: Recorded, over: Over) -> str | None:
     """Draw test accuracy along the run, and along the plain run with the same seed."""
-    control = recorded.result.control if recorded.result is not None else None
-    plain = [] if control is None else control.curve
+    plain = [] if recorded.control is None else recorded.control.curve
     if not any(point.test for point in recorded.curve):
         return "no accuracies along the run; measure_every: N in the config measures every N steps"
     axis = _axes_above_jumps(picture, [(recorded.jumps, RED)] if recorded.jumps and over == "steps" else [], over)

@@ -53,20 +53,14 @@ def run_page(recorded: Recorded, title: str, options: GeometryOptions, progress:
     page.facts |= {
         "recorded": recorded,
         "result": result,
-        "control": None if result is None else result.control,
-        "seed": _seed(recorded),
+        "control": recorded.control,
+        "seed": recorded.seed,
         "steps": recorded.last_step if result is None else result.steps,
         "accuracies": [recorded.accuracy(name) for name in NAMES],
         "schedule": schedule if isinstance(schedule, dict) else {},
         "parts": [] if result is None else _parts(result),
     }
     return page
-
-
-def _seed(recorded: Recorded) -> str:
-    named = None if recorded.result is None else recorded.result.settings.get("seed")
-    known = recorded.started.get("seed") if named is None else named
-    return "not recorded" if known is None else str(known)
 
 
 def _subtitle(recorded: Recorded) -> str:
@@ -76,21 +70,12 @@ def _subtitle(recorded: Recorded) -> str:
         state = "ended" if ended else f"last known step {recorded.last_step}"
         return f"Run without a result: {state}, predictor {recorded.predictor}"
     algorithm = str(result.settings.get("algorithm", "RL")).upper()
-    return f"Run of {result.steps} {algorithm} steps, predictor {recorded.predictor}, seed {_seed(recorded)}"
-
-
-def _plain_end(recorded: Recorded) -> float | None:
-    control = None if recorded.result is None else recorded.result.control
-    return None if control is None else control.accuracy.get("final")
+    return f"Run of {result.steps} {algorithm} steps, predictor {recorded.predictor}, seed {recorded.seed}"
 
 
 def _summary(recorded: Recorded) -> list[str]:
-    result, start, end, plain = (
-        recorded.result,
-        recorded.accuracy("start"),
-        recorded.accuracy("final"),
-        _plain_end(recorded),
-    )
+    result, start, end = recorded.result, recorded.accuracy("start"), recorded.accuracy("final")
+    plain = None if recorded.control is None else recorded.control.accuracy.get("final")
     if result is None:
         found = [
             "There is no result: the run is still going, was stopped, or was driven by the TRL callback. This page "
@@ -130,12 +115,12 @@ def _greedy(result: Result) -> list[str]:
 
 
 def _tiles(recorded: Recorded) -> list[tuple[str, str]]:
-    accuracies = (
-        (recorded.accuracy("start"), "test accuracy at the start"),
-        (recorded.accuracy("final"), "at the end"),
-        (_plain_end(recorded), "plain run, same seed"),
-    )
-    tiles = [(decimal(value), label) for value, label in accuracies if value is not None]
+    accuracies = {
+        "test accuracy at the start": recorded.accuracy("start"),
+        "at the end": recorded.accuracy("final"),
+        "plain run, same seed": None if recorded.control is None else recorded.control.accuracy.get("final"),
+    }
+    tiles = [(decimal(value), label) for label, value in accuracies.items() if value is not None]
     tiles.append((f"{sum(jump.accepted for jump in recorded.jumps)} of {len(recorded.jumps)}", "attempted jumps made"))
     if recorded.result is not None and "total" in recorded.result.seconds:
         tiles.append((seconds(recorded.result.seconds["total"]), "in total"))

@@ -42,23 +42,6 @@ def test_every_predictor_writes_another_adapter(
     assert any(not torch.equal(value, trained[key]) for key, value in jumped.items())
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
-def test_too_few_checkpoints_for_a_predictor_fail_and_nothing_is_written(
-    predictor: str, extrapolate: Callable[..., Outcome], own_lora_run: LoraRun, tmp_path: Path
-) -> None:
-    for step in (0, *STEPS[1:]):
-        shutil.rmtree(own_lora_run.folder(step))
-    out = tmp_path / "elsewhere" / "out"
-    outcome = extrapolate("--json", checkpoints=own_lora_run.path, out=out, predictor=predictor)
-    if predictor in ("rl-extra", "random"):  # these need only the base model and one checkpoint
-        assert outcome.code == 0, outcome.err
-        return
-    assert outcome.code == 3, outcome.err
-    assert outcome.err.endswith("[predictor-abstained]\n")
-    assert predictor in outcome.err
-    assert not out.parent.exists()
-
-
 def test_settings_reach_the_predictor_and_the_applier(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
     settings = ("--set", "space=merged", "--set", "window=20", "--set-applier", "rank=2")
     assert extrapolate(*settings, alpha=2, rank=3).code == 0

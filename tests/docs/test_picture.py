@@ -37,13 +37,6 @@ def test_its_points_are_the_figures_of_the_table(pictures: Any) -> None:
         assert f"| {task} | {pictures.longer(task).mean:.3f} |" in page
 
 
-def test_an_interval_is_students_and_one_seed_has_none(pictures: Any) -> None:
-    point = pictures.point(1e-4, [0.5, 0.6])
-    assert (point.mean, point.seeds) == (pytest.approx(0.55), 2)
-    assert point.half == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-4)
-    assert pictures.point(1e-4, [0.5]).half is None
-
-
 def test_what_auto_costs_is_what_the_results_say(pictures: Any) -> None:
     rows = [
         row for row in json.loads(pictures.FILE.read_text())["rows"] if (row["arm"], row["setting"]) == ("auto", "")

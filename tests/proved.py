@@ -18,6 +18,8 @@ COVERS: dict[str, tuple[str, ...]] = {
     "fuzz": (
         *READERS,
         "next_core/sources",
+        "next_core/appliers",
+        "tests/appliers/matrix.py",
         "next_core/config.py",
         "next_core/run_config.py",
         "next_core/comparison/comparison_config.py",

@@ -191,7 +191,8 @@ class ModelFiles:
             plain = ", save_original_format=False" if stored_name(name) in built.names else ""
             return CheckpointError(
                 f"backbone {self.folder} is the model of this run under other names: it stores '{name}' in pieces or "
-                f"with others; load it with transformers and save it by save_pretrained(FOLDER{plain})",
+                f"with others; load it with transformers and save it by save_pretrained(FOLDER{plain}), or omit "
+                "--backbone where the checkpoints are whole models",
                 kind="checkpoint-other-names",
             )
         problem = f"has no '{name}'" if here is None else f"'{name}' is {here}, not {shape}"

@@ -28,6 +28,12 @@ class Whole:
         """The same command in ``out``, in a process of its own; ``more`` as ``work.go`` has it."""
         return call(work.go, self.way, self.raw, out, *more)
 
+    def ends(self, out: Path) -> None:
+        """That the same command, given again, ends as the run that was not killed."""
+        again = self.go(out)
+        assert again.code == 0, again.error
+        self.check(out)
+
     def check(self, out: Path) -> None:
         """That a run in ``out``, which has ended, came to the same bit for bit, and left nothing lying about."""
         assert damages(out) == []

@@ -41,10 +41,9 @@ def test_a_second_run_in_one_folder_is_refused_at_once_and_the_first_ends_as_eve
     ("action", "code", "said"),
     [
         (work.interrupt, 130, "Ctrl-C stopped the run after step 5 of 14"),
-        (work.interrupt_twice, 130, "Ctrl-C stopped the run at once"),
         (work.terminate, 143, "SIGTERM stopped the run after step 5 of 14"),
     ],
-    ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM"],
+    ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes(
     action: work.Action, code: int, said: str, whole_run: Whole, tmp_path: Path
@@ -58,7 +57,7 @@ def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes
     assert said in " ".join(message.split())
     assert "Traceback" not in message
     assert damages(out) == []
-    assert (out / "trainer" / "checkpoint-5").is_dir() == ("after step 5" in said)
+    assert (out / "trainer" / "checkpoint-5").is_dir()
     again = call(work.go, str(config), whole_run.raw, out)
     assert again.code == 0, Path(f"{config}.said").read_text()
     for extra in (out / "trainer").glob("checkpoint-5/*"):  # the uninterrupted run has none of this step

@@ -72,13 +72,6 @@ kill, interrupt, terminate = (partial(signal.raise_signal, s) for s in (signal.S
 """A power cut that leaves what was written; Ctrl-C; what a scheduler ends a job with."""
 
 
-def interrupt_twice() -> None:
-    """Ctrl-C, and again before the step is over."""
-    interrupt()
-    time.sleep(0)  # the first one is seen
-    interrupt()
-
-
 @dataclass(frozen=True)
 class Fill:
     """Leave no space on the disk of a folder."""

@@ -137,7 +137,7 @@ class _ModelWriter:
 
     def _blocks(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         if not self._plan.computes(key, dtype, shape):
-            return [self._plan.copied(key).to(dtype)]
+            return (block.to(dtype) for block in self._plan.copied(key, shape))
         parts = self._plan.parts(key, shape).items()
         return itertools.chain.from_iterable(self._computed(name, dtype, size) for name, size in parts)
 

@@ -45,17 +45,16 @@ class TensorPlan:
             if source.steps:
                 self._checkpoint = source.model(source.steps[-1] if step is None else step)
         elif (built := architecture_of(backbone.folder)) is not None:
-            self.transposed = built.transposed & self._trained
+            self.transposed = {name for name in self._shapes if built.is_transposed(name)}
             self._shapes |= {name: (n, m) for name in self.transposed for m, n in [self._shapes[name]]}
         for head, embedding in source.tied.items():
             backbone.tie(head, embedding)
         backbone.rename(self._trained)
         more = set(backbone.shapes) - self._trained if source.stores_full_weights else set()
         built = architecture_of(backbone.folder) if more else None
-        tied = {} if built is None else built.tied
-        self._tied = {name: one for name, one in tied.items() if name in more and one in self._trained} | dict(
-            source.tied
-        )
+        others = {} if built is None else built.tied
+        self._tied = {name: one for name, one in others.items() if name in more and one in self._trained}
+        self._tied |= source.tied
 
     def name(self, key: str) -> str:
         """Return the run's name of a stored tensor: a tied head is the embedding."""
@@ -77,10 +76,10 @@ class TensorPlan:
             return self._checkpoint, self.name(key)
         return self._backbone, self._backbone.renamed.get(key, key)
 
-    def copied(self, key: str) -> Tensor:
-        """Return a tensor as stored."""
+    def copied(self, key: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        """Yield a tensor as stored, in blocks of rows."""
         files, name = self._origin(key)
-        return files.raw(name)
+        return (files.raw(name, rows if shape else None) for rows in row_blocks(shape, GEMM_BLOCK))
 
     def check(self, into: ModelFiles, moving: Collection[str] = ()) -> None:
         """Raise ``CheckpointError`` for a tensor that cannot be computed, copied or kept in the layout of ``into``.

@@ -22,14 +22,18 @@ class Architecture:
     """A model as transformers holds it in memory.
 
     ``in_memory`` returns the name that a stored tensor is loaded under, and whether that is the tensor itself and not
-    one made of several. ``names`` are those of its tensors, ``transposed`` those of the weights that are stored (in,
-    out). ``tied`` maps each further name of a tensor to the first.
+    one made of several. ``names`` are those of its tensors, ``conv1d`` those of the weights that are stored (in, out).
+    ``tied`` maps each further name of a tensor to the first.
     """
 
     names: frozenset[str] = frozenset()
-    transposed: frozenset[str] = frozenset()
+    conv1d: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     in_memory: Callable[[str], tuple[str, bool]] = field(default=lambda name: (name, True))
+
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a weight is stored (in, out)."""
+        return self.in_memory(name)[0] in self.conv1d
 
 
 def architecture_of(folder: Path) -> Architecture | None:
@@ -67,7 +71,7 @@ def _built(folder: Path, _: Stamp) -> Architecture | None:
             return found, merged is None
 
         conv = {name for name, module in model.named_modules() if type(module).__name__ == STORED_TRANSPOSED}
-        transposed = frozenset(f"{name}.weight" for name in conv)
-        return Architecture(frozenset(tensors), transposed, model.all_tied_weights_keys, in_memory)
+        conv1d = frozenset(f"{name}.weight" for name in conv)
+        return Architecture(frozenset(tensors), conv1d, model.all_tied_weights_keys, in_memory)
     except Exception:  # whatever a config makes transformers raise: the model is then read as it is stored
         return None

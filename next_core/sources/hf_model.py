@@ -14,7 +14,7 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.sources.architecture import MODEL_CONFIG, Architecture, architecture_of
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
-from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
+from next_core.sources.matrices import matrices_in, other_vocabulary, place_in_stack, stored_name
 from next_core.sources.pickles import open_tensors
 from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, read_json
 from next_core.storage.checkpoint_errors import damaged, not_found, other_model, unsafe_path
@@ -22,8 +22,6 @@ from next_core.storage.reading import LARGE, Stamp, stamp
 
 SINGLE, INDEX = MODEL_FILES
 PICKLE_SINGLE, PICKLE_INDEX = MODEL_PICKLES
-HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 LONGEST_NAME = 255
 """Bytes of a file's name."""
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -31,7 +29,7 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 PARALLEL = "module."
 """What DistributedDataParallel adds, in front of every name."""
 PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.|\.modules_to_save\.")
-QUANTIZED = re.compile(r"(weight_scale(_inv)?|weight_packed|weight_scales|qweight|absmax|SCB|W_q|proj_blocks)$")
+QUANTIZED = re.compile(r"(_scale_inv|weight\.?_scales?|weight_packed|qweight|absmax|SCB|W_q|\.codes|proj_blocks)$")
 """Names of what stands next to, or instead of, the numbers of a quantised matrix."""
 
 
@@ -172,14 +170,14 @@ class ModelFiles:
         built = architecture_of(self.folder) if any(matrices.get(name) != shapes[name] for name in shapes) else None
         for name, shape in shapes.items():
             here = matrices.get(name)
-            stored = tuple(reversed(shape)) if built is not None and name in built.transposed else tuple(shape)
+            stored = tuple(reversed(shape)) if built is not None and built.is_transposed(name) else tuple(shape)
             if here is None or here != stored:
                 raise self._other(name, here, stored, built)
 
     def _other(
         self, name: str, here: tuple[int, ...] | None, shape: tuple[int, ...], built: Architecture | None
     ) -> CheckpointError:
-        if here is not None and name.endswith((*HEADS, *EMBEDDINGS)) and here[1:] == shape[1:]:
+        if here is not None and other_vocabulary(name, here, shape):
             return CheckpointError(
                 f"backbone {self.folder}: '{name}' has {here[0]} rows and {shape[0]} in the run, so the vocabulary was "
                 f"resized after it was saved; load it, call resize_token_embeddings({shape[0]}) and save it, or "
@@ -203,7 +201,7 @@ class ModelFiles:
         """Return the name of a tensor that shows that what is stored are codes of the weights; None if none does."""
         coded = "quantization_config" in self.config()
         for name, shape in self.shapes.items():
-            if QUANTIZED.search(name) or (coded and len(shape) > 1 and not self.dtype(name).is_floating_point):
+            if QUANTIZED.search(name) or (coded and len(shape) > 1 and _is_coded(self.dtype(name))):
                 return name
         return None
 
@@ -220,6 +218,10 @@ class ModelFiles:
                 "not weights; pass the unquantised model",
                 kind="checkpoint-unsupported-model",
             )
+
+
+def _is_coded(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 1 or not dtype.is_floating_point
 
 
 def _place(name: str, key: str, rows: slice | None) -> Place | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 IN_STACK = re.compile(r"(.+)\[(\d+)\]")
 
 
@@ -31,3 +33,8 @@ def place_in_stack(name: str) -> int | None:
     """Return the index of a matrix in its stack; None for a matrix that is stored alone."""
     match = IN_STACK.fullmatch(name)
     return None if match is None else int(match[2])
+
+
+def other_vocabulary(name: str, one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two shapes of one tensor differ by the size of the vocabulary alone."""
+    return name.endswith((*HEADS, *EMBEDDINGS)) and one[0] != other[0] and tuple(one[1:]) == tuple(other[1:])

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
+from next_core.sources.matrices import other_vocabulary
 from next_core.storage.checkpoint_errors import other_model
 
 MOST = 1000
@@ -37,5 +38,8 @@ def mismatch(ours: Shapes, theirs: Shapes, first: str) -> str | None:
         return f"'{new[0]}' is new, {first} does not have it ({len(new)} in all); are these checkpoints of one run?"
     for name, shape in ours.items():
         if theirs[name] != shape:
-            return f"'{name}' is {theirs[name]} but {shape} in {first}; these are checkpoints of different runs"
+            why = "these are checkpoints of different runs"
+            if other_vocabulary(name, theirs[name], shape):
+                why = "the vocabulary was resized between them: extrapolate those before or after alone"
+            return f"'{name}' is {theirs[name]} but {shape} in {first}; {why}"
     return None

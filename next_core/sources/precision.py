@@ -27,7 +27,7 @@ from torch import Tensor
 
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.sources.hf_model import EMBEDDINGS, HEADS
+from next_core.sources.matrices import EMBEDDINGS, HEADS
 from next_core.storage.checkpoint_errors import not_found
 from next_core.types import Parameter
 

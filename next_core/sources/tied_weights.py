@@ -8,7 +8,8 @@ import torch
 
 from next_core.errors import CheckpointError
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.sources.hf_model import EMBEDDINGS, HEADS, ModelFiles
+from next_core.sources.hf_model import ModelFiles
+from next_core.sources.matrices import EMBEDDINGS, HEADS
 
 BLOCK = 2**22
 """Number of values compared at a time."""

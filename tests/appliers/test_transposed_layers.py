@@ -55,8 +55,13 @@ def written(run: Path, jump: dict[str, LowRankUpdate], backbone: str = "base") -
     return load_file(run / "out" / MODEL)
 
 
+@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
 @pytest.mark.parametrize("prefix", ["", "transformer."], ids=["names of the Hub", "names of transformers"])
-def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(run: Path, prefix: str) -> None:
+def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(
+    run: Path, prefix: str, architectures: list[str] | None
+) -> None:
+    config = json.loads((run / "base" / "config.json").read_text())
+    (run / "base" / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
     if prefix == "":  # the Hub's gpt2 was saved without its head, and so without this prefix
         base = load_file(run / "base" / MODEL)
         names = {name: name.removeprefix("transformer.") for name in base}

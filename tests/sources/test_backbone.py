@@ -113,6 +113,12 @@ FORMATS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {"quant_method": "awq", "bits": 4},
         "4-bit",
     ),
+    "fp8 experts": (
+        {"experts.gate_up_proj": torch.ones(2, 8, 8).to(torch.float8_e4m3fn), "experts.gate_up_proj_scale_inv": CODES},
+        {"quant_method": "fp8"},
+        "fp8",
+    ),
+    "fp8 with scales in the config": ({W: torch.ones(8, 8).to(torch.float8_e4m3fn)}, {"quant_method": "fp8"}, "fp8"),
     "of a quantizer of the future": ({W: CODES}, {"quant_method": "next"}, "next"),
     "without a config": ({W: CODES, f"{W}.absmax": torch.ones(1)}, {}, "absmax"),
 }
@@ -209,6 +215,15 @@ def test_a_parameter_with_and_without_the_name_of_a_wrapper_is_damage(tmp_path: 
 def test_the_state_of_a_peft_model_is_no_full_model(name: str, tmp_path: Path) -> None:
     with raises_kind("checkpoint-unsupported-adapter", name, "merge_and_unload"):
         open_checkpoints(small_run(tmp_path, lambda each: name if each == W else each))
+
+
+def test_a_vocabulary_that_was_resized_within_a_run_is_named(tmp_path: Path) -> None:
+    model = built("Qwen2ForCausalLM", "Qwen2Config", **SMALL, num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "checkpoint-10")
+    model.resize_token_embeddings(35)
+    model.save_pretrained(tmp_path / "checkpoint-20")
+    with raises_kind("checkpoint-other-model", "vocabulary", "(35, 16)", "(32, 16)", "checkpoint-20"):
+        open_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("rows", [31, 40])

@@ -21,11 +21,11 @@ from next_core.interfaces.prediction import resolve
 from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
-from next_core.sources.adapter_tensors import is_expert
+from next_core.sources.adapter_tensors import BASE_LAYER, PREFIX, is_expert
 from next_core.sources.architecture import MODEL_CONFIG, architecture_of
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
+from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
-from next_core.sources.tied_weights import tied_names
 
 LIBRARY = "transformers"
 NOT_MERGEABLE = {"alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)"}
@@ -175,15 +175,25 @@ def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:
         return
     config = source.adapter_config() if source.steps else {}
     reasons = [f"the adapter {why} ({field})" for field, why in NOT_MERGEABLE.items() if config.get(field)]
-    reasons += [f"the run trains '{name}', which a merged model would lose" for name in source.skipped]
+    head = next((parameter.name for parameter in source.parameters if parameter.name.endswith(HEADS)), None)
+    if head is not None and backbone.declares_tie():
+        reasons.append(f"the run trains '{head}', which shares its weights with the embedding: both would move")
+    lost = (key for key in source.skipped if not _is_of_the_backbone(source, key, backbone))
+    reasons += [f"the run trains '{key}', which a merged model would lose" for key in lost]
     expert = next((parameter.name for parameter in source.parameters if is_expert(parameter.name)), None)
     if expert is not None:
         reasons.append(f"'{expert}' is one of the fused experts of target_parameters")
     unknown = architecture_of(backbone.folder) is None  # and so the orientation of its layers
     if unknown and (config.get("fan_in_fan_out") or backbone.config().get("model_type") in TRANSPOSED):
         reasons.append("linear layers that are stored transposed can be told from others by transformers only")
-    tied = tied_names([backbone])
-    if tied is not None and tied[0] in {parameter.name for parameter in source.parameters}:
-        reasons.append(f"the run trains '{tied[0]}', which shares its weights with '{tied[1]}': both would move")
     if reasons:
         raise CheckpointError(f"{reasons[0]}; use the applier 'peft-adapter'", kind="checkpoint-unsupported-adapter")
+
+
+def _is_of_the_backbone(source: PeftAdapterSource, key: str, backbone: ModelFiles) -> bool:
+    """Whether a tensor is a copy of the backbone's: PEFT saves embeddings and heads along if they have an adapter."""
+    if not key.endswith(f"{BASE_LAYER}.weight"):
+        return False
+    name = key.removeprefix(PREFIX).replace(BASE_LAYER, "")
+    saved = source.stored(key, source.steps[-1])
+    return backbone.shapes.get(name) == tuple(saved.shape) and torch.equal(backbone.read(name), saved)

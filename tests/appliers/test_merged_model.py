@@ -144,11 +144,22 @@ def test_an_adapter_whose_product_is_not_simply_added_is_not_merged(own_lora_run
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
+    make_lora_run: Callable[..., LoraRun], tmp_path: Path
+) -> None:
+    run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj", "lm_head"])
+    assert any("base_layer" in key for key in load_file(run.folder(20) / "adapter_model.safetensors"))
+    make_applier("merged-model").apply(Prediction(open_checkpoints(run.path, run.base), 20, 10), out=tmp_path / "out")
+    expected = load_file(run.base / MODEL)[HEAD] + run.deltas[20][HEAD]
+    torch.testing.assert_close(load_file(tmp_path / "out" / MODEL)[HEAD], expected.float())
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("lora", "config", "named"),
     [
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {}, "lm_head.weight"),
-        ({"target_modules": ["q_proj", "lm_head"]}, {"tie_word_embeddings": True}, EMBEDDING),
+        ({"target_modules": ["q_proj", "lm_head"]}, {"tie_word_embeddings": True}, "lm_head.weight"),
     ],
     ids=["a whole module", "a tied head"],
 )
@@ -156,9 +167,6 @@ def test_an_adapter_that_a_merged_model_would_lose_or_misplace_is_refused(
     make_lora_run: Callable[..., LoraRun], tmp_path: Path, lora: dict[str, Any], config: dict[str, Any], named: str
 ) -> None:
     run = make_lora_run(tmp_path / "run", (10, 20), **lora)
-    for step in (10, 20):  # as with save_embedding_layers=False
-        path = run.folder(step) / "adapter_model.safetensors"
-        save_file({key: value for key, value in load_file(path).items() if "base_layer" not in key}, path)
     tied = "tie_word_embeddings" in config
     backbone = changed_base(
         run.base, tmp_path / "base", lambda t: t | ({HEAD: t[EMBEDDING].clone()} if tied else {}), **config

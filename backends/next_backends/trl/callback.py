@@ -30,8 +30,8 @@ from next_core.storage.locking import hold, release
 class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     """Predict-extend for any existing ``GRPOTrainer`` or ``RLOOTrainer``; LoRA or full-parameter.
 
-    ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), ``"module:Class"``, a class, an instance,
-    or a function that makes one; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``jump_every``,
+    ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), ``"module:Class"``, a class or an
+    instance; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``jump_every``,
     ``jumps``, ``settle``, ``average``) and ``guards`` are those of the config file. ``evaluate(model) -> accuracy`` is
     the probe; without it the guards that need one do not run. Checkpoints, jumps and the journal go to ``folder``, by
     default ``<output_dir>/next-core``; ``resume_from_checkpoint`` continues from there. Raises ``ConfigError`` for

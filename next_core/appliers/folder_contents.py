@@ -12,6 +12,7 @@ from typing import Any
 
 from next_core.appliers.rounding import RoundingLoss
 from next_core.interfaces import Prediction, WeightApplier
+from next_core.sources.checkpoint_names import shorten
 from next_core.sources.hf_model import INDEX
 from next_core.storage.json_lines import json_text
 from next_core.storage.manifest import MANIFEST
@@ -83,6 +84,12 @@ def facts_of(
     return facts
 
 
+def from_backbone(facts: Mapping[str, Any]) -> str:
+    """Return a sentence about the matrices that a run of whole models does not store."""
+    names = facts["from_backbone"]
+    return f"{len(names)} matrices as in the backbone, since the checkpoints do not store them: {shorten(names)}"
+
+
 def record_texts(facts: Mapping[str, Any], card: Path, library: str) -> dict[str, str]:
     """Return the text of the record and of the model card, by file name; ``card`` is the card to extend, if any."""
     return {RECORD: json.dumps(json.loads(json_text(dict(facts))), indent=1) + "\n", CARD: _card(facts, card, library)}
@@ -108,6 +115,8 @@ def _card(facts: Mapping[str, Any], card: Path, library: str) -> str:
         f"- applier `{facts['applier']}`; {facts['moved']} of {facts['parameters']} matrices moved, "
         f"{facts['moved_share']:.1%} of the weights that the run trains",
     ]
+    if facts.get("from_backbone"):
+        lines.append(f"- {from_backbone(facts)}")
     if facts.get("share_of_jump") is not None:
         lines.append(f"- rounding: {facts['rounding']}; {facts['share_of_jump']:.1%} of the jump is left after it")
     return "\n".join([text, "", *lines, ""])

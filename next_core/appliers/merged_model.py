@@ -65,7 +65,7 @@ class MergedModelApplier(FolderApplier):
         if files.renamed:
             raise CheckpointError(
                 f"{backbone} stores '{next(iter(files.renamed))}', a name of torch.compile's or another wrapper, which "
-                "transformers does not load; save the model without the wrapper",
+                "transformers does not load; save the model without the wrapper, or pass another --backbone",
                 kind="checkpoint-other-names",
             )
         plan = TensorPlan(source, files)
@@ -90,7 +90,7 @@ class MergedModelApplier(FolderApplier):
         writer = _ModelWriter(self, prediction, alpha, backbone)
         for file in ModelFiles(backbone).files:
             writer.write_shard(file, folder / file.path.name)
-        facts = facts_of(prediction, alpha, self, writer.loss)
+        facts = facts_of(prediction, alpha, self, writer.loss) | {"from_backbone": writer.plan.from_backbone}
         write_texts(folder, record_texts(facts, backbone / CARD, LIBRARY))
         return WrittenFolder(folder, facts, writer.loss.shares(), writer.digests)
 
@@ -122,7 +122,7 @@ class _ModelWriter:
         self._applier, self._prediction, self._alpha = applier, prediction, alpha
         self._backbone, self._done = ModelFiles(backbone), 0
         self._total = sum(len(file.shapes) for file in self._backbone.files)
-        self._plan = TensorPlan(prediction.source, self._backbone, prediction.step)
+        self.plan = TensorPlan(prediction.source, self._backbone, prediction.step)
 
     def write_shard(self, file: TensorFile, path: Path) -> None:
         """Write to ``path`` the tensors of ``file`` in their order."""
@@ -136,16 +136,16 @@ class _ModelWriter:
         self.digests[file.path.name] = writer.sha256 or ""
 
     def _blocks(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
-        if not self._plan.computes(key, dtype, shape):
-            return (block.to(dtype) for block in self._plan.copied(key, shape))
-        parts = self._plan.parts(key, shape).items()
+        if not self.plan.computes(key, dtype, shape):
+            return (block.to(dtype) for block in self.plan.copied(key, shape))
+        parts = self.plan.parts(key, shape).items()
         return itertools.chain.from_iterable(self._computed(name, dtype, size) for name, size in parts)
 
     def _computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         config, source, step = self._applier.config, self._prediction.source, self._prediction.step
         trained = None if source.stores_full_weights else source.position(name, step)
         moved = resolve(self._prediction, name, self._alpha)
-        if name in self._plan.transposed:  # the run's matrix is (out, in), the stored one (in, out)
+        if name in self.plan.transposed:  # the run's matrix is (out, in), the stored one (in, out)
             trained, moved = None if trained is None else trained.T, transposed(moved)
 
         def read(rows: slice) -> Tensor:

@@ -55,6 +55,13 @@ class TensorPlan:
         others = {} if built is None else built.tied
         self._tied = {name: one for name, one in others.items() if name in more and one in self._trained}
         self._tied |= source.tied
+        unstored = {name: shape for name, shape in backbone.shapes.items() if name in more - self._tied.keys()}
+        self.from_backbone = [
+            name
+            for name, shape in unstored.items()
+            if matrices_in(name, shape) and _is_wide_float(backbone.dtype(name))
+        ]
+        """Matrices of whole models that the run does not store: they are written as the backbone has them."""
 
     def name(self, key: str) -> str:
         """Return the run's name of a stored tensor: a tied head is the embedding."""

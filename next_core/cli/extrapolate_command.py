@@ -33,7 +33,8 @@ def extrapolate(
 ) -> None:
     """Extrapolate recorded checkpoints and write the predicted weights."""
     from next_core.appliers.alpha_sweep import apply_sweep, makes_folders
-    from next_core.appliers.folder_applier import FolderApplier
+    from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
+    from next_core.appliers.folder_contents import from_backbone
     from next_core.cycle.jump import jump_norm
     from next_core.plugins import make_applier
     from next_core.sources.precision import rounding_warnings
@@ -88,6 +89,9 @@ def extrapolate(
         "share_landed": {f"{scale:g}": getattr(applied, "share", None) for scale, applied in written.items()},
     }
     _show(facts, prediction.moved(), trouble(history), output)
+    records = [applied.record for applied in written.values() if isinstance(applied, WrittenFolder)]
+    if records and records[0].get("from_backbone"):
+        output.print(f"  {from_backbone(records[0])}")
     output.json(facts)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from next_core import Secant, backtest, open_run
 from tests.conftest import Outcome
@@ -107,8 +108,6 @@ def test_mixed_precisions_and_tied_heads_are_written_as_the_backbone_stores_them
     half.save_pretrained(run.base)
     command = ("extrapolate", "--checkpoints", run.path, "--backbone", run.base, "--horizon", 10)
     assert cli(*command, "--out", tmp_path / "out").code == 0
-    from safetensors.torch import load_file
-
     found, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.base))
     moved, newest = run.at(30), run.at(20)
     assert found.keys() == stored.keys()
@@ -116,3 +115,16 @@ def test_mixed_precisions_and_tied_heads_are_written_as_the_backbone_stores_them
         assert value.dtype == stored[name].dtype
         exact = moved[name] if value.dim() == 2 else newest[name]
         torch.testing.assert_close(value, exact.to(value.dtype), atol=1e-5 if value.itemsize == 4 else 4e-3, rtol=0)
+
+
+def test_matrices_that_the_checkpoints_do_not_store_are_named(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    run, name = straight_run(tmp_path, model()), "model.layers.0.mlp.up_proj.weight"
+    for step in (10, 20):
+        file = run.path / f"checkpoint-{step}" / "model.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
+    command = ("extrapolate", "--checkpoints", run.path, "--backbone", run.base, "--horizon", 10)
+    found = cli(*command, "--out", tmp_path / "out")
+    assert f"1 matrices as in the backbone, since the checkpoints do not store them: {name}" in found.out
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written[name], run.began[name])
+    assert name in (tmp_path / "out" / "README.md").read_text()

@@ -114,7 +114,6 @@ def test_an_installed_distribution_adds_its_predictor_by_name_and_an_unknown_nam
             "ZeroDivisionError",
         ),
         (HOOK + "    register(dict)", "<class 'dict'>"),
-        (HOOK + "    register(5)", "TrajectoryPredictor"),
         (HOOK + "    register('their_module:Mine')", "'their_module:Mine'"),
         (HOOK.replace("(register)", "(registry)") + "    pass", "PluginValidationError"),
         (HOOK.replace("_predictors(", "_predictor(") + "    pass", "'register_predictor'"),
@@ -264,11 +263,6 @@ def test_an_unknown_field_is_a_config_error_whatever_it_is_called(field: str) ->
         registry.make("predictor", "greedy", **{field: 1})
 
 
-def test_a_wrong_value_is_named_with_what_was_given() -> None:
-    with raises_kind("config-invalid-value", "predictor 'secant'.window", "(got 0)"):
-        plugins.make_predictor("secant", window=0)
-
-
 def test_plugins_are_listed_for_people_and_as_json_with_broken_ones_among_them(
     install: Callable[..., None], load: Callable[[], Registry], cli: Callable[..., Any]
 ) -> None:
@@ -289,13 +283,6 @@ def test_plugins_are_listed_for_people_and_as_json_with_broken_ones_among_them(
     assert "[bold]" in shown.out
 
 
-def test_every_registered_plugin_that_comes_with_next_core_loads(load: Callable[[], Registry]) -> None:
-    registry = load()
-    for entry in registry.entries():
-        assert entry.error is None, entry
-        assert entry.load().name == entry.name
-
-
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of the user's own, with predictors that nobody registered."""
@@ -313,7 +300,6 @@ def test_a_class_is_named_by_its_module_too(mine: ModuleType, reference: str) ->
 @pytest.mark.parametrize(
     ("reference", "kind", "reason"),
     [
-        ("mine:Greed", "plugin-broken", "Greed"),
         ("not_there:Greedy", "plugin-broken", "PYTHONPATH"),
         ("mine:", "plugin-broken", "module:attribute"),
         ("json:JSONDecoder", "plugin-invalid", "TrajectoryPredictor"),
@@ -326,20 +312,16 @@ def test_a_reference_to_no_predictor_is_refused(mine: ModuleType, reference: str
 
 @pytest.mark.parametrize(
     "given",
-    [{"name": "mine:Greedy", "window": 4}, Greedy(GreedyConfig(window=4))],
-    ids=["mapping", "instance"],
+    [{"name": "mine:Greedy", "window": 4}, Greedy(GreedyConfig(window=4)), Greedy, "mine:Greedy"],
+    ids=["mapping", "instance", "class", "name"],
 )
 def test_a_predictor_is_made_anew_each_time_with_its_settings(mine: ModuleType, given: Any) -> None:
+    wanted = GreedyConfig() if given in (Greedy, "mine:Greedy") else GreedyConfig(window=4)
     one, other = (make := resolve_predictor(given))(), make()
     assert one is not other
     assert one is not given
     assert isinstance(one, Greedy)
-    assert one.config == other.config == GreedyConfig(window=4)
-
-
-def test_a_class_or_a_name_has_its_default_settings(mine: ModuleType) -> None:
-    for given in (Greedy, "mine:Greedy"):
-        assert resolve_predictor(given)().config == GreedyConfig()
+    assert one.config == other.config == wanted
 
 
 def test_a_fit_of_a_given_instance_does_not_reach_the_next_copy(lora_run: Any) -> None:
@@ -372,8 +354,3 @@ def test_an_instance_that_cannot_be_copied_is_refused() -> None:
     given.lock = threading.Lock()  # type: ignore[attr-defined]
     with raises_kind("plugin-invalid", "TypeError"):
         resolve_predictor(given)
-
-
-def test_wrong_settings_are_refused_at_once() -> None:
-    with raises_kind("config-unknown-key", "predictor 'secant'.windw"):
-        resolve_predictor({"name": "secant", "windw": 4})

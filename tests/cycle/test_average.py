@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +77,6 @@ def test_a_run_that_still_climbs_is_left_where_it_is() -> None:
     assert climbing.loss == plain.loss
 
 
-def test_without_a_measure_nothing_moves() -> None:
-    blind = Descent(lr=1.999, accuracy=lambda loss: None)  # type: ignore[arg-type, return-value]
-    [record] = [r for r in descend(blind).records if r["event"] == "average"]
-    assert (record["accepted"], record["tried"]) == (False, {})
-
-
 def test_a_last_step_without_a_checkpoint_gets_one() -> None:
     backend = Descent(lr=1.999)
     [record] = [r for r in descend(backend, every=3, observe=9, average=6).records if r["event"] == "average"]
@@ -121,14 +114,6 @@ def test_a_mean_has_to_be_better_than_what_a_jump_after_the_last_step_reached() 
     PredictExtendCycle(backend, lambda: make_predictor("secant", window=1), schedule, Guards(), 20, journal).run()
     record = journal.records[-1]
     assert (record["accuracy_before"], record["accepted"]) == (0.8, False)
-
-
-def test_the_reason_tells_a_blind_run_from_one_that_found_nothing_better() -> None:
-    blind, climbing = Descent(accuracy=lambda loss: None), Descent(lr=0.001)  # type: ignore[arg-type, return-value]
-    swinging = Descent(lr=1.999)
-    reasons = [descend(backend).records[-1]["reason"] for backend in (blind, climbing, swinging)]
-    assert len(set(reasons)) == 3
-    assert re.search(r"\b[248]\b", reasons[2])
 
 
 @pytest.mark.parametrize("fails", [1, 2, 4])

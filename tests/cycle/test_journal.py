@@ -38,12 +38,6 @@ def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert [record["event"] for record in journal.records] == ["start", "jump"]
 
 
-def test_without_a_path_records_are_kept_in_memory() -> None:
-    journal = Journal()
-    journal.append("jump", 50, accepted=True, reason="fine")
-    assert [record["step"] for record in journal.jumps()] == [50]
-
-
 TORN = [b'{"event": "ju', b'{"event": "jump"}', b"null", bytes(3), b"\xff", json_line(resume(2))[:-1]]
 
 
@@ -57,8 +51,6 @@ def test_a_torn_last_line_is_dropped_and_the_journal_gone_on_with(tmp_path: Path
 
 
 WITHOUT_CHECKSUM = b'{"event": "resume", "step": 2}'
-
-
 WRONG_RECORDS = ({"event": "jump"}, {"step": 5}, {"event": 5, "step": 5}, {"event": "verify", "step": 5}, resume("x"))
 
 
@@ -70,22 +62,8 @@ def test_damage_in_a_whole_line_names_the_line(tmp_path: Path, bad: bytes, more:
         Journal(path)
 
 
-def test_a_changed_bit_in_any_byte_of_a_line_is_noticed(tmp_path: Path) -> None:
-    first, line = json_line(resume(1)), json_line(jump(50))
-    for at in range(len(line) - 1):  # without its end it is an incomplete one
-        changed = bytearray(line)
-        changed[at] ^= 1 << at % 8
-        path = write(tmp_path / "journal.jsonl", first, bytes(changed))
-        with raises_kind("checkpoint-journal-damaged", "line 2"):
-            read_journal(path)
-
-
-def test_an_empty_journal_has_no_records(tmp_path: Path) -> None:
-    (tmp_path / "journal.jsonl").write_text("")
-    assert read_journal(tmp_path / "journal.jsonl") == []
-
-
-def test_a_journal_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_an_empty_journal_has_no_records_and_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert read_journal(write(tmp_path / "journal.jsonl")) == []
     with raises_kind("checkpoint-journal-damaged", tmp_path):
         read_journal(tmp_path)
 
@@ -96,10 +74,12 @@ def test_jumps_after_the_step_a_run_was_resumed_at_do_not_count() -> None:
 
 
 def test_a_jump_that_was_verified_has_the_final_verdict() -> None:
-    found = valid_jumps([jump(50), jump(60), verify(70, 50, accepted=False)])
+    records = [jump(50), jump(60), verify(70, 50, accepted=False)]
+    found = valid_jumps(records)
     assert [j["accepted"] for j in found] == [False, True]
     assert found[0]["reason"] == "recovered or not"
     assert found[0]["accuracy_recovered"] == 0.5
+    assert records[0]["accepted"]  # the records themselves stay as they were written
 
 
 def test_a_verdict_from_after_the_step_a_run_was_resumed_at_does_not_count() -> None:
@@ -110,9 +90,3 @@ def test_a_verdict_from_after_the_step_a_run_was_resumed_at_does_not_count() -> 
 def test_a_verdict_is_of_the_jump_of_its_own_time() -> None:
     records = [jump(50), resume(40), jump(50), verify(60, 50, accepted=False)]
     assert [j["accepted"] for j in valid_jumps(records)] == [False]
-
-
-def test_reading_the_jumps_changes_no_record() -> None:
-    records = [jump(50), verify(60, 50, accepted=False)]
-    valid_jumps(records)
-    assert records[0]["accepted"]

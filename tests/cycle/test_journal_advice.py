@@ -32,13 +32,6 @@ def test_advice_is_made_of_the_checkpoints_and_the_jumps_and_journalled(backend:
     assert journal.records[1:] == [{"event": "advice", "step": 5, "text": text}]
 
 
-def test_without_anything_to_say_nothing_is_journalled(backend: Descent) -> None:
-    journal = Journal()
-    assert journal_advice(lambda source, jumps: None, backend, journal, 5) is None
-    assert journal_advice(None, backend, journal, 5) is None
-    assert journal.records == []
-
-
 def test_advice_that_fails_is_journalled_and_does_not_fail_the_run(backend: Descent) -> None:
     def advise(source: CheckpointSource, jumps: Sequence[Mapping[str, Any]]) -> str:
         raise ZeroDivisionError

@@ -15,19 +15,6 @@ from next_core.run_config import Schedule
 from tests.errors import raises_kind
 
 
-def test_the_defaults_are_those_of_the_documentation() -> None:
-    assert Schedule().model_dump() == {
-        "observe": 50,
-        "every": 5,
-        "horizon": 10,
-        "alpha": 1.0,
-        "jump_every": None,
-        "jumps": None,
-        "settle": 0,
-        "average": None,
-    }
-
-
 def test_many_small_jumps_are_the_same_data() -> None:
     schedule = Schedule(observe=50, every=5, horizon=10, jump_every=10, settle=10)
     assert schedule.attempt_steps(100) == [50, 60, 70, 80, 90]

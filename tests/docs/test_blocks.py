@@ -46,13 +46,6 @@ def test_what_is_not_run_is_little_and_has_a_reason() -> None:
         assert len(block.mark[1].split()) >= 2, block
 
 
-def test_every_block_that_is_not_marked_is_one_that_a_test_here_runs() -> None:
-    by_page = [b for language in ("python", "bash") for page in pages_with(language) for b in blocks(page)]
-    run = {str(block) for block in by_page if block.language in ("python", "bash")}
-    run |= {str(block) for language in ("yaml", "toml") for block in of(language)}
-    assert {str(block) for block in ALL if block.is_run} <= run
-
-
 class Trainer:
     """Stands for the trainer a reader has: it is made with the callback, and trains nothing."""
 

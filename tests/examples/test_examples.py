@@ -14,11 +14,6 @@ from next_core.storage.yaml_files import parse_yaml
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_example_config_is_valid(path: Path) -> None:
-    load_config(path)
-
-
 def test_the_openrlhf_example_is_the_quickstart_with_another_backend() -> None:
     ours, quickstart = (load_config(EXAMPLES / name) for name in ("openrlhf.yaml", "quickstart.yaml"))
     assert (ours.backend.name, quickstart.backend.name) == ("openrlhf", "trl")

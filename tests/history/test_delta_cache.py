@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from next_core.history.delta_cache import DeltaCache, default_folder
+from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
 from next_core.sources.memory import MemorySource
 from tests.history.test_history import STEPS, Counting, full_run, lora_run
@@ -120,13 +120,6 @@ def test_the_least_recently_used_are_dropped_above_the_limit(cache: DeltaCache) 
     assert files[0] in kept
     assert files[1] not in kept
     assert sum(path.stat().st_size for path in kept) <= small.limit
-
-
-def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/next-core")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == Path.home() / ".cache" / "next-core"
 
 
 def test_other_peoples_files_are_never_touched(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from next_core.compressors.exact import ExactCompressor
 from next_core.errors import ConfigError
@@ -81,11 +80,3 @@ def test_a_missing_ray_is_named_with_the_command_that_installs_it(monkeypatch: p
     monkeypatch.setitem(sys.modules, "ray", None)
     with raises_kind("config-missing-package", "pip install next-core[ray]"):
         list(RAY.map(where, ["a"]))
-
-
-def test_a_config_names_an_executor_with_or_without_settings() -> None:
-    assert Executor.model_validate("ray").name == "ray"
-    assert Executor.model_validate({"name": "local", "workers": 3}).workers == 3
-    for wrong in ("dask", {"name": "local", "workers": 0}, {"name": "local", "address": "auto"}, {"nodes": 2}):
-        with pytest.raises(ValidationError):
-            Executor.model_validate(wrong)

@@ -73,17 +73,3 @@ def test_agreement_is_the_share_of_a_motion_that_the_next_one_repeats() -> None:
     slow = torch.stack([1e-3 * steps, steps])
     assert agreement(slow @ slow.mT, slice(0, 2), slice(2, 4)).tolist() == pytest.approx([0.4, 0.4])
     assert math.isnan(float(agreement(torch.zeros(2, 2), slice(0, 1), slice(1, 2))))
-
-
-def test_each_checkpoint_is_read_once() -> None:
-    read: list[tuple[str, int]] = []
-
-    class Counting(MemorySource):
-        def factors(self, name: str, step: int) -> LoraFactors | None:
-            read.append((name, step))
-            return super().factors(name, step)
-
-    history = History(Counting(curved_lora_run()._checkpoints))
-    read.clear()
-    motion_grams(history, (10, 30, 50, 70))
-    assert sorted(read) == [(name, point) for name in "ab" for point in (10, 30, 50, 70)]

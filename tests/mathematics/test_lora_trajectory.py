@@ -102,22 +102,16 @@ def test_a_zero_delta_has_no_direction() -> None:
     assert not found.V[[0, 2]].any()
 
 
-def test_deltas_count_from_the_adapter_that_rl_began_with() -> None:
+@pytest.mark.parametrize("began", [True, False])
+def test_deltas_and_inner_products_count_from_the_adapter_that_rl_began_with(began: bool) -> None:
     factors = factors_of(40, 30, 4)
-    start = LoraFactors(factors[10].A + 0.1, factors[10].B - 0.2, 2.0)
+    start = LoraFactors(factors[10].A + 0.1, factors[10].B - 0.2, 2.0) if began else None
     trajectory = LoraTrajectory(factors, start)
     found = trajectory.triplets(SPANS, 1)
     for row, span in enumerate(SPANS):
         assert_same(found, row, exact(factors, span, 1, start), rtol=1e-9)
     torch.testing.assert_close(
         trajectory.gram(SPANS), gram([trajectory.delta(*span) for span in SPANS]), rtol=1e-9, atol=1e-12
-    )
-
-
-def test_inner_products_are_those_of_the_deltas() -> None:
-    trajectory = LoraTrajectory(factors_of(40, 30, 4))
-    torch.testing.assert_close(
-        trajectory.gram(SPANS), gram([trajectory.delta(*span) for span in SPANS]), rtol=1e-10, atol=1e-12
     )
 
 

@@ -95,19 +95,11 @@ def test_the_triplets_are_those_of_the_dense_matrix(a: LowRank, k: int) -> None:
         (dense.mT @ found.U, found.V * found.S[..., None, :]),
     ):
         assert ((product - wanted).norm(dim=-2) <= 1e-6 * scale).all()
-    alive = (found.S > 0).double()
-    for vectors in (found.U, found.V):
-        assert torch.allclose(vectors.mT @ vectors, torch.diag_embed(alive), rtol=0, atol=1e-6)
-
-
-@properties
-@given(any_matrix, st.integers(1, 14))
-def test_columns_without_a_singular_value_are_exactly_zero(a: LowRank, k: int) -> None:
-    found = truncated_svd(a, k)
     gone = found.S == 0
     assert int((~gone).sum(-1).max()) <= a.rank
-    assert not (found.U * gone[..., None, :]).any()
-    assert not (found.V * gone[..., None, :]).any()
+    for vectors in (found.U, found.V):
+        assert torch.allclose(vectors.mT @ vectors, torch.diag_embed((~gone).double()), rtol=0, atol=1e-6)
+        assert not (vectors * gone[..., None, :]).any()
 
 
 @properties
@@ -179,7 +171,7 @@ def test_a_spread_spectrum_is_found_to_its_end(decades: int) -> None:
     torch.testing.assert_close(found.S, sigma, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("decades", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("decades", [2, 4, 8, 12])
 def test_ill_conditioned_factors_lose_nothing(decades: int) -> None:
     mix = orthonormal(3, 16, 16) * torch.logspace(0, -decades, 16, dtype=torch.float64) @ orthonormal(4, 16, 16)
     a = with_spectrum(torch.logspace(0, -1, 16, dtype=torch.float64), 200, 150)

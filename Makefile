@@ -52,8 +52,8 @@ openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside 
 test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real OpenRLHF on the CPU (minutes)
 	$(call proof,$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf)
 
-fuzz: $(STAMP)  ## Read a hundred thousand damaged files, and write every layout with every predictor (minutes on one core)
-	$(call proof,$(BIN)/python -m tests.fuzz && $(BIN)/python -m tests.appliers.matrix --check)
+fuzz: $(STAMP)  ## Read 100,000 damaged files, extrapolate 500 random adapters, write every layout with every predictor (minutes)
+	$(call proof,$(BIN)/python -m tests.fuzz && $(BIN)/python -m tests.fuzz.adapters && $(BIN)/python -m tests.appliers.matrix --check)
 
 bench-speed: $(STAMP)  ## Measure every stage of docs/benchmarks/speed.md and write its table (a quarter of an hour, 15 GB of scratch)
 	$(BIN)/python -m benchmarks.speed all

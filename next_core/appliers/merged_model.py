@@ -28,7 +28,10 @@ from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
 
 LIBRARY = "transformers"
-NOT_MERGEABLE = {"alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)"}
+NOT_MERGEABLE = {
+    "alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)",
+    "layer_replication": "repeats layers of the backbone",
+}
 """Fields of an adapter's config that say that its B A cannot simply be added to the weights."""
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Models made of transformers' ``Conv1D``, as long as transformers cannot say so."""

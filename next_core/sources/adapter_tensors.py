@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
+from next_core.sources.adapter_config import AdapterConfig
+from next_core.sources.hf_model import PARALLEL, WRAPPERS
 from next_core.sources.tensor_files import Place, TensorFile
 from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.types import LoraFactors, Parameter
@@ -23,27 +25,9 @@ from next_core.types import LoraFactors, Parameter
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
 """PEFT nests the adapters of several parameters of one module: each inner one has this once more in its name."""
-WRAPPERS = re.compile(r"(?:^module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, DDP, FSDP and activation checkpointing put into names."""
 ADAPTER_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB]|trainable_tokens_delta)\.(?!(?:weight|bias)$)[^.]+")
 SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
-
-
-class Declared(Protocol):
-    """What ``adapter_config.json`` says about a module or parameter."""
-
-    path: Path
-
-    @property
-    def target_parameters(self) -> Sequence[str]:
-        """The parameters, most often fused experts, that have factors of their own."""
-
-    def rank(self, target: str) -> float:
-        """Return its rank."""
-
-    def scaling(self, target: str, rank: int) -> float:
-        """Return the factor on B A."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +114,11 @@ class PlainFile(TensorFile):
     def __init__(self, file: TensorFile) -> None:
         super().__init__(file.path)
         self._file = file
-        bare = not any(WRAPPERS.sub("", key).startswith("base_model.") for key in file.shapes)
+        plain = {key: WRAPPERS.sub("", key).removeprefix(PARALLEL) for key in file.shapes}
+        bare = not any(name.startswith("base_model.") for name in plain.values())
         self._stored: dict[str, str] = {}
-        for key in file.shapes:
-            name = (PREFIX if bare else "") + WRAPPERS.sub("", key)
+        for key, name in plain.items():
+            name = (PREFIX if bare else "") + name
             name = SAVED_MODULE.sub(".", ADAPTER_NAME.sub(r".\1", name))
             if name in self._stored:
                 raise _unsupported(
@@ -158,7 +143,7 @@ class PlainFile(TensorFile):
         return self._file.unchanged()
 
 
-def read_modules(file: TensorFile, config: Declared) -> tuple[dict[str, AdapterModule], dict[str, str]]:
+def read_modules(file: TensorFile, config: AdapterConfig) -> tuple[dict[str, AdapterModule], dict[str, str]]:
     """Return the modules of an adapter by name, and its other tensors with the reason why these are carried along.
 
     Raises ``CheckpointError`` for factors that do not fit each other or the config, for tensors of a LoRA variant whose
@@ -190,7 +175,7 @@ def read_modules(file: TensorFile, config: Declared) -> tuple[dict[str, AdapterM
 
 
 def _module(
-    file: TensorFile, config: Declared, name: str, keys: Mapping[str, str], fused: tuple[str, int] | None
+    file: TensorFile, config: AdapterConfig, name: str, keys: Mapping[str, str], fused: tuple[str, int] | None
 ) -> AdapterModule:
     shapes = {side: file.shapes[key] for side, key in keys.items()}
     if "embedding_A" in shapes:
@@ -218,7 +203,7 @@ def _module(
 
 
 def _expert_targets(
-    file: TensorFile, sides: Mapping[str, Mapping[str, str]], config: Declared
+    file: TensorFile, sides: Mapping[str, Mapping[str, str]], config: AdapterConfig
 ) -> dict[str, tuple[str, int]]:
     """Return the target of each module that holds fused experts (``layers.0.mlp.experts.down_proj``), and their number.
 
@@ -243,7 +228,7 @@ def _expert_targets(
             )
         for name, target in zip(names, targets, strict=True):
             rank, declared = file.shapes[sides[name]["A"]][0], config.rank(f"{layer}.{target}")
-            if rank % declared:
+            if declared <= 0 or rank % declared:
                 raise other_model(
                     f"{file.path}: '{name}' has rank {rank}, no multiple of the {declared:g} that {config.path.name} "
                     f"says of an expert of '{target}'; config and weights are of different runs"

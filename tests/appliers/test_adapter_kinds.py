@@ -118,7 +118,7 @@ def test_convolutions_and_names_that_end_alike_keep_their_own_ranks(tmp_path: Pa
 def test_random_configs_are_exact_or_refused(models: Path) -> None:
     outcomes = fuzz(models, range(20))
     assert outcomes["exact"] > outcomes.total() / 2
-    assert sum(1 for outcome in outcomes if outcome.startswith(("checkpoint-", "config-"))) <= 3
+    assert set(outcomes) <= {"exact", "checkpoint-unsupported-adapter", "PEFT: ValueError"}
 
 
 def test_a_seed_determines_a_draw_and_draws_differ() -> None:

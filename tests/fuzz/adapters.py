@@ -137,6 +137,7 @@ def write_run(case: Draw, base: nn.Module, folder: Path) -> None:
     model: Any = get_peft_model(
         copy.deepcopy(base), LoraConfig(**lora, task_type="CAUSAL_LM"), adapter_name=case.adapter
     )
+    model.create_or_update_model_card = lambda folder: None  # a fifth of the time
     shared: dict[int, Tensor] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -187,14 +188,20 @@ def logits(model: Any) -> Tensor:
 
 
 def check(case: Draw, folder: Path) -> dict[str, str]:
-    """Return for each space and applier ``exact``, or the kind of the refusal. Raises ``AssertionError`` for others."""
+    """Return for each space and applier ``exact``, or the kind of the refusal. Raises ``AssertionError`` for others.
+
+    A config that PEFT does not accept has one outcome, which says so.
+    """
     import peft
     from transformers import AutoModelForCausalLM
 
     base = base_model(case.model, folder)
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    write_run(case, base, run)
+    try:
+        write_run(case, base, run)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return {"config": f"PEFT: {type(error).__name__}"}
     found = {}
     for space in SPACES:
         expected: Tensor | None = None
@@ -222,32 +229,20 @@ def check(case: Draw, folder: Path) -> dict[str, str]:
 
 def fuzz(folder: Path, seeds: range) -> Counter[str]:
     """Check a case for each seed. Return how often each outcome came up, configs that PEFT refuses included."""
-    outcomes: Counter[str] = Counter()
-    for seed in seeds:
-        case = draw(seed)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                outcomes.update(check(case, folder).values())
-        except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
-            if "peft" not in str(error.__traceback__ and _last_file(error)):
-                raise
-            outcomes["refused by peft"] += 1
-    return outcomes
-
-
-def _last_file(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else trace.tb_frame.f_code.co_filename
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Counter(outcome for seed in seeds for outcome in check(draw(seed), folder).values())
 
 
 def main() -> int:
+    from transformers.utils import logging
+
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.adapters", description=__doc__)
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     given = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = fuzz(Path(folder), range(given.seed, given.seed + given.cases))
     print(json.dumps(outcomes))

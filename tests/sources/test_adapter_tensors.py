@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from next_core import make_applier, open_checkpoints
 from next_core.interfaces import Prediction
-from next_core.sources.adapter_files import IRRELEVANT, MEANINGFUL, VARIANTS, AdapterFiles
+from next_core.sources.adapter_config import IRRELEVANT, MEANINGFUL, VARIANTS
+from next_core.sources.adapter_files import AdapterFiles
 from tests.errors import raises_kind
 from tests.sources.models import MODULE, adapter, adapter_tensors
 

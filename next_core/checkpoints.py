@@ -10,7 +10,7 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError, PluginError
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
-from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, step_folder
+from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
 from next_core.storage.checkpoint_errors import not_found
 
 DEEPEST = 3
@@ -90,9 +90,13 @@ def _why_nothing_fits(folder: Path, folders: Sequence[Path], layouts: Mapping[st
     known = ", ".join(layouts)
     if folders:
         return f"none of the {len(folders)} folders contains an adapter or a model of a known layout ({known})"
-    nearby = (other for other in (folder / "checkpoints", folder.parent) if other.is_dir())
-    better = next((other for other in nearby if any(_detects(source, other) for source in layouts.values())), None)
-    hint = _below(folder) if better is None else f"; did you mean {better}?"
+    fitting = [
+        f"; did you mean {other}?"
+        for other in (folder / "checkpoints", folder.parent)
+        if other.is_dir() and any(_detects(source, other) for source in layouts.values())
+    ]
+    below = _below(folder)
+    hint = next(filter(None, (*fitting, below) if has_any(folder) else (below, *fitting)), "")
     return (
         f"{folder} holds no checkpoints of a known layout ({known}); expected folders such as "
         f"checkpoint-10/adapter_model.safetensors{hint}"

@@ -200,7 +200,7 @@ def check(case: Draw, folder: Path) -> dict[str, str]:
     shutil.rmtree(run, ignore_errors=True)
     try:
         write_run(case, base, run)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         return {"config": f"PEFT: {type(error).__name__}"}
     found = {}
     for space in SPACES:

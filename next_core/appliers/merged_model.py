@@ -23,6 +23,7 @@ from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import BASE_LAYER, PREFIX, is_expert
 from next_core.sources.architecture import MODEL_CONFIG, architecture_of
+from next_core.sources.backbone import refuse_quantized, require
 from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
 from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
@@ -64,7 +65,7 @@ class MergedModelApplier(FolderApplier):
         target = checked_target(source, out, backbone, dry_run=dry_run)
         _refuse_pickles(backbone)
         files = ModelFiles(backbone)
-        files.refuse_quantized()
+        refuse_quantized(files)
         if files.renamed:
             raise CheckpointError(
                 f"{backbone} stores '{next(iter(files.renamed))}', a name of torch.compile's or another wrapper, which "
@@ -73,7 +74,7 @@ class MergedModelApplier(FolderApplier):
             )
         plan = TensorPlan(source, files)
         _refuse_unmergeable(source, files)
-        files.require({parameter.name: parameter.shape for parameter in source.parameters})
+        require(files, {parameter.name: parameter.shape for parameter in source.parameters})
         plan.check(files)
         return target
 

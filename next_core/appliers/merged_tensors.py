@@ -20,6 +20,7 @@ from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.architecture import architecture_of
+from next_core.sources.backbone import use_names
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.matrices import matrices_in, stored_name
 
@@ -49,18 +50,14 @@ class TensorPlan:
             self._shapes |= {name: (n, m) for name in self.transposed for m, n in [self._shapes[name]]}
         for head, embedding in source.tied.items():
             backbone.tie(head, embedding)
-        backbone.rename(self._trained)
+        use_names(backbone, self._trained)
         more = set(backbone.shapes) - self._trained if source.stores_full_weights else set()
         built = architecture_of(backbone.folder) if more else None
         others = {} if built is None else built.tied
         self._tied = {name: one for name, one in others.items() if name in more and one in self._trained}
         self._tied |= source.tied
-        unstored = {name: shape for name, shape in backbone.shapes.items() if name in more - self._tied.keys()}
-        self.from_backbone = [
-            name
-            for name, shape in unstored.items()
-            if matrices_in(name, shape) and _is_wide_float(backbone.dtype(name))
-        ]
+        matrices = (name for name in sorted(more - self._tied.keys()) if matrices_in(name, backbone.shapes[name]))
+        self.from_backbone = [name for name in matrices if _is_wide_float(backbone.dtype(name))]
         """Matrices of whole models that the run does not store: they are written as the backbone has them."""
 
     def name(self, key: str) -> str:

@@ -18,6 +18,7 @@ from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_files import AdapterFiles
 from next_core.sources.adapter_tensors import AdapterModule, is_expert, shift_keys
+from next_core.sources.backbone import require, sign_of_codes
 from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource
 from next_core.sources.hf_model import ModelFiles
@@ -92,11 +93,12 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
             return
         if self._first is None and self.config.backbone is not None:
             backbone = ModelFiles(self.config.backbone, self.config.allow_pickle)
-            if not backbone.quantized():  # whose matrices are stored in other shapes; no base weight is read here
+            # Codes have other shapes than the weights, which are not read here.
+            if sign_of_codes(backbone) is None:
                 shapes = {p.name: p.shape for p in first.parameters if not is_expert(p.name)}  # stored in too many ways
                 # A tied head may be stored as the embedding alone.
                 tied = {name for name in shapes if name.endswith(HEADS) and backbone.declares_tie()}
-                backbone.require({name: shape for name, shape in shapes.items() if name not in tied})
+                require(backbone, {name: shape for name, shape in shapes.items() if name not in tied})
         ours = {p.name: (*p.shape, p.rank or 0) for p in first.parameters}
         for adapter in checkpoints.values():
             theirs = {p.name: (*p.shape, p.rank or 0) for p in adapter.parameters}

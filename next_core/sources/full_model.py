@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from next_core.errors import CheckpointError
+from next_core.sources.backbone import refuse_quantized, require, use_names
 from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource
 from next_core.sources.hf_model import ModelFiles
@@ -48,9 +49,9 @@ class FullModelSource(FolderSource[ModelFiles]):
         models = list(checkpoints.values())
         everything = models if self._backbone is None else [self._backbone, *models]
         for model in everything:
-            model.refuse_quantized()
+            refuse_quantized(model)
         if models and self._backbone is not None:
-            self._backbone.rename(models[0].shapes)
+            use_names(self._backbone, models[0].shapes)
         tied = tied_names(everything) if models else None
         if tied is not None:
             for model in everything:
@@ -59,7 +60,7 @@ class FullModelSource(FolderSource[ModelFiles]):
         for model in models[1:]:
             check_same_shapes(models[0].shapes, model.shapes, model.folder, f"step {next(iter(checkpoints))}")
         if models and self._backbone is not None:
-            self._backbone.require(models[0].matrices)
+            require(self._backbone, models[0].matrices)
         if models:
             self._skipped = {name: reason for name in models[-1].shapes if (reason := _why_skipped(models[-1], name))}
             matrices = sorted(models[-1].matrices.items())

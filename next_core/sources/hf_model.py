@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError
-from next_core.sources.architecture import MODEL_CONFIG, Architecture, architecture_of
+from next_core.sources.architecture import MODEL_CONFIG
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
-from next_core.sources.matrices import matrices_in, other_vocabulary, place_in_stack, stored_name
+from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.pickles import open_tensors
 from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, read_json
-from next_core.storage.checkpoint_errors import damaged, not_found, other_model, unsafe_path
+from next_core.storage.checkpoint_errors import damaged, not_found, unsafe_path
 from next_core.storage.reading import LARGE, Stamp, stamp
 
 SINGLE, INDEX = MODEL_FILES
@@ -29,8 +29,6 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 PARALLEL = "module."
 """What DistributedDataParallel adds, in front of every name."""
 PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.|\.modules_to_save\.")
-QUANTIZED = re.compile(r"(_scale_inv|weight\.?_scales?|weight_packed|qweight|absmax|SCB|W_q|\.codes|proj_blocks)$")
-"""Names of what stands next to, or instead of, the numbers of a quantised matrix."""
 
 
 class ModelFiles:
@@ -57,7 +55,6 @@ class ModelFiles:
         if present[0] in (INDEX, PICKLE_INDEX):
             self._index = folder / present[0], stamp(folder / present[0])
             shard_of = _read_index(folder / present[0])
-        self.renamed: dict[str, str] = {}
         self.files: list[TensorFile] = [
             replacement(open_tensors(folder / name, allow_pickle))
             for name in sorted(set(shard_of.values())) or present[:1]
@@ -82,6 +79,7 @@ class ModelFiles:
         if len(set(plain.values())) < len(plain):
             raise damaged(self.folder, "stores a parameter twice, with and without the name of a wrapper")
         self.renamed = {key: name for key, name in plain.items() if key != name}
+        """Names in the files that are not those used here."""
         self._where = {name: self._where[key] for key, name in plain.items()}
 
     def _follow_index(self, shard_of: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
@@ -148,80 +146,11 @@ class ModelFiles:
             self.shapes.pop(head, None)
             self.shapes[embedding] = one[0].shapes[one[1]]
 
-    def rename(self, names: Iterable[str]) -> None:
-        """Use the run's ``names`` for the tensors stored here that transformers loads under the same ones."""
-        missing = {stored_name(name) for name in names} - self.shapes.keys()
-        built = architecture_of(self.folder) if missing else None
-        if built is None:
-            return
-        wanted = {built.in_memory(name): name for name in missing}
-        for key in list(self.shapes):
-            found, alone = built.in_memory(key)
-            name = wanted.get((found, True)) if alone else None
-            if name is not None:
-                self.renamed[self._where[key][1]] = name
-                self._where[name] = self._where[key]
-                self.shapes[name] = self.shapes.pop(key)
-
-    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ``CheckpointError`` if a matrix of the run is missing in this backbone or has another shape."""
-        self.rename(shapes)
-        matrices = self.matrices
-        built = architecture_of(self.folder) if any(matrices.get(name) != shapes[name] for name in shapes) else None
-        for name, shape in shapes.items():
-            here = matrices.get(name)
-            stored = tuple(reversed(shape)) if built is not None and built.is_transposed(name) else tuple(shape)
-            if here is None or here != stored:
-                raise self._other(name, here, stored, built)
-
-    def _other(
-        self, name: str, here: tuple[int, ...] | None, shape: tuple[int, ...], built: Architecture | None
-    ) -> CheckpointError:
-        if here is not None and other_vocabulary(name, here, shape):
-            return CheckpointError(
-                f"backbone {self.folder}: '{name}' has {here[0]} rows and {shape[0]} in the run, so the vocabulary was "
-                f"resized after it was saved; load it, call resize_token_embeddings({shape[0]}) and save it, or "
-                "omit --backbone where the checkpoints are whole models",
-                kind="checkpoint-other-vocabulary",
-            )
-        found = None if built is None else built.in_memory(stored_name(name))[0]
-        if here is None and built is not None and found in {built.in_memory(key)[0] for key in self.shapes}:
-            plain = ", save_original_format=False" if stored_name(name) in built.names else ""
-            return CheckpointError(
-                f"backbone {self.folder} is the model of this run under other names: it stores '{name}' in pieces or "
-                f"with others; load it with transformers and save it by save_pretrained(FOLDER{plain}), or omit "
-                "--backbone where the checkpoints are whole models",
-                kind="checkpoint-other-names",
-            )
-        problem = f"has no '{name}'" if here is None else f"'{name}' is {here}, not {shape}"
-        unknown = "" if built is not None else ", or stores it under names that cannot be compared without transformers"
-        return other_model(f"backbone {self.folder}: {problem}; it is not the model of this run{unknown}")
-
-    def quantized(self) -> str | None:
-        """Return the name of a tensor that shows that what is stored are codes of the weights; None if none does."""
-        coded = "quantization_config" in self.config()
-        for name, shape in self.shapes.items():
-            if QUANTIZED.search(name) or (coded and len(shape) > 1 and _is_coded(self.dtype(name))):
-                return name
-        return None
-
-    def refuse_quantized(self) -> None:
-        """Raise ``CheckpointError`` for a model whose stored numbers are codes of the weights, or scaled."""
-        sign = self.quantized()
-        if sign is not None:
-            settings = self.config().get("quantization_config")
-            known = settings if isinstance(settings, dict) else {}
-            four = known.get("load_in_4bit") or known.get("_load_in_4bit") or known.get("bits") == 4
-            method = f" ({known['quant_method']})" if "quant_method" in known else ""
-            raise CheckpointError(
-                f"{self.folder} is a {'4-bit' if four else 'quantised'} model{method}: '{sign}' goes with codes and "
-                "not weights; pass the unquantised model",
-                kind="checkpoint-unsupported-model",
-            )
-
-
-def _is_coded(dtype: torch.dtype) -> bool:
-    return dtype.itemsize == 1 or not dtype.is_floating_point
+    def use_name(self, stored: str, name: str) -> None:
+        """Call a stored tensor by another name."""
+        self.renamed[self._where[stored][1]] = name
+        self._where[name] = self._where[stored]
+        self.shapes[name] = self.shapes.pop(stored)
 
 
 def _place(name: str, key: str, rows: slice | None) -> Place | None:

@@ -70,7 +70,8 @@ class PeftAdapterApplier(FolderApplier):
         newest, extra = source.folder(step), source.extra_tensors(step)
         used = {module.target: (module.rank, module.scaling) for module in source.modules}
         moving = [module for module in source.modules if module.moves]
-        with TensorWriter(folder / WEIGHTS_FILE, room=header_room([*source.tensor_names, *extra])) as writer:
+        keys = [key for module in moving for key in module.keys]
+        with TensorWriter(folder / WEIGHTS_FILE, room=header_room([*keys, *extra])) as writer:
             for done, module in enumerate(moving, 1):
                 A, B, scaling = self._module(prediction, source, module, alpha)
                 used[module.target] = len(A) // module.experts, scaling

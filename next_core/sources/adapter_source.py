@@ -117,8 +117,9 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
 
     @property
     def modules(self) -> tuple[AdapterModule, ...]:
-        """The modules of the adapter, those that cannot be extrapolated included."""
-        return () if self._first is None else tuple(self._first.modules.values())
+        """The modules of the newest adapter, those that cannot be extrapolated included."""
+        newest = self._newest()
+        return () if newest is None else tuple(newest.modules.values())
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -173,22 +174,9 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         """Return the newest checkpoint's ``adapter_config.json``."""
         return dict(self._checkpoint(self.steps[-1]).config.raw)
 
-    def scaling(self, name: str) -> float:
-        """Return alpha / r (or alpha / sqrt(r)) of one parameter."""
-        return self._first.scaling[name] if self._first is not None else 1.0
-
-    def rank(self, name: str) -> int:
-        """Return the LoRA rank of one parameter."""
-        return next(p.rank for p in self.parameters if p.name == name and p.rank is not None)
-
     def folder(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
         return self._checkpoint(step).folder
-
-    @property
-    def tensor_names(self) -> list[str]:
-        """The names of the tensors that hold factors."""
-        return [key for module in self.modules for key in module.keys]
 
     def tied_embedding(self, head: AdapterModule) -> AdapterModule | None:
         """Return the embedding whose factors are those of a head, transposed (PEFT's ``ensure_weight_tying``)."""

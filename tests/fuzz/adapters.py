@@ -1,6 +1,6 @@
 """``python -m tests.fuzz.adapters``: random PEFT configs, extrapolated and loaded by plain PEFT.
 
-A draw is a model, a PEFT config and checkpoints that drift linearly. ``next-core extrapolate`` then moves them in both
+A draw is a model, a PEFT config and checkpoints that drift linearly. ``extrapolate`` then moves them in both
 spaces with each applier. The logits of what it wrote are those of a model built by hand, or it refused with a kind.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from next_core import make_applier, make_predictor, open_checkpoints
+from next_core import open_checkpoints
 from next_core.errors import NextCoreError
-from next_core.history.history import History
+from next_core.notebook import extrapolate
 
 STEPS = (10, 20)
 SPACES = ("factors", "merged")
@@ -210,9 +210,7 @@ def check(case: Draw, folder: Path) -> dict[str, str]:
             shutil.rmtree(out, ignore_errors=True)
             try:
                 source = open_checkpoints(run, backbone=folder / case.model)
-                applier = make_applier(name)
-                prediction = make_predictor("secant", space=space).fit(History(source)).predict(10)
-                applier.apply(prediction, case.alpha, out=out)
+                extrapolate(source, {"name": "secant", "space": space}, 10, out, alpha=case.alpha, applier=name)
             except NextCoreError as error:
                 found[f"{space} {name}"] = str(error.kind)
                 continue

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from next_core import make_applier, make_predictor, open_checkpoints
 from next_core.history.history import History
 from next_core.interfaces.checkpoint_source import WARNING
 from next_core.notebook import open_run
+from next_core.sources.adapter_files import AdapterFiles
 from tests.conftest import LoraRun
 from tests.errors import raises_kind
 from tests.sources.models import MODULE, adapter
 
 NAME = f"{MODULE}.weight"
 SFT = 500
+EMBEDDING = {"A": (3, 5), "B": (4, 3)}
 
 
 @pytest.fixture
@@ -83,6 +85,21 @@ def test_an_adapter_in_a_subfolder_of_its_own_name_can_be_the_start(continued: P
     (tmp_path / "sft").rename(tmp_path / "named/policy")
     source = open_checkpoints(continued, start=tmp_path / "named")
     assert torch.equal(source.delta(NAME, 10).dense(), torch.full((3, 4), 20.0).double())  # type: ignore[union-attr]
+
+
+def test_what_only_the_run_trains_keeps_its_rank_and_scaling(continued: Path, tmp_path: Path) -> None:
+    """The adapter that RL began from may lack modules that are carried along."""
+    more = {f"base_model.model.embed.lora_embedding_{side}": torch.ones(shape) for side, shape in EMBEDDING.items()}
+    for folder in continued.iterdir():
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"embed": 3}}))
+        save_file(load_file(folder / "adapter_model.safetensors") | more, folder / "adapter_model.safetensors")
+    source = open_checkpoints(continued, start=tmp_path / "sft")
+    prediction = make_predictor("secant", space="merged").fit(History(source)).predict(10)
+    make_applier("peft-adapter", rank=1).apply(prediction, out=tmp_path / "out")
+    wrote = AdapterFiles(tmp_path / "out")  # which compares ranks with the config
+    assert (wrote.modules["embed"].rank, wrote.modules["embed"].scaling) == (3, pytest.approx(2 / 3))
+    assert wrote.modules[MODULE].rank == 1
 
 
 def test_a_start_that_is_none_is_refused(continued: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
+from next_backends.trl.applied_jump import TrlApplied
 from next_backends.trl.argument_checks import check_best_model
 from next_core import Abstain, LowRankUpdate, matrix_predictor, open_checkpoints
-from next_core.interfaces import CoefficientUpdate
-from next_core.live_weights.in_memory import jump_adapters
+from next_core.interfaces import CoefficientUpdate, Prediction
+from next_core.live_weights.in_memory import InMemoryApplier, jump_adapters
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import resolve_predictor
 from next_core.run_config import Schedule
 from tests.backends.trl.conftest import BASE
 from tests.errors import raises_kind
+from tests.fuzz.adapters import Draw, base_model, write_run
 
 pytestmark = pytest.mark.trl
 
@@ -367,6 +370,25 @@ def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(m
     with raises_kind("backend-unsupported", "trainable_tokens", "space: factors"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
+def test_undoing_a_jump_restores_parameters_that_share_their_values(tmp_path: Path) -> None:
+    """With ``ensure_weight_tying`` PEFT trains one tensor as a factor of the head and of the embedding."""
+    from peft import PeftModel
+
+    lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    base = base_model("qwen2 tied", tmp_path)
+    write_run(Draw(3, "qwen2 tied", lora, "default", 1.0, start=False), base, tmp_path / "run")
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "run/checkpoint-20", is_trainable=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    source = open_checkpoints(tmp_path / "run")
+    moves = {p.name: CoefficientUpdate({20: 1.0, 10: -1.0}, "factors") for p in source.parameters}
+    live = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), out=model)
+    table = model.base_model.model.model.embed_tokens.lora_embedding_A["default"]
+    assert not torch.equal(table, before["base_model.model.model.embed_tokens.lora_embedding_A.default"])
+    TrlApplied(model, torch.optim.AdamW(model.parameters()), live, tmp_path).rollback()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_fused_experts_are_moved_in_their_factors_and_refused_in_merged_space(

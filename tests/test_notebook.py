@@ -117,12 +117,3 @@ def test_extrapolate_writes_an_adapter_and_replaces_its_own_alone(run: nc.Record
     theirs.mkdir()
     with raises_kind("config-folder-not-empty", theirs):
         nc.extrapolate(run, "rl-extra", horizon=50, out=theirs, overwrite=True)
-
-
-def test_wrong_predictors_and_wrong_fields_are_named(run: nc.RecordedRun) -> None:
-    with raises_kind("config-unknown-key", "secant.widow", "window"):
-        nc.Secant(widow=10)
-    with raises_kind("plugin-invalid"):
-        nc.backtest(run, [5])  # type: ignore[list-item]
-    with raises_kind("plugin-unknown", "secent", "secant"):
-        nc.backtest(run, ["secent"])

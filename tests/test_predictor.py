@@ -14,7 +14,7 @@ from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import Registry
-from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, TrajectoryPredictor, matrix_predictor
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, matrix_predictor
 from next_core.settings import Settings
 from next_core.types import Anchor
 from tests.errors import raises_kind
@@ -63,9 +63,6 @@ def update(weight: float = 1.0) -> CoefficientUpdate:
 
 def test_a_decorated_function_is_a_predictor_class() -> None:
     assert issubclass(last_step, PerMatrixPredictor)
-    assert issubclass(last_step, TrajectoryPredictor)
-    assert last_step.name == "last-step"
-    assert last_step.config_class is LastStepConfig
     assert last_step.requires == frozenset({"gram"})
     assert last_step.__doc__ == "Continue the last interval."
     assert pickle.loads(pickle.dumps(last_step)) is last_step
@@ -149,16 +146,11 @@ def test_factor_space_needs_step_0_unless_the_weights_sum_to_zero_past_the_ancho
     assert bool(weighs().fit(history(without)).predict(10).updates) is not counts_from_step_0
 
 
-@pytest.mark.parametrize("horizon", [0, -1])
-def test_refuses_a_horizon_that_is_not_ahead(horizon: int) -> None:
-    predictor = last_step().fit(history(dense_run({"a": drift(1)})))
-    with raises_kind("config-invalid-value", "last-step", horizon):
-        predictor.predict(horizon)
-
-
-def test_needs_a_history_first() -> None:
+def test_needs_a_history_and_a_horizon_that_is_ahead() -> None:
     with raises_kind("predictor-not-fitted", "last-step", "fit(history)"):
         last_step().predict(10)
+    with raises_kind("config-invalid-value", "last-step", 0):
+        last_step().fit(history(dense_run({"a": drift(1)}))).predict(0)
 
 
 @pytest.mark.parametrize(("steps", "since"), [([80, 90], "step 80"), ([10], "the backbone")])

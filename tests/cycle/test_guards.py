@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from torch import Tensor
 
 from next_core.cycle.jump import JumpNorm, jump_norm, recent_motion
@@ -14,10 +13,7 @@ from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.predictors.trajectories import noise
 
 
 def weights(seed: int, step: float) -> LoraFactors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,25 +45,6 @@ def config(folder: Path, **changes: Any) -> RunConfig:
     return small_run.checked(raw)
 
 
-def final_adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{STEPS:06d}" / "adapter_model.safetensors")
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = final_adapter(one), final_adapter(other)
-    return all(torch.equal(a[key], b[key]) for key in a)
-
-
-def ends_after(step: int) -> Callable[[str, int, int], None]:
-    """A progress that kills the run after ``step``."""
-
-    def kill(what: str, done: int, total: int) -> None:
-        if what == "RL with jumps" and done == step:
-            raise KeyboardInterrupt
-
-    return kill
-
-
 @dataclass
 class Whole:
     """A run to its end, with checkpoints of the trainer at steps 5, 10, 15 and 16 and a curve."""
@@ -95,12 +75,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run whose predictor never jumps, and the plain run it is compared with."""
     folder = tmp_path_factory.mktemp("plain")
     return run(config(folder, predictor="stay", control="plain", measure_every=6), folder / "run")
-
-
-def test_the_quickstart_config_is_valid_and_jumps_five_times() -> None:
-    loaded = load_config(EXAMPLES / "quickstart.yaml")
-    assert loaded.schedule.attempt_steps(loaded.steps) == [50, 60, 70, 80, 90]
-    assert loaded.control == "plain"
 
 
 def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None:
@@ -139,41 +113,12 @@ def test_a_curve_has_both_splits_both_ways_and_the_seconds(whole: Whole) -> None
     assert seconds[-1] <= whole.result.seconds["rl"] + whole.result.seconds["ours"]
 
 
-def test_neither_measuring_nor_saving_changes_a_run_and_another_seed_does(whole: Whole, tmp_path: Path) -> None:
+def test_neither_measuring_nor_saving_changes_a_run(whole: Whole, tmp_path: Path) -> None:
     unmeasured = run(config(tmp_path), tmp_path / "run")
     assert unmeasured.accuracy["final"] == whole.result.accuracy["final"]
-    assert same_weights(tmp_path / "run", whole.out)
-    run(config(tmp_path, seed=1), tmp_path / "other")
-    assert not same_weights(tmp_path / "other", whole.out)
-
-
-def check_resumed(resumed: RunResult, whole: RunResult) -> None:
-    assert resumed.accuracy == whole.accuracy
-    assert [(p["step"], p["test"], p["validation"]) for p in resumed.curve] == [
-        (p["step"], p["test"], p["validation"]) for p in whole.curve
-    ]
-    seconds = [point["seconds"] for point in resumed.curve]
-    assert seconds == sorted(seconds)
-    assert resumed.jumps == whole.jumps
-    assert resumed.average == whole.average
-
-
-def test_a_killed_run_resumes_to_where_the_whole_run_ends(whole: Whole, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(whole.config, tmp_path / "run", progress=ends_after(13))
-    resumed = run(whole.config, tmp_path / "run")
-    assert resumed.resumed_from == 10
-    check_resumed(resumed, whole.result)
-    assert same_weights(tmp_path / "run", whole.out)
-
-
-def test_a_killed_run_whose_jumps_are_adapters_resumes_as_well(tmp_path: Path) -> None:
-    settings = config(tmp_path, save_every=5, predictor="rl-extra")
-    finished = run(settings, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "run", progress=ends_after(13))
-    check_resumed(run(settings, tmp_path / "run"), finished)
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    name = Path("checkpoints", f"step-{STEPS:06d}", "adapter_model.safetensors")
+    mine, other = load_file(tmp_path / "run" / name), load_file(whole.out / name)
+    assert all(torch.equal(value, other[key]) for key, value in mine.items())
 
 
 def test_a_run_resumed_at_its_last_step_trains_no_further(whole: Whole, tmp_path: Path) -> None:
@@ -181,51 +126,48 @@ def test_a_run_resumed_at_its_last_step_trains_no_further(whole: Whole, tmp_path
     out = whole.copy(tmp_path)
     resumed = run(whole.config, out)
     assert resumed.resumed_from == 16
-    check_resumed(resumed, whole.result)
+    for fact in ("accuracy", "jumps", "average"):
+        assert getattr(resumed, fact) == getattr(whole.result, fact)
+    points = [
+        [(point["step"], point["test"], point["validation"]) for point in result.curve]
+        for result in (resumed, whole.result)
+    ]
+    assert points[0] == points[1]
+    seconds = [point["seconds"] for point in resumed.curve]
+    assert seconds == sorted(seconds)
     assert json.loads((out / "trainer" / "checkpoint-16" / "trainer_state.json").read_text())["global_step"] == 16
     assert not (out / "trainer" / "checkpoint-17").exists()
 
 
-def test_a_run_that_averaged_and_is_resumed_at_its_last_step_is_not_averaged_again(tmp_path: Path) -> None:
-    settings = config(tmp_path, save_every=8, schedule={"average": 8}, training={"learning_rate": 1e-2})
-    finished = run(settings, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
-    check_resumed(run(settings, tmp_path / "run"), finished)
-
-
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole: Whole, tmp_path: Path) -> None:
-    out = whole.copy(tmp_path)
-    state = out / "trainer" / "checkpoint-15" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
-    shutil.rmtree(out / "trainer" / "checkpoint-16")
-    resumed = run(whole.config, out)
-    assert resumed.resumed_from == 10
-    assert resumed.accuracy == whole.result.accuracy
-    assert any("checkpoint-15/trainer_state.json" in note for note in resumed.notes)
-
-
 @pytest.mark.parametrize(
-    ("file", "step"), [("checkpoints/step-000012/adapter_model.safetensors", 10), ("jumps/0002/jump.json", 5)]
+    ("file", "step"),
+    [
+        ("trainer/checkpoint-16/trainer_state.json", 15),
+        ("checkpoints/step-000012/adapter_model.safetensors", 10),
+        ("jumps/0002/jump.json", 5),  # it is not known when a jump that cannot be read was made
+    ],
 )
-def test_damage_in_what_was_observed_falls_back_to_before_it(
-    whole: Whole, tmp_path: Path, file: str, step: int
-) -> None:
+def test_damage_falls_back_to_the_checkpoint_before_it(whole: Whole, tmp_path: Path, file: str, step: int) -> None:
     out = whole.copy(tmp_path)
     content = bytearray((out / file).read_bytes())
     content[-3] ^= 1
     (out / file).write_bytes(content)
     resumed = run(whole.config, out)
-    assert resumed.resumed_from == step  # of a jump that cannot be read it is not known when it was made
+    assert resumed.resumed_from == step
     assert resumed.accuracy == whole.result.accuracy
-    assert any(file in note and f"step {step}" in note for note in resumed.notes)
+    assert any(file in note for note in resumed.notes)
 
 
 def test_a_run_that_was_killed_before_it_saved_anything_starts_again_or_says_why_not(
     whole: Whole, tmp_path: Path
 ) -> None:
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
     for name, settings in (("saving", whole.config), ("not", config(tmp_path))):
         with pytest.raises(KeyboardInterrupt):
-            run(settings, tmp_path / name, progress=ends_after(3))
+            run(settings, tmp_path / name, progress=kill)
     assert run(whole.config, tmp_path / "saving").accuracy == whole.result.accuracy
     with raises_kind("config-other-run", tmp_path / "not", "save_every", "--overwrite"):
         run(config(tmp_path), tmp_path / "not")
@@ -254,22 +196,6 @@ def test_a_finished_run_is_not_run_again(whole: Whole, tmp_path: Path) -> None:
     (out / "result.json").write_text("{}")
     with raises_kind("checkpoint-damaged", out / "result.json"):
         run(whole.config, out)
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_not_disturbed(
-    watched: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    refused: list[int] = []
-
-    def second(what: str, done: int, total: int) -> None:
-        if done == 3:
-            with raises_kind("config-folder-in-use", tmp_path / "run", os.getpid()):
-                run(watched(), tmp_path / "run", overwrite=True)
-            refused.append(done)
-
-    assert run(watched(), tmp_path / "run", progress=second).steps == STEPS
-    assert refused == [3, 3]  # with jumps, and in the plain run
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
 
 def test_a_setting_that_is_refused_leaves_the_earlier_run_as_it_was(whole: Whole, tmp_path: Path) -> None:
@@ -306,27 +232,9 @@ def test_other_algorithms_run_and_jump(tmp_path: Path, algorithm: str) -> None:
     assert [jump["accepted"] for jump in result.jumps] == [True, True]
 
 
-def test_full_parameter_runs_jump_in_the_live_weights(tmp_path: Path) -> None:
-    result = run(config(tmp_path, training={"lora": None, "learning_rate": 1e-4}, **SHORT), tmp_path / "run")
-    assert [jump["accepted"] for jump in result.jumps] == [True, True]
-    assert (tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors").exists()
-
-
 def test_generated_answers_can_be_the_measure(whole: Whole, tmp_path: Path) -> None:
     result = run(config(tmp_path, training={"evaluation": "generate", "max_new_tokens": 5}, **SHORT), tmp_path / "run")
     assert result.accuracy["start"] == whole.result.curve[0]["test"]["greedy"] > 0  # of the same prompts, exactly
-
-
-def always_wrong(completions: list[str], **columns: Any) -> list[float]:
-    return [0.0 for _ in completions]
-
-
-def test_a_run_that_does_not_move_makes_no_jump(tmp_path: Path) -> None:
-    """Equal rewards are no advantage, no advantage is no gradient."""
-    result = run(config(tmp_path, training={"reward": "tests.cycle.test_run:always_wrong"}, **SHORT), tmp_path / "run")
-    assert {jump["accepted"] for jump in result.jumps} == {False}
-    assert result.accuracy["final"] == result.accuracy["start"]
-    assert "moved" in result.jumps[0]["reason"]
 
 
 def broken(completions: list[str], **columns: Any) -> list[float]:
@@ -340,17 +248,9 @@ def test_an_error_inside_the_trainer_is_one_message_and_a_file(tmp_path: Path) -
     assert "ZeroDivisionError" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("args", "kind", "name"),
-    [
-        ({"learning_rat": 1}, "config-unknown-key", "learning_rate"),
-        ({"max_steps": 5}, "config-contradiction", "max_steps"),
-        ({"num_iterations": 3}, "config-schedule", "multiples of 3"),
-    ],
-)
-def test_trl_arguments_are_checked_before_training(tmp_path: Path, args: dict[str, Any], kind: str, name: str) -> None:
-    with raises_kind(kind, name):
-        run(config(tmp_path, backend={"name": "trl", "args": args}), tmp_path / "run")
+def test_a_trl_argument_that_the_config_sets_itself_is_refused(tmp_path: Path) -> None:
+    with raises_kind("config-contradiction", "max_steps"):
+        run(config(tmp_path, backend={"name": "trl", "args": {"max_steps": 5}}), tmp_path / "run")
 
 
 def test_the_command_ends_with_one_json_object(tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -423,16 +323,6 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ru
 FIRST, CONTROL = ["1 prepare", "1 train", "1 close"], ["2 prepare", "2 train", "2 close"]
 
 
-def test_a_trainer_is_ended_once_and_before_the_plain_one_is_started(
-    watched: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    result = run(watched(), tmp_path / "run")
-    assert Watched.events == FIRST + CONTROL
-    assert [jump["accepted"] for jump in result.jumps] == [True, True]
-    assert result.control is not None
-    assert {"setup", "rl", "ours", "measuring", "total"} <= set(result.seconds)
-
-
 @pytest.mark.parametrize(
     ("fails", "events"),
     [
@@ -456,11 +346,10 @@ def test_a_trainer_is_ended_once_when_something_fails(
     assert (tmp_path / "run" / "result.json").exists() == (fails not in ("1 prepare", "1 train"))
 
 
-@pytest.mark.parametrize("fails", ["1 prepare", "1 train", "2 prepare", "2 train"])
+@pytest.mark.parametrize("fails", ["1 train", "2 prepare"])
 def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[..., RunConfig], tmp_path: Path) -> None:
     with raises_kind("backend-failed", f"ZeroDivisionError: {fails} failed") as caught:
-        run(watched(fails, "1 close" if fails[0] == "1" else "2 close"), tmp_path / "run")
-    assert Watched.events[-1] == f"{fails[0]} close"
+        run(watched(fails, f"{fails[0]} close"), tmp_path / "run")
     (note,) = caught.value.__notes__
     assert f"{fails[0]} close failed" in note
 

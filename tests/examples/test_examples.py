@@ -1,4 +1,4 @@
-"""Every example is valid, and the scripts run."""
+"""The scripts of the examples run, and the examples differ only where they say so."""
 
 from __future__ import annotations
 

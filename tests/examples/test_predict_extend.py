@@ -38,9 +38,7 @@ def test_the_whole_method_fits_in_150_lines_without_this_package() -> None:
 
 
 @pytest.mark.trl
-@pytest.mark.parametrize(
-    ("alpha", "max_ratio", "verdict"), [(4.0, 10.0, "jumped"), (3000.0, 1e9, "undone"), (4.0, 0.5, "no jump")]
-)
+@pytest.mark.parametrize(("alpha", "max_ratio", "verdict"), [(4.0, 10.0, "jumped"), (3000.0, 1e9, "undone")])
 def test_the_example_and_the_engine_have_the_same_weights_after_every_step(
     example: ModuleType,
     monkeypatch: pytest.MonkeyPatch,

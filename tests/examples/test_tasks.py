@@ -7,6 +7,9 @@ import importlib.util
 import itertools
 import json
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +90,7 @@ def test_slips_are_wrong_and_drawn_from_the_tasks_characters(task: Any, kit: Mod
     for problem in kit.split_problems(task)["train"][:2000]:
         slip = task.wrong_answer(problem, rng)
         assert slip != problem.answer
+        assert task.name != "arithmetic" or slip == str(int(slip))  # neither negative nor padded
         assert set(slip) <= set(task.characters)
 
 
@@ -141,13 +145,6 @@ def test_exact_accuracy_is_what_generation_gives_and_the_reward_agrees(
 def test_base_is_small_and_names_no_path_of_the_machine_that_made_it(task: Any) -> None:
     base = EXAMPLES / task.name / "base"
     assert sum(file.stat().st_size for file in base.iterdir()) < 1_300_000
-    assert {file.name for file in base.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
     for file in base.glob("*config.json"):
         settings = json.loads(file.read_text(encoding="utf-8"))
         assert not [key for key, value in settings.items() if isinstance(value, str) and "/" in value]
@@ -193,6 +190,33 @@ def test_the_kit_refuses_a_tokenizer_that_autotokenizer_reads_otherwise(kit: Mod
     kit.check_tokenizer(tmp_path, task.vocabulary, [arithmetic.Problem(37, "+", 25)])
     with pytest.raises(ValueError, match=r"Qwen2Tokenizer reads .* one ASCII character"):
         kit.check_tokenizer(tmp_path, task.vocabulary, [arithmetic.Problem(37, minus, 25)])
+
+
+@pytest.mark.base_model
+def test_the_script_still_makes_such_a_base(kit: ModuleType, tmp_path: Path) -> None:
+    """Same data to the byte; weights may drift with the machine's arithmetic, so accuracy gets some room.
+
+    Of the tasks only arithmetic is made again in full: the kit that trains is the same for all.
+    """
+    folder = EXAMPLES / "arithmetic"
+    subprocess.run([sys.executable, folder / "make_base.py", "--out", tmp_path / "base"], check=True)
+    for split in DATA_FILES:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (folder / f"{split}.jsonl").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    accuracy = kit.evaluate(model, tokenizer, *columns(read("arithmetic", "test")))
+    sampled, greedy = RECORDED["arithmetic"]
+    assert accuracy.sampled == pytest.approx(sampled, abs=0.04)
+    assert accuracy.greedy == pytest.approx(greedy, abs=0.08)
+
+
+@pytest.mark.parametrize("split", DATA_FILES)
+def test_sums_of_two_digit_numbers_are_right(split: str) -> None:
+    for row in read("arithmetic", split):
+        a, sign, b = re.fullmatch(r"([1-9]\d)([+-])([1-9]\d)=", row["prompt"]).groups()  # type: ignore[union-attr]
+        right = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        assert right >= 0
+        assert row["answer"] == str(right)
 
 
 @pytest.mark.parametrize("split", DATA_FILES)

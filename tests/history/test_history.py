@@ -272,22 +272,6 @@ def test_the_full_spectrum_is_known_only_on_request(run: type) -> None:
     torch.testing.assert_close(found.nuclear[0], torch.linalg.svdvals(moved("a", 10)).sum())
 
 
-def test_progress_is_reported_per_matrix(source: MemorySource) -> None:
-    calls: list[tuple[str, int, int]] = []
-    History(source, progress=lambda *call: calls.append(call)).components("global")
-    assert calls == [("compress", done, 4) for done in (1, 2, 3, 4)]
-
-
-def test_one_matrix_has_its_own_view(source: MemorySource) -> None:
-    history = History(source)
-    matrix = history.matrix("b")
-    assert (matrix.steps, matrix.shape, history.newest) == (STEPS, (5, 6), 50)
-    assert (list(history.jump_log), history.cache_trouble) == ([], None)
-    assert matrix.factored == (source.factors("b", 10) is not None)
-    assert torch.equal(matrix.gram(), history.grams()["b"])
-    assert torch.equal(matrix.components("local").U, history.components("local")["b"].U)
-
-
 def test_metrics_come_per_checkpoint_with_none_where_nothing_was_logged_since_the_one_before() -> None:
     history = History(lora_run())
     assert history.metrics("reward") == [None, 0.2, None, 0.35]

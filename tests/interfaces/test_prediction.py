@@ -17,13 +17,10 @@ from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors, Space
 from tests.errors import raises_kind
+from tests.predictors.trajectories import noise
 
 STEPS = (0, 10, 20, 30)
 NAMES = pytest.mark.parametrize("name", ["lora", "full"])
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def factors(step: int) -> LoraFactors:

@@ -138,13 +138,6 @@ def test_a_matrix_on_which_lanczos_fails_is_decomposed_completely(monkeypatch: p
         assert_same(found, row, exact(factors, span, 1), rtol=1e-9)
 
 
-def test_each_block_of_inner_products_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trajectory = LoraTrajectory(factors_of(40, 30, 4))
-    trajectory.triplets(SPANS, 1)
-    # 6 with itself, 5 neighbours, 3 that are 30 apart.
-    assert len(trajectory._blocks) == 14
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_what_is_not_finite_is_refused_with_its_step(bad: float, side: str) -> None:

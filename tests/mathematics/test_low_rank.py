@@ -23,10 +23,7 @@ from next_core.mathematics.low_rank import (
     truncated_svd,
 )
 from tests.errors import raises_kind
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.predictors.trajectories import noise
 
 
 def orthonormal(seed: int, m: int, r: int) -> Tensor:

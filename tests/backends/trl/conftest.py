@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BASE = EXAMPLES / "arithmetic" / "base"
@@ -30,6 +31,21 @@ SMALL_RUN: dict[str, Any] = {
 }
 """Arguments of TRL's trainers for a run of seconds on a CPU."""
 PROMPTS = ["12+34=", "97-15=", "50+50=", "83-82="]
+SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
+"""A schedule with one jump after step 6."""
+FACTORS = {"name": "secant", "window": 3, "space": "factors"}
+MERGED = {"name": "secant", "window": 3, "space": "merged"}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+class Watch(TrainerCallback):
+    """Calls ``look(step, model)`` when a step has ended: before the jump's callback or after it, as it is listed."""
+
+    def __init__(self, look: Callable[[int, Any], None]) -> None:
+        self.look = look
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look(state.global_step, kwargs["model"])
 
 
 def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from next_backends.trl import PredictExtendCallback, TrlBackend
-from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core import History, open_checkpoints
 from next_core.errors import NextCoreError
 from next_core.mathematics.low_rank import LowRank
 from next_core.storage.manifest import check_manifest
-from tests.backends.trl.conftest import BASE
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, Watch
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
-FACTORS = {"name": "secant", "window": 3, "space": "factors"}
-MERGED = {"name": "secant", "window": 3, "space": "merged"}
-SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
-SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
 def callback(predictor: Any = FACTORS, **fields: Any) -> PredictExtendCallback:
@@ -68,15 +63,19 @@ def test_after_a_late_rollback_the_history_starts_anew_and_the_start_is_kept(mak
     assert open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints").steps[0] == 9
 
 
-def test_a_refused_resume_changes_nothing(make_trainer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("predictor", "reason"), [(FACTORS, "another run"), (MERGED, "jump-1")])
+def test_a_resume_from_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
+    make_trainer: Any, tmp_path: Path, predictor: dict[str, Any], reason: str
+) -> None:
+    def trainer() -> Any:
+        return make_trainer([callback(predictor | {"window": 2}, every=2, horizon=2)], steps=9, **SAVING)
+
     make_trainer([], steps=8, out="other", learning_rate=5e-3, **SAVING).train()
-    make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train()
+    trainer().train()
     folder = tmp_path / "trainer" / "next-core"
     before = names(folder / "checkpoints"), names(folder / "jumps"), (folder / "journal.jsonl").read_text()
-    with raises_kind("checkpoint-other-model", "step 8", "another run"):
-        make_trainer([callback(FACTORS | {"window": 2}, every=2, observe=6, horizon=2)], steps=12, **SAVING).train(
-            resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-8")
-        )
+    with raises_kind("checkpoint-other-model", "step 8", reason):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-8"))
     assert (names(folder / "checkpoints"), names(folder / "jumps"), (folder / "journal.jsonl").read_text()) == before
 
 
@@ -98,15 +97,11 @@ def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(
     assert names(folder / "checkpoints") == [f"step-{n:06d}" for n in (0, 3, 6, 9, 12)]
 
 
-def test_a_setting_that_is_refused_leaves_no_run_behind(make_trainer: Any) -> None:
-    with pytest.raises(NextCoreError, match="DoRA"):
-        make_trainer([callback()], steps=8, lora={"use_dora": True}).train()
-    make_trainer([callback()], steps=8).train()
-
-
 def test_another_run_is_overwritten_when_asked_only_and_another_persons_files_never(
     make_trainer: Any, tmp_path: Path
 ) -> None:
+    with pytest.raises(NextCoreError, match="DoRA"):  # a setting that is refused leaves no run behind
+        make_trainer([callback(folder=tmp_path)], steps=8, lora={"use_dora": True}).train()
     make_trainer([callback(folder=tmp_path)], steps=8).train()
     with raises_kind("config-folder-not-empty", tmp_path, "overwrite=True"):
         make_trainer([callback(folder=tmp_path)], steps=8).train()
@@ -115,13 +110,6 @@ def test_another_run_is_overwritten_when_asked_only_and_another_persons_files_ne
     make_trainer([callback(folder=tmp_path, overwrite=True)], steps=8).train()
     assert (tmp_path / "notes.txt").exists()
     assert (tmp_path / "checkpoints" / "mine").exists()
-
-
-def test_a_model_that_was_extended_before_is_not_trained_as_if_it_were_new(make_trainer: Any, tmp_path: Path) -> None:
-    trainer = make_trainer([callback(MERGED, folder=tmp_path / "w", overwrite=True)], steps=8)
-    trainer.train()
-    with raises_kind("backend-unsupported", "jump adapters"):
-        trainer.train()
 
 
 def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
@@ -161,46 +149,6 @@ def test_a_jump_that_cannot_be_written_is_not_made(
         assert torch.equal(logits(jumping.model), plain_logits(8, True))
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        {"bias": "all"},
-    ],
-    ids=["modules_to_save", "embeddings", "bias"],
-)
-def test_what_trains_beside_the_linear_layers_is_exported_as_trained(
-    make_trainer: Any, logits: Any, tmp_path: Path, lora: dict[str, Any]
-) -> None:
-    trainer = make_trainer([callback()], steps=9, lora=lora)
-    trainer.train()
-    source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints", backbone=BASE)
-    assert source.skipped
-    prediction = make_predictor("stay").fit(History(source)).predict(3)
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    exported = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
-    torch.testing.assert_close(exported, logits(trainer.model), atol=1e-5, rtol=1e-5)
-    with pytest.raises(NextCoreError, match="peft-adapter"):
-        make_applier("merged-model").apply(prediction, out=tmp_path / "merged")
-
-
-@pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
-def test_a_trainers_checkpoints_beside_a_run_folder_count_no_jump_twice(
-    make_trainer: Any, logits: Any, tmp_path: Path, predictor: Any
-) -> None:
-    # As `next-core run` lays it out: <run>/trainer/checkpoint-N beside <run>/jumps.
-    trainer = make_trainer([callback(predictor, folder=tmp_path)], steps=8, out="trainer", **SAVING)
-    trainer.train()
-    source = open_checkpoints(tmp_path / "trainer", backbone=BASE)
-    prediction = make_predictor("stay").fit(History(source)).predict(3)
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    exported = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
-    torch.testing.assert_close(exported, logits(trainer.model), atol=1e-5, rtol=1e-5)
-
-
 def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trainer: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -226,15 +174,12 @@ def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trai
 def test_metrics_belong_to_the_steps_they_were_logged_for_live_and_offline(make_trainer: Any, tmp_path: Path) -> None:
     live: list[Any] = []
 
-    class Look(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 9:
-                source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
-                live.extend(History(source).metrics("reward"))
+    def rewards() -> list[float | None]:
+        return History(open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")).metrics("reward")
 
-    made = callback("stay")
-    make_trainer([made, Look()], steps=12, logging_steps=3).train()
-    offline = History(open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")).metrics("reward")
+    watch = Watch(lambda step, model: live.extend(rewards()) if step == 9 else None)
+    make_trainer([callback("stay"), watch], steps=12, logging_steps=3).train()
+    offline = rewards()
     assert None not in offline
     assert live[:2] == offline[:2]
     assert live[2:] in ([], [None])  # of step 9 nothing is logged yet when it ends

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.trl, pytest.mark.processes]
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed"]
-FAILING = ["drifted", "strict", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
+FAILING = ["drifted", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
 
 Seen = dict[str, Any]
 
@@ -154,29 +154,13 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: s
     assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
 
 
-def test_a_factor_jump_moves_the_adapter_of_both_by_the_coefficients(runs: Launch) -> None:
-    for seen in runs.seen("factors"):
+@pytest.mark.parametrize(("run", "alpha"), [("factors", 3.0), ("full", 2.0)])
+def test_a_jump_moves_the_matrices_of_both_by_the_coefficients(runs: Launch, run: str, alpha: float) -> None:
+    for seen in runs.seen(run):
         before, after, earlier = (trained(s) for s in (seen["before"][6], seen["after"][6], seen["before"][3]))
         for name, value in before.items():
-            np.testing.assert_allclose(after[name], value + 3.0 * (value - earlier[name]), atol=1e-6, rtol=1e-5)
-
-
-def test_a_full_parameter_jump_moves_the_matrices_of_both(runs: Launch) -> None:
-    for seen in runs.seen("full"):
-        before, after, earlier = (trained(s) for s in (seen["before"][6], seen["after"][6], seen["before"][3]))
-        for name, value in before.items():
-            wanted = value + 2.0 * (value - earlier[name]) if value.ndim == 2 else value
+            wanted = value + alpha * (value - earlier[name]) if value.ndim == 2 else value
             np.testing.assert_allclose(after[name], wanted, atol=1e-6, rtol=1e-4)
-
-
-def test_a_jump_adapter_stays_as_it_was_made_in_both(runs: Launch) -> None:
-    for seen in runs.seen("merged"):
-        made = {name: value for name, value in seen["after"][6]["weights"].items() if ".jump-1." in name}
-        assert any(value.any() for name, value in made.items() if "lora_B" in name)
-        assert not [name for name in seen["before"][6]["weights"] if ".jump-" in name]
-        later = seen["after"][11]["weights"]
-        assert all(np.array_equal(value, later[name]) for name, value in made.items())
-        assert not same(trained(seen["after"][6]), trained(seen["after"][11]))
 
 
 def test_a_late_rollback_brings_weights_and_moments_back_in_both_and_the_name_is_given_anew(runs: Launch) -> None:
@@ -229,7 +213,6 @@ def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: Launch) 
     ("run", "kind", "names"),
     [
         ("drifted", "backend-processes-differ", ["after step 6", "process 1", "q_proj.lora_A"]),
-        ("strict", "guard-refused", ["step 6", "max_norm_ratio is 1e-06"]),
         ("unwritable", "", ["metrics.jsonl"]),
         ("unfollowed", "backend-processes-differ", ["after step 6", "process 1", "MemoryError: no room"]),
         ("taken", "config-folder-not-empty", ["refused"]),

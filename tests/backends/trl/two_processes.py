@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,9 @@ from next_backends.trl.repeated_change import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
 from next_core.mathematics.low_rank import LowRank
-from tests.backends.trl.conftest import BASE, SMALL_RUN, exact
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, SMALL_RUN, Watch, exact
 
 RANK = int(os.environ.get("RANK", "0"))
-SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
-MERGED = {"name": "secant", "window": 3, "space": "merged"}
-FACTORS = {"name": "secant", "window": 3, "space": "factors"}
-SAVING = {"save_strategy": "steps", "save_steps": 4}
-
-
 DATA = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 20) for b in range(10, 20)])
 TOKENIZER = AutoTokenizer.from_pretrained(BASE)
 
@@ -69,16 +63,6 @@ class Seen(TrainerCallback):
 def random_states() -> list[Any]:
     """Of torch, Python and NumPy."""
     return [torch.get_rng_state().numpy(), random.getstate()[1], np.random.get_state()[1]]  # type: ignore[index]
-
-
-class OnStep(TrainerCallback):
-    """Does something when a step has ended."""
-
-    def __init__(self, act: Callable[[int, Any], None]) -> None:
-        self.act = act
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.act(state.global_step, kwargs["model"])
 
 
 class Probe:
@@ -237,10 +221,7 @@ class Runs:
                 with torch.no_grad():
                     next(p for p in model.parameters() if p.requires_grad).view(-1)[3].add_(1e-6)
 
-        return self.go(PredictExtendCallback(FACTORS, **SMALL), "drifted", before=[OnStep(push)])
-
-    def strict(self) -> Any:
-        return self.go(PredictExtendCallback(FACTORS, guards={"max_norm_ratio": 1e-6}, strict=True, **SMALL), "strict")
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), "drifted", before=[Watch(push)])
 
     def unwritable(self) -> Any:
         """What the trainer logs after the last step cannot be written by process 0: the others are not waiting then."""
@@ -251,7 +232,7 @@ class Runs:
                 metrics.unlink(missing_ok=True)
                 metrics.mkdir()
 
-        return self.go(PredictExtendCallback(FACTORS, **SMALL), "unwritable", before=[OnStep(block)])
+        return self.go(PredictExtendCallback(FACTORS, **SMALL), "unwritable", before=[Watch(block)])
 
     def unfollowed(self) -> Any:
         """Process 1 has no room for the adapter."""
@@ -261,7 +242,7 @@ class Runs:
             if step == 6 and RANK == 1:
                 model.add_adapter = lambda *arguments: (_ for _ in ()).throw(MemoryError("no room"))
 
-        return self.go(made, "unfollowed", before=[OnStep(refuse)])
+        return self.go(made, "unfollowed", before=[Watch(refuse)])
 
     def taken(self) -> Any:
         """A folder that holds another run."""

@@ -13,7 +13,7 @@ from next_core.cycle.journal import Journal
 from next_core.cycle.jump import Jump, check_origin, failure, jump_norm
 from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
-from next_core.errors import CheckpointError, GuardError
+from next_core.errors import BackendError, CheckpointError, GuardError
 from next_core.history.executor import Executor
 from next_core.history.history import History
 from next_core.interfaces import Compressor
@@ -63,6 +63,7 @@ class PredictExtendCycle:
         self._start = 0
         self._resumed_at: int | None = None
         self._jumps_made, self._first_jump_made = 0, False
+        self._impossible = False  # a jump failed for a reason that the next one has too
         self._recovering: Jump | None = None  # the jump whose recovery window is still open
 
     @property
@@ -174,7 +175,9 @@ class PredictExtendCycle:
             with self._watches["extend"]:
                 applied = self.backend.apply_jump(jump.prediction, jump.alpha, keep=self.guards.recovery is not None)
         except Exception as error:
-            return jump.refused(failure("jump", error))
+            self._impossible = isinstance(error, BackendError) and error.kind == "backend-unsupported"
+            last = "; no other will be tried" if self._impossible else ""
+            return jump.refused(failure("jump", error) + last)
         return dataclasses.replace(jump, applied=applied, accuracy_before=before)
 
     def _verify(self, jump: Jump) -> Jump:
@@ -275,7 +278,7 @@ class PredictExtendCycle:
 
     def _is_jump_due(self, step: int) -> bool:
         attempts = self.schedule.attempts(step, self.total) and self._jumps_made < self.schedule.limit
-        return attempts and self._recovering is None
+        return attempts and self._recovering is None and not self._impossible
 
     def _averages(self, step: int) -> bool:
         return step == self.total and self.schedule.average is not None

@@ -12,7 +12,7 @@ import torch
 
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.errors import CheckpointError
+from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Prediction
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
@@ -236,6 +236,17 @@ def test_only_a_run_that_averages_needs_a_checkpoint_after_its_last_step() -> No
     backend = Descent()
     cycle(backend, total=58).run()
     assert max(backend.checkpoints) == 55
+
+
+def test_a_jump_that_the_trainer_cannot_make_is_tried_once() -> None:
+    class Unable(Descent):
+        def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Any:
+            raise BackendError("this model takes no jump adapter", kind="backend-unsupported")
+
+    made = cycle(Unable())
+    made.run()
+    assert [(jump["step"], jump["accepted"]) for jump in made.journal.jumps()] == [(20, False)]
+    assert "takes no jump adapter" in made.journal.jumps()[0]["reason"]
 
 
 def test_what_fails_while_predicting_or_jumping_costs_the_jump_and_not_the_run() -> None:

@@ -87,7 +87,7 @@ def facts_of(
 def from_backbone(facts: Mapping[str, Any]) -> str:
     """Return a sentence about the matrices that a run of whole models does not store."""
     names = facts["from_backbone"]
-    return f"{len(names)} matrices as in the backbone, since the checkpoints do not store them: {shorten(names)}"
+    return f"not in the checkpoints, so written as the backbone has them ({len(names)}): {shorten(names)}"
 
 
 def record_texts(facts: Mapping[str, Any], card: Path, library: str) -> dict[str, str]:

@@ -122,13 +122,6 @@ def test_an_installed_distribution_adds_its_predictor_by_name_and_an_unknown_nam
             "class Half(TrajectoryPredictor):\n    name = 'half'\n" + HOOK + "    register(Half)",
             "Half does not implement predict",
         ),
-        (
-            "from next_core.predictor import PerMatrixPredictor\n"
-            "class Nameless(PerMatrixPredictor):\n    def predict_matrix(self, matrix, horizon): ...\n"
-            + HOOK
-            + "    register(Nameless)",
-            "Nameless has no name",
-        ),
     ],
 )
 def test_a_broken_plugin_is_listed_with_its_error_and_breaks_no_other(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -68,7 +66,8 @@ class PeftAdapterApplier(FolderApplier):
         source, step = prediction.source, prediction.step
         assert isinstance(source, PeftAdapterSource)
         newest, extra = source.folder(step), source.extra_tensors(step)
-        used = {module.target: (module.rank, module.scaling) for module in source.modules}
+        own = {module.target: (module.rank, module.scaling) for module in source.modules}
+        used = dict(own)
         moving = [module for module in source.modules if module.moves]
         keys = [key for module in moving for key in module.keys]
         with TensorWriter(folder / WEIGHTS_FILE, room=header_room([*keys, *extra])) as writer:
@@ -92,7 +91,10 @@ class PeftAdapterApplier(FolderApplier):
                 self.report_progress("write adapter", done, len(moving))
             for key, value in extra.items():
                 writer.add(key, value)
-        (folder / CONFIG_FILE).write_text(json.dumps(_config(source, used), indent=2, sort_keys=True))
+        config = source.adapter_config()
+        if used != own:
+            config |= rank_settings(used) | {"init_lora_weights": True}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
         copy_files(tokenizer_files(newest), newest, folder)
         facts = facts_of(prediction, alpha, self)
         write_texts(folder, record_texts(facts, newest / CARD, "peft"))
@@ -146,11 +148,3 @@ def _concatenated(left: Tensor, right: Tensor, terms: list[LowRank]) -> LowRank:
         torch.cat([left.float(), *(part.left.float() for part in rest)], -1),
         torch.cat([right.float(), *(part.right.float() for part in rest)], -2),
     )
-
-
-def _config(source: PeftAdapterSource, used: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Return the run's own ``adapter_config.json`` with the ranks and scalings that are ``used`` now."""
-    raw = source.adapter_config()
-    if used == {module.target: (module.rank, module.scaling) for module in source.modules}:
-        return raw
-    return raw | rank_settings(used) | {"init_lora_weights": True}

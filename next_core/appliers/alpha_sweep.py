@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
 from next_core.errors import ConfigError
@@ -18,21 +17,15 @@ def apply_sweep(
 ) -> dict[float, WrittenFolder]:
     """Write ``out/alpha-0.5``, ``out/alpha-1``, ...: all of them or none. Returns each folder by its alpha.
 
-    Each weight delta is computed once, at alpha 1, and scaled. Raises what ``folder_names`` and the applier raise, and
-    ``ConfigError`` for an applier that writes no new folders.
+    Raises what ``folder_names`` and the applier raise, and ``ConfigError`` for an applier that writes no folders.
     """
     names = folder_names(alphas)
-    if not makes_folders(applier):
+    if not isinstance(applier, FolderApplier):
         raise ConfigError(
             f"a sweep needs a new folder for each alpha, and the applier '{applier.name}' makes none",
             kind="config-contradiction",
         )
     return applier.apply_each(prediction, names, out)
-
-
-def makes_folders(applier: WeightApplier) -> TypeGuard[FolderApplier]:
-    """Whether an applier can write one new folder for each alpha."""
-    return isinstance(applier, FolderApplier)
 
 
 def folder_names(alphas: Sequence[float]) -> dict[float, str]:

@@ -32,7 +32,7 @@ def extrapolate(
     as_json: Json = False,
 ) -> None:
     """Extrapolate recorded checkpoints and write the predicted weights."""
-    from next_core.appliers.alpha_sweep import apply_sweep, makes_folders
+    from next_core.appliers.alpha_sweep import apply_sweep
     from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
     from next_core.appliers.folder_contents import from_backbone
     from next_core.cycle.jump import jump_norm
@@ -49,9 +49,9 @@ def extrapolate(
             f"the applier '{applier.name}' changes a model in memory; use peft-adapter or merged-model",
             kind="config-invalid-value",
         )
-    if alphas is not None and not makes_folders(applier):
+    if alphas is not None and not isinstance(applier, FolderApplier):
         raise ConfigError(
-            f"--alphas needs an applier that writes new folders; '{applier.name}' with these settings does not",
+            f"--alphas needs an applier that writes new folders; '{applier.name}' does not",
             kind="config-contradiction",
         )
     output = Output(as_json)

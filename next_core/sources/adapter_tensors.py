@@ -18,6 +18,7 @@ from torch import Tensor
 from next_core.errors import CheckpointError
 from next_core.sources.adapter_config import AdapterConfig
 from next_core.sources.hf_model import PARALLEL, WRAPPERS
+from next_core.sources.matrices import place_in_stack
 from next_core.sources.tensor_files import Place, TensorFile
 from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.types import LoraFactors, Parameter
@@ -62,7 +63,7 @@ class AdapterModule:
 
     def factors(self, parameter: str, stored: tuple[Tensor, ...]) -> LoraFactors:
         """Return copies of a parameter's own factors out of the tensors A and B that are stored for the module."""
-        expert = int(parameter[:-1].rpartition("[")[2]) if is_expert(parameter) else None
+        expert = place_in_stack(parameter)
         A, B = (part_of(side, whole, self.rank, expert).clone() for side, whole in zip("AB", stored, strict=True))
         return LoraFactors(A, B, self.scaling, self.name, expert)
 
@@ -78,7 +79,7 @@ class AdapterModule:
 
 def is_expert(parameter: str) -> bool:
     """Whether a parameter is one expert of a fused layer."""
-    return parameter.endswith("]")
+    return place_in_stack(parameter) is not None
 
 
 def part_of(side: str, whole: Tensor, rank: int, expert: int | None) -> Tensor:

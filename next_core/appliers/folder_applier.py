@@ -11,7 +11,6 @@ from typing import Any
 
 from next_core.errors import ConfigError
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
-from next_core.interfaces.prediction import parameter_of
 from next_core.storage.atomic import enough_space, new_directory, seal
 
 SMALL_FILES = 64 * 2**20
@@ -53,7 +52,7 @@ class FolderApplier(WeightApplier):
         """Return the target folder; raises as ``check_source`` does, and ``PluginError`` for unknown parameters."""
         target = self.check_source(prediction.source, out)
         for name in prediction.updates:
-            parameter_of(prediction.source, name)
+            prediction.parameter(name)
         return target
 
     @abstractmethod

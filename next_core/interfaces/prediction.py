@@ -5,6 +5,7 @@ The anchor is resolved here and nowhere else, so that a cumulative prediction ca
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,19 @@ class Prediction:
         """Return the factor on alpha of one parameter."""
         return self.confidence.get(name, 1.0)
 
+    @functools.cached_property
+    def _parameters(self) -> Mapping[str, Parameter]:
+        return {parameter.name: parameter for parameter in self.source.parameters}
+
+    def parameter(self, name: str) -> Parameter:
+        """Return a parameter that is predicted. Raises ``PluginError`` when the run does not have it."""
+        if name not in self._parameters:
+            raise PluginError(
+                f"the prediction names '{name}', which the run does not have; correct the predictor",
+                kind="predictor-wrong-answer",
+            )
+        return self._parameters[name]
+
     @property
     def moving(self) -> list[str]:
         """The parameters that move."""
@@ -79,8 +93,8 @@ class Prediction:
     @property
     def moved_share(self) -> float:
         """The share of the weights that the run trains, those that are no matrices included, in matrices that move."""
-        sizes = {parameter.name: math.prod(parameter.shape) for parameter in self.source.parameters}
-        return sum(sizes.get(name, 0) for name in self.moving) / max(1, self.source.trained_weights)
+        known = [self._parameters[name] for name in self.moving if name in self._parameters]
+        return sum(math.prod(parameter.shape) for parameter in known) / max(1, self.source.trained_weights)
 
     def moved(self) -> str:
         """Return how much of the model moves, for people."""
@@ -92,7 +106,7 @@ class Prediction:
 
         Raises ``GuardError`` when it is not finite, ``PluginError`` for a parameter that the run does not have.
         """
-        shape = parameter_of(self.source, name).shape
+        shape = self.parameter(name).shape
         moved = weight_delta(self, name, alpha)
         return LowRank.zero(*shape) if moved is None else merged(moved)
 
@@ -130,7 +144,7 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
     scale = alpha * prediction.weight(name)
     if update is None or scale == 0.0:
         return None
-    parameter = parameter_of(prediction.source, name)
+    parameter = prediction.parameter(name)
     if isinstance(update, LowRankUpdate):
         return _checked(prediction, name, _from_matrix(prediction, parameter, update.matrix.to(torch.float64), scale))
     weights = coefficients(prediction, name, alpha)
@@ -258,17 +272,6 @@ def _narrowed(matrix: LowRank) -> LowRank:
     """Return the same matrix with a rank of at most min(m, n)."""
     widest = min(matrix.shape)
     return matrix if matrix.rank <= widest else low_rank.truncated_svd(matrix, widest).lowrank()
-
-
-def parameter_of(source: CheckpointSource, name: str) -> Parameter:
-    """Return the parameter that a prediction names. Raises ``PluginError`` when the run does not have it."""
-    for parameter in source.parameters:
-        if parameter.name == name:
-            return parameter
-    raise PluginError(
-        f"the prediction names '{name}', which the run does not have; correct the predictor",
-        kind="predictor-wrong-answer",
-    )
 
 
 def _checked(prediction: Prediction, name: str, moved: _R) -> _R:

@@ -35,13 +35,17 @@ if TYPE_CHECKING:
     from next_core.settings import Settings as Settings
     from next_predictors.alpharl import AlphaRL as AlphaRL
     from next_predictors.auto import Auto as Auto
+    from next_predictors.ema_pull import EmaPull as EmaPull
+    from next_predictors.expo import Expo as Expo
     from next_predictors.next_mlp import NextMLP as NextMLP
     from next_predictors.next_mlp_reduced import NextMLPReduced as NextMLPReduced
     from next_predictors.random_direction import RandomDirection as RandomDirection
+    from next_predictors.re_grounding import ReGrounding as ReGrounding
     from next_predictors.relex import Relex as Relex
     from next_predictors.ridge import Ridge as Ridge
     from next_predictors.rl_extra import RLExtra as RLExtra
     from next_predictors.secant import Secant as Secant
+    from next_predictors.snoo import Snoo as Snoo
     from next_predictors.stay import Stay as Stay
 
 _MODULES = {
@@ -57,13 +61,17 @@ _MODULES = {
     "next_core.settings": ["Settings"],
     "next_predictors.alpharl": ["AlphaRL"],
     "next_predictors.auto": ["Auto"],
+    "next_predictors.ema_pull": ["EmaPull"],
+    "next_predictors.expo": ["Expo"],
     "next_predictors.next_mlp": ["NextMLP"],
     "next_predictors.next_mlp_reduced": ["NextMLPReduced"],
     "next_predictors.random_direction": ["RandomDirection"],
+    "next_predictors.re_grounding": ["ReGrounding"],
     "next_predictors.relex": ["Relex"],
     "next_predictors.ridge": ["Ridge"],
     "next_predictors.rl_extra": ["RLExtra"],
     "next_predictors.secant": ["Secant"],
+    "next_predictors.snoo": ["Snoo"],
     "next_predictors.stay": ["Stay"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

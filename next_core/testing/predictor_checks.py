@@ -74,7 +74,7 @@ class PredictorCase:
     def shortened(self, run: SyntheticRun) -> Iterator[tuple[tuple[int, ...], SyntheticRun]]:
         """Yield the run with few or unevenly spaced checkpoints, and their steps."""
         steps = self.steps
-        few = (steps[:count] for count in (1, 2, 3, len(steps) // 2))
+        few = (steps[:count] for count in (1, 2, 3, (len(steps) + 1) // 2))
         for kept in (*few, tuple(step for index, step in enumerate(steps) if index % 3 != 1)):
             yield kept, run.only([step for step in run.weights if step == 0 or step in kept])
 

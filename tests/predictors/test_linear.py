@@ -31,6 +31,8 @@ PREDICTORS: list[tuple[str, dict[str, Any]]] = [
     ("secant", {"anchor": "backbone"}),
     ("secant", {"gate": {"window": 10}}),
     ("rl-extra", {}),
+    ("re-grounding", {}),
+    ("expo", {"share": 0.3}),
     ("alpharl", {}),
     ("alpharl", {"anchor": "newest"}),
     ("relex", {}),

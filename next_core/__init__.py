@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from next_core.interfaces import CoefficientUpdate as CoefficientUpdate
     from next_core.interfaces import LowRankUpdate as LowRankUpdate
     from next_core.interfaces import Prediction as Prediction
+    from next_core.live_weights.logits_extrapolation import generate_extrapolated as generate_extrapolated
     from next_core.mathematics.low_rank import Factors as Factors
     from next_core.mathematics.low_rank import LowRank as LowRank
     from next_core.notebook import RecordedRun as RecordedRun
@@ -54,6 +55,7 @@ _MODULES = {
     "next_core.errors": ["NextCoreError"],
     "next_core.history.history": ["History", "MatrixHistory"],
     "next_core.interfaces": ["CoefficientUpdate", "LowRankUpdate", "Prediction"],
+    "next_core.live_weights.logits_extrapolation": ["generate_extrapolated"],
     "next_core.mathematics.low_rank": ["Factors", "LowRank"],
     "next_core.notebook": ["RecordedRun", "analyze", "backtest", "extrapolate", "open_run"],
     "next_core.plugins": ["make_applier", "make_compressor", "make_predictor", "registry"],

@@ -14,13 +14,13 @@ from next_backends.data import read_rows, read_splits
 from next_backends.trl.argument_checks import check_arguments, check_best_model
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.errors import CheckpointError, ConfigError, describe
-from next_core.plugins import make_chosen
+from next_core.plugins import import_object, make_chosen
 from next_core.process.optional_packages import import_optional
 from next_core.rewards import RewardFunction, make_reward
 from next_core.storage.manifest import MANIFEST, check_manifest
 
 if TYPE_CHECKING:
-    from next_core.run_config import RunConfig, TrainingSettings
+    from next_core.run_config import Choice, RunConfig, TrainingSettings
 
 OURS = frozenset(
     {
@@ -42,7 +42,9 @@ PACKAGES = ("transformers", "peft", "datasets", "trl")
 Evaluate = Callable[[Any, str], dict[str, float]]
 
 
-def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[Any, Evaluate]:
+def build_trainer(
+    run: RunConfig, extra: dict[str, Any], output: Path, optimizer: Choice | None = None
+) -> tuple[Any, Evaluate]:
     """Return the trainer and a function that measures a split. Raises ``ConfigError`` or ``BackendError``."""
     for package in PACKAGES:
         import_optional(package, "trl")
@@ -84,6 +86,9 @@ def build_trainer(run: RunConfig, extra: dict[str, Any], output: Path) -> tuple[
         )
     except ValueError as error:
         raise ConfigError(f"TRL refuses the settings: {describe(error)}", kind="config-invalid-value") from None
+    if optimizer is not None:
+        settings = {"lr": training.learning_rate, **optimizer.fields}
+        trainer.optimizer_cls_and_kwargs = import_object(optimizer.name), settings
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from next_core.live_weights.in_memory import (
     rehearse_adapter,
     trained_adapter,
 )
-from next_core.run_config import RunConfig
+from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
@@ -38,6 +38,11 @@ from next_core.types import Space
 class TrlConfig(Settings):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further fields of TRL's GRPOConfig or RLOOConfig, passed through"
+    )
+    optimizer: Choice | None = Field(
+        None,
+        description="An optimizer instead of AdamW, for runs without jumps: module:Class with its settings; "
+        "`training.learning_rate` is its lr",
     )
 
 
@@ -68,7 +73,7 @@ class TrlBackend(Backend):
         """Build model, LoRA, data, reward and trainer. Returns the step to resume at. Raises ``ConfigError``."""
         from next_backends.trl.build import build_trainer, last_checkpoint
 
-        self.trainer, self._evaluate = build_trainer(run, self.config.args, out / "trainer")
+        self.trainer, self._evaluate = build_trainer(run, self.config.args, out / "trainer", self.config.optimizer)
         self.attach(self.trainer.model, out)
         if not resume:
             return 0
@@ -241,7 +246,10 @@ class TrlBackend(Backend):
         return next(iter(self.accuracies(split).values()), None)
 
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
-        return {} if self._evaluate is None else self._evaluate(self._model, split)
+        if self._evaluate is None:
+            return {}
+        with averaged(self._optimizer):
+            return self._evaluate(self._model, split)
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write what the trainer logs, for predictors that read a metric."""
@@ -255,6 +263,25 @@ class TrlBackend(Backend):
                     "load the model in float32 (bf16 autocast is fine), or train LoRA",
                     kind="backend-unsupported",
                 )
+
+
+@contextlib.contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Put the weights that a schedule-free optimizer returns (arXiv 2405.15682) in place of those it trains at.
+
+    Afterwards training goes on from the same bits; other optimizers have no such mode.
+    """
+    if not hasattr(getattr(optimizer, "optimizer", optimizer), "eval"):
+        yield
+        return
+    trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for parameter, value in trained:  # the way back is rounded
+            parameter.data.copy_(value)
 
 
 def _seal(checkpoint: Path) -> None:

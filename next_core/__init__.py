@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from next_core.settings import Settings as Settings
     from next_predictors.alpharl import AlphaRL as AlphaRL
     from next_predictors.auto import Auto as Auto
+    from next_predictors.effopd import EffOPD as EffOPD
     from next_predictors.ema_pull import EmaPull as EmaPull
     from next_predictors.expo import Expo as Expo
     from next_predictors.next_mlp import NextMLP as NextMLP
@@ -63,6 +64,7 @@ _MODULES = {
     "next_core.settings": ["Settings"],
     "next_predictors.alpharl": ["AlphaRL"],
     "next_predictors.auto": ["Auto"],
+    "next_predictors.effopd": ["EffOPD"],
     "next_predictors.ema_pull": ["EmaPull"],
     "next_predictors.expo": ["Expo"],
     "next_predictors.next_mlp": ["NextMLP"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,6 +43,12 @@ class Schedule(Settings):
     every: int = Field(5, ge=1, description="Steps between checkpoints")
     horizon: int = Field(10, ge=1, description="How many steps ahead to predict")
     alpha: float = Field(1.0, gt=0, description="Scale of the jump; a predictor may damp it per matrix")
+    alphas: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="Scales to choose from instead of alpha: each is tried and undone, in this order, while accuracy "
+        "on the validation prompts rises; without a rise there is no jump",
+    )
     jump_every: int | None = Field(None, ge=1, description="Steps between jumps; without it there is one jump")
     jumps: int | None = Field(None, ge=1, description="At most this many jumps; without it as many as fit")
     settle: int = Field(0, ge=0, description="Last steps of the run, without a jump")

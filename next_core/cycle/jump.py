@@ -40,6 +40,12 @@ class Jump:
         """Return this jump as one that is not made, or that was rolled back."""
         return dataclasses.replace(self, accepted=False, reason=reason)
 
+    def measured(self, history: History) -> Self:
+        """Return this jump with its size. Raises ``GuardError`` when it is not finite."""
+        assert self.prediction is not None
+        size = jump_norm(self.prediction, self.alpha, history)
+        return dataclasses.replace(self, norm=size.jump, norm_ratio=size.ratio)
+
     def record(self) -> dict[str, Any]:
         """Return the fields of the journal's record; those of a stage that was not reached are left out."""
         fields = ("accepted", "reason", "predictor", "alpha", "norm_ratio")

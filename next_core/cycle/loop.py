@@ -8,9 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from next_core.backend import Backend
+from next_core.cycle.alpha_search import with_best_alpha
 from next_core.cycle.average import end_in_mean, windows
 from next_core.cycle.journal import Journal
-from next_core.cycle.jump import Jump, check_origin, failure, jump_norm
+from next_core.cycle.jump import Jump, check_origin, failure
 from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
 from next_core.errors import BackendError, CheckpointError, GuardError
@@ -141,8 +142,7 @@ class PredictExtendCycle:
                 jump = dataclasses.replace(jump, diagnostics=figures)
                 if prediction.abstention is not None:
                     return jump.refused(prediction.abstention)
-                size = jump_norm(prediction, jump.alpha, history)
-                return dataclasses.replace(jump, norm=size.jump, norm_ratio=size.ratio)
+                return jump.measured(history)
         except TimeLimitReached:
             return jump.refused(f"the predictor took longer than time_limit, {self.guards.time_limit:g} s")
         except (Exception, SystemExit) as error:
@@ -156,7 +156,12 @@ class PredictExtendCycle:
         return history
 
     def _guard(self, jump: Jump) -> Jump:
-        """Refuse a jump that is too large for the run's recent motion."""
+        """Choose alpha where the schedule has several; refuse a jump too large for the run's recent motion."""
+        if self.schedule.alphas is not None:
+            jump = with_best_alpha(jump, self.schedule.alphas, self.backend, self._probes, self._watches["extend"])
+            if not jump.accepted:
+                return jump
+            jump = jump.measured(self._history(jump.step))
         bound, ratio = self.guards.max_norm_ratio, jump.norm_ratio
         if bound is not None and ratio is not None and ratio > bound:
             return jump.refused(

@@ -14,6 +14,7 @@ def register_predictors(register: Register) -> None:
     register("next_predictors.rl_extra:RLExtra", name="rl-extra")
     register("next_predictors.re_grounding:ReGrounding", name="re-grounding")
     register("next_predictors.expo:Expo", name="expo")
+    register("next_predictors.effopd:EffOPD", name="effopd")
     register("next_predictors.snoo:Snoo", name="snoo")
     register("next_predictors.ema_pull:EmaPull", name="ema-pull")
     register("next_predictors.alpharl:AlphaRL", name="alpharl")

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
-SCRIPTS = ("tasks.py", "rates.py", "embedded.py", "races.py")
+SCRIPTS = ("tasks.py", "rates.py", "embedded.py", "races.py", "llm/run.py")
 
 
 def mean(values: Sequence[float]) -> str:

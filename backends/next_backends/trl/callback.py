@@ -31,7 +31,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     """Predict-extend for any existing ``GRPOTrainer`` or ``RLOOTrainer``; LoRA or full-parameter.
 
     ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), ``"module:Class"``, a class or an
-    instance; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``jump_every``,
+    instance; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``alphas``, ``jump_every``,
     ``jumps``, ``settle``, ``average``) and ``guards`` are those of the config file. ``evaluate(model) -> accuracy`` is
     the probe; without it the guards that need one do not run. Checkpoints, jumps and the journal go to ``folder``, by
     default ``<output_dir>/next-core``; ``resume_from_checkpoint`` continues from there. Raises ``ConfigError`` for

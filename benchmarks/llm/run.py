@@ -80,9 +80,10 @@ def run_one(key: Row, threads: int = 1, again: bool = False) -> Row:
     config = make_config(run_config(key, prepare.model(), prepare.data(key["task"])))
     folder = prepare.cache() / "runs" / "-".join(f"{value}" for value in key.values())
     result = run(config, folder, overwrite=again, progress=_progress)
-    logged = by_step(read_log(folder / METRICS))
+    logged = [of for _, of in sorted(by_step(read_log(folder / METRICS)).items()) if "reward" in of]
     return key | {
-        "rewards": [round(logged[step]["reward"], 4) for step in sorted(logged) if "reward" in logged[step]],
+        "rewards": [round(of["reward"], 4) for of in logged],
+        "seconds_a_step": round(statistics.median(of["step_time"] for of in logged), 1),  # those of a resumed run too
         "curve": result.curve,
         "jumps": sum(jump["accepted"] for jump in result.jumps),
         "average": None if result.average is None else result.average["reason"],
@@ -111,7 +112,7 @@ def results_table(rows: list[Row]) -> str:
     lines, parts = [], (slice(None, RECENT), slice(-RECENT, None))
     for (task, rate, arm, rank, steps), of in groups.items():
         first, last = ([statistics.mean(row["rewards"][part]) for row in of] for part in parts)
-        seconds = [row["curve"][-1]["seconds"] / steps for row in of]
+        seconds = [row["seconds_a_step"] for row in of]
         cells = [task, f"{rate:g}", arm, str(rank), str(steps), f"{tables.mean(first)} → {tables.mean(last)}"]
         cells += [_change(of, "sampled"), _change(of, "greedy"), f"{statistics.mean(row['jumps'] for row in of):g}"]
         lines.append([*cells, f"{statistics.mean(seconds):.0f}", str(len(of))])

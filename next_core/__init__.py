@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     from next_core.predictor import TrajectoryPredictor as TrajectoryPredictor
     from next_core.predictor import matrix_predictor as matrix_predictor
     from next_core.settings import Settings as Settings
+    from next_core.step_predictor import StepHistory as StepHistory
+    from next_core.step_predictor import StepPredictor as StepPredictor
+    from next_core.step_predictor import StepScale as StepScale
+    from next_predictors.adaptive_secant import AdaptiveSecant as AdaptiveSecant
     from next_predictors.alpharl import AlphaRL as AlphaRL
-    from next_predictors.auto import Auto as Auto
     from next_predictors.effopd import EffOPD as EffOPD
     from next_predictors.ema_pull import EmaPull as EmaPull
     from next_predictors.expo import Expo as Expo
@@ -62,8 +65,9 @@ _MODULES = {
     "next_core.plugins": ["make_applier", "make_compressor", "make_predictor", "registry"],
     "next_core.predictor": ["Abstain", "PerMatrixPredictor", "TrajectoryPredictor", "matrix_predictor"],
     "next_core.settings": ["Settings"],
+    "next_core.step_predictor": ["StepHistory", "StepPredictor", "StepScale"],
+    "next_predictors.adaptive_secant": ["AdaptiveSecant"],
     "next_predictors.alpharl": ["AlphaRL"],
-    "next_predictors.auto": ["Auto"],
     "next_predictors.effopd": ["EffOPD"],
     "next_predictors.ema_pull": ["EmaPull"],
     "next_predictors.expo": ["Expo"],

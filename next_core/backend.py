@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from next_core.errors import BackendError
 from next_core.interfaces import Applied, CheckpointSource, Prediction
+from next_core.interfaces.trainer_steps import TrainerSteps
 from next_core.run_config import RunConfig
 from next_core.types import Plugin, Space
+
+
+@dataclass(frozen=True)
+class LoggedReward:
+    """The mean reward over the ``steps`` RL steps that end with ``step``, and its standard error."""
+
+    step: int
+    steps: int
+    mean: float
+    error: float
 
 
 class Backend(Plugin):
@@ -20,6 +33,9 @@ class Backend(Plugin):
     exact_resume: ClassVar[bool] = False
     """Whether a resumed run ends, on a CPU, with the same bits as the uninterrupted run."""
 
+    scales_steps: ClassVar[bool] = False
+    """Whether the trainer's optimizer can be reached, so that its steps can be multiplied."""
+
     @abstractmethod
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build the trainer of a run config in ``out``. Returns the step to resume at, 0 for a new run.
@@ -29,6 +45,29 @@ class Backend(Plugin):
 
     def check_jumps(self, space: Space | None) -> None:
         """Raise ``BackendError``, before training begins, if no jump in this space (None: unknown) can ever be made."""
+
+    def follow_steps(self, windows: Sequence[int]) -> None:
+        """Give access to the trainer's ``steps`` once training begins, with running means over ``windows`` steps.
+
+        Then no checkpoint is taken. Raises ``BackendError`` where the optimizer cannot be reached.
+        """
+        raise BackendError(
+            f"backend '{self.name}' cannot scale the steps of its trainer; choose a predictor that jumps",
+            kind="backend-unsupported",
+        )
+
+    @property
+    def steps(self) -> TrainerSteps:
+        """The steps of a trainer that was asked to ``follow_steps``, while it trains."""
+        raise NotImplementedError
+
+    def rewards(self) -> Sequence[LoggedReward]:
+        """Return the rewards that the trainer has logged so far, in order."""
+        return ()
+
+    def takes_weights(self, step: int) -> bool:
+        """Whether weights may change after ``step``: the trainer holds no roll-outs of the old ones."""
+        return True
 
     def start(self) -> None:
         """Start a trainer that is a process of its own, once, after ``prepare``. It may take minutes."""

@@ -11,10 +11,15 @@ import yaml
 from pydantic import ValidationError
 
 from next_core.errors import ConfigError, NextCoreError, PluginError, describe
-from next_core.plugins import Kind, make_chosen, registry
-from next_core.run_config import DEFAULT_PREDICTOR, Choice, RunConfig
-from next_core.settings import config_error
+from next_core.plugins import Kind, make_chosen, registry, steps_or_jumps
+from next_core.predictor import Predictor, TrajectoryPredictor
+from next_core.run_config import DEFAULT_BACKEND, DEFAULT_PREDICTOR, Choice, Guards, RunConfig, Schedule
+from next_core.settings import Settings, config_error
+from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
+
+STEP_SETTINGS = {"schedule": ("every", "average"), "guards": ("collapse", "time_limit", "probe")}
+"""The settings of a run that apply to step scaling; the others are those of jumps."""
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -32,12 +37,17 @@ def load_config(path: str | Path) -> RunConfig:
 
 def make_config(raw: Mapping[str, Any], where: str = "config", base: Path | None = None) -> RunConfig:
     """Validate a config given as a mapping; relative paths count from ``base``."""
+    given = raw
     try:
+        raw = _with_auto(raw)
+        predictor = _chosen_class("predictor", raw.get("predictor"))
+        if predictor is not None:
+            refuse_jump_settings(predictor, raw)
         config = RunConfig.model_validate(_with_recommended(raw))
     except ValidationError as error:
-        raise _with_hint(config_error(error, where, RunConfig), raw, where) from None
+        raise _with_hint(config_error(error, where, RunConfig), given, where) from None
     except ConfigError as error:
-        raise _with_hint(_located(error, where), raw, where) from None
+        raise _with_hint(_located(error, where), given, where) from None
     config = _absolute(config, base or Path(), where)
     try:
         check_plugins(config)
@@ -63,6 +73,41 @@ def _with_hint(error: NextCoreError, raw: Mapping[str, Any], where: str) -> Next
     )
 
 
+def _with_auto(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config with what ``auto`` means for its backend; unchanged where the backend is unknown."""
+    backend = _chosen_class("backend", raw.get("backend", DEFAULT_BACKEND))
+    predictor = raw.get("predictor", DEFAULT_PREDICTOR)
+    return raw if backend is None else {**raw, "predictor": steps_or_jumps(predictor, backend)}
+
+
+def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for settings of jumps (in ``given``, by block) next to a predictor that makes none."""
+    if not issubclass(predictor, StepPredictor):
+        return
+    known: dict[str, type[Settings]] = {"schedule": Schedule, "guards": Guards}
+    unused = [
+        f"{block}.{key}"
+        for block, settings in known.items()
+        for key in (given[block] if isinstance(given.get(block), Mapping) else ())
+        if key in settings.model_fields and key not in STEP_SETTINGS[block]
+    ]
+    if unused:
+        raise ConfigError(
+            f"predictor '{predictor.name}' scales steps and makes no jumps: omit {', '.join(unused)}, or choose a "
+            "predictor that jumps, such as 'adaptive-secant'",
+            kind="config-contradiction",
+        )
+
+
+def _chosen_class(kind: Kind, chosen: Any) -> type[Any] | None:
+    """Return the class of a plug-in that a raw config chooses; None for one that ``check_plugins`` refuses."""
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    try:
+        return registry().get(kind, name) if isinstance(name, str) else None
+    except PluginError:
+        return None
+
+
 def _with_recommended(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the schedule and guards that a config leaves out with those that its predictor recommends."""
     blocks = recommended_blocks(raw.get("predictor", DEFAULT_PREDICTOR))
@@ -75,14 +120,12 @@ def recommended_blocks(chosen: Any) -> Mapping[str, Mapping[str, Any]]:
 
     Raises ``PluginError`` where a predictor's ``recommended`` is not of that form.
     """
-    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-    try:
-        blocks = registry().get("predictor", name).recommended if isinstance(name, str) else {}
-    except PluginError:
-        return {}
+    cls = _chosen_class("predictor", chosen)
+    blocks = {} if cls is None else cls.recommended
     if not isinstance(blocks, Mapping) or not all(isinstance(fields, Mapping) for fields in blocks.values()):
         raise PluginError(
-            f"predictor '{name}': recommended must map 'schedule' and 'guards' to their fields", kind="plugin-invalid"
+            f"predictor '{cls and cls.name}': recommended must map 'schedule' and 'guards' to their fields",
+            kind="plugin-invalid",
         )
     return blocks
 
@@ -94,7 +137,9 @@ def check_plugins(config: RunConfig) -> None:
         choice: Choice | None = getattr(config, kind)
         if choice is not None:
             registry().make_config(kind, choice.name, choice.fields, where=kind)
-    config.schedule.check_predictor(make_chosen("predictor", config.predictor), config.steps)
+    predictor = make_chosen("predictor", config.predictor)
+    if isinstance(predictor, TrajectoryPredictor):
+        config.schedule.check_predictor(predictor, config.steps)
     reward = config.training.reward
     if ":" not in reward.name:
         registry().make_config("reward", reward.name, reward.fields, where="training.reward")

@@ -24,6 +24,7 @@ from next_core.predictor import TrajectoryPredictor, Work
 from next_core.run_config import LoraSettings, RunConfig
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.matrices import stored_name
+from next_core.step_predictor import StepPredictor
 from next_core.storage.atomic import free_bytes
 from next_core.types import Parameter, Span
 
@@ -56,6 +57,8 @@ class Rates:
         return work.flops / self.flops + work.bytes / self.bytes + work.single_flops / self.single_flops
 
 
+KEPT_BY_STEP_SCALING = 9
+"""Step scaling keeps so many times the trained weights."""
 Plan = dict[str, Any]
 """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``: plain objects."""
 
@@ -117,16 +120,19 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     except CheckpointError as error:  # transformers may read what is not read here
         notes.insert(0, f"the sizes of the model are not known, nor what follows from them: {error.message}")
     schedule, dense = config.schedule, config.training.lora is None
-    attempts = schedule.attempt_steps(config.steps)
+    predictor, matrices = make_chosen("predictor", config.predictor), dict.fromkeys(parameters, 4)
+    scaling = isinstance(predictor, StepPredictor)
+    attempts = [] if scaling else schedule.attempt_steps(config.steps)
     jumps = attempts if schedule.limit == float("inf") else attempts[: int(schedule.limit)]
     checkpoints, each = config.steps // schedule.every + 1, sum(4 * _stored(p) for p in parameters)
-    predictor, matrices = make_chosen("predictor", config.predictor), dict.fromkeys(parameters, 4)
+    checkpoints = 0 if scaling else checkpoints
     spans, deltas, decompose, fit = list[Span](), 0, Work(), Work()
     for jump in jumps:
         steps = range(schedule.every, jump + 1, schedule.every)
         some, *work = predictor_work(predictor, matrices, steps, schedule.horizon, config.rank)
         spans, deltas = max(spans, some, key=len), deltas + len(some) * len(parameters)
         decompose, fit = decompose + work[0], fit + work[1]
+    saves = 0 if config.save_every is None else config.steps // config.save_every
     trainer = dict(make_chosen("backend", config.backend).describe(config, out))
     written = {
         "checkpoints": checkpoints,
@@ -134,10 +140,13 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
         "bytes of checkpoints": checkpoints * each,
         # A jump keeps what every past checkpoint moves by; a recovery window also what was there before it.
         "bytes of jumps": len(jumps) * each * (1 if config.guards.recovery is None else 2),
-        "bytes of the trainer's": 0 if config.save_every is None else (config.steps // config.save_every) * 3 * each,
+        "bytes of the trainer's": saves * (3 + KEPT_BY_STEP_SCALING * scaling) * each,
     }
     total, free = sum(value for key, value in written.items() if key.startswith("bytes of")), free_bytes(out)
     needed = _memory(parameters, spans, checkpoints, config.rank)
+    if scaling:
+        notes[-1] = "the seconds of RL are not known beforehand; scaling its steps costs no RL step"
+        needed = KEPT_BY_STEP_SCALING * each  # two states with their moments, and three means
     needed += 2 * each if dense and jumps else 0  # a full-parameter jump holds what was there and what it becomes
     return {
         "read": {"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},

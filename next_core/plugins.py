@@ -20,23 +20,26 @@ from next_core.backend import Backend
 from next_core.errors import ConfigError, NextCoreError, PluginError, describe
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
-from next_core.predictor import TrajectoryPredictor
+from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import DEFAULT_PREDICTOR, Choice
 from next_core.settings import config_error
+from next_core.step_predictor import StepPredictor
 from next_core.types import Plugin
 
 Kind = Literal["predictor", "compressor", "source", "applier", "reward", "backend"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-BASES: dict[Kind, type[Plugin]] = {
-    "predictor": TrajectoryPredictor,
-    "compressor": Compressor,
-    "source": CheckpointSource,
-    "applier": WeightApplier,
-    "reward": Reward,
-    "backend": Backend,
+BASES: dict[Kind, tuple[type[Plugin], ...]] = {
+    "predictor": (TrajectoryPredictor, StepPredictor),
+    "compressor": (Compressor,),
+    "source": (CheckpointSource,),
+    "applier": (WeightApplier,),
+    "reward": (Reward,),
+    "backend": (Backend,),
 }
-PredictorLike = str | Mapping[str, Any] | type[TrajectoryPredictor] | TrajectoryPredictor
-"""Everything that ``resolve_predictor`` accepts."""
+PredictorLike = str | Mapping[str, Any] | type[Predictor] | Predictor
+"""Everything that ``resolve_any_predictor`` accepts."""
+AUTO, STEP_SCALING, JUMPS = "auto", "step-scale", "adaptive-secant"
+"""``auto`` means one of the other two; see ``steps_or_jumps``."""
 
 
 @dataclass
@@ -76,9 +79,9 @@ class Entry:
 
 def check_class(kind: str, target: Any) -> type[Plugin]:
     """Return ``target`` if it is a complete class of this kind, else raise ``PluginError``."""
-    base = BASES[kind]  # type: ignore[index]
-    if not (isinstance(target, type) and issubclass(target, base)):
-        problem = f"{target!r} is not a subclass of {base.__name__}"
+    bases = BASES[kind]  # type: ignore[index]
+    if not (isinstance(target, type) and issubclass(target, bases)):
+        problem = f"{target!r} is not a subclass of {' or '.join(base.__name__ for base in bases)}"
     elif not isinstance(getattr(target, "name", None), str):
         problem = f"{target.__name__} has no name; set the class attribute `name`"
     elif inspect.isabstract(target):
@@ -149,7 +152,7 @@ class Registry:
 
         A class that is defined again, as when a notebook cell runs twice, replaces the earlier one.
         """
-        kind = next((kind for kind, base in BASES.items() if issubclass(cls, base)), None)
+        kind = next((kind for kind, bases in BASES.items() if issubclass(cls, bases)), None)
         if kind is None:
             raise PluginError(
                 f"{cls.__name__} implements none of next_core's interfaces: {', '.join(KINDS)}", kind="plugin-invalid"
@@ -243,10 +246,36 @@ def registry() -> Registry:
     return made
 
 
+def trajectory_predictors() -> tuple[list[str], list[str]]:
+    """Return the names of all predictors that read checkpoints, and notes on those that do not load.
+
+    ``auto`` is left out: without a trainer it is another name of ``adaptive-secant``.
+    """
+    found: list[str] = []
+    notes: list[str] = []
+    for name in registry().names("predictor"):
+        try:
+            if name != AUTO and issubclass(registry().get("predictor", name), TrajectoryPredictor):
+                found.append(name)
+        except PluginError as error:
+            notes.append(error.message)
+    return found, notes
+
+
 def make_predictor(name: str, /, **fields: Any) -> TrajectoryPredictor:
     """A predictor by name: ``make_predictor("secant", window=10)``."""
-    made: TrajectoryPredictor = registry().make("predictor", name, **fields)
-    return made
+    return as_trajectory_predictor(registry().make("predictor", name, **fields))
+
+
+def as_trajectory_predictor(predictor: Predictor) -> TrajectoryPredictor:
+    """Return a predictor that reads checkpoints. Raises ``PluginError`` for one that scales a trainer's steps."""
+    if not isinstance(predictor, TrajectoryPredictor):
+        raise PluginError(
+            f"predictor '{predictor.name}' scales the steps of a trainer while it trains, and cannot extrapolate "
+            "checkpoints; choose one that jumps, such as 'adaptive-secant'",
+            kind="predictor-needs-trainer",
+        )
+    return predictor
 
 
 def make_applier(name: str, /, **fields: Any) -> WeightApplier:
@@ -261,12 +290,27 @@ def make_compressor(name: str, /, **fields: Any) -> Compressor:
     return made
 
 
+def steps_or_jumps(predictor: Any, backend: type[Backend]) -> Any:
+    """Return what ``auto`` (a name, or a mapping with it) means in a run: step scaling where the backend can do it."""
+    fields = dict(predictor) if isinstance(predictor, Mapping) else {"name": predictor}
+    if fields.get("name") != AUTO:
+        return predictor
+    return fields | {"name": STEP_SCALING if backend.scales_steps else JUMPS}
+
+
 def make_chosen(kind: Kind, choice: Choice) -> Any:
     """Return the plug-in that a config chose, with its validated settings."""
     return registry().make(kind, choice.name, **choice.fields)
 
 
 def resolve_predictor(given: PredictorLike, /) -> Callable[[], TrajectoryPredictor]:
+    """Return a function that makes a fresh predictor that reads checkpoints; see ``resolve_any_predictor``."""
+    make = resolve_any_predictor(given)
+    as_trajectory_predictor(make())
+    return make  # type: ignore[return-value]
+
+
+def resolve_any_predictor(given: PredictorLike, /) -> Callable[[], Predictor]:
     """Return a function that makes a fresh predictor, for callers that fit one predictor for each jump.
 
     ``given`` is a registered name, ``"module:Class"``, a mapping such as ``{"name": "secant", "window": 10}``, a class
@@ -275,7 +319,7 @@ def resolve_predictor(given: PredictorLike, /) -> Callable[[], TrajectoryPredict
 
     Raises ``PluginError`` for anything else, ``ConfigError`` for wrong settings: at once, not at the first use.
     """
-    if isinstance(given, TrajectoryPredictor):
+    if isinstance(given, Predictor):
         _copied(given)
         return functools.partial(_copied, given)
     fields = dict(given) if isinstance(given, Mapping) else {}
@@ -284,7 +328,7 @@ def resolve_predictor(given: PredictorLike, /) -> Callable[[], TrajectoryPredict
     return functools.partial(cls, _settings_of(cls, fields, f"predictor '{cls.name}'"))
 
 
-def _copied(predictor: TrajectoryPredictor) -> TrajectoryPredictor:
+def _copied(predictor: Predictor) -> Predictor:
     """Copy deeply, but for the history, which may hold open files, and the display of progress."""
     shared = [value for key, value in vars(predictor).items() if key == "progress" or isinstance(value, History)]
     try:

@@ -65,15 +65,20 @@ class CoefficientConfig(Settings):
     )
 
 
-class TrajectoryPredictor(Plugin):
-    """A predictor: fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
+class Predictor(Plugin):
+    """Base of everything that a config names as ``predictor``."""
 
     requires: ClassVar[frozenset[Needs]] = frozenset()
     """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
-    shares: ClassVar[bool] = False
-    """Whether one model is shared by all matrices, so that each learns from the others."""
     recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {}
     """Recommended fields of ``schedule`` and ``guards``: the values of fields that a run's config omits."""
+
+
+class TrajectoryPredictor(Predictor):
+    """A predictor: fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
+
+    shares: ClassVar[bool] = False
+    """Whether one model is shared by all matrices, so that each learns from the others."""
     progress: Progress | None = None
     _history: History | None = None
 

@@ -12,6 +12,7 @@ from next_core.history.executor import Executor
 from next_core.predictor import TrajectoryPredictor
 from next_core.settings import Settings
 
+DEFAULT_BACKEND = "trl"
 DEFAULT_PREDICTOR = "auto"
 """The predictor of a config that names none; docs/benchmarks/auto.md has the figures."""
 MOST_STEPS = 1_000_000
@@ -124,6 +125,9 @@ class Guards(Settings):
     time_limit: float | None = Field(
         3600.0, gt=0, description="Seconds a prediction may take; a slower one is stopped, and the jump refused"
     )
+    collapse: bool = Field(
+        True, description="Step scaling: when the logged reward collapses, return to the last good weights and moments"
+    )
     probe: bool = Field(True, description="Measure accuracy before and after each jump, where the backend can")
     max_drop: float = Field(0.2, ge=0, le=1, description="Roll back when accuracy falls by more right after the jump")
     recovery: int | None = Field(
@@ -198,7 +202,7 @@ class RunConfig(Settings):
         0, ge=0, description="Seed of the adapter's initial values, the order of the prompts and the samples"
     )
     training: TrainingSettings
-    backend: Choice = Field(Choice(name="trl"), description="The trainer")
+    backend: Choice = Field(Choice(name=DEFAULT_BACKEND), description="The trainer")
     predictor: Choice = Field(
         Choice(name=DEFAULT_PREDICTOR), description="Predictor: a name or module:Class, with its settings"
     )

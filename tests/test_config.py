@@ -57,8 +57,12 @@ def load(folder: Path) -> Callable[..., RunConfig]:
 
 def test_what_is_not_given_has_its_default(load: Callable[..., RunConfig]) -> None:
     config = load()
-    assert (config.predictor.name, config.backend.name, config.training.reward.name) == ("auto", "trl", "math-verify")
-    recommended = registry().get("predictor", "auto").recommended
+    assert (config.predictor.name, config.backend.name, config.training.reward.name) == (
+        "step-scale",
+        "trl",
+        "math-verify",
+    )
+    recommended = registry().get("predictor", "step-scale").recommended
     assert config.schedule == Schedule(**recommended["schedule"])
     assert config.guards == Guards(**recommended["guards"])
     assert load(predictor="secant").schedule == Schedule()
@@ -101,8 +105,8 @@ def test_each_wrong_key_has_its_line_and_its_own_hint(load: Callable[..., RunCon
         ({"training__temperature": math.nan}, "training.temperature", "nan"),
         ({"training__algorithm": "ppo"}, "training.algorithm", "'ppo'"),
         ({"training__data": ["train.jsonl"]}, "training.data", "['train.jsonl']"),
-        ({"schedule__alpha": -1}, "schedule.alpha", "-1"),
-        ({"guards__max_drop": 2}, "guards.max_drop", "2"),
+        ({"predictor": "secant", "schedule__alpha": -1}, "schedule.alpha", "-1"),
+        ({"predictor": "secant", "guards__max_drop": 2}, "guards.max_drop", "2"),
         ({"predictor": 5}, "predictor", "5"),
         ({"predictor": {"name": "secant", "window": 0}}, "predictor.window", "0"),
         ({"control": "both"}, "control", "'both'"),
@@ -146,10 +150,18 @@ def test_settings_that_contradict_each_other_or_the_run_are_refused(
 
 
 def test_a_contradiction_of_values_the_default_predictor_fills_in_is_explained(load: Callable[..., RunConfig]) -> None:
-    with raises_kind("config-contradiction", "jump_every (2)", "every (10)", "default predictor is 'auto'"):
+    with raises_kind("config-contradiction", "schedule.observe", "'adaptive-secant'", "default predictor is 'auto'"):
         load(schedule={"observe": 60, "every": 10})
-    with raises_kind("config-schedule", "settle (200)", "default predictor is 'auto'"):
-        load(schedule={"settle": 200})
+    with raises_kind("config-contradiction", "guards.recovery", "'step-scale'"):
+        load(predictor="step-scale", guards={"recovery": 10})
+
+
+def test_auto_means_step_scaling_where_the_backend_can_reach_the_optimizer(load: Callable[..., RunConfig]) -> None:
+    assert load(predictor={"name": "auto", "decay": 0.25}).predictor.fields == {"decay": 0.25}
+    assert load(predictor="auto").predictor.name == "step-scale"
+    launched = {"name": "openrlhf", "python": sys.executable}
+    assert load(predictor="auto", backend=launched).predictor.name == "adaptive-secant"
+    assert load(predictor="adaptive-secant", schedule={"settle": 20}).schedule.settle == 20
 
 
 def test_an_unknown_plugin_is_named_with_the_nearest_one(load: Callable[..., RunConfig]) -> None:

@@ -28,7 +28,7 @@ def config(base: Path, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "train.jsonl").write_text("")
     training = {"model": base, "data": {"train": tmp_path / "train.jsonl"}, "lora": {"rank": 4}}
     schedule = {"observe": 50, "every": 5, "horizon": 10, "jump_every": 10, "settle": 10}
-    return {"steps": 100, "training": training, "schedule": schedule}
+    return {"steps": 100, "training": training, "schedule": schedule, "predictor": "adaptive-secant"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,17 @@ def test_a_run_names_its_jumps_checkpoints_and_their_size(config: dict[str, Any]
     assert plan["write"]["bytes of jumps"] == 5 * each
     assert plan["time"]["RL"] is None
     assert not (tmp_path / "deep").exists()
+
+
+def test_step_scaling_takes_no_checkpoints_and_states_what_it_keeps_in_memory(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {key: value for key, value in config.items() if key != "schedule"} | {"save_every": 50}
+    plan = planning.plan_run(make_config(config | {"predictor": "step-scale"}), tmp_path / "run")
+    each = plan["write"]["bytes a checkpoint"]
+    assert (plan["write"]["checkpoints"], plan["compute"]["jumps after"]) == (0, [])
+    assert plan["memory"]["bytes"] == 9 * each
+    assert plan["write"]["bytes of the trainer's"] == 2 * (3 + 9) * each
 
 
 class Launched(Descent):

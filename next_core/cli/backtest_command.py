@@ -55,11 +55,11 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
     """
     from next_core.config import parse_assignments
     from next_core.diagnostics.backtest import BASELINES, default_predictors
-    from next_core.plugins import registry
+    from next_core.plugins import trajectory_predictors
 
     given = parse_assignments(settings)
     if predictors == "all":
-        names = registry().names("predictor")
+        names = trajectory_predictors()[0]
     elif predictors is not None:
         names = [name.strip() for name in predictors.split(",") if name.strip()]
     elif given:

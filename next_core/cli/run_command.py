@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +77,8 @@ def show_result(result: RunResult, output: Output) -> None:
     if result.jumps:
         title = "Jumps (norm: relative to the update just before; accuracy: on the validation prompts)"
         output.table(title, map(_jump, result.jumps), words=("predictor", "outcome"))
+    if result.scaling:
+        output.print(scaling_text(result.scaling))
     if result.average is not None:
         outcome = "used" if result.average["accepted"] else "not used"
         before = _figure(accuracy.get("before_average"))
@@ -95,6 +98,17 @@ def show_result(result: RunResult, output: Output) -> None:
     for note in result.notes:
         output.print(f"Note: {note}.")
     output.print(f"Folder: {result.folder}")
+
+
+def scaling_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return what step scaling did, in one sentence."""
+    made = [record for record in records if record.get("accepted", True)]
+    rates, back = [record["rate"] for record in made], [record for record in made if "back_to" in record]
+    undone = "".join(f", back to step {record['back_to']} after step {record['step']}" for record in back)
+    return (
+        f"Step scaling: learning rate {rates[0]:.2g} at first, at most {max(rates):.2g}, {rates[-1]:.2g} at the end"
+        f"{undone}."
+    )
 
 
 def _jump(jump: dict[str, Any]) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from next_core.backend import Backend
 from next_core.cycle.journal import Journal
 from next_core.cycle.jump import failure
 from next_core.cycle.measurements import Stopwatch
@@ -35,7 +34,13 @@ def mean_of_last(source: CheckpointSource, window: int) -> Prediction:
 
 
 def end_in_mean(
-    backend: Backend, probes: Probes, journal: Journal, watch: Stopwatch, step: int, choices: Sequence[int]
+    apply: Callable[[int], Applied],
+    rollback: Callable[[Applied], None],
+    probes: Probes,
+    journal: Journal,
+    watch: Stopwatch,
+    step: int,
+    choices: Sequence[int],
 ) -> None:
     """Move to the mean over the window, one of ``choices``, that validates best, if it beats the last step.
 
@@ -44,7 +49,7 @@ def end_in_mean(
 
     def apply_mean(window: int) -> Applied:
         with watch:
-            return backend.apply_jump(mean_of_last(backend.source(), window), 1.0)
+            return apply(window)
 
     before = probes.measure(step, always=True)
     tried: dict[int, float | None] = {}
@@ -56,7 +61,7 @@ def end_in_mean(
             reason = failure("mean", error)
             break
         tried[window] = probes.measure(step, always=True)
-        backend.rollback(applied, step)
+        rollback(applied)
         reason = "no mean of the last checkpoints is better"
     better = {window: value for window, value in tried.items() if value is not None and before is not None}
     if before is not None and better and max(better.values()) > before:

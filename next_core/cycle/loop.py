@@ -9,18 +9,20 @@ from typing import Any
 
 from next_core.backend import Backend
 from next_core.cycle.alpha_search import with_best_alpha
-from next_core.cycle.average import end_in_mean, windows
+from next_core.cycle.average import end_in_mean, mean_of_last, windows
 from next_core.cycle.journal import Journal
 from next_core.cycle.jump import Jump, check_origin, failure
 from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
+from next_core.cycle.scaling import StepScaling
 from next_core.errors import BackendError, CheckpointError, GuardError
 from next_core.history.executor import Executor
 from next_core.history.history import History
-from next_core.interfaces import Compressor
-from next_core.predictor import TrajectoryPredictor
+from next_core.interfaces import Applied, Compressor
+from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.process.containment import TimeLimitReached, same_random_states, time_limit
 from next_core.run_config import Guards, Schedule
+from next_core.step_predictor import StepPredictor
 from next_core.types import Progress
 
 Milestone = Callable[[str, int], None]
@@ -38,7 +40,7 @@ class PredictExtendCycle:
     """
 
     backend: Backend
-    predictor: Callable[[], TrajectoryPredictor]
+    predictor: Callable[[], Predictor]
     schedule: Schedule
     guards: Guards
     total: int
@@ -54,18 +56,29 @@ class PredictExtendCycle:
     interrupted: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
-        self.schedule.check(self.total)
-        self.guards.check(self.schedule)
         predictor = self.predictor()
-        self.schedule.check_predictor(predictor, self.total)
-        self.backend.check_jumps(predictor.space)
+        self._scaling: StepScaling | None = None
+        if isinstance(predictor, TrajectoryPredictor):
+            self.schedule.check(self.total)
+            self.guards.check(self.schedule)
+            self.schedule.check_predictor(predictor, self.total)
+            self.backend.check_jumps(predictor.space)
         self._watches = {what: Stopwatch() for what in ("observe", "predict", "extend", "probe")}
+        if isinstance(predictor, StepPredictor):
+            self.backend.follow_steps(self._windows)
+            watch = self._watches["predict"]
+            self._scaling = StepScaling(self.backend, predictor, self.guards, self.journal, watch, self.strict)
         self._probes = Probes(self.backend, self.journal, self.guards.probe, self._watches["probe"])
         self._start = 0
         self._resumed_at: int | None = None
         self._jumps_made, self._first_jump_made = 0, False
         self._impossible = False  # a jump failed for a reason that the next one has too
         self._recovering: Jump | None = None  # the jump whose recovery window is still open
+
+    @property
+    def scales_steps(self) -> bool:
+        """Whether the predictor scales the trainer's steps, so that there are no checkpoints and no jumps."""
+        return self._scaling is not None
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -102,6 +115,17 @@ class PredictExtendCycle:
     def after_step(self, step: int) -> None:
         """Run one round of the cycle after an RL step: observe, predict, guard, apply, verify."""
         self._restore()
+        if self._scaling is None:
+            self._jump(step)
+        else:
+            self._scaling.after_step(step)
+        if self._averages(step):
+            self._end_in_mean(step)
+        if self._measures(step):
+            self.milestone("curve", step)
+
+    def _jump(self, step: int) -> None:
+        """Judge the last jump, take a checkpoint, and jump, each where it is due."""
         self._verify_recovery(step)
         self._observe(step)
         if self._is_jump_due(step):
@@ -110,10 +134,6 @@ class PredictExtendCycle:
                 if jump.accepted:
                     jump = stage(jump)
             self._conclude(jump)
-        if self._averages(step):
-            self._end_in_mean(step)
-        if self._measures(step):
-            self.milestone("curve", step)
 
     def _observe(self, step: int) -> None:
         """Take a checkpoint, and the accuracy that the trend of a later jump needs."""
@@ -132,6 +152,7 @@ class PredictExtendCycle:
         try:
             with self._watches["predict"], same_random_states(), time_limit(self.guards.time_limit):
                 predictor = self.predictor()
+                assert isinstance(predictor, TrajectoryPredictor)
                 predictor.progress = self.progress
                 jump = dataclasses.replace(jump, predictor=predictor.name)
                 history = self._history(jump.step)
@@ -234,10 +255,28 @@ class PredictExtendCycle:
             raise GuardError(f"step {step}: {reason}", kind="guard-refused")
 
     def _end_in_mean(self, step: int) -> None:
-        assert self.schedule.average is not None
         self.milestone("before_average", step)
-        choices = windows(self.schedule.average, self.schedule.every)
-        end_in_mean(self.backend, self._probes, self.journal, self._watches["extend"], step, choices)
+
+        def of_checkpoints(window: int) -> Applied:
+            return self.backend.apply_jump(mean_of_last(self.backend.source(), window), 1.0)
+
+        jumping = self._scaling is None
+        apply = of_checkpoints if jumping else self.backend.steps.apply_mean
+        end_in_mean(
+            apply,
+            (lambda applied: self.backend.rollback(applied, step)) if jumping else Applied.rollback,
+            self._probes,
+            self.journal,
+            self._watches["extend"],
+            step,
+            self._windows,
+        )
+
+    @property
+    def _windows(self) -> list[int]:
+        """The windows of the means to try at the end."""
+        average = self.schedule.average
+        return [] if average is None else windows(average, self.schedule.every)
 
     def resume(self, step: int) -> None:
         """Continue a run from ``step``. Its journal is read when the backend ends its first step."""

@@ -17,6 +17,7 @@ from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.measurements import CURVE, Measurements
 from next_core.cycle.plain_run import plain_run
 from next_core.cycle.run_result import RESULT, RunResult, read_result
+from next_core.cycle.scaling import scaling_records
 from next_core.cycle.signals import Signals
 from next_core.cycle.trainer_errors import closed_after_an_error, report_progress, start_trainer, trainer_errors
 from next_core.errors import ConfigError, Interrupted, describe
@@ -195,7 +196,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
             job.signals.received,
         )
     training = measure.training
-    advice = _conclude(job, backend, journal, measure)
+    advice = _conclude(job, cycle, measure)
     ours = sum(cycle.seconds.values())
     return RunResult(
         steps=config.steps,
@@ -207,6 +208,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
         },
         accuracy={**dict.fromkeys(MILESTONES), **measure.accuracy},
         jumps=journal.jumps(),
+        scaling=scaling_records(journal),
         folder=str(out),
         resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
@@ -219,16 +221,16 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
     )
 
 
-def _conclude(job: _Job, backend: Backend, journal: Journal, measure: Measurements) -> str | None:
+def _conclude(job: _Job, cycle: PredictExtendCycle, measure: Measurements) -> str | None:
     """Make the last measurements and return the advice; skip what a run killed at its end has journalled already."""
-    steps = job.config.steps
+    steps, journal = job.config.steps, cycle.journal
     last: list[dict[str, Any]] = [record for record in journal.counted() if record["step"] == steps]
     known = {record.get("milestone", record["event"]): record for record in last}
     if job.config.measure_every is not None and CURVE not in known:
         measure(CURVE, steps)
     if "final" not in known:
         measure("final", steps)
-    advice = known["advice"].get("text") if "advice" in known else journal_advice(job.advise, backend, journal, steps)
+    advice = known["advice"].get("text") if "advice" in known else journal_advice(cycle, job.advise, steps)
     if "end" not in known:
         journal.append("end", steps)
     return advice

@@ -20,8 +20,8 @@ class RunResult:
     """The result of a run.
 
     Accuracies are on the test prompts; ``before_jump`` and ``after_jump`` are those around the first jump.
-    ``average`` is the journal's record of the mean at the end, or None where none was asked for; ``accuracy`` then has
-    ``before_average`` too.
+    ``scaling`` holds the journal's records of step scaling. ``average`` is the journal's record of the mean at the end,
+    or None where none was asked for; ``accuracy`` then has ``before_average`` too.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -31,6 +31,7 @@ class RunResult:
     accuracy: dict[str, float | None]
     jumps: list[dict[str, Any]]
     folder: str
+    scaling: list[dict[str, Any]] = field(default_factory=list)
     control: dict[str, Any] | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)

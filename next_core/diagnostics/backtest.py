@@ -16,7 +16,7 @@ from next_core.diagnostics.replay import CutHistory, Replay, Shared, make_replay
 from next_core.errors import PluginError, describe
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import CheckpointSource, Prediction, Update
-from next_core.plugins import PredictorLike, registry, resolve_predictor
+from next_core.plugins import PredictorLike, registry, resolve_predictor, trajectory_predictors
 from next_core.predictor import TrajectoryPredictor
 from next_core.types import Progress
 
@@ -59,14 +59,9 @@ def backtest(
 
 def default_predictors() -> tuple[list[str], list[str]]:
     """Return the predictors that treat each matrix alone, and notes on the others: networks train at every cut."""
-    known, notes = registry(), []
-    alone: list[str] = []
-    shared: list[str] = []
-    for name in known.names("predictor"):
-        try:
-            (shared if known.get("predictor", name).shares else alone).append(name)
-        except PluginError as error:
-            notes.append(error.message)
+    names, notes = trajectory_predictors()
+    shared = [name for name in names if registry().get("predictor", name).shares]
+    alone = [name for name in names if name not in shared]
     if shared:
         notes.append(f"not judged, because they train at every cut: {', '.join(shared)}; name them, or all")
     return alone, notes

@@ -7,7 +7,10 @@ from next_core.hookspecs import Register, hookimpl
 
 @hookimpl
 def register_predictors(register: Register) -> None:
-    register("next_predictors.auto:Auto", name="auto")
+    register("next_predictors.step_scale:StepScalePredictor", name="step-scale")
+    register("next_predictors.adaptive_secant:AdaptiveSecant", name="adaptive-secant")
+    # Where a trainer's optimizer can be reached, a config's ``auto`` becomes step-scale instead.
+    register("next_predictors.adaptive_secant:AdaptiveSecant", name="auto")
     register("next_predictors.stay:Stay", name="stay")
     register("next_predictors.random_direction:RandomDirection", name="random")
     register("next_predictors.secant:Secant", name="secant")

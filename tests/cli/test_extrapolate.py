@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from next_core.plugins import registry
+from next_core.plugins import trajectory_predictors
 from tests.cli.conftest import assert_fails, facts
 from tests.conftest import STEPS, LoraRun, Outcome
 
 WEIGHTS = "adapter_model.safetensors"
 FROZEN = "model.layers.1.self_attn.k_proj.weight"
 QUICK = {"next-mlp": ("--set", "epochs=60", "--set", "lr=1e-3"), "next-mlp-reduced": ("--set", "epochs=5")}
-PREDICTORS = [name for name in registry().names("predictor") if name != "stay"]
+PREDICTORS = [name for name in trajectory_predictors()[0] if name != "stay"]
 
 
 @pytest.fixture(scope="module")

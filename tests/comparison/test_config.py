@@ -52,7 +52,7 @@ def test_controls_come_first_and_arms_differ_in_what_they_say(tmp_path: Path) ->
 
 def test_a_predictor_with_a_schedule_of_its_own_does_not_take_the_common_one(tmp_path: Path) -> None:
     auto = arms_of(tmp_path)["auto"].variants[0].config
-    assert (auto.schedule.every, auto.schedule.average, auto.guards.probe) == (2, 80, False)
+    assert (auto.schedule.every, auto.schedule.average, auto.guards.probe) == (5, 80, False)
 
 
 def test_a_plug_in_is_replaced_as_a_whole(tmp_path: Path) -> None:

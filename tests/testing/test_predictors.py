@@ -40,6 +40,8 @@ def predictors() -> list[TrajectoryPredictor]:
     found = []
     for name in ours:
         cls = registry().get("predictor", name)
+        if not issubclass(cls, TrajectoryPredictor):
+            continue
         quick = {key: value for key, value in QUICK.items() if set(QUICK) <= set(cls.config_class.model_fields)}
         found += [cls(cls.config_class(**(quick | more))) for more in ({}, *VARIANTS.get(name, []))]
     return found

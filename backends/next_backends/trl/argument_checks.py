@@ -8,15 +8,17 @@ from typing import Any
 from torch import nn
 
 from next_core.errors import BackendError, ConfigError
+from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import Guards, Schedule
-from next_core.types import Space
 
 SHARDED = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "XLA": "TorchXLA"}
 """Distributed types, as accelerate names them, in which no process holds the whole weights, with their names."""
 
 
-def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, several: bool = False) -> None:
-    """Raise ``ConfigError`` or ``BackendError`` for arguments under which jumps would go wrong.
+def check_arguments(
+    predictor: Predictor, schedule: Schedule, guards: Guards, total: int, args: Any, several: bool = False
+) -> None:
+    """Raise ``ConfigError`` or ``BackendError`` for arguments under which the predictor's changes would go wrong.
 
     ``several`` allows more than one process.
 
@@ -37,6 +39,8 @@ def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, s
             "started with torchrun or accelerate launch",
             kind="backend-unsupported",
         )
+    if not isinstance(predictor, TrajectoryPredictor):
+        return
     schedule.check(total)
     guards.check(schedule)
     unit = steps_of_a_generation(args)
@@ -50,7 +54,7 @@ def check_arguments(schedule: Schedule, guards: Guards, total: int, args: Any, s
                 )
 
 
-def check_best_model(args: Any, schedule: Schedule, space: Space | None, lora: bool) -> None:
+def check_best_model(args: Any, schedule: Schedule, predictor: Predictor, lora: bool) -> None:
     """Raise ``ConfigError`` if TRL's ``load_best_model_at_end`` would undo a part of what jumps and the mean did.
 
     It loads the trained weights of an earlier step, which contain the jumps of full weights and of factors until then.
@@ -58,7 +62,7 @@ def check_best_model(args: Any, schedule: Schedule, space: Space | None, lora: b
     undone = None
     if schedule.average is not None:
         undone = f"the mean of the last checkpoints (average: {schedule.average})"
-    elif lora and space != "factors":
+    elif lora and isinstance(predictor, TrajectoryPredictor) and predictor.space != "factors":
         undone = (
             "the training since, but not the jumps next to the trained adapter (with space: factors there are none)"
         )

@@ -55,8 +55,9 @@ def build_trainer(
     training = run.training
     reward = make_reward(training.reward)
     args = make_args(run, extra, output)
-    check_arguments(run.schedule, run.guards, run.steps, args)
-    check_best_model(args, run.schedule, make_chosen("predictor", run.predictor).space, training.lora is not None)
+    predictor = make_chosen("predictor", run.predictor)
+    check_arguments(predictor, run.schedule, run.guards, run.steps, args)
+    check_best_model(args, run.schedule, predictor, training.lora is not None)
     train, splits = _load_data(training)
     set_seed(run.seed)
     try:

@@ -14,16 +14,19 @@ from next_backends.trl.argument_checks import check_arguments, check_best_model,
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trl_backend import TrlBackend
+from next_core.config import refuse_jump_settings
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError
 from next_core.live_weights.in_memory import is_peft
-from next_core.plugins import PredictorLike, resolve_predictor
+from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
+from next_core.predictor import TrajectoryPredictor
 from next_core.process.containment import same_random_states
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
 from next_core.settings import config_error
+from next_core.step_predictor import StepPredictor
 from next_core.storage.locking import hold, release
 
 
@@ -55,8 +58,13 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})", kind="config-invalid-value")
-        self._make_predictor = resolve_predictor(predictor)
-        recommended = self._make_predictor().recommended
+        if isinstance(predictor, str | Mapping):
+            predictor = steps_or_jumps(predictor, TrlBackend)
+        self._make_predictor = resolve_any_predictor(predictor)
+        made = self._make_predictor()
+        given = {"schedule": schedule, "guards": {} if isinstance(guards, Guards) else guards or {}}
+        refuse_jump_settings(type(made), given)
+        recommended = made.recommended
         self.schedule: Schedule = _validated(Schedule, {**recommended.get("schedule", {}), **schedule})
         self.guards: Guards = (
             guards
@@ -86,6 +94,8 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             self._begin(args, state, kwargs["optimizer"], self.guards)
             return
         self._shared = SharedRun(args, self.backend, kwargs["model"], kwargs["optimizer"])
+        if isinstance(self._make_predictor(), StepPredictor):
+            self.backend.follow_steps([])  # in the others; process 0 does it with its means
         settings = {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
         guards = self._shared.bounded(self.guards)
         self._shared.begin(state.global_step, settings, self._begin, args, state, kwargs["optimizer"], guards)
@@ -111,7 +121,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._shared is None:
-            self.backend.flush()
+            self.backend.finish()
         else:
             self._shared.end()
             self._shared = None
@@ -128,10 +138,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
                 "train, and the trainer would take one step more; use its weights, or raise max_steps",
                 kind="config-contradiction",
             )
-        check_arguments(self.schedule, self.guards, state.max_steps, args, several=True)
         predictor = self._make_predictor()
-        self.schedule.check_predictor(predictor, state.max_steps)
-        check_best_model(args, self.schedule, predictor.space, is_peft(model))
+        check_arguments(predictor, self.schedule, self.guards, state.max_steps, args, several=True)
+        if isinstance(predictor, TrajectoryPredictor):
+            self.schedule.check_predictor(predictor, state.max_steps)
+        check_best_model(args, self.schedule, predictor, is_peft(model))
         check_whole(model)
 
     def _begin(self, args: Any, state: Any, optimizer: Any, guards: Guards) -> None:
@@ -148,7 +159,6 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
                 )
             journal.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.begin(state.global_step, optimizer)
         self.cycle = PredictExtendCycle(
             self.backend,
             self._make_predictor,
@@ -159,6 +169,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             rank=self._rank,
             strict=self._strict,
         )
+        self.backend.begin(state.global_step, optimizer, args, checkpoint_of(args, state))
         if state.global_step == 0:
             self.cycle.journal.append("start", 0, schedule=self.schedule.model_dump())
         else:
@@ -168,7 +179,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         assert self.cycle is not None
         self.cycle.after_step(step)
         if step == self.cycle.total:
-            advice = journal_advice(run_advice, self.backend, self.journal, step)
+            advice = journal_advice(self.cycle, run_advice, step)
             if advice is not None:
                 logging.getLogger(__name__).warning(advice)
 

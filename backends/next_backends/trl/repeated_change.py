@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,24 +24,32 @@ _CHUNK = 2**20
 class Change:
     """What process 0 did to its model after a step.
 
+    ``multiple`` is that of the steps that follow; None without step scaling. ``moved`` says whether tensors changed.
     ``moments``: where a rollback put optimizer moments back, the values of each trained parameter's state that are not
     tensors; None where the moments did not change.
     """
 
+    multiple: float | None
+    moved: bool
     removed: tuple[str, ...]
     added: tuple[tuple[str, Any], ...]
     moments: Mapping[str, Mapping[str, Any]] | None
 
     @classmethod
-    def since(cls, before: Mapping[str, Any], model: nn.Module, optimizer: Any, moments: bool) -> Change:
-        """Return the change from ``adapters(model)`` before to now.
+    def since(
+        cls, before: Mapping[str, Any], model: nn.Module, optimizer: Any, moved: Set[str], multiple: float | None
+    ) -> Change:
+        """Return the change from ``adapters(model)`` before to now; ``moved`` names what moved, weights or moments.
 
         Configs are compared by identity: an adapter that was removed may have given its name to a new one.
         """
         now = adapters(model)
+        moments = "moments" in moved
         states = _states(model, optimizer) if moments else []
         values = {name: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for name, state in states}
         return cls(
+            multiple=multiple,
+            moved=bool(moved),
             removed=tuple(name for name, config in before.items() if now.get(name) is not config),
             added=tuple((name, config) for name, config in now.items() if before.get(name) is not config),
             moments=values if moments else None,

@@ -36,9 +36,18 @@ class SharedRun:
         """Let process 0 ``act``, and check that all processes have the same settings and weights."""
         self._processes.check_settings(settings)
         self._processes.first("when training began", act, *arguments)
+        if self._backend.follows_steps:
+            self._follow_steps()
         if not self._processes.leads and is_peft(self._model):
             activate_jumps(self._model)  # of a resumed run; process 0 has done so
         check_same_weights(self._processes, self._model, f"when training began at step {step}")
+
+    def _follow_steps(self) -> None:
+        """Multiply the steps of every process as process 0 does, from what a resumed run had reached."""
+        if not self._processes.leads:
+            self._backend.repeat_steps(self._optimizer)
+        multiple = self._processes.gather(self._backend.steps.multiple, "when training began")[0]
+        self._backend.steps.multiple = multiple
 
     def end_step(self, step: int, observes: bool, act: Callable[[int], None]) -> None:
         """Let process 0 ``act``, and repeat in the others what that changed."""
@@ -46,17 +55,19 @@ class SharedRun:
         if observes:
             check_same_weights(self._processes, self._model, where)
         change = self._processes.first(where, self._change, act, step)
-        if change is not None:
+        if change.multiple is not None:
+            self._backend.steps.multiple = change.multiple
+        if change.moved:
             repeat(self._processes, change, self._model, self._optimizer, where)
 
-    def _change(self, act: Callable[[int], None], step: int) -> Change | None:
+    def _change(self, act: Callable[[int], None], step: int) -> Change:
         """In process 0: act, and return what that changed in the model and the optimizer."""
         before = adapters(self._model)
         self._backend.moved.clear()
         self._raise_late()
         act(step)
-        moved = self._backend.moved
-        return Change.since(before, self._model, self._optimizer, "moments" in moved) if moved else None
+        multiple = self._backend.steps.multiple if self._backend.follows_steps else None
+        return Change.since(before, self._model, self._optimizer, self._backend.moved, multiple)
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write the metrics in process 0. An error is raised at the next event where the others can learn of it."""
@@ -74,6 +85,7 @@ class SharedRun:
 
     def end(self) -> None:
         """Wait in process 0 for what is being written, and in the others for process 0."""
+        self._backend.close_steps()
         self._processes.first("when training ended", self._unless_late, self._backend.flush)
         self.close()
 

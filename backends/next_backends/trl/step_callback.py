@@ -21,7 +21,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.backend, self.step_ended = backend, step_ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.backend.begin(state.global_step, kwargs["optimizer"])
+        self.backend.begin(state.global_step, kwargs["optimizer"], args, checkpoint_of(args, state))
         if state.global_step >= state.max_steps:
             raise RunIsOver
 
@@ -37,7 +37,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.backend.saved(checkpoint_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.backend.flush()
+        self.backend.finish()
 
 
 def checkpoint_of(args: Any, state: Any) -> Path:

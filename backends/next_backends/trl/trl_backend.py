@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.applied_jump import BEFORE_FILE, StoredApplied, TrlApplied
 from next_backends.trl.argument_checks import steps_of_a_generation
 from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
-from next_core.backend import Backend
+from next_core.backend import Backend, LoggedReward
 from next_core.errors import BackendError, CheckpointError, ConfigError
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.in_memory import (
@@ -27,12 +28,17 @@ from next_core.live_weights.in_memory import (
     rehearse_adapter,
     trained_adapter,
 )
+from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.storage.atomic import seal, sweep
 from next_core.types import Space
+
+STEPS_FILE = "next-core.safetensors"
+"""In a checkpoint of the trainer: what step scaling needs to resume."""
 
 
 class TrlConfig(Settings):
@@ -52,6 +58,7 @@ class TrlBackend(Backend):
     name = "trl"
     config_class = TrlConfig
     exact_resume = True
+    scales_steps = True
 
     def __init__(self, config: TrlConfig | None = None) -> None:
         super().__init__(config)
@@ -64,6 +71,10 @@ class TrlBackend(Backend):
         self._resume_from: Path | None = None
         self._stopping = False
         self._notes: list[str] = []
+        self._windows: Sequence[int] | None = None
+        self._steps: OptimizerSteps | None = None
+        self._args: Any = None
+        self._rewards: list[LoggedReward] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
         self.moved: set[Literal["weights", "moments"]] = set()
@@ -102,14 +113,36 @@ class TrlBackend(Backend):
         self._writing = None  # what an earlier training failed to write is that training's error
         self._evaluate = evaluate or self._evaluate
 
-    def begin(self, step: int, optimizer: Any) -> None:
+    def follow_steps(self, windows: Sequence[int]) -> None:
+        self._windows = windows
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether ``follow_steps`` was called."""
+        return self._windows is not None
+
+    def repeat_steps(self, optimizer: Any) -> None:
+        """Multiply the steps of a process that only repeats what process 0 decides."""
+        self.close_steps()
+        self._steps = OptimizerSteps(self._model, optimizer)
+
+    @property
+    def steps(self) -> OptimizerSteps:
+        assert self._steps is not None  # follow_steps was called before training began
+        return self._steps
+
+    def begin(self, step: int, optimizer: Any, args: Any, checkpoint: Path) -> None:
         """Keep the starting point of a training that begins, or the history of one that is resumed.
 
-        Everything is checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
+        ``args`` are the trainer's, and ``checkpoint`` is the folder of its checkpoint at ``step``. Everything is
+        checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
         """
-        self._optimizer = optimizer
+        self._optimizer, self._args, self._rewards = optimizer, args, []
         if not is_peft(self._model):
             self._refuse_low_precision()
+        if self._windows is not None:
+            self._begin_steps(step, checkpoint)
+            return
         if step > 0:
             self._check_resume(step)
             self._history.forget_after(step)
@@ -123,6 +156,26 @@ class TrlBackend(Backend):
             self._history.clear()
             self.observe(0)
         self.source()  # what cannot be read back (DoRA, no linear layer) fails now, not at the first jump
+
+    def _begin_steps(self, step: int, checkpoint: Path) -> None:
+        """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""
+        self.close_steps()
+        steps = OptimizerSteps(self._model, self._optimizer, self._windows or (), self.moved.add)
+        if step > 0:
+            steps.load(checkpoint / STEPS_FILE)
+            for logged, numbers in sorted(by_step(read_log(self._history.path / METRICS)).items()):
+                if logged <= step:
+                    self._add_reward(logged, numbers)
+        else:
+            self._history.clear()
+            steps.keep(0)
+        self._steps = steps
+
+    def close_steps(self) -> None:
+        """Leave the optimizer as it was."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
 
     def _check_resume(self, step: int) -> None:
         """Raise ``CheckpointError`` unless the trainer's checkpoint and this folder are of one run."""
@@ -186,8 +239,15 @@ class TrlBackend(Backend):
 
     def saved(self, checkpoint: Path) -> None:
         """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
+        if self._steps is not None:
+            self._steps.save(checkpoint / STEPS_FILE)
         self.flush()
         self._writing = self._writer.submit(_seal, checkpoint)
+
+    def finish(self) -> None:
+        """Leave the optimizer as it was, and wait for what is being written. Raises its error."""
+        self.close_steps()
+        self.flush()
 
     def flush(self) -> None:
         """Wait for the checkpoint that is being written or sealed. Raises its error."""
@@ -254,6 +314,23 @@ class TrlBackend(Backend):
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write what the trainer logs, for predictors that read a metric."""
         self._history.log(step, logs)
+        self._add_reward(step, logs)
+
+    def rewards(self) -> Sequence[LoggedReward]:
+        return self._rewards
+
+    def takes_weights(self, step: int) -> bool:
+        return step % steps_of_a_generation(self._args) == 0
+
+    def _add_reward(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Remember a logged reward, which is a mean over the steps since the last one, and its standard error."""
+        mean, spread = logs.get("reward"), logs.get("reward_std")
+        steps = step - (self._rewards[-1].step if self._rewards else 0)
+        if not isinstance(mean, int | float) or not isinstance(spread, int | float) or steps < 1:
+            return
+        a_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        count = a_step * self._args.world_size * steps
+        self._rewards.append(LoggedReward(step, steps, float(mean), float(spread) / math.sqrt(count)))
 
     def _refuse_low_precision(self) -> None:
         for name, parameter in self._model.named_parameters():

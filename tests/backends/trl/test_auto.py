@@ -1,4 +1,4 @@
-"""``auto`` in a real trainer: it jumps without a setting, and a resumed run takes its multiple up again."""
+"""``auto`` in a real trainer: it scales steps, and by another name it jumps. A resumed run ends alike, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,82 @@ import pytest
 import torch
 
 from next_backends.trl import PredictExtendCallback
+from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
+SCALING = ("scale", "collapse")
+
+
+def scaling(callback: PredictExtendCallback) -> list[dict[str, Any]]:
+    return [record for record in callback.journal.counted() if record["event"] in SCALING]
 
 
 def multiples(callback: PredictExtendCallback) -> dict[int, float]:
     return {jump["step"]: jump["diagnostics"]["multiple"] for jump in callback.journal.jumps()}
 
 
-def test_it_needs_no_setting_and_survives_a_resume(make_trainer: Any, trained: Any) -> None:
+def same_weights(trained: Any, one: Any, other: Any) -> bool:
+    mine = trained(one.model)
+    return all(torch.equal(value, mine[name]) for name, value in trained(other.model).items())
+
+
+def test_it_raises_a_rate_that_is_too_small_without_a_setting_and_a_resumed_run_ends_alike(
+    make_trainer: Any, trained: Any
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 13, "learning_rate": 1e-5, "logging_steps": 1}
+    first = PredictExtendCallback("auto", evaluate=lambda model: float(next(model.parameters()).sum()), average=40)
+    whole = make_trainer([first], steps=25, **saving)
+    whole.train()
+    found = scaling(first)
+    assert [record["step"] for record in found] == [5, 10, 15, 20, 25]
+    assert found[-1]["multiple"] > 2
+    assert found[-1]["rate"] == pytest.approx(1e-5 * found[-1]["multiple"])
+    assert not (Path(whole.args.output_dir) / "next-core" / "checkpoints").exists()
+    assert whole.optimizer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+    again = PredictExtendCallback("auto", evaluate=lambda model: float(next(model.parameters()).sum()), average=40)
+    resumed = make_trainer([again], steps=25, **saving)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-13"))
+    assert scaling(again) == found
+    assert same_weights(trained, whole, resumed)
+
+    (Path(whole.args.output_dir) / "checkpoint-13" / "next-core.safetensors").unlink()
+    late = make_trainer([PredictExtendCallback("auto")], steps=25, **saving)
+    with raises_kind("checkpoint-no-history", "next-core.safetensors"):
+        late.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-13"))
+
+
+def test_far_too_large_steps_are_undone_from_the_first_weights_with_fresh_moments(
+    make_trainer: Any, trained: Any
+) -> None:
+    large = PredictExtendCallback({"name": "step-scale", "block": 2})
+    trainer = make_trainer([large], steps=4, learning_rate=0.01)
+    start = trained(trainer.model)
+    trainer.train()
+    assert scaling(large)[-1]["back_to"] == 0
+    assert scaling(large)[-1]["multiple"] == 0.25
+    assert all(torch.equal(value, start[name]) for name, value in trained(trainer.model).items())
+    assert all(not state["exp_avg"].any() and not state["step"] for state in trainer.optimizer.state.values())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_multiple_of_one_leaves_a_plain_run_bit_for_bit(make_trainer: Any, trained: Any, lora: bool) -> None:
+    still = {"name": "step-scale", "target": -0.99, "gain": 1e-300, "restart": False, "block": 3}
+    plain = make_trainer(steps=7, lora=lora, out="plain")
+    plain.train()
+    scaled = make_trainer([PredictExtendCallback(still, average=None)], steps=7, lora=lora)
+    scaled.train()
+    assert same_weights(trained, plain, scaled)
+
+
+def test_settings_of_jumps_are_refused(tmp_path: Path) -> None:
+    with raises_kind("config-contradiction", "schedule.settle", "guards.recovery", "adaptive-secant"):
+        PredictExtendCallback("auto", settle=2, guards={"recovery": 5})
+
+
+def test_jumps_need_no_setting_either_and_survive_a_resume(make_trainer: Any, trained: Any) -> None:
     saving = {"save_strategy": "steps", "save_steps": 26}
-    first = PredictExtendCallback("auto", settle=2)
+    first = PredictExtendCallback("adaptive-secant", settle=2)
     whole = make_trainer([first], steps=34, **saving)
     whole.train()
     found = multiples(first)
@@ -28,9 +93,8 @@ def test_it_needs_no_setting_and_survives_a_resume(make_trainer: Any, trained: A
     assert found[22] == found[28] == found[20]  # measured every 10 steps
     assert any(jump["accepted"] for jump in first.journal.jumps())
 
-    again = PredictExtendCallback("auto", settle=2)
+    again = PredictExtendCallback("adaptive-secant", settle=2)
     resumed = make_trainer([again], steps=34, **saving)
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-26"))
     assert multiples(again) == found
-    mine = trained(resumed.model)
-    assert all(torch.equal(value, mine[name]) for name, value in trained(whole.model).items())
+    assert same_weights(trained, whole, resumed)

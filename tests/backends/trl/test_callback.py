@@ -296,13 +296,13 @@ def test_loading_the_best_model_at_the_end_is_refused_where_it_would_undo_jumps(
     steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     args = GRPOConfig(str(tmp_path), load_best_model_at_end=True, use_cpu=True, bf16=False, **steps)
     schedule = Schedule(**SMALL, average=average)
-    space = resolve_predictor(predictor)().space
+    chosen = resolve_predictor(predictor)()
     if refused is None:
-        check_best_model(args, schedule, space, lora)
+        check_best_model(args, schedule, chosen, lora)
     else:
         with raises_kind("config-contradiction", "load_best_model_at_end", refused):
-            check_best_model(args, schedule, space, lora)
-        check_best_model(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), schedule, space, lora)
+            check_best_model(args, schedule, chosen, lora)
+        check_best_model(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), schedule, chosen, lora)
 
 
 def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:

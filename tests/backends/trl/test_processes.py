@@ -24,6 +24,7 @@ from next_backends.trl.repeated_change import digests
 from next_core import open_checkpoints
 from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.errors import CheckpointError, Interrupted
+from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
 from next_core.storage.manifest import MANIFEST, check_manifest
 from tests.backends.trl.two_processes import Runs
@@ -32,7 +33,7 @@ from tests.errors import raises_kind
 pytestmark = [pytest.mark.trl, pytest.mark.processes]
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
-JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed"]
+JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed", "scaled"]
 FAILING = ["drifted", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
 
 Seen = dict[str, Any]
@@ -149,9 +150,25 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: s
         "recovery": [6, 9],
         "whole": [6, 9],
         "resumed": [9],
+        "scaled": [4, 9],
     }
     assert moved == wanted.get(run, [6])
     assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
+
+
+def test_both_processes_multiply_their_steps_alike(runs: Launch) -> None:
+    zero, one = runs.seen("scaled")
+    scales = [record for record in zero["journal"] if record["event"] == "scale"]
+    assert [(record["step"], record["multiple"]) for record in scales[:2]] == [(2, 1.0), (4, 0.25)]
+    assert scales[1]["back_to"] == 0
+    for seen in (zero, one):
+        longest = [
+            max(np.abs(value - seen["after"][step - 1]["weights"][name]).max() for name, value in at["weights"].items())
+            for step, at in seen["before"].items()
+            if step in (2, 5)
+        ]
+        assert longest[1] == pytest.approx(0.25 * 0.01, rel=0.1)  # the first step of a new Adam is the rate
+        assert longest[0] > 2 * longest[1]
 
 
 @pytest.mark.parametrize(("run", "alpha"), [("factors", 3.0), ("full", 2.0)])
@@ -288,15 +305,16 @@ def arguments(**fields: Any) -> Any:
     ],
 )
 def test_ways_to_train_that_split_the_weights_are_refused_by_name(fields: dict[str, Any], name: str) -> None:
-    schedule, guards = Schedule(observe=10, every=5), Guards()
-    check_arguments(schedule, guards, 20, arguments(world_size=2, kind="MULTI_GPU"), several=True)
+    schedule, guards, secant = Schedule(observe=10, every=5), Guards(), make_predictor("secant")
+    check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind="MULTI_GPU"), several=True)
     with raises_kind("backend-unsupported", name, "torchrun"):
-        check_arguments(schedule, guards, 20, arguments(**{"world_size": 2} | fields), several=True)
+        check_arguments(secant, schedule, guards, 20, arguments(**{"world_size": 2} | fields), several=True)
 
 
 def test_a_config_in_several_processes_is_refused_and_the_callback_named() -> None:
     with raises_kind("backend-unsupported", "2 processes", "PredictExtendCallback"):
-        check_arguments(Schedule(observe=10, every=5), Guards(), 20, arguments(world_size=2, kind="MULTI_CPU"))
+        schedule, args = Schedule(observe=10, every=5), arguments(world_size=2, kind="MULTI_CPU")
+        check_arguments(make_predictor("secant"), schedule, Guards(), 20, args)
 
 
 def test_a_digest_tells_the_last_bit_the_place_and_the_chunk() -> None:

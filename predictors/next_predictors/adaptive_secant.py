@@ -1,4 +1,4 @@
-"""auto: small jumps along the last motion, by a multiple that adapts to how straight the motion is."""
+"""adaptive-secant: small jumps along the last motion, by a multiple that adapts to how straight the motion is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MULTIPLE_OF = "multiple of "
 """Prefix of the diagnostics that hold the multiple of each matrix."""
 
 
-class AutoConfig(Settings):
+class AdaptiveSecantConfig(Settings):
     """How the multiple of the observed motion adapts."""
 
     span: int = Field(SPAN, ge=1, description="Length in RL steps of each of the two successive motions compared")
@@ -34,7 +34,7 @@ class AutoConfig(Settings):
     per_matrix: bool = Field(False, description="One multiple per matrix, by its own agreement")
 
 
-class Auto(PerMatrixPredictor):
+class AdaptiveSecant(PerMatrixPredictor):
     """W_hat = W_T + (m - 1) (W_T - W_{T-h}): the last h steps count m times, in the adapter's own factors.
 
     The multiple m adapts during training. The agreement lambda = <P, D> / <P, P> is measured for each matrix, with P
@@ -47,9 +47,9 @@ class Auto(PerMatrixPredictor):
     m is read from the journal's last record. A history without one, such as a recorded run, starts at m = 1.
     """
 
-    name = "auto"
+    name = "adaptive-secant"
     space = "factors"
-    config_class = AutoConfig
+    config_class = AdaptiveSecantConfig
     requires = frozenset({"gram"})  # where the run has no factors, or no checkpoint of its start
     recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
         "schedule": {

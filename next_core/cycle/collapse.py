@@ -1,0 +1,73 @@
+"""Whether a run's reward has collapsed, given the sampling error of what the trainer logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from next_core.backend import LoggedReward
+
+RECENT = (4, 12, 36)
+"""RL steps over which the recent reward is a mean: a rare reward needs many roll-outs to be missed."""
+BEST = 15
+"""RL steps over which the best reward is a mean."""
+ERRORS = 3.2
+"""Standard errors below the best that are no chance, although the best is the luckiest of many means."""
+LOST = 0.25
+"""The part of the best reward that must be lost."""
+SPREAD = 1.25
+"""Prompts differ in difficulty: means of different prompts vary more than those of one prompt's roll-outs."""
+
+
+@dataclass(frozen=True)
+class RewardTrend:
+    """The mean reward of the last steps, the best mean before them, and the standard error of their difference."""
+
+    recent: float
+    best: float
+    error: float
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the recent reward is below the best by more than its error and a part of it explain."""
+        return self.short(ERRORS) and self.recent < self.best - LOST * abs(self.best)
+
+    def short(self, errors: float) -> bool:
+        """Whether the recent reward is below the best by more than this many standard errors."""
+        return self.recent < self.best - errors * self.error
+
+
+def reward_trends(rewards: Sequence[LoggedReward], since: int = 0) -> list[RewardTrend]:
+    """Compare the last rewards after step ``since`` with the best before them, over each of ``RECENT`` steps."""
+    windows = [_last(rewards[: end + 1], BEST) or rewards[: end + 1] for end in range(len(rewards))]
+    trends = []
+    for recent in filter(None, (_last(rewards, steps) for steps in RECENT)):
+        begins = recent[0].step - recent[0].steps
+        earlier = [window for window in windows if window[-1].step <= begins and _steps(window) >= RECENT[0]]
+        if begins < since or not earlier:
+            continue
+        best = max(earlier, key=_mean)
+        # The spread of single roll-outs, from the best window: once all fail, their own says nothing.
+        spread = SPREAD * math.sqrt(sum((one.error * one.steps) ** 2 for one in best) / _steps(best))
+        error = spread * math.sqrt(1 / _steps(recent) + 1 / _steps(best))
+        trends.append(RewardTrend(_mean(recent), _mean(best), error))
+    return trends
+
+
+def _last(rewards: Sequence[LoggedReward], steps: int) -> Sequence[LoggedReward] | None:
+    """Return the fewest last records that cover ``steps`` RL steps."""
+    covered = 0
+    for index in range(len(rewards) - 1, -1, -1):
+        covered += rewards[index].steps
+        if covered >= steps:
+            return rewards[index:]
+    return None
+
+
+def _steps(rewards: Sequence[LoggedReward]) -> int:
+    return sum(one.steps for one in rewards)
+
+
+def _mean(rewards: Sequence[LoggedReward]) -> float:
+    return sum(one.mean * one.steps for one in rewards) / _steps(rewards)

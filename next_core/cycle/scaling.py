@@ -1,0 +1,114 @@
+"""Step scaling in the cycle: after each block of steps, predict how much larger the next ones should be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from next_core.backend import Backend
+from next_core.cycle.collapse import RewardTrend, reward_trends
+from next_core.cycle.journal import Journal
+from next_core.cycle.jump import failure
+from next_core.cycle.measurements import Stopwatch
+from next_core.errors import GuardError
+from next_core.process.containment import TimeLimitReached, same_random_states, time_limit
+from next_core.run_config import Guards
+from next_core.step_predictor import StepHistory, StepPredictor, StepScale
+
+EVENTS = ("scale", "collapse")
+"""Journal events of step scaling."""
+KEEP_EVERY = 10
+"""RL steps between kept states. The step at which a state is kept must look as good as the best before it."""
+AFTER_COLLAPSE, AT_START = 2.0, 10.0
+"""The multiple is divided by this after a collapse: by more where the run fell from its start within a few steps."""
+
+
+class StepScaling:
+    """Multiplies the trainer's steps as a predictor says, and undoes a collapse of the reward.
+
+    A prediction that fails, takes too long or is not a positive number changes nothing. Everything is journalled, and
+    all state is in the journal and in the trainer's own checkpoints.
+    """
+
+    def __init__(
+        self, backend: Backend, predictor: StepPredictor, guards: Guards, journal: Journal,
+        watch: Stopwatch, strict: bool = False,
+    ) -> None:  # fmt: skip
+        self._backend, self._predictor, self._guards, self._journal = backend, predictor, guards, journal
+        self._watch, self._strict = watch, strict
+        self._block = predictor.config.block
+
+    def after_step(self, step: int) -> None:
+        with self._watch:
+            steps = self._backend.steps
+            steps.after_step()
+            if step % self._block == 0:
+                steps.end_block()
+            trends = reward_trends(self._backend.rewards(), self._since()) if self._guards.collapse else []
+            fallen = next((trend for trend in trends if trend.collapsed), None)
+            if fallen is not None and self._backend.takes_weights(step):
+                self._undo(step, fallen)
+            elif step % self._block == 0:
+                self._scale(step)
+            if step - steps.kept[-1] >= KEEP_EVERY and not any(trend.short(1.5) for trend in trends):
+                steps.keep(step)
+
+    def _since(self) -> int:
+        """Return the step of the last return to earlier weights; rewards until then are of an abandoned path."""
+        return max((record["step"] for record in scaling_records(self._journal) if "back_to" in record), default=0)
+
+    def _scale(self, step: int) -> None:
+        steps = self._backend.steps
+        try:
+            with same_random_states(), time_limit(self._guards.time_limit):
+                history = StepHistory(step, steps.multiple, steps.products(), scaling_records(self._journal))
+                found = self._predictor.predict(history)
+                reason = self._problem(found, step)
+        except TimeLimitReached:
+            reason = f"the predictor took longer than time_limit, {self._guards.time_limit:g} s"
+        except (Exception, SystemExit) as error:
+            reason = failure("predictor", error)
+        if reason is not None:
+            self._journal.append("scale", step, accepted=False, reason=reason, multiple=steps.multiple)
+            if self._strict:
+                raise GuardError(f"step {step}: no multiple: {reason}", kind="guard-refused")
+            return
+        figures = {str(key): float(value) for key, value in found.diagnostics.items()}
+        restart = {"back_to": 0} if found.restart else {}
+        if found.restart:
+            steps.undo(0)
+        steps.multiple = float(found.multiple)
+        rate = steps.learning_rate * steps.multiple
+        self._journal.append(
+            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, diagnostics=figures, **restart
+        )
+
+    def _problem(self, found: Any, step: int) -> str | None:
+        """Return why a prediction cannot be used; None where it can."""
+        if not isinstance(found, StepScale):
+            return f"the predictor returned a {type(found).__name__} instead of a StepScale"
+        if not (math.isfinite(found.multiple) and found.multiple > 0):
+            return f"the multiple is {found.multiple}"
+        if found.restart and not (0 in self._backend.steps.kept and self._backend.takes_weights(step)):
+            return "the weights from before the first step are not kept any more, or roll-outs depend on these"
+        return None
+
+    def _undo(self, step: int, trend: RewardTrend) -> None:
+        """Return to the last good weights and moments, with a smaller multiple."""
+        steps = self._backend.steps
+        before, kept = steps.multiple, list(steps.kept)
+        returned = [record["back_to"] for record in scaling_records(self._journal) if record["event"] == "collapse"]
+        # A state that is young, or that has led to a collapse once, may be where it began.
+        suspect = step - kept[-1] < KEEP_EVERY or (bool(returned) and returned[-1] == kept[-1])
+        target = kept[0] if suspect else kept[-1]
+        steps.undo(target)
+        steps.multiple = before / (AT_START if target == 0 else AFTER_COLLAPSE)
+        self._journal.append(
+            "collapse", step, back_to=target, reward=trend.recent, best=trend.best, error=trend.error,
+            multiple_before=before, multiple=steps.multiple, rate=steps.learning_rate * steps.multiple,
+        )  # fmt: skip
+
+
+def scaling_records(journal: Journal) -> list[dict[str, Any]]:
+    """Return the journal's records of step scaling that still count."""
+    return [record for record in journal.counted() if record["event"] in EVENTS]

@@ -1,0 +1,214 @@
+"""A live optimizer's steps: multiplied, compared by a sample of coordinates, averaged, and undone after a collapse."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from next_core.errors import CheckpointError, describe
+from next_core.interfaces import Applied
+from next_core.interfaces.trainer_steps import TrainerSteps
+from next_core.live_weights.kept_state import KeptState
+
+SAMPLE = 16_384
+"""Coordinates in the sample: a cosine of two motions over it has a standard error of at most 1 / sqrt(16384) = .008."""
+BLOCKS = 4
+"""Blocks whose motions can be compared."""
+KEPT = 2
+"""States to return to: the newer may already be part of a collapse that the reward does not show yet."""
+Changed = Callable[[Literal["weights", "moments"]], None]
+
+
+class OptimizerSteps(TrainerSteps):
+    """Follows a ``torch.optim`` optimizer and multiplies its learning rates around each step, unseen by a scheduler.
+
+    Motions are compared free of the rate and of momentum. With w_t a fixed random sample of the weights after step t
+    and eta_t the rate that step used, u_t = (1 - b^t) (w_t - w_{t-1}) / eta_t is Adam's first moment, preconditioned
+    (b = beta_1; the factor undoes its bias correction), and e_t = (u_t - b u_{t-1}) / (1 - b) is what the gradient of
+    step t brought to it. With momentum, motions of a run without any signal agree: by .5 over 10 steps.
+
+    Memory: eight vectors of the sample; the trained weights once for each window, on their device; and twice the
+    weights with the optimizer's moments, on the CPU. ``changed`` is called when weights or moments were replaced.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, windows: Sequence[int] = (), changed: Changed = lambda what: None
+    ) -> None:
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        groups = [(i, p) for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]]
+        self._groups, self._parameters = zip(*((i, p) for i, p in groups if p.requires_grad), strict=True)
+        self._changed = changed
+        places = sample_indices([p.numel() for p in self._parameters], SAMPLE)
+        self._places = [indices.to(p.device) for p, indices in zip(self._parameters, places, strict=True)]
+        counted = zip(self._groups, places, strict=True)
+        self._group = torch.cat([torch.full_like(indices, group) for group, indices in counted])
+        self._means = {window: [p.detach().clone() for p in self._parameters] for window in windows}
+        self._kept: deque[tuple[int, int, KeptState]] = deque(maxlen=KEPT)
+        self._updates = 0
+        self._blocks: deque[Tensor] = deque(maxlen=BLOCKS)
+        self._weights = self._update = self._motion = torch.zeros(0)
+        self._restart_motions()
+        self._scheduled = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._used = list(self._scheduled)
+        self._coasting = False
+        self._hooks = (
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, *_: Any) -> None:
+        groups = self._optimizer.param_groups
+        self._scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * self.multiple
+        self._used = [float(group["lr"]) for group in groups]
+        self._coasting = not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+
+    def _after_step(self, *_: Any) -> None:
+        for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = rate
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._scheduled[0])
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for window, mean in self._means.items():
+            # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps.
+            torch._foreach_lerp_(mean, self._parameters, 2.0 / (window + 1))
+        self._updates += 1
+        momentum, corrected = self._momentum()
+        now, before, last = self._sample(), self._weights, self._update
+        rates = torch.tensor(self._used)[self._group]
+        # A scheduler's warm-up begins at a rate of zero, and such a step moves nothing.
+        update = torch.where(rates > 0, (now - before) / rates, 0.0)
+        if corrected:
+            update *= 1 - momentum**self._updates
+        gradient = (update - momentum * last) / (1 - momentum)
+        # Where all roll-outs of a step earn the same there is no gradient, and Adam coasts: what its decaying moments
+        # leave here would always point ahead.
+        if not self._coasting:
+            self._motion += gradient
+        self._weights, self._update = now, update
+
+    def end_block(self) -> None:
+        self._blocks.append(self._motion)
+        self._motion = torch.zeros_like(self._motion)
+
+    def products(self) -> Tensor:
+        if not self._blocks:
+            return torch.zeros(0, 0).double()
+        blocks = torch.stack(list(self._blocks)).double()
+        return blocks @ blocks.T
+
+    def keep(self, step: int) -> None:
+        self._kept.append((step, self._updates, KeptState.of(self._parameters, self._optimizer)))
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return [step for step, _, _ in self._kept]
+
+    def undo(self, step: int) -> None:
+        while self._kept[-1][0] != step:
+            self._kept.pop()
+        _, self._updates, state = self._kept[-1]
+        state.restore(self._parameters, self._optimizer)
+        self._restart_motions()
+        for mean in self._means.values():
+            torch._foreach_copy_(mean, [p.detach() for p in self._parameters])
+        self._changed("weights")
+        self._changed("moments")
+
+    @property
+    def windows(self) -> Sequence[int]:
+        return sorted(self._means)
+
+    def apply_mean(self, window: int) -> Applied:
+        return _Replaced(self._parameters, self._means[window], self._changed)
+
+    def save(self, file: Path) -> None:
+        """Write everything that a resumed run needs to end as the uninterrupted one does."""
+        tensors = {"multiple": torch.tensor([self.multiple, self._updates], dtype=torch.float64)}
+        tensors |= {"weights": self._weights, "update": self._update, "motion": self._motion}
+        tensors |= {f"block/{index}": block for index, block in enumerate(self._blocks)}
+        for window, mean in self._means.items():
+            tensors |= {f"mean/{window}/{index}": value for index, value in enumerate(mean)}
+        for step, updates, state in self._kept:
+            tensors |= dict(state.tensors(f"kept/{step}/{updates}/"))
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Restore what ``save`` wrote. Raises ``CheckpointError`` where the file is missing or does not fit."""
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            multiple, updates = tensors["multiple"].tolist()
+            self.multiple, self._updates = multiple, int(updates)
+            self._weights, self._update, self._motion = (tensors[name] for name in ("weights", "update", "motion"))
+            self._blocks.extend(tensors[f"block/{index}"] for index in range(BLOCKS) if f"block/{index}" in tensors)
+            for window, mean in self._means.items():
+                for index, value in enumerate(mean):
+                    value.copy_(tensors[f"mean/{window}/{index}"])
+            kept = {tuple(map(int, name.split("/")[1:3])) for name in tensors if name.startswith("kept/")}
+            for step, count in sorted(kept):
+                self._kept.append((step, count, KeptState.from_tensors(tensors, f"kept/{step}/{count}/")))
+        except Exception as error:
+            raise CheckpointError(
+                f"{file} does not hold the state of step scaling for this model ({describe(error)}); resume from "
+                "another checkpoint, or start again",
+                kind="checkpoint-no-history",
+            ) from error
+
+    def _restart_motions(self) -> None:
+        self._weights = self._sample()
+        self._update, self._motion = torch.zeros_like(self._weights), torch.zeros_like(self._weights)
+        self._blocks.clear()
+
+    def _momentum(self) -> tuple[float, bool]:
+        """Return the coefficient of the first moment, and whether the optimizer corrects its bias, as Adam does."""
+        group = self._optimizer.param_groups[0]
+        return (float(group["betas"][0]), True) if "betas" in group else (float(group.get("momentum", 0.0)), False)
+
+    def _sample(self) -> Tensor:
+        pairs = zip(self._parameters, self._places, strict=True)
+        return torch.cat([p.detach().reshape(-1)[places] for p, places in pairs]).float().cpu()
+
+
+class _Replaced(Applied):
+    """Weights that were replaced by others."""
+
+    @torch.no_grad()
+    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor], changed: Changed) -> None:
+        self._parameters, self._changed = parameters, changed
+        self._before = [p.detach().clone() for p in parameters]
+        self._write(values)
+
+    def rollback(self) -> None:
+        self._write(self._before)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+        self._changed("weights")
+
+
+def sample_indices(sizes: Sequence[int], count: int) -> list[Tensor]:
+    """Return about ``count`` places in tensors of these sizes, in proportion to them; the same in every process."""
+    generator, whole = torch.Generator().manual_seed(0), sum(sizes)
+    return [torch.randint(size, (math.ceil(count * size / whole),), generator=generator) for size in sizes]

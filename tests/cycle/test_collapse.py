@@ -1,0 +1,66 @@
+"""When a reward counts as collapsed: given its sampling error, its best mean so far, and how much was lost."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from next_core.backend import LoggedReward
+from next_core.cycle.collapse import reward_trends
+
+
+def rewards(probabilities: list[float], roll_outs: int = 64, every: int = 1, seed: int = 0) -> list[LoggedReward]:
+    """Logged means of binary rewards that succeed with these probabilities, one a step."""
+    generator, found = random.Random(seed), []
+    for end in range(every, len(probabilities) + 1, every):
+        drawn = [float(generator.random() < p) for p in probabilities[end - every : end] for _ in range(roll_outs)]
+        mean = sum(drawn) / len(drawn)
+        found.append(LoggedReward(end, every, mean, math.sqrt(mean * (1 - mean) / len(drawn))))
+    return found
+
+
+def first_collapse(logged: list[LoggedReward], since: int = 0) -> int | None:
+    for count in range(1, len(logged) + 1):
+        if any(trend.collapsed for trend in reward_trends(logged[:count], since)):
+            return logged[count - 1].step
+    return None
+
+
+@pytest.mark.parametrize(("p", "every"), [(0.05, 1), (0.2, 1), (0.2, 5), (0.5, 1), (0.9, 10)])
+def test_a_steady_or_rising_reward_never_counts_as_collapsed(p: float, every: int) -> None:
+    for seed in range(20):
+        assert first_collapse(rewards([p] * 200, every=every, seed=seed)) is None
+        assert first_collapse(rewards([p + (0.95 - p) * t / 200 for t in range(200)], every=every, seed=seed)) is None
+
+
+@pytest.mark.parametrize(("p", "every", "within"), [(0.2, 1, 8), (0.2, 5, 5), (0.5, 1, 5), (0.8, 5, 5)])
+def test_a_fall_to_zero_is_seen_within_a_few_steps(p: float, every: int, within: int) -> None:
+    for seed in range(20):
+        seen = first_collapse(rewards([p] * 30 + [0.0] * 30, every=every, seed=seed))
+        assert seen is not None
+        assert 30 < seen <= 30 + within
+
+
+def test_a_fall_in_the_first_steps_is_seen() -> None:
+    seen = first_collapse(rewards([0.2, 0.2, 0.1, 0.05, *[0.0] * 20]))
+    assert seen is not None
+    assert seen <= 16
+
+
+def test_a_third_of_the_reward_is_a_collapse_and_a_tenth_is_not() -> None:
+    assert first_collapse(rewards([0.6] * 30 + [0.35] * 40)) is not None
+    assert first_collapse(rewards([0.6] * 30 + [0.54] * 40)) is None
+
+
+def test_after_a_return_only_new_rewards_count() -> None:
+    logged = rewards([0.5] * 20 + [0.0] * 5)
+    assert not reward_trends(logged, since=25)
+    assert len(reward_trends([*logged, LoggedReward(30, 5, 0.5, 0.03)], since=25)) == 1
+
+
+def test_rewards_of_any_scale_and_sign_are_judged_by_their_own_spread() -> None:
+    steady = [LoggedReward(t, 1, -2.0 + 0.05 * (t % 2), 0.1) for t in range(1, 30)]
+    assert first_collapse(steady) is None
+    assert first_collapse([*steady, *(LoggedReward(t, 1, -3.5, 0.1) for t in range(30, 40))]) is not None

@@ -1,0 +1,202 @@
+"""The optimizer steps of a live model: their multiple, what is compared, kept, averaged, saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from next_core.live_weights.optimizer_steps import OptimizerSteps, sample_indices
+from tests.errors import raises_kind
+
+SHAPE = (6, 5)
+
+
+class Run:
+    """A matrix trained by given gradients; every coordinate is in the sample, some more than once."""
+
+    def __init__(self, rate: float = 0.1, windows: tuple[int, ...] = (), **adam: float) -> None:
+        self.model = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+        with torch.no_grad():
+            self.model.weight.zero_()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0, **adam)
+        self.steps = OptimizerSteps(self.model, self.optimizer, windows)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.model.weight.detach().clone()
+
+    def step(self, gradient: Tensor) -> None:
+        self.model.weight.grad = gradient
+        self.optimizer.step()
+        self.steps.after_step()
+
+    def train(self, seed: int, count: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            self.step(torch.randn(SHAPE, generator=generator))
+
+
+def test_the_multiple_scales_the_step_and_the_scheduler_does_not_see_it() -> None:
+    plain, scaled = Run(), Run()
+    scaled.steps.multiple = 3.0
+    scheduler = torch.optim.lr_scheduler.LinearLR(scaled.optimizer, 1.0, 0.5, total_iters=2)
+    gradient = torch.randn(SHAPE)
+    plain.step(gradient)
+    scaled.step(gradient)
+    torch.testing.assert_close(scaled.weight, 3 * plain.weight)
+    assert scaled.optimizer.param_groups[0]["lr"] == scaled.steps.learning_rate == 0.1
+    scheduler.step()
+    assert scaled.optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
+    scaled.steps.close()
+    before = scaled.weight
+    scaled.step(gradient)
+    assert float((scaled.weight - before).abs().max()) == pytest.approx(0.075, rel=0.1)
+
+
+def test_motions_are_the_preconditioned_gradients_whatever_rate_and_multiple_moved_them() -> None:
+    """With beta_2 = 0 Adam divides by |g| of the same step, so the motion of a block is the sum of signs, exactly."""
+    run = Run(betas=(0.9, 0.0), eps=1e-12)  # type: ignore[arg-type]
+    scale = torch.ones(SHAPE)
+    gradients = [scale * sign for sign in (1, 1, -1, 1)]
+    for number, gradient in enumerate(gradients):
+        run.steps.multiple = (1.0, 7.0)[number % 2]
+        run.step(gradient)
+        run.steps.end_block()
+    products = run.steps.products()
+    signs = torch.tensor([1.0, 1.0, -1.0, 1.0]).double()
+    cosines = products / products.diagonal().sqrt().outer(products.diagonal().sqrt())
+    torch.testing.assert_close(cosines, signs.outer(signs), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        products.diagonal().sqrt() / products[0, 0].sqrt(), torch.ones(4).double(), atol=1e-4, rtol=0
+    )
+
+
+def test_noise_without_a_signal_agrees_by_momentum_only_where_momentum_is_left_in() -> None:
+    run, motions, before = Run(rate=1e-3, betas=(0.9, 0.999)), [], None  # type: ignore[arg-type]
+    generator, cosines, naive = torch.Generator().manual_seed(0), [], []
+    for number in range(1, 2001):
+        run.step(torch.randn(SHAPE, generator=generator))
+        if number % 10 == 0:
+            run.steps.end_block()
+            motions.append(run.weight - (0 if before is None else before))
+            before = run.weight
+            products = run.steps.products()
+            if len(motions) > 20:
+                cosines.append(float(products[-1, -2] / (products[-1, -1] * products[-2, -2]).sqrt()))
+                naive.append(float(torch.cosine_similarity(motions[-1].ravel(), motions[-2].ravel(), dim=0)))
+    assert abs(sum(cosines) / len(cosines)) < 0.06
+    assert sum(naive) / len(naive) > 0.4
+
+
+def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept_later() -> None:
+    run, other = Run(), Run()
+    run.steps.keep(0)
+    run.train(1, 3)
+    run.steps.keep(3)
+    run.train(2, 4)
+    run.steps.undo(3)
+    assert list(run.steps.kept) == [0, 3]
+    other.train(1, 3)
+    other.train(5, 2)
+    run.train(5, 2)
+    assert torch.equal(run.weight, other.weight)
+    run.steps.undo(0)
+    assert list(run.steps.kept) == [0]
+    fresh = Run()
+    fresh.train(5, 2)
+    run.train(5, 2)
+    assert torch.equal(run.weight, fresh.weight)
+
+
+def test_only_the_last_two_states_are_kept() -> None:
+    run = Run()
+    for step in (0, 10, 20):
+        run.steps.keep(step)
+    assert list(run.steps.kept) == [10, 20]
+
+
+def test_the_mean_follows_the_weights_and_is_undone_bit_for_bit() -> None:
+    run = Run(windows=(3,))
+    wanted = run.weight
+    for seed in range(4):
+        run.train(seed, 1)
+        wanted = wanted + (run.weight - wanted) / 2
+    before = run.weight
+    applied = run.steps.apply_mean(3)
+    torch.testing.assert_close(run.weight, wanted)
+    applied.rollback()
+    assert torch.equal(run.weight, before)
+
+
+def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    def train(steps: OptimizerSteps, run: Run, seed: int) -> None:
+        for block in range(2):
+            run.train(seed + block, 3)
+            steps.end_block()
+
+    run, other = Run(windows=(4,)), Run(windows=(4,))
+    run.steps.keep(0)
+    run.steps.multiple = 2.0
+    train(run.steps, run, 1)
+    run.steps.keep(6)
+    run.steps.save(tmp_path / "steps.safetensors")
+    with torch.no_grad():
+        other.model.weight.copy_(run.weight)
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    other.steps.load(tmp_path / "steps.safetensors")
+    assert other.steps.multiple == 2.0
+    for one in (run, other):
+        train(one.steps, one, 7)
+    assert torch.equal(run.steps.products(), other.steps.products())
+    for act in (lambda steps: steps.apply_mean(4), lambda steps: steps.undo(6), lambda steps: steps.undo(0)):
+        act(run.steps)
+        act(other.steps)
+        assert torch.equal(run.weight, other.weight)
+
+
+def test_a_file_that_is_missing_or_of_another_model_is_refused(tmp_path: Path) -> None:
+    with raises_kind("checkpoint-no-history", "nothing.safetensors"):
+        Run().steps.load(tmp_path / "nothing.safetensors")
+    Run().steps.save(tmp_path / "steps.safetensors")
+    with raises_kind("checkpoint-no-history", "mean/4"):
+        Run(windows=(4,)).steps.load(tmp_path / "steps.safetensors")
+    (tmp_path / "steps.safetensors").write_bytes((tmp_path / "steps.safetensors").read_bytes()[:-9])
+    with raises_kind("checkpoint-no-history"):
+        Run().steps.load(tmp_path / "steps.safetensors")
+
+
+def test_a_step_at_a_rate_of_zero_counts_as_no_motion() -> None:
+    run = Run(rate=0.0)
+    run.train(0, 2)
+    run.steps.end_block()
+    assert float(run.steps.products()) == 0.0
+
+
+def test_the_sample_is_spread_over_tensors_by_their_size_and_estimates_cosines() -> None:
+    places = sample_indices([100, 300, 10**6], 1000)
+    assert [len(one) for one in places] == [1, 1, 1000]
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 10**6, generator=generator)
+    b = 0.6 * a + 0.8 * b
+    errors = []
+    for start in range(0, 900, 100):
+        some = (places[2] + start * 997) % 10**6
+        errors.append(float(torch.cosine_similarity(a[some], b[some], dim=0)) - 0.6)
+    assert max(map(abs, errors)) < 4 / math.sqrt(1000)
+
+
+def test_steps_without_a_gradient_count_as_no_motion_although_adam_coasts() -> None:
+    run = Run()
+    run.train(0, 5)
+    run.steps.end_block()
+    before = run.weight
+    for _ in range(5):
+        run.step(torch.zeros(SHAPE))
+    run.steps.end_block()
+    assert not torch.equal(run.weight, before)
+    assert float(run.steps.products()[1, 1]) == 0.0

@@ -1,0 +1,95 @@
+"""The rule of ``step-scale``: when the multiple rises, falls, starts again, and what it reads from the journal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from next_core.plugins import make_predictor, registry
+from next_core.step_predictor import StepHistory, StepScale
+from tests.errors import raises_kind
+
+
+def products(cosine: float, blocks: int = 4) -> torch.Tensor:
+    """Inner products of motions whose older and newer half have this cosine."""
+    half = blocks // 2
+    found = torch.full((blocks, blocks), cosine).double()
+    found[:half, :half] = found[half:, half:] = 1.0
+    return found
+
+
+def predict(
+    cosine: float, *records: dict[str, Any], step: int = 30, blocks: int = 4, multiple: float = 1.0, **fields: Any
+) -> StepScale:
+    predictor = registry().make("predictor", "step-scale", **fields)
+    found: StepScale = predictor.predict(StepHistory(step, multiple, products(cosine, blocks), records))
+    return found
+
+
+def scaled(phase: int, agreement: float, settled: bool = True) -> dict[str, Any]:
+    return {
+        "event": "scale",
+        "step": 25,
+        "diagnostics": {"phase": phase, "agreement": agreement, **({"settled": 1.0} if settled else {})},
+    }
+
+
+def test_agreement_raises_the_multiple_by_gain_per_block() -> None:
+    assert predict(0.7).multiple == pytest.approx(math.exp(0.8 * 0.7))
+    assert predict(0.7, scaled(1, 0.7), multiple=4.0).multiple == pytest.approx(4 * math.exp(0.8 * 0.7))
+    assert predict(0.7).diagnostics["phase"] == 1
+
+
+def test_a_falling_agreement_is_extrapolated_while_the_multiple_rises() -> None:
+    assert predict(0.3, scaled(1, 0.6)).multiple == pytest.approx(math.exp(0.8 * (0.3 - 0.3 * 0.3)))
+    assert predict(0.3, scaled(1, 0.6, settled=False)).multiple == pytest.approx(math.exp(0.8 * 0.3))
+    assert predict(0.3, scaled(1, 0.1)).multiple == pytest.approx(math.exp(0.8 * 0.3))
+
+
+def test_once_motions_cancel_the_rate_is_found_and_falls_as_one_over_the_root_of_the_step() -> None:
+    found = predict(-0.2, scaled(1, 0.1), step=50)
+    assert found.diagnostics["phase"] == 2
+    multiple, step = found.multiple, 50
+    for step in range(55, 205, 5):
+        multiple = predict(-0.2, scaled(2, -0.2), step=step, multiple=multiple).multiple
+    assert multiple == pytest.approx(math.sqrt(45 / 200), rel=1e-6)
+
+
+def test_agreement_raises_it_again_later_but_less() -> None:
+    assert predict(0.3, scaled(2, -0.2)).multiple == pytest.approx(math.exp(0.4 * 0.8 * 0.3))
+
+
+def test_a_run_whose_first_blocks_cancel_starts_again_with_a_quarter() -> None:
+    found = predict(-0.2, step=10, blocks=2, multiple=2.0)
+    assert (found.restart, found.multiple) == (True, 0.5)
+    assert not predict(-0.05, step=10, blocks=2).restart
+    assert not predict(-0.2, scaled(1, 0.3), step=40, blocks=2).restart  # after a collapse, motions start anew
+    back = {"event": "collapse", "step": 11, "multiple_before": 2.0, "back_to": 0}
+    assert predict(-0.2, scaled(1, 0.3), back, step=20, blocks=2).restart
+    assert not predict(-0.2, step=10, blocks=2, restart=False).restart
+
+
+def test_a_first_rate_at_which_motions_hardly_cancel_is_the_one_that_was_looked_for() -> None:
+    found = predict(-0.05, scaled(0, -0.05, settled=False), step=20)
+    assert found.multiple == pytest.approx(math.sqrt(15 / 20))
+    assert found.diagnostics["phase"] == 2
+
+
+def test_after_a_collapse_the_multiple_stays_below_half_of_what_led_to_it() -> None:
+    collapse = {"event": "collapse", "step": 20, "multiple_before": 8.0, "back_to": 10}
+    assert predict(0.7, scaled(1, 0.7), collapse, step=80, multiple=3.9).multiple == 4.0
+    assert predict(0.7, scaled(1, 0.7), collapse, step=85, multiple=3.9).multiple > 5.0
+
+
+def test_with_too_few_blocks_or_no_motion_nothing_changes() -> None:
+    assert predict(0.7, blocks=0, step=5, multiple=3.0).multiple == 3.0
+    still = registry().make("predictor", "step-scale").predict(StepHistory(20, 3.0, torch.zeros(4, 4).double()))
+    assert still.multiple == 3.0
+
+
+def test_it_cannot_extrapolate_checkpoints() -> None:
+    with raises_kind("predictor-needs-trainer", "step-scale"):
+        make_predictor("step-scale")

@@ -257,20 +257,19 @@ class PredictExtendCycle:
     def _end_in_mean(self, step: int) -> None:
         self.milestone("before_average", step)
 
-        def of_checkpoints(window: int) -> Applied:
+        def apply(window: int) -> Applied:
+            if self._scaling is not None:
+                return self.backend.steps.apply_mean(window)
             return self.backend.apply_jump(mean_of_last(self.backend.source(), window), 1.0)
 
-        jumping = self._scaling is None
-        apply = of_checkpoints if jumping else self.backend.steps.apply_mean
-        end_in_mean(
-            apply,
-            (lambda applied: self.backend.rollback(applied, step)) if jumping else Applied.rollback,
-            self._probes,
-            self.journal,
-            self._watches["extend"],
-            step,
-            self._windows,
-        )
+        def rollback(applied: Applied) -> None:
+            if self._scaling is not None:
+                applied.rollback()
+            else:
+                self.backend.rollback(applied, step)
+
+        watch = self._watches["extend"]
+        end_in_mean(apply, rollback, self._probes, self.journal, watch, step, self._windows)
 
     @property
     def _windows(self) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from next_core.backend import Backend
+from next_core.backend import Backend, LoggedReward
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
+from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.sources.memory import MemorySource
 
 
@@ -33,7 +34,19 @@ class Descent(Backend):
         self.shift = torch.zeros(4, 6)
         self.kept: dict[int, InMemoryApplied] = {}
         self._stopped = False
+        self.logged: list[LoggedReward] = []
         self._accuracy = accuracy or (lambda loss: float(torch.tensor(-loss).exp()))
+
+    def follow_steps(self, windows: Sequence[int]) -> None:
+        self._steps = OptimizerSteps(self.model, self.optimizer, windows)
+        self._steps.keep(0)
+
+    @property
+    def steps(self) -> OptimizerSteps:
+        return self._steps
+
+    def rewards(self) -> Sequence[LoggedReward]:
+        return self.logged
 
     @property
     def loss(self) -> float:

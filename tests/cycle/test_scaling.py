@@ -1,0 +1,188 @@
+"""Step scaling in the cycle: what is journalled, refused and undone, and the mean at the end."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from next_core.backend import LoggedReward
+from next_core.cycle.journal import Journal
+from next_core.cycle.loop import PredictExtendCycle
+from next_core.cycle.scaling import scaling_records
+from next_core.errors import BackendError
+from next_core.plugins import make_predictor
+from next_core.run_config import Guards, Schedule
+from next_core.step_predictor import StepConfig, StepHistory, StepPredictor, StepScale
+from tests.cycle.descent import Descent
+from tests.errors import raises_kind
+
+
+class Given(StepPredictor):
+    """Returns what a function of the history returns."""
+
+    name = "given"
+    config_class = StepConfig
+
+    def __init__(self, act: Callable[[StepHistory], Any], block: int = 2) -> None:
+        super().__init__(StepConfig(block=block))
+        self.act = act
+
+    def predict(self, history: StepHistory) -> StepScale:
+        found: StepScale = self.act(history)
+        return found
+
+
+def cycle(
+    backend: Descent, act: Callable[[StepHistory], Any], total: int = 8, average: int | None = None, **more: Any
+) -> PredictExtendCycle:
+    schedule, guards = Schedule(observe=1, every=1, average=average), more.pop("guards", Guards(probe=False))
+    return PredictExtendCycle(backend, lambda: Given(act), schedule, guards, total, Journal(), **more)
+
+
+def doubled(history: StepHistory) -> StepScale:
+    return StepScale(2 * history.multiple, {"agreement": history.cosine(1) or 0.0})
+
+
+def test_each_block_multiplies_the_steps_that_follow_and_takes_no_checkpoint() -> None:
+    backend = Descent(lr=0.01)
+    made = cycle(backend, doubled)
+    losses: list[float] = []
+    assert made.run(lambda step: losses.append(backend.loss)) == 8
+    rates = [0.01 * 2 ** (step // 2) for step in range(8)]
+    factors = [math.sqrt(after / before) for before, after in itertools.pairwise(losses)]
+    assert factors == pytest.approx([1 - rate for rate in rates[1:]], rel=1e-4)
+    assert not backend.checkpoints
+    records = scaling_records(made.journal)
+    assert [(r["step"], r["multiple"], r["rate"]) for r in records] == [
+        (step, 2.0**block, pytest.approx(0.01 * 2**block)) for block, step in enumerate((2, 4, 6, 8), start=1)
+    ]
+    assert records[1]["diagnostics"]["agreement"] == pytest.approx(1.0)  # gradient descent on a parabola is straight
+    assert made.journal.jumps() == []
+
+
+def fails(history: StepHistory) -> Any:
+    raise ZeroDivisionError("oh")
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (fails, "ZeroDivisionError"),
+        (lambda history: 2.0, "float"),
+        (lambda history: StepScale(math.nan), "nan"),
+        (lambda history: StepScale(math.inf), "inf"),
+        (lambda history: StepScale(0.0), "0"),
+        (lambda history: StepScale(1.0, {}, restart=history.step == 30), "not kept"),
+    ],
+)
+def test_a_prediction_that_cannot_be_used_changes_nothing_and_is_journalled(act: Any, reason: str) -> None:
+    plain, backend = Descent(), Descent()
+    plain.train(30, lambda step: None)
+    made = cycle(backend, act, total=30)
+    made.run()
+    assert torch.equal(backend.model.weight, plain.model.weight)
+    last = scaling_records(made.journal)[-1]
+    assert not last["accepted"]
+    assert reason in last["reason"]
+    with raises_kind("guard-refused", "step "):
+        cycle(Descent(), act, total=30, strict=True).run()
+
+
+def test_a_restart_returns_to_the_first_weights() -> None:
+    backend = Descent()
+    start = backend.model.weight.detach().clone()
+    made = cycle(backend, lambda history: StepScale(history.multiple / 4, {}, restart=history.step == 4), total=4)
+    made.run()
+    assert torch.equal(backend.model.weight, start)
+    assert scaling_records(made.journal)[-1]["back_to"] == 0
+
+
+def collapsing(backend: Descent, made: PredictExtendCycle, after: int, times: int = 1) -> Callable[[int], None]:
+    """Log a reward of .5 each step, and of 0 after step ``after`` until it was undone ``times`` times."""
+
+    def log(step: int) -> None:
+        undone = sum(record["event"] == "collapse" for record in scaling_records(made.journal))
+        backend.logged.append(LoggedReward(step, 1, 0.5 if step <= after or undone >= times else 0.0, 0.06))
+
+    return log
+
+
+def test_a_collapse_returns_to_the_last_good_weights_with_smaller_steps() -> None:
+    backend, seen = Descent(), dict[int, Any]()
+    made = cycle(backend, lambda history: StepScale(8.0), total=40)
+    log = collapsing(backend, made, after=25)
+
+    def watch(step: int) -> None:
+        seen[step] = backend.model.weight.detach().clone()
+        log(step)
+
+    made.run(watch)
+    [collapse] = [record for record in scaling_records(made.journal) if record["event"] == "collapse"]
+    assert 25 < collapse["step"] <= 31
+    assert collapse["back_to"] in (10, 20)
+    assert torch.equal(seen[collapse["step"]], seen[collapse["back_to"]])
+    assert (collapse["multiple_before"], collapse["multiple"]) == (8.0, 4.0)
+    assert collapse["reward"] < 0.75 * collapse["best"] == 0.75 * 0.5
+
+
+def test_a_state_that_led_to_a_collapse_twice_is_not_returned_to_again() -> None:
+    backend = Descent()
+    made = cycle(backend, lambda history: StepScale(1.0), total=60)
+    made.run(collapsing(backend, made, after=25, times=2))
+    back = [record["back_to"] for record in scaling_records(made.journal) if record["event"] == "collapse"]
+    assert len(back) == 2
+    assert back[1] < back[0] or back == [10, 10]
+
+
+def test_without_the_guard_nothing_is_undone() -> None:
+    backend = Descent()
+    made = cycle(backend, lambda history: StepScale(1.0), total=40, guards=Guards(probe=False, collapse=False))
+    made.run(collapsing(backend, made, after=25))
+    assert all(record["event"] == "scale" for record in scaling_records(made.journal))
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_run_ends_in_a_mean_only_if_it_validates_better(better: bool) -> None:
+    backend = Descent(accuracy=lambda loss: loss / 100 if better else -loss)  # an early mean has the larger loss
+    plain = Descent()
+    plain.train(20, lambda step: None)
+    made = cycle(backend, lambda history: StepScale(1.0), total=20, average=8)
+    made.run()
+    record = made.journal.records[-1]
+    assert (record["event"], record["accepted"]) == ("average", better)
+    assert list(record["tried"]) == ["2", "4", "8"]
+    assert torch.equal(backend.model.weight, plain.model.weight) is not better
+
+
+def test_a_backend_that_cannot_reach_the_optimizer_refuses_before_training() -> None:
+    class Far(Descent):
+        name = "far"
+
+        def follow_steps(self, windows: Any) -> None:
+            super(Descent, self).follow_steps(windows)
+
+    with pytest.raises(BackendError) as caught:
+        cycle(Far(), doubled)
+    assert caught.value.kind == "backend-unsupported"
+    assert "far" in str(caught.value)
+
+
+def test_it_is_the_default_and_needs_no_room_in_the_schedule() -> None:
+    made = PredictExtendCycle(
+        Descent(), lambda: make_step_scale(), Schedule(observe=50), Guards(probe=False), 3, Journal()
+    )
+    assert made.scales_steps
+    assert made.run() == 3
+
+
+def make_step_scale() -> Any:
+    from next_core.plugins import registry
+
+    with raises_kind("predictor-needs-trainer"):
+        make_predictor("step-scale")
+    return registry().make("predictor", "step-scale")

@@ -68,7 +68,7 @@ def show_result(result: RunResult, output: Output) -> None:
     accuracy, control = result.accuracy, result.control
     headings = {"start": "start", "before_jump": "before first jump", "after_jump": "after it", "final": "end"}
     ends = {heading: _figure(accuracy[key]) for key, heading in headings.items()}
-    rows = [{"run": "with jumps", "steps": str(result.steps), **ends}]
+    rows = [{"run": "step scaling" if result.scaling else "with jumps", "steps": str(result.steps), **ends}]
     if control is not None:
         gaps = {"before first jump": "", "after it": "", "end": _figure(control["accuracy"]["final"])}
         rows.append({"run": "plain, same seed", "steps": str(control["steps"]), **ends, **gaps})

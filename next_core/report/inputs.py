@@ -15,6 +15,7 @@ from next_core.cycle.journal import JOURNAL, counted_records, read_journal, vali
 from next_core.cycle.measurements import CURVE
 from next_core.cycle.run import CONFIG
 from next_core.cycle.run_result import RESULT
+from next_core.cycle.scaling import EVENTS
 from next_core.errors import CheckpointError, ConfigError
 from next_core.settings import explain
 from next_core.sources.metrics import METRICS, by_step, read_log
@@ -49,6 +50,20 @@ class Jump(Part):
         """How much validation accuracy changed at once; None where it was not measured."""
         known = self.accuracy_before is not None and self.accuracy_after is not None
         return self.accuracy_after - self.accuracy_before if known else None  # type: ignore[operator]
+
+
+class Scale(Part):
+    """A change of the learning rate by step scaling, or a return to earlier weights."""
+
+    event: str
+    step: int
+    accepted: bool = True
+    reason: str = ""
+    multiple: Number
+    rate: Number | None = None
+    back_to: int | None = None
+    reward: Number | None = None
+    best: Number | None = None
 
 
 class Arm(ArmResult):
@@ -92,6 +107,7 @@ class Result(Part):
     seconds: dict[str, Number] = {}
     accuracy: Accuracies = {}
     jumps: list[Jump] = []
+    scaling: list[Scale] = []
     control: Control | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = {}
@@ -105,6 +121,7 @@ class _Events(Part):
     """The records of a journal that a report reads."""
 
     jumps: list[Jump]
+    scaling: list[Scale]
     points: list[Point]
 
 
@@ -123,10 +140,12 @@ class Recorded:
         """The journal's records of jumps."""
         found = {
             "jumps": self.records,
+            "scaling": [record for record in self.events if record["event"] in EVENTS],
             "points": [record for record in self.events if record["event"] == CURVE],
         }
         events = _validated(_Events, found, journal)
         self.jumps = events.jumps if records or self.result is None else self.result.jumps
+        self.scaling = events.scaling if records or self.result is None else self.result.scaling
         self.curve = events.points if self.result is None else self.result.curve
         self.metrics = dict(sorted(by_step(read_log(folder / METRICS)).items()))
 

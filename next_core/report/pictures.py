@@ -26,7 +26,7 @@ from next_core.diagnostics.drawing import (
     label_rows,
 )
 from next_core.diagnostics.plots import Panel, draw_layers
-from next_core.report.inputs import Comparison, Jump, Recorded
+from next_core.report.inputs import Comparison, Jump, Recorded, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,8 @@ def progress(picture: Figure, recorded: Recorded, over: Over) -> str | None:
     if not any(point.test for point in recorded.curve):
         return "no accuracies along the run; measure_every: N in the config measures every N steps"
     axis = _axes_above_jumps(picture, [(recorded.jumps, RED)] if recorded.jumps and over == "steps" else [], over)
-    for points, colour, run in ((recorded.curve, BLUE, "with jumps"), (plain, INK, "plain, same seed")):
+    ours = "step scaling" if recorded.scaling else "with jumps"
+    for points, colour, run in ((recorded.curve, BLUE, ours), (plain, INK, "plain, same seed")):
         for kind, style in (("sampled", "-"), ("greedy", DASHED)):
             found = [(point.step if over == "steps" else point.seconds, point.test.get(kind)) for point in points]
             known = [(x, y) for x, y in found if x is not None and y is not None]
@@ -178,6 +179,21 @@ def multiples(picture: Figure, runs: Mapping[str, Sequence[Sequence[Jump]]]) -> 
     axis.set(xlabel="RL step", ylabel="multiple of the observed update", ylim=(0, None), xlim=(0, None))
     if len(entries) > 1:
         add_legend(picture, entries)
+    return None
+
+
+def learning_rate(picture: Figure, scaling: Sequence[Scale]) -> str | None:
+    """Draw the learning rate that step scaling chose, with its returns to earlier weights."""
+    points = [(one.step, one.rate) for one in scaling if one.rate]
+    if not points:
+        return "no step was scaled"
+    axis = picture.subplots()
+    axis.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.7, drawstyle="steps-post", label="learning rate")
+    returns = [(one.step, one.rate) for one in scaling if one.back_to is not None and one.rate]
+    if returns:
+        axis.plot(*zip(*returns, strict=True), color=RED, linestyle="", marker="x", label="return to earlier weights")
+        add_legend(picture)
+    axis.set(xlabel="RL step", ylabel="learning rate", yscale="log", xlim=(0, None))
     return None
 
 

@@ -9,13 +9,14 @@ from typing import Any
 from next_core.report import pictures
 from next_core.report.formatting import counted, decimal, mean, one_digit, reasons, seconds, steps_text
 from next_core.report.geometry import GeometryOptions, add_geometry
-from next_core.report.inputs import Jump, Recorded, Result
+from next_core.report.inputs import Jump, Recorded, Result, Scale
 from next_core.report.page import Page
 from next_core.types import Progress
 
 SECTIONS = {
     "accuracy": "Accuracy",
     "jumps": "Jumps and guards",
+    "scaling": "Learning rate",
     "geometry": "How the weights move",
     "layers": "Which layers can be predicted",
     "time": "Time spent",
@@ -41,10 +42,14 @@ def run_page(recorded: Recorded, title: str, options: GeometryOptions, progress:
     page = Page("run.html", title, _subtitle(recorded), _summary(recorded), _tiles(recorded), SECTIONS)
     result = recorded.result
     _add_curves(page, recorded)
-    _add_jumps(page, recorded)
-    add_geometry(page, recorded, options, progress)
-    if "Geometry" in page.missing:
-        page.sections = {id_: title for id_, title in SECTIONS.items() if id_ != "layers"}
+    if recorded.scaling:
+        _add_scaling(page, recorded)
+        left_out = {"jumps", "geometry", "layers"}
+    else:
+        _add_jumps(page, recorded)
+        add_geometry(page, recorded, options, progress)
+        left_out = {"scaling"} | ({"layers"} if "Geometry" in page.missing else set())
+    page.sections = {id_: title for id_, title in SECTIONS.items() if id_ not in left_out}
     if result is None or not result.seconds:
         page.missing["Time"] = "it is recorded only when a run made from a config ends"
     if recorded.config is None:
@@ -92,6 +97,8 @@ def _summary(recorded: Recorded) -> list[str]:
             )
         moved = f"test accuracy went from {decimal(start)} to {decimal(end)}"
         found = [f"In {result.steps} RL steps {moved}{against}.", *_greedy(result)]
+    if recorded.scaling:
+        return [*found, _scaled(recorded.scaling)]
     made = [jump for jump in recorded.jumps if jump.accepted]
     if not recorded.jumps:
         return [*found, "No jump was attempted."]
@@ -99,6 +106,15 @@ def _summary(recorded: Recorded) -> list[str]:
     size = "" if norm is None else f", on average {one_digit(norm)} times as long as the update just before"
     refused = len(recorded.jumps) - len(made) or "none"
     return [*found, f"{counted(len(recorded.jumps), 'jump')} attempted: {len(made)} made{size}; {refused} refused."]
+
+
+def _scaled(scaling: Sequence[Scale]) -> str:
+    rates = [one.rate for one in scaling if one.rate is not None]
+    back = [one for one in scaling if one.back_to is not None]
+    returns = f" It returned to earlier weights {counted(len(back), 'time')}." if back else ""
+    if not rates:
+        return "Step scaling changed nothing."
+    return f"Step scaling set the learning rate to {max(rates):.2g} at most and {rates[-1]:.2g} at the end.{returns}"
 
 
 def _greedy(result: Result) -> list[str]:
@@ -121,7 +137,12 @@ def _tiles(recorded: Recorded) -> list[tuple[str, str]]:
         "plain run, same seed": None if recorded.control is None else recorded.control.accuracy.get("final"),
     }
     tiles = [(decimal(value), label) for label, value in accuracies.items() if value is not None]
-    tiles.append((f"{sum(jump.accepted for jump in recorded.jumps)} of {len(recorded.jumps)}", "attempted jumps made"))
+    rates = [one.rate for one in recorded.scaling if one.rate is not None]
+    if rates:
+        tiles.append((f"{max(rates):.2g}", "largest learning rate"))
+    else:
+        made = sum(jump.accepted for jump in recorded.jumps)
+        tiles.append((f"{made} of {len(recorded.jumps)}", "attempted jumps made"))
     if recorded.result is not None and "total" in recorded.result.seconds:
         tiles.append((seconds(recorded.result.seconds["total"]), "in total"))
     return tiles
@@ -136,6 +157,16 @@ def _add_curves(page: Page, recorded: Recorded) -> None:
     if not page.drawings:
         page.draw("reward", 3.9, pictures.reward, recorded, what="Reward along the run")
     page.facts |= {"rewards": rewards}
+
+
+def _add_scaling(page: Page, recorded: Recorded) -> None:
+    """Add the learning rate over the run, the returns to earlier weights, and what was refused."""
+    page.draw("learning-rate", 3.4, pictures.learning_rate, recorded.scaling)
+    page.facts |= {
+        "jumps": [],
+        "returns": [one for one in recorded.scaling if one.back_to is not None],
+        "refused": [one for one in recorded.scaling if not one.accepted],
+    }
 
 
 def _add_jumps(page: Page, recorded: Recorded) -> None:

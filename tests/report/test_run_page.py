@@ -80,6 +80,28 @@ def test_a_finished_run_is_compared_with_its_plain_run(ended: Path) -> None:
     assert written.missing.keys() == {"Geometry"}
 
 
+def test_step_scaling_shows_the_learning_rate_and_its_returns_instead_of_jumps_and_geometry(ended: Path) -> None:
+    rates = [(5, 1e-4), (10, 2.5e-5), (15, 5e-5)]
+    scaling = [{"event": "scale", "step": s, "accepted": True, "multiple": r / 1e-4, "rate": r} for s, r in rates]
+    scaling[1]["back_to"] = 0
+    fall = {"event": "collapse", "step": 40, "back_to": 30, "reward": 0.1, "best": 0.5, "multiple": 0.2, "rate": 2e-5}
+    refused = {"event": "scale", "step": 45, "accepted": False, "reason": "the multiple is nan", "multiple": 0.2}
+    journal(ended, {"event": "start", "step": 0, "seed": 3}, *scaling, fall, refused, {"event": "end", "step": 50})
+    result = json.loads((ended / "result.json").read_text()) | {"jumps": [], "scaling": [*scaling, fall, refused]}
+    (ended / "result.json").write_text(json.dumps(result))
+    written = write_report(ended, settings=QUICK)
+    seen = read_page(written.out)
+    assert "0.0001 at most and 2e-05 at the end" in written.summary[-1]
+    assert "2 times" in written.summary[-1]
+    assert "step scaling 50 0.200" in seen.words
+    assert "10 0 the first steps cancelled each other" in seen.words
+    assert "40 30 the reward fell to 0.100 from 0.500" in seen.words
+    assert "Step 45: the learning rate was not changed: the multiple is nan." in seen.words
+    assert any("Learning rate over RL steps" in picture for picture in seen.pictures)
+    assert "Geometry" not in written.missing
+    assert "attempted jumps" not in seen.words
+
+
 def test_more_than_thirty_jumps_are_grouped(ended: Path) -> None:
     result = json.loads((ended / "result.json").read_text())
     (ended / "result.json").write_text(json.dumps(result | {"jumps": jumps(range(20, 250, 2), 10), "curve": []}))

@@ -41,10 +41,12 @@ def end_in_mean(
     watch: Stopwatch,
     step: int,
     choices: Sequence[int],
+    unmeasured: int | None = None,
 ) -> None:
     """Move to the mean over the window, one of ``choices``, that validates best, if it beats the last step.
 
-    Each mean is tried and rolled back. A mean that cannot be applied changes nothing and ends the search.
+    Each mean is tried and rolled back. A mean that cannot be applied changes nothing and ends the search. Where there
+    is nothing to measure accuracy with, the window ``unmeasured`` is used, if there is one.
     """
 
     def apply_mean(window: int) -> Applied:
@@ -66,7 +68,10 @@ def end_in_mean(
     better = {window: value for window, value in tried.items() if value is not None and before is not None}
     if before is not None and better and max(better.values()) > before:
         best = max(better, key=lambda window: better[window])
-        reason = f"the mean of the last {best} steps"
+    elif before is None:
+        best = unmeasured
+    if best is not None:
+        reason = f"the mean of the last {best} steps" + (", unmeasured: motions cancel" if before is None else "")
         try:
             apply_mean(best)
         except Exception as error:

@@ -269,7 +269,11 @@ class PredictExtendCycle:
                 self.backend.rollback(applied, step)
 
         watch = self._watches["extend"]
-        end_in_mean(apply, rollback, self._probes, self.journal, watch, step, self._windows)
+        windows = self._windows
+        # Where motions cancel at the end, steps are too large to converge, and a mean is closer to the optimum.
+        cancels = self._scaling is not None and self._scaling.cancels()
+        unmeasured = windows[len(windows) // 2] if windows and cancels else None
+        end_in_mean(apply, rollback, self._probes, self.journal, watch, step, windows, unmeasured)
 
     @property
     def _windows(self) -> list[int]:

@@ -53,6 +53,12 @@ class StepScaling:
             if step - steps.kept[-1] >= KEEP_EVERY and not any(trend.short(1.5) for trend in trends):
                 steps.keep(step)
 
+    def cancels(self) -> bool:
+        """Whether the motions of the last blocks cancel each other more than they agree."""
+        history = StepHistory(0, 1.0, self._backend.steps.products())
+        cosine = history.cosine(len(history.products) // 2)
+        return cosine is not None and cosine < 0
+
     def _since(self) -> int:
         """Return the step of the last return to earlier weights; rewards until then are of an abandoned path."""
         return max((record["step"] for record in scaling_records(self._journal) if "back_to" in record), default=0)

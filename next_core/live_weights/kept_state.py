@@ -25,12 +25,14 @@ class KeptState:
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
-        """Put everything back. Moments that did not exist yet become zero, as a new optimizer's are."""
+        """Put everything back. Moments that did not exist yet are removed: the optimizer makes new ones."""
         for parameter, kept, moments in zip(parameters, self.weights, self.moments, strict=True):
             parameter.copy_(kept)
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    value.copy_(moments[key]) if key in moments else value.zero_()
+            state = optimizer.state.get(parameter, {})
+            if not moments:
+                state.clear()
+            for key, value in moments.items():
+                state[key].copy_(value)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Yield everything under names for a file; ``from_tensors`` reads them."""

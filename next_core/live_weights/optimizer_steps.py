@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from next_core.errors import CheckpointError, describe
+from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import TrainerSteps
 from next_core.live_weights.kept_state import KeptState
@@ -43,6 +43,12 @@ class OptimizerSteps(TrainerSteps):
         self, model: nn.Module, optimizer: Any, windows: Sequence[int] = (), changed: Changed = lambda what: None
     ) -> None:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not isinstance(self._optimizer, torch.optim.Optimizer):
+            raise BackendError(
+                f"the optimizer is a {type(self._optimizer).__name__}, and steps can be scaled only for one of "
+                "torch.optim's kind; choose a predictor that jumps, such as 'adaptive-secant'",
+                kind="backend-unsupported",
+            )
         groups = [(i, p) for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]]
         self._groups, self._parameters = zip(*((i, p) for i, p in groups if p.requires_grad), strict=True)
         self._changed = changed
@@ -54,11 +60,12 @@ class OptimizerSteps(TrainerSteps):
         self._kept: deque[tuple[int, int, KeptState]] = deque(maxlen=KEPT)
         self._updates = 0
         self._blocks: deque[Tensor] = deque(maxlen=BLOCKS)
-        self._weights = self._update = self._motion = torch.zeros(0)
+        self._weights = self._motion = torch.zeros(0)
+        self._update: Tensor | None = None
         self._restart_motions()
         self._scheduled = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._used = list(self._scheduled)
-        self._coasting = False
+        self._stepped = self._coasting = False
         self._hooks = (
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -80,6 +87,7 @@ class OptimizerSteps(TrainerSteps):
     def _after_step(self, *_: Any) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = rate
+        self._stepped = True
 
     @property
     def learning_rate(self) -> float:
@@ -90,6 +98,9 @@ class OptimizerSteps(TrainerSteps):
         for window, mean in self._means.items():
             # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps.
             torch._foreach_lerp_(mean, self._parameters, 2.0 / (window + 1))
+        if not self._stepped:  # fp16: a gradient that overflowed is skipped
+            return
+        self._stepped = False
         self._updates += 1
         momentum, corrected = self._momentum()
         now, before, last = self._sample(), self._weights, self._update
@@ -98,11 +109,10 @@ class OptimizerSteps(TrainerSteps):
         update = torch.where(rates > 0, (now - before) / rates, 0.0)
         if corrected:
             update *= 1 - momentum**self._updates
-        gradient = (update - momentum * last) / (1 - momentum)
         # Where all roll-outs of a step earn the same there is no gradient, and Adam coasts: what its decaying moments
         # leave here would always point ahead.
-        if not self._coasting:
-            self._motion += gradient
+        if last is not None and not self._coasting:
+            self._motion += (update - momentum * last) / (1 - momentum)
         self._weights, self._update = now, update
 
     def end_block(self) -> None:
@@ -128,6 +138,8 @@ class OptimizerSteps(TrainerSteps):
         _, self._updates, state = self._kept[-1]
         state.restore(self._parameters, self._optimizer)
         self._restart_motions()
+        if self._updates:
+            self._update = None  # the moments hold earlier gradients: the first update tells no new one from them
         for mean in self._means.values():
             torch._foreach_copy_(mean, [p.detach() for p in self._parameters])
         self._changed("weights")
@@ -141,15 +153,22 @@ class OptimizerSteps(TrainerSteps):
         return _Replaced(self._parameters, self._means[window], self._changed)
 
     def save(self, file: Path) -> None:
-        """Write everything that a resumed run needs to end as the uninterrupted one does."""
+        """Write what a resumed run needs to end as the uninterrupted one does. Raises ``CheckpointError``."""
         tensors = {"multiple": torch.tensor([self.multiple, self._updates], dtype=torch.float64)}
-        tensors |= {"weights": self._weights, "update": self._update, "motion": self._motion}
+        tensors |= {"weights": self._weights, "motion": self._motion}
+        tensors |= {} if self._update is None else {"update": self._update}
         tensors |= {f"block/{index}": block for index, block in enumerate(self._blocks)}
         for window, mean in self._means.items():
             tensors |= {f"mean/{window}/{index}": value for index, value in enumerate(mean)}
         for step, updates, state in self._kept:
             tensors |= dict(state.tensors(f"kept/{step}/{updates}/"))
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the state of step scaling could not be written to {file}: {describe(error)}",
+                kind="storage-not-writable",
+            ) from error
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
@@ -159,7 +178,7 @@ class OptimizerSteps(TrainerSteps):
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             multiple, updates = tensors["multiple"].tolist()
             self.multiple, self._updates = multiple, int(updates)
-            self._weights, self._update, self._motion = (tensors[name] for name in ("weights", "update", "motion"))
+            self._weights, self._motion, self._update = tensors["weights"], tensors["motion"], tensors.get("update")
             self._blocks.extend(tensors[f"block/{index}"] for index in range(BLOCKS) if f"block/{index}" in tensors)
             for window, mean in self._means.items():
                 for index, value in enumerate(mean):

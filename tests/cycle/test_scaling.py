@@ -40,8 +40,9 @@ class Given(StepPredictor):
 def cycle(
     backend: Descent, act: Callable[[StepHistory], Any], total: int = 8, average: int | None = None, **more: Any
 ) -> PredictExtendCycle:
+    block = more.pop("block", 2)
     schedule, guards = Schedule(observe=1, every=1, average=average), more.pop("guards", Guards(probe=False))
-    return PredictExtendCycle(backend, lambda: Given(act), schedule, guards, total, Journal(), **more)
+    return PredictExtendCycle(backend, lambda: Given(act, block), schedule, guards, total, Journal(), **more)
 
 
 def doubled(history: StepHistory) -> StepScale:
@@ -186,3 +187,17 @@ def make_step_scale() -> Any:
     with raises_kind("predictor-needs-trainer"):
         make_predictor("step-scale")
     return registry().make("predictor", "step-scale")
+
+
+@pytest.mark.parametrize(("rate", "ends_in_mean"), [(1.5, True), (0.01, False)])
+def test_without_accuracy_the_run_ends_in_a_mean_where_motions_cancel(rate: float, ends_in_mean: bool) -> None:
+    class Unmeasured(Descent):
+        def evaluate(self, split: Any = "validation") -> float | None:
+            return None
+
+    backend = Unmeasured(lr=rate)  # beyond 1, gradient descent oscillates around the optimum
+    made = cycle(backend, lambda history: StepScale(1.0), total=10, average=8, block=5)
+    made.run()
+    record = made.journal.records[-1]
+    assert (record["event"], record["accepted"]) == ("average", ends_in_mean)
+    assert ("the mean of the last 4 steps" in record["reason"]) is ends_in_mean

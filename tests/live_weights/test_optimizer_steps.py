@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept
     assert torch.equal(run.weight, other.weight)
     run.steps.undo(0)
     assert list(run.steps.kept) == [0]
+    assert not any(run.optimizer.state.values())
     fresh = Run()
     fresh.train(5, 2)
     run.train(5, 2)
@@ -170,6 +172,11 @@ def test_a_file_that_is_missing_or_of_another_model_is_refused(tmp_path: Path) -
         Run().steps.load(tmp_path / "steps.safetensors")
 
 
+def test_a_state_that_cannot_be_written_is_an_error_with_the_file(tmp_path: Path) -> None:
+    with raises_kind("storage-not-writable", "steps.safetensors"):
+        Run().steps.save(tmp_path / "missing" / "steps.safetensors")
+
+
 def test_a_step_at_a_rate_of_zero_counts_as_no_motion() -> None:
     run = Run(rate=0.0)
     run.train(0, 2)
@@ -200,3 +207,39 @@ def test_steps_without_a_gradient_count_as_no_motion_although_adam_coasts() -> N
     run.steps.end_block()
     assert not torch.equal(run.weight, before)
     assert float(run.steps.products()[1, 1]) == 0.0
+
+
+def test_motions_after_a_return_hold_only_what_new_gradients_brought() -> None:
+    run = Run(betas=(0.9, 0.0), eps=1e-12)  # type: ignore[arg-type]
+    for _ in range(20):
+        run.step(torch.ones(SHAPE))
+    run.steps.keep(20)
+    run.steps.undo(20)
+    for sign in (-1, -1, -1):
+        run.step(sign * torch.ones(SHAPE))
+    run.steps.end_block()
+    for sign in (-1, -1):
+        run.step(sign * torch.ones(SHAPE))
+    run.steps.end_block()
+    products = run.steps.products()
+    torch.testing.assert_close(products[0, 0], products[1, 1], rtol=1e-3, atol=0)  # the first of three told nothing
+    assert products[0, 1] > 0
+
+
+def test_a_step_that_the_trainer_skips_is_no_motion() -> None:
+    run = Run()
+    run.train(0, 3)
+    run.steps.after_step()
+    run.steps.end_block()
+    other = Run()
+    other.train(0, 3)
+    other.steps.end_block()
+    assert torch.equal(run.steps.products(), other.steps.products())
+
+
+def test_an_optimizer_that_is_not_torchs_is_refused() -> None:
+    class Foreign:
+        param_groups: ClassVar[list[dict[str, Any]]] = []
+
+    with raises_kind("backend-unsupported", "Foreign", "adaptive-secant"):
+        OptimizerSteps(nn.Linear(2, 2), Foreign())

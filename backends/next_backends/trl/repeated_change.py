@@ -64,8 +64,12 @@ class Change:
                 model.add_adapter(name, config)
         if self.added:
             activate_jumps(model)
-        for name, state in _states(model, optimizer) if self.moments is not None else ():
-            state |= (self.moments or {})[name]
+        for name, state in [] if self.moments is None else _states(model, optimizer):
+            values = self.moments.get(name) if self.moments else None
+            if values is None:  # process 0 went back to a new optimizer
+                state.clear()
+            else:
+                state |= values
 
     def tensors(self, model: nn.Module, optimizer: Any) -> Iterator[Tensor]:
         """Yield all that may have changed, in an order that is the same in every process."""

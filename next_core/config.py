@@ -14,7 +14,7 @@ from next_core.errors import ConfigError, NextCoreError, PluginError, describe
 from next_core.plugins import Kind, make_chosen, registry, steps_or_jumps
 from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import DEFAULT_BACKEND, DEFAULT_PREDICTOR, Choice, Guards, RunConfig, Schedule
-from next_core.settings import Settings, config_error
+from next_core.settings import config_error
 from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 
@@ -81,16 +81,19 @@ def _with_auto(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for settings of jumps (in ``given``, by block) next to a predictor that makes none."""
+    """Raise ``ConfigError`` for settings of jumps (in ``given``, by block) next to a predictor that makes none.
+
+    The values that a resolved config has without any such setting are accepted.
+    """
     if not issubclass(predictor, StepPredictor):
         return
-    known: dict[str, type[Settings]] = {"schedule": Schedule, "guards": Guards}
-    unused = [
-        f"{block}.{key}"
-        for block, settings in known.items()
-        for key in (given[block] if isinstance(given.get(block), Mapping) else ())
-        if key in settings.model_fields and key not in STEP_SETTINGS[block]
-    ]
+    unused = []
+    for block, settings in (("schedule", Schedule), ("guards", Guards)):
+        recommended, own = predictor.recommended.get(block, {}), given.get(block)  # type: ignore[call-overload]
+        default = settings(**recommended).model_dump()
+        for key, value in own.items() if isinstance(own, Mapping) else ():
+            if key in default and key not in STEP_SETTINGS[block] and value != default[key]:
+                unused.append(f"{block}.{key}")
     if unused:
         raise ConfigError(
             f"predictor '{predictor.name}' scales steps and makes no jumps: omit {', '.join(unused)}, or choose a "

@@ -42,8 +42,8 @@ class Whole:
         assert [path for path in out.rglob(".*") if path.suffix != ".lock"] == []  # a dead process holds no lock
 
 
-def _whole(way: str, folder: Path) -> Whole:
-    raw = small_run.raw_config(folder / "data")
+def _whole(way: str, folder: Path, raw: dict[str, Any] | None = None) -> Whole:
+    raw = raw or small_run.raw_config(folder / "data")
     out = folder / "whole" / "run"
     outcome = call(work.go, way, raw, out)
     assert outcome.code == 0, outcome.error
@@ -58,3 +58,9 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 @pytest.fixture(scope="session")
 def whole_callback(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return _whole("callback", tmp_path_factory.mktemp("callback"))
+
+
+@pytest.fixture(scope="session")
+def whole_scaling(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("scaling")
+    return _whole("run", folder, small_run.scaling_config(folder / "data"))

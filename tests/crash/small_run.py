@@ -53,6 +53,13 @@ def raw_config(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
+def scaling_config(folder: Path) -> dict[str, Any]:
+    """The same run with steps that are scaled: they are too large at first, which is undone."""
+    raw = raw_config(folder, training={"learning_rate": 2e-2})
+    scaling = {"name": "step-scale", "block": 2}
+    return raw | {"predictor": scaling, "schedule": {"every": 1, "average": 8}, "guards": {}}
+
+
 def dumped(raw: dict[str, Any]) -> str:
     """A run's fields as a config file has them."""
     return yaml.safe_dump(raw)

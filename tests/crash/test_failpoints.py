@@ -55,6 +55,13 @@ def test_the_run_that_is_killed_jumps_rolls_back_and_ends_at_a_mean(whole_run: W
     }
 
 
+def test_the_run_that_scales_its_steps_starts_again_once(whole_scaling: Whole) -> None:
+    scales = [record for name, record in whole_scaling.facts.items() if name.split()[-2:-1] == ["scale"]]
+    assert len(scales) == 7
+    assert [record["back_to"] for record in scales if "back_to" in record] == ["0"]
+    assert "trainer/checkpoint-9/next-core.safetensors" in whole_scaling.facts
+
+
 def test_what_is_compared_tells_one_seed_from_another(whole_run: Whole, tmp_path: Path) -> None:
     out = tmp_path / "run"
     outcome = call(work.go, "run", whole_run.raw | {"seed": 1}, out)
@@ -73,13 +80,13 @@ def test_a_run_killed_at_a_write_goes_on_to_the_same_end_bit_for_bit(
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("way", ["run", "callback"])
+@pytest.mark.parametrize("way", ["run", "callback", "scaling"])
 def test_killed_at_every_kind_of_write_a_run_ends_the_same(
     way: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole: Whole = request.getfixturevalue(f"whole_{way}")
     points = chosen(whole.points)
-    if way == "callback":  # its writes are those of the run
+    if way != "run":  # their writes are those of the run
         points = list({point.kind: point for point in points}.values())
     with capsys.disabled():
         print(f"\n{way}: {len(whole.points)} failpoints passed, killed at {len(points)} of them")

@@ -16,7 +16,7 @@ from tests.crash.reader import damages
 pytestmark = [pytest.mark.trl, pytest.mark.crash]
 SEED = int(os.environ.get("CRASH_SEED", "0"))
 IN_ALL = int(os.environ.get("CRASH_KILLS", "200"))
-KILLS = {"run": IN_ALL - 3 * IN_ALL // 10, "callback": 3 * IN_ALL // 10}
+KILLS = {"run": IN_ALL // 2, "callback": IN_ALL // 4, "scaling": IN_ALL // 4}
 
 
 @pytest.mark.parametrize("way", KILLS)

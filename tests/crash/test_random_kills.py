@@ -29,7 +29,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nobody_had_killed_it(
         out, span = tmp_path / str(runs) / "run", whole.seconds
         out.parent.mkdir()
         while True:
-            child = Child(work.go, way, whole.raw, out)
+            child = Child(work.go, whole.way, whole.raw, out)
             outcome = child.wait(chance.uniform(0, span)) if kills < KILLS[way] else child.ended()
             if outcome is None:
                 outcome = child.kill()

@@ -37,6 +37,8 @@ class StepScaling:
         self._backend, self._predictor, self._guards, self._journal = backend, predictor, guards, journal
         self._watch, self._strict = watch, strict
         self._block = predictor.config.block
+        self._trends: tuple[int, list[RewardTrend]] = 0, []
+        """How many rewards were logged when they were last judged, and what they said."""
 
     def after_step(self, step: int) -> None:
         with self._watch:
@@ -44,7 +46,7 @@ class StepScaling:
             steps.after_step()
             if step % self._block == 0:
                 steps.end_block()
-            trends = reward_trends(self._backend.rewards(), self._since()) if self._guards.collapse else []
+            trends = self._reward_trends()
             fallen = next((trend for trend in trends if trend.collapsed), None)
             if fallen is not None and self._backend.takes_weights(step):
                 self._undo(step, fallen)
@@ -58,6 +60,13 @@ class StepScaling:
         history = StepHistory(0, 1.0, self._backend.steps.products())
         cosine = history.cosine(len(history.products) // 2)
         return cosine is not None and cosine < 0
+
+    def _reward_trends(self) -> list[RewardTrend]:
+        """Return how the last rewards compare with the best; computed anew only when the trainer logs one."""
+        rewards = self._backend.rewards() if self._guards.collapse else ()
+        if len(rewards) != self._trends[0]:
+            self._trends = len(rewards), reward_trends(rewards, self._since())
+        return self._trends[1]
 
     def _since(self) -> int:
         """Return the step of the last return to earlier weights; rewards until then are of an abandoned path."""
@@ -82,12 +91,16 @@ class StepScaling:
         figures = {str(key): float(value) for key, value in found.diagnostics.items()}
         restart = {"back_to": 0} if found.restart else {}
         if found.restart:
-            steps.undo(0)
+            self._return_to(0)
         steps.multiple = float(found.multiple)
         rate = steps.learning_rate * steps.multiple
         self._journal.append(
             "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, diagnostics=figures, **restart
         )
+
+    def _return_to(self, step: int) -> None:
+        self._backend.steps.undo(step)
+        self._trends = self._trends[0], []  # of an abandoned path
 
     def _problem(self, found: Any, step: int) -> str | None:
         """Return why a prediction cannot be used; None where it can."""
@@ -107,7 +120,7 @@ class StepScaling:
         # A state that is young, or that has led to a collapse once, may be where it began.
         suspect = step - kept[-1] < KEEP_EVERY or (bool(returned) and returned[-1] == kept[-1])
         target = kept[0] if suspect else kept[-1]
-        steps.undo(target)
+        self._return_to(target)
         steps.multiple = before / (AT_START if target == 0 else AFTER_COLLAPSE)
         self._journal.append(
             "collapse", step, back_to=target, reward=trend.recent, best=trend.best, error=trend.error,

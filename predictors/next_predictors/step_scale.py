@@ -74,9 +74,9 @@ class StepScalePredictor(StepPredictor):
         above = cosine - self.config.target
         if phase == "rising" and settled and before is not None:
             above += self.config.lead * min(cosine - before, 0.0)  # the reading lags: it is of the last 20 steps
-        if phase == "searching" and above > 0:
+        if phase == "searching" and cosine > self.config.target:
             phase = "rising"
-        elif above <= 0 and settled:
+        elif settled and cosine <= self.config.target:
             phase = "found"
         change = min(max(self._change(phase, above, history.step), -LIMIT), LIMIT)
         multiple = min(max(history.multiple * math.exp(change), self.config.least), self._most(history))

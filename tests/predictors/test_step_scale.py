@@ -49,6 +49,12 @@ def test_a_falling_agreement_is_extrapolated_while_the_multiple_rises() -> None:
     assert predict(0.3, scaled(1, 0.1)).multiple == pytest.approx(math.exp(0.8 * 0.3))
 
 
+def test_a_reading_that_falls_fast_but_not_to_the_target_is_not_the_end_of_rising() -> None:
+    found = predict(0.1, scaled(1, 0.6))
+    assert found.diagnostics["phase"] == 1
+    assert found.multiple == pytest.approx(math.exp(0.8 * (0.1 - 0.3 * 0.5)))
+
+
 def test_once_motions_cancel_the_rate_is_found_and_falls_as_one_over_the_root_of_the_step() -> None:
     found = predict(-0.2, scaled(1, 0.1), step=50)
     assert found.diagnostics["phase"] == 2

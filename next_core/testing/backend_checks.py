@@ -43,7 +43,11 @@ class BackendCase:
     folder: Path
 
     def train(
-        self, name: str, actions: Mapping[int, Callable[[Backend], object]], resume: bool = False
+        self,
+        name: str,
+        actions: Mapping[int, Callable[[Backend], object]],
+        resume: bool = False,
+        follow_steps: bool = False,
     ) -> tuple[int, list[int]]:
         """Train to the end in the folder ``name``, with a checkpoint, then the step's action, after each step.
 
@@ -56,6 +60,8 @@ class BackendCase:
         (self.folder / name).mkdir(parents=True, exist_ok=True)
 
         def after(step: int) -> None:
+            if follow_steps:
+                backend.steps.after_step()
             backend.observe(step)
             if step in actions:
                 actions[step](backend)
@@ -68,6 +74,8 @@ class BackendCase:
         try:
             begin = backend.prepare(self.run, self.folder / name, resume)
             backend.start()
+            if follow_steps:
+                backend.follow_steps([2])
             if backend.in_process:
                 backend.train(self.run.steps, step_ended)
             else:
@@ -186,6 +194,42 @@ def rollback_undoes_the_jump(case: BackendCase) -> None:
 
 
 @check
+def steps_are_multiplied_averaged_and_undone(case: BackendCase) -> None:
+    """With `scales_steps`, `steps` multiplies the steps that follow, goes to a mean, and returns to a kept state.
+
+    A multiple of 1 changes nothing.
+    """
+    found: dict[int, Weights] = {}
+    if not case.plugin.scales_steps:
+        expect_raises(NextCoreError, lambda: case.plugin.follow_steps([]), "follow_steps without scales_steps")
+        return
+
+    def shrink(backend: Backend) -> None:
+        _note(found, 2, backend)
+        backend.steps.keep(2)
+        backend.steps.multiple = 1e-6
+
+    def undo(backend: Backend) -> None:
+        _note(found, 3, backend)
+        applied = backend.steps.apply_mean(2)
+        backend.observe(3)
+        mean = _positions(backend, 3)
+        expect(_distance(mean, found[3]) > 0, "apply_mean moves the weights", "no matrix moved")
+        applied.rollback()
+        backend.observe(3)
+        expect_equal(found[3], _positions(backend, 3), "the rollback of a mean restores every matrix")
+        backend.steps.undo(2)
+        backend.observe(3)
+        expect_equal(found[2], _positions(backend, 3), "undo restores every matrix as it was kept")
+
+    case.train("scaled", {2: shrink, 3: undo}, follow_steps=True)
+    if case.plugin.exact_resume:
+        expect_equal(case.plain[2], found[2], "a multiple of 1 changes nothing")
+    whole, small = _distance(case.plain[3], case.plain[2]), _distance(found[3], found[2])
+    expect(small <= 1e-3 * whole, "a step with the multiple 1e-6 moves a millionth as far", f"{small / whole:.2g}")
+
+
+@check
 def resumes_from_the_last_save(case: BackendCase) -> None:
     """`prepare(resume=True)` continues from the last saved step; with `exact_resume`, to exactly the same weights."""
     every, last, end = case.run.save_every, case.run.steps, dict[int, Weights]()
@@ -227,6 +271,10 @@ def _positions(backend: Backend, step: int) -> Weights:
     """Return where each matrix is at a step, counted from the backbone."""
     source = backend.source()
     return {p.name: dense(source.position(p.name, step)).double().clone() for p in source.parameters}
+
+
+def _distance(one: Weights, other: Weights) -> float:
+    return math.sqrt(sum(float((one[name] - value).square().sum()) for name, value in other.items()))
 
 
 def _note(found: dict[int, Weights], step: int, backend: Backend) -> None:

@@ -175,6 +175,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("a_jump_moves_the_weights_and_not_the_history", {"apply_jump": swallow}),
     ("rollback_undoes_the_jump", {"rollback": rollback_that_slows}),
     ("rollback_undoes_the_jump", {"active_jump": lambda self, step: None}),
+    ("steps_are_multiplied_averaged_and_undone", {"scales_steps": True}),
+    ("steps_are_multiplied_averaged_and_undone", {"follow_steps": lambda self, windows: None}),
     ("resumes_from_the_last_save", {"prepare": lambda self, run, out, resume: Right.prepare(self, run, out)}),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +73,7 @@ def test_a_straight_path_has_the_largest_factor(source: MemorySource) -> None:
     assert (rate.factor, rate.low, rate.high) == (MOST, MOST, MOST)
     assert (rate.span, rate.moments, rate.reason) == (20, 22, None)
     said = str(learning_rate_advice(rate))
-    assert "46 times too small (46 to 46)" in said
+    assert "at least 46 times too small (17 or more)" in said
     assert "20-step updates have agreement 1.00 (random walk" in said
 
 
@@ -153,10 +154,31 @@ def test_the_multiples_of_auto_are_in_the_factor() -> None:
         assert mine == pytest.approx(7 * without)
     said = run_advice(lora_walks(20), jumps)
     assert said is not None
-    assert "7 times too small (7 to 7)" in said
-    assert "auto multiplied its steps by 7.0" in said
+    assert "7 times too small (2.6 to 19)" in said
+    assert "adaptive-secant multiplied its steps by 7.0" in said
     refused = told(lora_walks(20), [tried(5.0), tried(9.0, accepted=False), tried(1.0, accepted=False)])
     assert (refused.multiple, refused.jumps, refused.factor) == (1.0, 1, pytest.approx(1.0))
+
+
+def advised(**changes: Any) -> str:
+    rate = LearningRate(agreement=0.85, factor=12.0, low=8.0, high=20.0, span=20, moments=9, steps=250)
+    return str(learning_rate_advice(dataclasses.replace(rate, **changes)))
+
+
+def test_the_advice_names_the_rate_to_use_and_what_makes_it_less_certain() -> None:
+    assert advised(logged=(1e-4, 1e-4)).startswith("Raise learning_rate from 0.0001 to about 0.001, in steps.")
+    assert "12 times too small (3 to 54)" in advised()
+    assert "Note" not in advised(logged=(1e-4, 1e-4))
+    assert "120 steps reads high" in advised(steps=120)
+    assert "only one comparison" in advised(moments=1)
+    assert "the rate changed during the run" in advised(logged=(1e-5, 1e-4))
+
+
+def test_the_rates_that_the_trainer_logged_are_read() -> None:
+    source = lora_mixture(0.85)
+    assert told(source).logged is None
+    source._metrics = {20: {"learning_rate": 2e-4}, 40: {"learning_rate": 1e-4}, 60: {"reward": 1.0}}
+    assert told(source).logged == (1e-4, 2e-4)
 
 
 def test_jumps_of_other_predictors_are_mentioned() -> None:

@@ -74,8 +74,11 @@ def check_best_model(args: Any, schedule: Schedule, predictor: Predictor, lora: 
 
 
 def steps_of_a_generation(args: Any) -> int:
-    """Return how many RL steps one generation serves: only between generations may weights change or training end."""
-    reuse = int(args.steps_per_generation * args.num_iterations)
+    """Return how many RL steps one generation serves: only between generations may weights change or training end.
+
+    1 for a trainer that does not generate.
+    """
+    reuse = int(getattr(args, "steps_per_generation", None) or 1) * int(getattr(args, "num_iterations", 1))
     return reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
 
 

@@ -31,7 +31,7 @@ from next_core.storage.locking import hold, release
 
 
 class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
-    """Predict-extend for any existing ``GRPOTrainer`` or ``RLOOTrainer``; LoRA or full-parameter.
+    """Predict-extend for any existing trainer of TRL or transformers, such as ``GRPOTrainer``; LoRA or full-parameter.
 
     ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), ``"module:Class"``, a class or an
     instance; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``alphas``, ``jump_every``,

@@ -29,8 +29,8 @@ def check_arguments(
     if kind in SHARDED or args.deepspeed or args.fsdp:
         name = SHARDED.get(kind) or ("DeepSpeed" if args.deepspeed else "FSDP")
         raise BackendError(
-            f"jumps are not supported under {name}, which shards the weights: launch with plain data parallelism "
-            "(torchrun, or accelerate launch --multi_gpu), or use the backend openrlhf for DeepSpeed",
+            f"neither jumps nor step scaling are supported under {name}, which shards the weights: launch with plain "
+            "data parallelism (torchrun, or accelerate launch --multi_gpu), or use the backend openrlhf for DeepSpeed",
             kind="backend-unsupported",
         )
     if args.world_size > 1 and not several:

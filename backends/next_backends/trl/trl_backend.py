@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,8 +139,7 @@ class TrlBackend(Backend):
         checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
         """
         self._optimizer, self._args, self._rewards = optimizer, args, []
-        if not is_peft(self._model):
-            self._refuse_low_precision()
+        self._check_precision()
         if self._windows is not None:
             self._begin_steps(step, checkpoint)
             return
@@ -332,14 +332,24 @@ class TrlBackend(Backend):
         count = a_step * self._args.world_size * steps
         self._rewards.append(LoggedReward(step, steps, float(mean), float(spread) / math.sqrt(count)))
 
-    def _refuse_low_precision(self) -> None:
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
-                raise ConfigError(
-                    f"'{name}' trains in {parameter.dtype}: most of a small jump would be lost in its rounding; "
-                    "load the model in float32 (bf16 autocast is fine), or train LoRA",
-                    kind="backend-unsupported",
-                )
+    def _check_precision(self) -> None:
+        """Refuse full parameters in half precision, and warn of an adapter in it, as TRL makes it for 4-bit models."""
+        trained = ((name, p.dtype) for name, p in self._model.named_parameters() if p.requires_grad)
+        low = next(((name, dtype) for name, dtype in trained if dtype not in (torch.float32, torch.float64)), None)
+        if low is None:
+            return
+        if not is_peft(self._model):
+            raise ConfigError(
+                f"'{low[0]}' trains in {low[1]}: most of a small update would be lost in its rounding; "
+                "load the model in float32 (bf16 autocast is fine), or train LoRA",
+                kind="backend-unsupported",
+            )
+        note = (
+            f"'{low[0]}' trains in {low[1]}: updates smaller than its rounding are lost, with or without next-core; "
+            "cast the adapter's parameters to float32 before training"
+        )
+        self._notes.append(note)
+        logging.getLogger(__name__).warning(note)
 
 
 @contextlib.contextmanager

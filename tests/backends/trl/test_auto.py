@@ -98,3 +98,16 @@ def test_jumps_need_no_setting_either_and_survive_a_resume(make_trainer: Any, tr
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-26"))
     assert multiples(again) == found
     assert same_weights(trained, whole, resumed)
+
+
+def test_an_adapter_in_half_precision_is_trained_with_a_warning(
+    make_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = PredictExtendCallback("auto")
+    trainer = make_trainer([callback], steps=1)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    trainer.train()
+    assert "bfloat16" in callback.backend.notes[0]
+    assert "float32" in caplog.text

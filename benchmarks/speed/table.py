@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks/speed.md, made from the committed results."""
+"""The figures of docs/benchmarks/speed.md, made from the committed results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks" / "speed.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.speed table -->", "<!-- end of tables -->"
-OTHERS = ("torch.svd_lowrank", "scipy.sparse.linalg.svds")
 Facts = dict[str, Any]
 
 
@@ -38,9 +37,8 @@ def load(results: Path) -> list[Facts]:
 
 
 def render(results: list[Facts]) -> str:
-    """All tables, under their headings."""
-    parts = ["### Cost\n", _cost(results), "\n### Errors\n", _errors(results), "\n### Growth\n", _growth(results)]
-    return "\n".join([*parts, "\n### Machine\n", _machines(results)])
+    """The table and what belongs to it."""
+    return "\n\n".join([_cost(results), _others(results), _growth(results), _machines(results)])
 
 
 def _rows(results: list[Facts]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -57,9 +55,20 @@ def _cost(results: list[Facts]) -> str:
         times = _number(reference["cpu_s"] / row["cpu_s"]) if reference else "-"
         over = f"{floor['ratio']:.3g}" if floor else "-"
         cost = [_number(row["cpu_s"]), _number(row.get("target_cpu_s")), over, _memory(row)]
-        cells.append([stage, row["what"], *cost, _number(reference.get("cpu_s")), times])
-    heads = ["stage", "what", "CPU-s", "target", "CPU-s / floor", "own memory, GiB", "reference CPU-s"]
-    return _table([*heads, "speed-up"], cells)
+        cells.append([stage, row["what"], *cost, times, _error(row)])
+    return _table(
+        ["stage", "what", "CPU-s", "target", "CPU-s / floor", "own memory, GiB", "speed-up", "error (reference's)"],
+        cells,
+        cells,
+    )
+
+
+def _error(row: dict[str, Any]) -> str:
+    """The sine of the angle of u, the reference's in brackets."""
+    found = [each.get("errors", {}).get("u") for each in (row, row.get("reference", {}))]
+    if found[0] is None:
+        return "-"
+    return f"{found[0]:.0e}" + ("" if found[1] is None else f" ({found[1]:.0e})")
 
 
 def _memory(row: dict[str, Any]) -> str:
@@ -69,17 +78,14 @@ def _memory(row: dict[str, Any]) -> str:
     return f"{row['own_gib']:.2f}{limit}"
 
 
-def _errors(results: list[Facts]) -> str:
-    """The sine of the angle of u: ours, the reference's and, of dense deltas, that of other libraries."""
-    cells = []
-    for stage, row in _rows(results):
-        if "u" not in row.get("errors", {}):
-            continue
-        known = {each["what"].partition("(")[0]: each for each in row.get("others", [])}
-        all_of = [row, row.get("reference", {}), *(known.get(name, {}) for name in OTHERS)]
-        found = [each.get("errors", {}).get("u") for each in all_of]
-        cells.append([stage, row["what"], *("-" if value is None else f"{value:.0e}" for value in found)])
-    return _table(["stage", "what", "next-core", "reference", *OTHERS], cells)
+def _others(results: list[Facts]) -> str:
+    """The errors of other libraries, in the order of the rows above."""
+    errors: dict[str, list[str]] = {}
+    for _, row in _rows(results):
+        for other in row.get("others", []):
+            errors.setdefault(other["what"].partition("(")[0], []).append(f"{other['errors']['u']:.0e}")
+    found = [f"`{name}` {', '.join(values)}" for name, values in errors.items()]
+    return f"Errors of other libraries on the rows of dense-top1: {'; '.join(found) or 'not run'}."
 
 
 def _growth(results: list[Facts]) -> str:

@@ -306,10 +306,10 @@ def summary(outcomes: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def row(layout: str, found: Mapping[tuple[str, str], str]) -> str:
-    """One line of the table."""
+def row(found: Mapping[tuple[str, str], str]) -> str:
+    """One line of the table, without the layout."""
     columns = ({name: each for (name, of), each in found.items() if of == applier} for applier in APPLIERS)
-    return f"| {layout} | {' | '.join(map(summary, columns))} |"
+    return f"{' | '.join(map(summary, columns))} |"
 
 
 def predictors() -> tuple[str, ...]:
@@ -325,7 +325,7 @@ def documented() -> dict[str, dict[str, str]]:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]
-    return {first: dict(zip(APPLIERS, rest, strict=True)) for first, *rest in rows[1:]}
+    return {name: dict(zip(APPLIERS, rest, strict=True)) for first, *rest in rows[1:] for name in first.split("; ")}
 
 
 def outcome_in(cell: str, predictor: str) -> str:
@@ -337,7 +337,10 @@ def outcome_in(cell: str, predictor: str) -> str:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [row(name, cells(name, predictors(), Path(scratch) / str(i))) for i, name in enumerate(LAYOUTS)]
+        alike: dict[str, list[str]] = {}
+        for i, name in enumerate(LAYOUTS):
+            alike.setdefault(row(cells(name, predictors(), Path(scratch) / str(i))), []).append(name)
+    rows = [f"| {'; '.join(names)} | {rest}" for rest, names in alike.items()]
     headings = [f"| checkpoints | {' | '.join(f'`{name}`' for name in APPLIERS)} |", "|---" * (1 + len(APPLIERS)) + "|"]
     head, _, rest = (before := PAGE.read_text()).partition(BEGIN)
     after = "\n".join([f"{head}{BEGIN}", "", *headings, *rows, "", f"{END}{rest.partition(END)[2]}"])

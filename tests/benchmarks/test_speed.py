@@ -75,13 +75,15 @@ def test_committed_results_are_whole_and_not_of_toys() -> None:
 
 def test_tables_show_targets_references_and_what_was_skipped() -> None:
     floor = RATES.floor(2.0, "fp64", flops=20e9, moved=5e9)
-    reference_row = {"what": "the dense way", "how": "estimated", "cpu_s": 50.0}
+    reference_row = {"what": "the dense way", "how": "estimated", "cpu_s": 50.0, "errors": {"u": 2e-6}}
     done = {"what": "a", "cpu_s": 2.0, "target_cpu_s": 4.0, "wall_s": 2.5, "own_gib": 0.2, "target_gib": 1.0}
+    done |= {"errors": {"u": 1e-9}, "others": [{"what": "svd(k=1)", "errors": {"u": 0.2}}]}
     rows = [done | {"floor": floor, "reference": reference_row}, {"what": "b", "skipped": "not installed"}]
     hardware = {"cpu": "C", "cores": 2, "ram_gib": 8.0, "torch": "2", "blas": "B", "threads": 1}
     rates = {"gemm_gflop_s": RATES.gemm, "copy_gb_s": RATES.copy}
     text = table.render([{"stage": "s", "hardware": hardware, "rates": rates, "rows": rows}])
-    assert "| s | a | 2 | 4 | 2 | 0.20 (target 1) | 50 | 25 |" in text
+    assert "| s | a | 2 | 4 | 2 | 0.20 (target 1) | 25 | 1e-09 (2e-06) |" in text
+    assert "`svd` 2e-01" in text
     assert "| s | b | not run: not installed |" in text
 
 

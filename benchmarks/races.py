@@ -54,25 +54,21 @@ def _jumps(arm: dict[str, Any]) -> float:
 def of_comparison(found: dict[str, Any]) -> str:
     """One row an arm."""
     metric = found["metric"]
-    other = "greedy" if metric == "sampled" else "sampled"
     rows = []
     for name, arm in found["arms"].items():
         chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm["chosen"].items())
-        greedy = arm["test"].get(other)
         rows.append(
             [
                 name + (f" ({chosen})" if chosen else ""),
                 str(arm["steps"]),
                 _of(arm["test"][metric], ".3f"),
-                _of(greedy, ".3f") if greedy else "",
                 _of(arm["difference"], "+.3f"),
                 ("≥ " if arm["beyond"] else "") + f"{arm['equals_step']['mean']:.0f}",
-                "" if arm["icer"] is None else f"{arm['icer']['mean']:.1f}",
                 f"{arm['jumps']:.0f}",
                 str(arm["spent_steps"]),
             ]
         )
-    headings = ["arm", "steps", metric, other, "- plain, 95%", "equals plain step", "ICER", "jumps", "steps spent"]
+    headings = ["arm", "steps", metric, "- plain, 95%", "equals plain step", "jumps", "steps spent"]
     seeds = len(found["seeds"])
     return table(headings, rows) + f"\n\n{seeds} seed{'s' * (seeds > 1)}. {found['hardware']}."
 

@@ -59,7 +59,6 @@ def _cost(results: list[Facts]) -> str:
     return _table(
         ["stage", "what", "CPU-s", "target", "CPU-s / floor", "own memory, GiB", "speed-up", "error (reference's)"],
         cells,
-        cells,
     )
 
 

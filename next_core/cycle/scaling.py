@@ -79,6 +79,7 @@ class StepScaling:
                 history = StepHistory(step, steps.multiple, steps.products(), scaling_records(self._journal))
                 found = self._predictor.predict(history)
                 reason = self._problem(found, step)
+                figures = {} if reason else {str(key): float(value) for key, value in found.diagnostics.items()}
         except TimeLimitReached:
             reason = f"the predictor took longer than time_limit, {self._guards.time_limit:g} s"
         except (Exception, SystemExit) as error:
@@ -88,7 +89,6 @@ class StepScaling:
             if self._strict:
                 raise GuardError(f"step {step}: no multiple: {reason}", kind="guard-refused")
             return
-        figures = {str(key): float(value) for key, value in found.diagnostics.items()}
         restart = {"back_to": 0} if found.restart else {}
         if found.restart:
             self._return_to(0)

@@ -127,7 +127,7 @@ def run_missing() -> None:
 
 def table(stored: Row) -> str:
     """Accuracy by step, mean over seeds, at every rate, and the seconds of a step."""
-    shown = [mark for mark in MARKS if mark % 100 == 0 or mark == 250]
+    shown = [mark for mark in MARKS if mark % 200 == 0 or mark == 250]
     lines = [f"| task | learning rate | seeds | {' | '.join(map(str, shown))} |", "|---" * (len(shown) + 3) + "|"]
     for task in TASKS:
         for rate in SEEDS:

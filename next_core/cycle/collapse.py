@@ -40,7 +40,9 @@ class RewardTrend:
 
 def reward_trends(rewards: Sequence[LoggedReward], since: int = 0) -> list[RewardTrend]:
     """Compare the last rewards after step ``since`` with the best before them, over each of ``RECENT`` steps."""
-    windows = [_last(rewards[: end + 1], BEST) or rewards[: end + 1] for end in range(len(rewards))]
+    # A record covers a step or more, so that a window has at most BEST of them.
+    until = (rewards[max(0, end - BEST) : end] for end in range(1, len(rewards) + 1))
+    windows = [_last(some, BEST) or some for some in until]
     trends = []
     for recent in filter(None, (_last(rewards, steps) for steps in RECENT)):
         begins = recent[0].step - recent[0].steps

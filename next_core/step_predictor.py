@@ -26,13 +26,15 @@ class StepHistory:
 
     ``multiple`` is in force. ``products``: the inner products of the motions of the last blocks, (n, n), oldest first,
     free of momentum and of the learning rate; at most four blocks. ``records``: the run's journal records of the
-    events ``scale`` and ``collapse`` so far.
+    events ``scale`` and ``collapse`` so far. ``can_restart``: whether the weights from before the first step are still
+    kept and may be returned to now.
     """
 
     step: int
     multiple: float
     products: Tensor
     records: Sequence[Mapping[str, Any]] = ()
+    can_restart: bool = True
 
     def cosine(self, blocks: int) -> float | None:
         """Return the cosine of the motion of the last ``blocks`` blocks and that of as many before; None if unknown."""
@@ -47,7 +49,7 @@ class StepHistory:
 class StepScale:
     """A prediction: multiply the learning rate of the following steps by ``multiple``.
 
-    ``restart``: first return to the weights from before the first step, which only the first block may ask for.
+    ``restart``: first return to the weights from before the first step, refused unless ``history.can_restart``.
     """
 
     multiple: float

@@ -76,7 +76,8 @@ class StepScaling:
         steps = self._backend.steps
         try:
             with same_random_states(), time_limit(self._guards.time_limit):
-                history = StepHistory(step, steps.multiple, steps.products(), scaling_records(self._journal))
+                records, restart = scaling_records(self._journal), self._can_restart(step)
+                history = StepHistory(step, steps.multiple, steps.products(), records, restart)
                 found = self._predictor.predict(history)
                 reason = self._problem(found, step)
                 figures = {} if reason else {str(key): float(value) for key, value in found.diagnostics.items()}
@@ -89,18 +90,21 @@ class StepScaling:
             if self._strict:
                 raise GuardError(f"step {step}: no multiple: {reason}", kind="guard-refused")
             return
-        restart = {"back_to": 0} if found.restart else {}
+        back = {"back_to": 0} if found.restart else {}
         if found.restart:
             self._return_to(0)
         steps.multiple = float(found.multiple)
         rate = steps.learning_rate * steps.multiple
         self._journal.append(
-            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, diagnostics=figures, **restart
+            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, diagnostics=figures, **back
         )
 
     def _return_to(self, step: int) -> None:
         self._backend.steps.undo(step)
         self._trends = self._trends[0], []  # of an abandoned path
+
+    def _can_restart(self, step: int) -> bool:
+        return 0 in self._backend.steps.kept and self._backend.takes_weights(step)
 
     def _problem(self, found: Any, step: int) -> str | None:
         """Return why a prediction cannot be used; None where it can."""
@@ -108,7 +112,7 @@ class StepScaling:
             return f"the predictor returned a {type(found).__name__} instead of a StepScale"
         if not (math.isfinite(found.multiple) and found.multiple > 0):
             return f"the multiple is {found.multiple}"
-        if found.restart and not (0 in self._backend.steps.kept and self._backend.takes_weights(step)):
+        if found.restart and not self._can_restart(step):
             return "the weights from before the first step are not kept any more, or roll-outs depend on these"
         return None
 

@@ -69,8 +69,9 @@ class StepScalePredictor(StepPredictor):
         figures = {"agreement": cosine}
         if settled:
             figures["settled"] = 1.0
-        elif phase == "searching" and cosine < TOO_FAST and history.step < CAUTION and self.config.restart:
-            return StepScale(history.multiple / RESTART, figures | {"phase": 0.0}, restart=True)
+        elif phase == "searching" and cosine < TOO_FAST and history.step < CAUTION and self._may_restart(history):
+            less = max(history.multiple / RESTART, self.config.least)
+            return StepScale(less, figures | {"phase": 0.0}, restart=True)
         above = cosine - self.config.target
         if phase == "rising" and settled and before is not None:
             above += self.config.lead * min(cosine - before, 0.0)  # the reading lags: it is of the last 20 steps
@@ -99,6 +100,9 @@ class StepScalePredictor(StepPredictor):
                 before = figures.get("agreement") if figures.get("settled") else None
                 return PHASES[int(figures["phase"])], before
         return "searching", None
+
+    def _may_restart(self, history: StepHistory) -> bool:
+        return bool(self.config.restart) and history.can_restart and history.multiple > self.config.least
 
     def _most(self, history: StepHistory) -> float:
         collapses = (r for r in history.records if r["event"] == "collapse" and history.step - r["step"] <= CAUTION)

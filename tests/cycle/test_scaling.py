@@ -105,6 +105,18 @@ def test_a_restart_returns_to_the_first_weights() -> None:
     assert scaling_records(made.journal)[-1]["back_to"] == 0
 
 
+def test_a_predictor_knows_whether_the_first_weights_can_be_returned_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, seen = Descent(), dict[int, bool]()
+    monkeypatch.setattr(backend, "takes_weights", lambda step: step != 4)
+
+    def look(history: StepHistory) -> StepScale:
+        seen[history.step] = history.can_restart
+        return StepScale(1.0)
+
+    cycle(backend, look, total=24).run()
+    assert seen == {step: step != 4 and step <= 20 for step in range(2, 25, 2)}
+
+
 def collapsing(backend: Descent, made: PredictExtendCycle, after: int, times: int = 1) -> Callable[[int], None]:
     """Log a reward of .5 each step, and of 0 after step ``after`` until it was undone ``times`` times."""
 

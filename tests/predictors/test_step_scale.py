@@ -78,6 +78,18 @@ def test_a_run_whose_first_blocks_cancel_starts_again_with_a_quarter() -> None:
     assert not predict(-0.2, step=10, blocks=2, restart=False).restart
 
 
+def test_where_the_first_weights_cannot_be_returned_to_the_multiple_only_falls() -> None:
+    predictor = registry().make("predictor", "step-scale")
+    found = predictor.predict(StepHistory(10, 2.0, products(-0.2, 2), can_restart=False))
+    assert (found.restart, found.multiple) == (False, pytest.approx(2 * math.exp(-0.8 * 0.2)))
+
+
+def test_a_restart_keeps_the_smallest_multiple() -> None:
+    assert predict(-0.2, step=10, blocks=2, multiple=2.0, least=1.0).multiple == 1.0
+    found = predict(-0.2, step=10, blocks=2, multiple=1.0, least=1.0)
+    assert (found.restart, found.multiple) == (False, 1.0)
+
+
 def test_a_first_rate_at_which_motions_hardly_cancel_is_the_one_that_was_looked_for() -> None:
     found = predict(-0.05, scaled(0, -0.05, settled=False), step=20)
     assert found.multiple == pytest.approx(math.sqrt(15 / 20))

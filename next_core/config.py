@@ -90,7 +90,7 @@ def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -
     unused = []
     for block, settings in (("schedule", Schedule), ("guards", Guards)):
         recommended, own = predictor.recommended.get(block, {}), given.get(block)  # type: ignore[call-overload]
-        default = settings(**recommended).model_dump()
+        default = settings(**recommended).model_dump() | own_observe(predictor, given).get(block, {})
         for key, value in own.items() if isinstance(own, Mapping) else ():
             if key in default and key not in STEP_SETTINGS[block] and value != default[key]:
                 unused.append(f"{block}.{key}")
@@ -100,6 +100,17 @@ def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -
             "predictor that jumps, such as 'adaptive-secant'",
             kind="config-contradiction",
         )
+
+
+def own_observe(predictor: type[Predictor], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``observe``, by block, next to a given ``every`` for a predictor that makes no jumps: it has no use of it.
+
+    Otherwise the recommended or default ``observe`` would restrict ``every`` to its divisors.
+    """
+    schedule = given.get("schedule")
+    if not issubclass(predictor, StepPredictor) or not isinstance(schedule, Mapping) or "every" not in schedule:
+        return {}
+    return {"schedule": {"observe": schedule["every"]}}
 
 
 def _chosen_class(kind: Kind, chosen: Any) -> type[Any] | None:
@@ -114,6 +125,9 @@ def _chosen_class(kind: Kind, chosen: Any) -> type[Any] | None:
 def _with_recommended(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the schedule and guards that a config leaves out with those that its predictor recommends."""
     blocks = recommended_blocks(raw.get("predictor", DEFAULT_PREDICTOR))
+    cls = _chosen_class("predictor", raw.get("predictor", DEFAULT_PREDICTOR))
+    observe = {} if cls is None else own_observe(cls, raw)
+    blocks = {key: {**blocks.get(key, {}), **observe.get(key, {})} for key in {**blocks, **observe}}
     given = {key: raw.get(key, {}) for key in blocks}
     return {**raw, **{key: {**blocks[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 

@@ -55,6 +55,16 @@ def load(folder: Path) -> Callable[..., RunConfig]:
     return read
 
 
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_step_scaling_takes_any_every(load: Callable[..., RunConfig], every: int) -> None:
+    config = load(schedule={"every": every})
+    assert config.predictor.name == "step-scale"
+    assert config.schedule.every == every
+    assert make_config(config.model_dump(mode="json")) == config
+    with raises_kind("config-contradiction", "schedule.observe"):
+        load(schedule={"every": every, "observe": 3 * every})
+
+
 def test_what_is_not_given_has_its_default(load: Callable[..., RunConfig]) -> None:
     config = load()
     assert (config.predictor.name, config.backend.name, config.training.reward.name) == (

@@ -328,8 +328,10 @@ class TrlBackend(Backend):
         steps = step - (self._rewards[-1].step if self._rewards else 0)
         if not isinstance(mean, int | float) or not isinstance(spread, int | float) or steps < 1:
             return
+        if not (math.isfinite(mean) and math.isfinite(spread)):  # no roll-out of a step had a reward
+            return
         a_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
-        count = a_step * self._args.world_size * steps
+        count = a_step * self._args.world_size * steps / getattr(self._args, "num_iterations", 1)
         self._rewards.append(LoggedReward(step, steps, float(mean), float(spread) / math.sqrt(count)))
 
     def _check_precision(self) -> None:

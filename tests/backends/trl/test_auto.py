@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
 SCALING = ("scale", "collapse")
+
+
+def test_roll_outs_that_serve_several_steps_count_once_in_the_error_of_a_reward(
+    make_trainer: Any,
+) -> None:
+    callback = PredictExtendCallback({"name": "step-scale", "restart": False}, every=2, average=None)
+    assert callback.schedule.every == 2
+    trainer = make_trainer([callback], steps=5, num_iterations=4, logging_steps=1)
+    trainer.train()
+    last = callback.backend.rewards()[-1]
+    spread = next(logs["reward_std"] for logs in trainer.state.log_history if logs["step"] == 5)
+    assert (last.step, last.steps) == (5, 4)
+    assert last.error == pytest.approx(spread / math.sqrt(8))
+    assert spread > 0
 
 
 def scaling(callback: PredictExtendCallback) -> list[dict[str, Any]]:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class KeptState:
-    """Copies on the CPU: ``weights``, and of each parameter its optimizer state, empty before the first step."""
+    """Copies on the CPU: ``weights``, and of each parameter its optimizer state, empty before the first step.
+
+    Numbers of a state, such as the step of transformers' Adafactor, are kept as tensors of one element.
+    """
 
     weights: Sequence[Tensor]
     moments: Sequence[dict[str, Tensor]]
@@ -20,7 +23,8 @@ class KeptState:
     @classmethod
     def of(cls, parameters: Sequence[nn.Parameter], optimizer: Any) -> KeptState:
         states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-        moments = [{key: _copy(value) for key, value in state.items() if isinstance(value, Tensor)} for state in states]
+        kept = (Tensor, int, float)
+        moments = [{key: _copy(value) for key, value in state.items() if isinstance(value, kept)} for state in states]
         return cls([_copy(parameter) for parameter in parameters], moments)
 
     @torch.no_grad()
@@ -32,7 +36,10 @@ class KeptState:
             if not moments:
                 state.clear()
             for key, value in moments.items():
-                state[key].copy_(value)
+                if isinstance(state[key], Tensor):
+                    state[key].copy_(value)
+                else:
+                    state[key] = value.item()
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Yield everything under names for a file; ``from_tensors`` reads them."""
@@ -52,5 +59,7 @@ class KeptState:
         return cls(weights, moments)
 
 
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
+def _copy(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

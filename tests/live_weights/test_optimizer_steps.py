@@ -243,3 +243,33 @@ def test_an_optimizer_that_is_not_torchs_is_refused() -> None:
 
     with raises_kind("backend-unsupported", "Foreign", "adaptive-secant"):
         OptimizerSteps(nn.Linear(2, 2), Foreign())
+
+
+def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path) -> None:
+    from transformers.optimization import Adafactor
+
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(8, 8), torch.randn(64, 8)
+    optimizer = Adafactor(model.parameters(), lr=0.01, relative_step=False, scale_parameter=False)
+    steps = OptimizerSteps(model, optimizer)
+
+    def train(count: int) -> Tensor:
+        for _ in range(count):
+            optimizer.zero_grad()
+            (model(inputs) - 1.0).square().mean().backward()
+            optimizer.step()
+            steps.after_step()
+        return model.weight.detach().clone()
+
+    train(10)
+    steps.keep(10)
+    after = train(1)
+    train(20)
+    steps.save(tmp_path / "steps.safetensors")
+    steps.undo(10)
+    assert torch.equal(train(1), after)
+    resumed = OptimizerSteps(model, optimizer)
+    steps.close()
+    resumed.load(tmp_path / "steps.safetensors")
+    resumed.undo(10)
+    assert torch.equal(train(1), after)

@@ -49,6 +49,12 @@ class OptimizerSteps(TrainerSteps):
                 "torch.optim's kind; choose a predictor that jumps, such as 'adaptive-secant'",
                 kind="backend-unsupported",
             )
+        if hasattr(self._optimizer, "eval"):  # it trains at other weights than it returns: no mean of them fits
+            raise BackendError(
+                f"{type(self._optimizer).__name__} is a schedule-free optimizer, whose steps cannot be scaled; choose "
+                "AdamW, or a predictor that jumps, such as 'adaptive-secant'",
+                kind="backend-unsupported",
+            )
         groups = [(i, p) for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]]
         self._groups, self._parameters = zip(*((i, p) for i, p in groups if p.requires_grad), strict=True)
         self._changed = changed

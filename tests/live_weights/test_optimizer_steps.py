@@ -245,6 +245,18 @@ def test_an_optimizer_that_is_not_torchs_is_refused() -> None:
         OptimizerSteps(nn.Linear(2, 2), Foreign())
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Has the mode of schedule-free optimizers in which the weights are those that training returns."""
+
+    def eval(self) -> None: ...
+
+
+def test_a_schedule_free_optimizer_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with raises_kind("backend-unsupported", "ScheduleFree"):
+        OptimizerSteps(model, ScheduleFree(model.parameters(), lr=0.1))
+
+
 def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path) -> None:
     from transformers.optimization import Adafactor
 

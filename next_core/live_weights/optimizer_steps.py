@@ -93,7 +93,9 @@ class OptimizerSteps(TrainerSteps):
     def _after_step(self, *_: Any) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = rate
-        self._stepped = True
+        # A fused optimizer is called at a gradient that overflowed in fp16, too, and skips it by itself.
+        skipped = getattr(self._optimizer, "found_inf", None)
+        self._stepped = skipped is None or not bool(skipped)
 
     @property
     def learning_rate(self) -> float:

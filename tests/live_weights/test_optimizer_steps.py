@@ -285,3 +285,27 @@ def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Pa
     resumed.load(tmp_path / "steps.safetensors")
     resumed.undo(10)
     assert torch.equal(train(1), after)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_fp16_skips_counts_as_none_whoever_skips_it(fused: bool) -> None:
+    model, seen = nn.Linear(8, 8), dict[bool, Tensor]()
+    for overflow in (False, True):
+        torch.manual_seed(0)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        steps, scaler = OptimizerSteps(model, optimizer), torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4 if overflow else 3):
+            optimizer.zero_grad()
+            scaler.scale((model(torch.ones(1, 8)) - 1.0).square().mean()).backward()  # type: ignore[no-untyped-call]
+            if overflow and step == 2:
+                assert model.weight.grad is not None
+                model.weight.grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+            steps.after_step()
+        steps.end_block()
+        seen[overflow] = steps.products()
+        steps.close()
+    assert torch.allclose(seen[True], seen[False], rtol=1e-3)

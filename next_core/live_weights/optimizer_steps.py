@@ -49,9 +49,10 @@ class OptimizerSteps(TrainerSteps):
                 "torch.optim's kind; choose a predictor that jumps, such as 'adaptive-secant'",
                 kind="backend-unsupported",
             )
-        if hasattr(self._optimizer, "eval"):  # it trains at other weights than it returns: no mean of them fits
+        # A schedule-free optimizer trains at other weights than it returns; Prodigy and D-Adaptation set their rate.
+        if hasattr(self._optimizer, "eval") or "d" in self._optimizer.param_groups[0]:
             raise BackendError(
-                f"{type(self._optimizer).__name__} is a schedule-free optimizer, whose steps cannot be scaled; choose "
+                f"{type(self._optimizer).__name__} needs no learning rate, and its steps cannot be scaled; choose "
                 "AdamW, or a predictor that jumps, such as 'adaptive-secant'",
                 kind="backend-unsupported",
             )
@@ -63,6 +64,7 @@ class OptimizerSteps(TrainerSteps):
         counted = zip(self._groups, places, strict=True)
         self._group = torch.cat([torch.full_like(indices, group) for group, indices in counted])
         self._means = {window: [p.detach().clone() for p in self._parameters] for window in windows}
+        self._averaged = 0
         self._kept: deque[tuple[int, int, KeptState]] = deque(maxlen=KEPT)
         self._updates = 0
         self._blocks: deque[Tensor] = deque(maxlen=BLOCKS)
@@ -103,9 +105,11 @@ class OptimizerSteps(TrainerSteps):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        self._averaged += 1
         for window, mean in self._means.items():
-            # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps.
-            torch._foreach_lerp_(mean, self._parameters, 2.0 / (window + 1))
+            # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps;
+            # until there are so many steps, it is the mean of them all.
+            torch._foreach_lerp_(mean, self._parameters, max(2.0 / (window + 1), 1.0 / self._averaged))
         if not self._stepped:  # fp16: a gradient that overflowed is skipped
             return
         self._stepped = False
@@ -148,6 +152,7 @@ class OptimizerSteps(TrainerSteps):
         self._restart_motions()
         if self._updates:
             self._update = None  # the moments hold earlier gradients: the first update tells no new one from them
+        self._averaged = 0
         for mean in self._means.values():
             torch._foreach_copy_(mean, [p.detach() for p in self._parameters])
         self._changed("weights")
@@ -162,7 +167,7 @@ class OptimizerSteps(TrainerSteps):
 
     def save(self, file: Path) -> None:
         """Write what a resumed run needs to end as the uninterrupted one does. Raises ``CheckpointError``."""
-        tensors = {"multiple": torch.tensor([self.multiple, self._updates], dtype=torch.float64)}
+        tensors = {"multiple": torch.tensor([self.multiple, self._updates, self._averaged], dtype=torch.float64)}
         tensors |= {"weights": self._weights, "motion": self._motion}
         tensors |= {} if self._update is None else {"update": self._update}
         tensors |= {f"block/{index}": block for index, block in enumerate(self._blocks)}
@@ -184,8 +189,8 @@ class OptimizerSteps(TrainerSteps):
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            multiple, updates = tensors["multiple"].tolist()
-            self.multiple, self._updates = multiple, int(updates)
+            multiple, updates, averaged = tensors["multiple"].tolist()
+            self.multiple, self._updates, self._averaged = multiple, int(updates), int(averaged)
             self._weights, self._motion, self._update = tensors["weights"], tensors["motion"], tensors.get("update")
             self._blocks.extend(tensors[f"block/{index}"] for index in range(BLOCKS) if f"block/{index}" in tensors)
             for window, mean in self._means.items():

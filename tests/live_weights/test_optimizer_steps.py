@@ -122,14 +122,14 @@ def test_only_the_last_two_states_are_kept() -> None:
     assert list(run.steps.kept) == [10, 20]
 
 
-def test_the_mean_follows_the_weights_and_is_undone_bit_for_bit() -> None:
-    run = Run(windows=(3,))
+def test_the_mean_is_that_of_all_steps_until_the_window_is_full_and_is_undone_bit_for_bit() -> None:
+    run = Run(windows=(5,))
     wanted = run.weight
-    for seed in range(4):
-        run.train(seed, 1)
-        wanted = wanted + (run.weight - wanted) / 2
+    for count in range(1, 7):
+        run.train(count, 1)
+        wanted = wanted + (run.weight - wanted) * max(1 / 3, 1 / count)
     before = run.weight
-    applied = run.steps.apply_mean(3)
+    applied = run.steps.apply_mean(5)
     torch.testing.assert_close(run.weight, wanted)
     applied.rollback()
     assert torch.equal(run.weight, before)

@@ -219,7 +219,7 @@ class Runs:
         """Steps that are far too large are undone after step 4; then smaller ones, and the mean at the end."""
         probe = Probe([0.1, 0.2, 0.3, 0.3])
         made = PredictExtendCallback({"name": "step-scale", "block": 2}, evaluate=probe, average=20)
-        return self.go(made, "scaled", learning_rate=0.01)
+        return self.go(made, "scaled", steps=11, learning_rate=0.01)
 
     def drifted(self) -> Any:
         def push(step: int, model: Any) -> None:

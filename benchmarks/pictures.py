@@ -15,7 +15,7 @@ from tables import ROOT, half_width
 from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-from next_core.diagnostics.drawing import BLUE, GREY, RED, Drawing, draw
+from next_core.diagnostics.drawing import BLUE, COLOURS, GREY, RED, Drawing, draw
 from next_core.storage.atomic import write_text
 
 if TYPE_CHECKING:
@@ -25,10 +25,11 @@ PICTURE = ROOT / "docs" / "images" / "learning-rates.svg"
 LINES = {
     "plain RL": ("plain", "before_average", GREY, "o", "-", 0.95),
     "plain RL, mean at the end": ("plain", "final", RED, "s", (0, (4, 2)), 1.05),
-    "auto, the default": ("auto", "final", BLUE, "D", "-", 1.0),
+    "adaptive-secant": ("adaptive-secant", "final", COLOURS[2], "^", "-", 1.0),
+    "auto": ("auto", "final", BLUE, "D", "-", 1.0),
 }
 """By label: arm, figure, colour, mark, dashes, and how far beside its rate it stands, so that intervals do not hide."""
-TICKS = {3e-5: "3e-5", 1e-4: "1e-4", 3e-4: "3e-4", 1e-3: "1e-3", 2e-3: "2e-3"}
+TICKS = {1e-5: "1e-5", 1e-4: "1e-4", 1e-3: "1e-3", 1e-2: "1e-2", 1e-1: "1e-1"}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""`auto` beside plain RL at every learning rate and task: one policy, nothing tuned.
+"""`auto` (step scaling), `adaptive-secant` (jumps) and plain RL at every learning rate and task; nothing is tuned.
 
     python benchmarks/rates.py            # runs what benchmarks/results/rates.json lacks, then the tables
-    python benchmarks/rates.py --table    # only writes the tables of docs/benchmarks/auto.md anew
+    python benchmarks/rates.py --table    # only rewrites the tables of docs/benchmarks/auto.md
 
-250 RL steps each, the seeds paired. Accuracy is exact (the probability of the right answer, by teacher forcing) on 1024
-held-out prompts. A plain run takes the mean of its last checkpoints at the end as `auto` does, and is reported before
-and after it, so that what jumps give and what the mean gives can be told apart.
+250 RL steps each, with paired seeds. Accuracy is exact (the probability of the right answer, by teacher forcing) on
+1024 held-out prompts. A plain run ends in the mean of its last checkpoints too, and is reported before and after it, so
+that the mean's gain can be told from the rest.
 """
 
 from __future__ import annotations
@@ -13,33 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tables import RESULTS, ROOT, interval, mean, put, table
-from tasks import RESULTS as TASK_RESULTS
+from tables import RESULTS, ROOT, put
 from tasks import TASKS
 
 EXAMPLES = ROOT / "examples"
 FILE = RESULTS / "rates.json"
 
 STEPS = 250
+MEASURE_EVERY = 50
 RATES = (1e-3, 1e-4, 3e-4, 3e-5)
+EXTREMES = (1e-2, 1e-1, 3e-6)
 NO_PROBE = {"probe": False}
 WATCHED = {"observe": 20, "every": 2, "horizon": 2, "average": 80}
-"""The checkpoints and the mean of `auto`."""
+"""The checkpoints and the mean of `adaptive-secant`."""
 ARMS: dict[str, dict[str, Any]] = {
     "auto": {"predictor": "auto"},
+    "adaptive-secant": {"predictor": "adaptive-secant"},
     "plain": {"predictor": "stay", "schedule": WATCHED, "guards": NO_PROBE},
     "linear": {"predictor": "stay", "guards": NO_PROBE},
-    "per matrix": {"predictor": {"name": "auto", "per_matrix": True}},
+    "per matrix": {"predictor": {"name": "adaptive-secant", "per_matrix": True}},
 }
-ARM_RATES = {"auto": RATES, "plain": (*RATES, 2e-3), "linear": (1e-3, 2e-3), "per matrix": (1e-3, 1e-4)}
-ARM_SEEDS = {"linear": 3, "per matrix": 2}
+ARM_RATES = {
+    "auto": (*RATES, *EXTREMES),
+    "adaptive-secant": RATES,
+    "plain": (*RATES, 2e-3, *EXTREMES),
+    "linear": (1e-3, 2e-3),
+    "per matrix": (1e-3, 1e-4),
+}
+ARM_SEEDS = {"auto": 3, "linear": 3, "per matrix": 2}
 """Where fewer than the others'."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "4 prompts a step": {"prompts_per_step": 4},
@@ -49,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RLOO": {"algorithm": "rloo"},
     "REINFORCE++": {"algorithm": "reinforce++"},
 }
-"""What the arithmetic task is run with besides, at two rates."""
+"""Other settings of the arithmetic task, each at two rates."""
 SETTING_RATES = (1e-4, 1e-3)
 SETTING_SEEDS = 2
 Key = tuple[str, float, int, str, str]
@@ -58,7 +65,7 @@ By = dict[tuple[str, float, str], dict[int, Row]]
 
 
 def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> Row:
-    """One training run. The config of `auto` says no more than the task and the rate."""
+    """Train once and return the row. The config of `auto` has only the task, the rate and the seed."""
     import logging
     import warnings
 
@@ -67,13 +74,9 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))  # where the rewards lie
-    from next_core.checkpoints import open_checkpoints
+    sys.path.insert(0, str(EXAMPLES))  # for the modules of the rewards
     from next_core.config import make_config
     from next_core.cycle.run import run
-    from next_core.diagnostics import learning_rate_factor, with_origin
-    from next_core.diagnostics.learning_rate import run_advice
-    from next_core.history.history import History
 
     folder = EXAMPLES / task
     training = TASKS[task] | {
@@ -83,30 +86,67 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
         "lr_scheduler": "linear" if arm == "linear" else "constant",
         **SETTINGS.get(setting, {}),
     }
-    config = make_config({"steps": STEPS, "seed": seed, "training": training, **ARMS[arm]})
+    config = make_config(
+        {"steps": STEPS, "seed": seed, "training": training, "measure_every": MEASURE_EVERY, **ARMS[arm]}
+    )
     with tempfile.TemporaryDirectory() as out:
-        result = run(config, Path(out) / "run", advise=run_advice)
-        source = with_origin(open_checkpoints(Path(out) / "run" / "checkpoints"))
-        advised = learning_rate_factor(History(source), result.jumps)
-    jumps = [jump for jump in result.jumps if jump["accepted"]]
+        result = run(config, Path(out) / "run")
+        more = scaled(result.scaling) if arm == "auto" else advised(result, Path(out) / "run" / "checkpoints")
+    return measured(result, task, rate, seed, arm, setting) | more
+
+
+def measured(result: Any, task: str, rate: float, seed: int, arm: str, setting: str) -> Row:
+    """Return the part of a row that all arms have."""
     return {
         "task": task,
         "learning_rate": rate,
         "seed": seed,
         "arm": arm,
         "setting": setting,
-        "start": round(result.accuracy["start"] or 0.0, 4),
+        "start": _rounded(result.accuracy["start"], 4),
         "before_average": _rounded(result.accuracy.get("before_average"), 4),
         "final": _rounded(result.accuracy["final"], 4),
         "average": None if result.average is None else result.average["reason"],
-        "jumps": len(jumps),
-        "multiples": {
-            jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps if arm in ("auto", "per matrix")
-        },
-        "agreement": _rounded(advised.agreement),
-        "factor": _rounded(advised.factor),
-        "multiple": _rounded(advised.multiple),
+        "curve": [
+            {"step": point["step"], **{kind: round(value, 4) for kind, value in point["test"].items()}}
+            for point in result.curve
+        ],
         "seconds": {key: round(value, 2) for key, value in result.seconds.items()},
+    }
+
+
+def scaled(records: list[Row]) -> Row:
+    """Return the rates that step scaling found: the first, and the extremes from then on. None if it found none."""
+    from next_predictors.step_scale import PHASES
+
+    begins = max((index for index, record in enumerate(records) if record.get("back_to") == 0), default=-1)
+    used = [record for record in records[begins + 1 :] if "rate" in record]
+    phases = [record.get("diagnostics", {}).get("phase") for record in used]
+    first = phases.index(PHASES.index("found")) if PHASES.index("found") in phases else None
+    rates = [] if first is None else [float(f"{record['rate']:.4g}") for record in used[first:]]
+    return {
+        "found": None if first is None else {"step": used[first]["step"], "rate": rates[0], "last": rates[-1]},
+        "lowest": min(rates, default=None),
+        "highest": max(rates, default=None),
+        "restarts": sum(record["event"] == "scale" and "back_to" in record for record in records),
+        "collapses": sum(record["event"] == "collapse" for record in records),
+    }
+
+
+def advised(result: Any, checkpoints: Path) -> Row:
+    """Return the jumps, and the learning-rate advice of the checkpoints."""
+    from next_core.checkpoints import open_checkpoints
+    from next_core.diagnostics import learning_rate_factor, with_origin
+    from next_core.history.history import History
+
+    advice = learning_rate_factor(History(with_origin(open_checkpoints(checkpoints))), result.jumps)
+    jumps = [jump for jump in result.jumps if jump["accepted"]]
+    return {
+        "jumps": len(jumps),
+        "multiples": {jump["step"]: round(jump["diagnostics"]["multiple"], 2) for jump in jumps},
+        "agreement": _rounded(advice.agreement),
+        "factor": _rounded(advice.factor),
+        "multiple": _rounded(advice.multiple),
     }
 
 
@@ -124,7 +164,7 @@ def missing(rows: list[Row], seeds: int) -> list[Key]:
         for seed in range(min(seeds, SETTING_SEEDS))
         for setting in SETTINGS
         for rate in SETTING_RATES
-        for arm in ("auto", "plain")
+        for arm in ("auto", "adaptive-secant", "plain")
     ]
     return [key for key in wanted if key not in have]
 
@@ -135,94 +175,6 @@ def by_arm(rows: list[Row], setting: str = "") -> By:
     for row in (row for row in rows if row["setting"] == setting):
         found.setdefault((row["task"], row["learning_rate"], row["arm"]), {})[row["seed"]] = row
     return found
-
-
-def plain_finals(found: By, task: str) -> dict[float, dict[int, float]]:
-    """Of the constant rates, by seed: where plain runs end without the mean."""
-    rates = (rate for rate in ARM_RATES["plain"] if (task, rate, "plain") in found)
-    return {rate: {seed: row["before_average"] for seed, row in found[task, rate, "plain"].items()} for rate in rates}
-
-
-def every_rate(found: By) -> str:
-    """Each task and rate: means over the seeds that both arms have, and their paired differences."""
-    rows = []
-    for task in TASKS:
-        for rate in sorted(RATES):
-            plain, auto = (found.get((task, rate, arm), {}) for arm in ("plain", "auto"))
-            seeds = sorted(plain.keys() & auto.keys())
-            if not seeds:
-                continue
-            ours = [auto[seed]["final"] for seed in seeds]
-            bare, averaged = ([plain[seed][key] for seed in seeds] for key in ("before_average", "final"))
-            advised = [row["factor"] for row in plain.values() if row["factor"] is not None]
-            rows.append(
-                [
-                    task,
-                    f"{rate:g}",
-                    mean(bare),
-                    mean(averaged),
-                    mean(ours),
-                    interval([a - b for a, b in zip(ours, bare, strict=True)]),
-                    interval([a - b for a, b in zip(ours, averaged, strict=True)]),
-                    f"{statistics.median(advised):.2g}" if advised else "",
-                    str(len(seeds)),
-                ]
-            )
-    headings = "task|learning rate|plain|plain, mean at the end|auto|auto - plain, 95%|auto - plain with mean, 95%"
-    return table([*headings.split("|"), "advised factor", "seeds"], rows)
-
-
-def conservative(found: By) -> str:
-    """Aim (a): 250 steps of `auto` at 1e-4 beside 400 plain ones, of the same seeds."""
-    curves = json.loads(TASK_RESULTS.read_text())["rows"]
-    rows = []
-    for task in TASKS:
-        longer = {r["seed"]: r["curve"][-1] for r in curves if (r["task"], r["learning_rate"]) == (task, 1e-4)}
-        auto = found.get((task, 1e-4, "auto"), {})
-        seeds = sorted(longer.keys() & auto.keys())
-        if seeds:
-            ours = [auto[seed]["final"] for seed in seeds]
-            theirs = [longer[seed] for seed in seeds]
-            difference = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-            rows.append([task, mean(theirs), mean(ours), difference, str(len(seeds))])
-    return table(["task", "plain, 400 steps", "auto, 250 steps", "auto - plain, 95%", "seeds"], rows)
-
-
-def tuned(found: By) -> str:
-    """Aims (b) and (c): `auto` at each rate beside the best constant rate, schedule, and mean at the end."""
-    rows = []
-    for task in TASKS:
-        kinds = {"constant {:g}": plain_finals(found, task)}
-        for name, arm, rates in (
-            ("linear decay from {:g}", "linear", ARM_RATES["linear"]),
-            ("constant {:g}, mean at the end", "plain", [rate for rate in ARM_RATES["plain"] if rate >= 1e-3]),
-        ):
-            runs = {rate: found.get((task, rate, arm), {}) for rate in rates}
-            kinds[name] = {rate: {seed: row["final"] for seed, row in of.items()} for rate, of in runs.items() if of}
-        for name, by_rate in kinds.items():
-            if not by_rate:
-                continue
-            best = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate].values()))
-            finals = by_rate[best]
-            cells = [task, name.format(best), mean(list(finals.values()))]
-            for rate in (1e-4, 1e-3):
-                auto = found.get((task, rate, "auto"), {})
-                seeds = sorted(finals.keys() & auto.keys())
-                cells.append(interval([auto[s]["final"] - finals[s] for s in seeds]) if seeds else "")
-            rows.append([*cells, str(len(finals))])
-    headings = ["task", "best plain run of its kind", "its accuracy"]
-    return table([*headings, *(f"auto at {rate:g} - this, 95%" for rate in (1e-4, 1e-3)), "seeds"], rows)
-
-
-def tables(rows: list[Row]) -> str:
-    """All of them, each with its question."""
-    found = by_arm(rows)
-    parts = {
-        "Every rate, next to plain RL at the same rate": every_rate(found),
-        "A conservative rate: 250 steps against 400": conservative(found),
-        "Tuned runs: best constant rate, schedule, mean at the end": tuned(found),
-    }
-    return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())
 
 
 def main() -> None:
@@ -238,6 +190,8 @@ def main() -> None:
                 rows.append(future.result())
                 write(rows)
                 print(len(rows), file=sys.stderr, flush=True)
+    from rate_tables import tables
+
     put("auto.md", "rates.py", tables(rows))
 
 

@@ -28,22 +28,39 @@ def test_its_points_are_the_figures_of_the_table(pictures: Any) -> None:
     found = pictures.by_arm(json.loads(pictures.FILE.read_text())["rows"])
     page = (ROOT / "docs" / "benchmarks" / "auto.md").read_text()
     for task in pictures.TASKS:
-        plain = {point.rate: point for point in pictures.line(found, task, "plain", "before_average")}
+        plain, jumps = (
+            {point.rate: point for point in pictures.line(found, task, arm, figure)}
+            for arm, figure in (("plain", "before_average"), ("adaptive-secant", "final"))
+        )
         for point in pictures.line(found, task, "auto", "final"):
             row = next(line for line in page.splitlines() if line.startswith(f"| {task} | {point.rate:g} |"))
-            assert row.startswith(f"| {task} | {point.rate:g} | {plain[point.rate].mean:.3f} |")
-            assert f"| {point.mean:.3f} |" in row
-            assert row.endswith(f"| {point.seeds} |")
-        assert f"| {task} | {pictures.longer(task).mean:.3f} |" in page
+            assert f", {point.mean:.3f} |" in row
+            assert row.endswith(f" {point.seeds} |")
+            if point.rate in plain:
+                assert row.startswith(f"| {task} | {point.rate:g} | {plain[point.rate].mean:.3f}, ")
+            if point.rate in jumps:
+                assert f"| {jumps[point.rate].mean:.3f} |" in row
+        assert f"| {task} | 0.0001 | {pictures.longer(task).mean:.3f} |" in page
 
 
-def test_what_auto_costs_is_what_the_results_say(pictures: Any) -> None:
-    rows = [
-        row for row in json.loads(pictures.FILE.read_text())["rows"] if (row["arm"], row["setting"]) == ("auto", "")
-    ]
+def test_the_readme_has_the_figures_of_the_table(pictures: Any) -> None:
+    found = pictures.by_arm(json.loads(pictures.FILE.read_text())["rows"])
+
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for rate in (1e-4, 1e-3, 1e-2):
+        means = []
+        for task in pictures.TASKS:
+            rows = found[task, rate, "auto"].values()
+            sampled = statistics.mean(row["final"] for row in rows)
+            greedy = statistics.mean(row["curve"][-1]["greedy"] for row in rows)
+            means.append(f"{sampled:.3f} ({greedy:.3f})".replace("0.", "."))
+        assert f"| | `auto` | {' | '.join(means)} |" in lines
+
+
+@pytest.mark.parametrize(("arm", "digits"), [("auto", 1), ("adaptive-secant", 0)])
+def test_what_an_arm_costs_is_what_the_results_say(pictures: Any, arm: str, digits: int) -> None:
+    rows = [row for row in json.loads(pictures.FILE.read_text())["rows"] if (row["arm"], row["setting"]) == (arm, "")]
     spent = [row["seconds"] for row in rows]
     shares = sorted(100 * (seconds["ours"] - seconds["ours_probe"]) / seconds["rl"] for seconds in spent)
-    said = (
-        f"{statistics.median(shares):.0f}% ({shares[0]:.0f} to {shares[-1]:.0f}%), median and range of {len(rows)} runs"
-    )
-    assert said in (ROOT / "docs" / "why.md").read_text()
+    middle, low, high = (f"{share:.{digits}f}" for share in (statistics.median(shares), shares[0], shares[-1]))
+    assert f"{middle}% ({low} to {high}%, {len(rows)} runs)" in (ROOT / "docs" / "why.md").read_text()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.errors import NextCoreError
 from next_core.interfaces import CheckpointSource, LowRankUpdate, Prediction
-from next_core.plugins import registry
+from next_core.plugins import registry, trajectory_predictors
 from tests.conftest import noise
 from tests.sources.models import SMALL, built
 
@@ -315,7 +315,8 @@ def row(found: Mapping[tuple[str, str], str]) -> str:
 def predictors() -> tuple[str, ...]:
     """Our predictors that jump at the newest step."""
     known = registry()
-    own = (name for name in known.names("predictor") if known.get("predictor", name).__module__.startswith("next_"))
+    reading = trajectory_predictors()[0]
+    own = (name for name in reading if known.get("predictor", name).__module__.startswith("next_"))
     return tuple(name for name in own if name not in NO_JUMP)
 
 

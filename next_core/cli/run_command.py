@@ -103,6 +103,8 @@ def show_result(result: RunResult, output: Output) -> None:
 def scaling_text(records: Sequence[Mapping[str, Any]]) -> str:
     """Return what step scaling did, in one sentence."""
     made = [record for record in records if record.get("accepted", True)]
+    if not made:
+        return "Step scaling: no multiple was accepted; the journal has the reasons."
     rates, back = [record["rate"] for record in made], [record for record in made if "back_to" in record]
     undone = "".join(f", back to step {record['back_to']} after step {record['step']}" for record in back)
     return (

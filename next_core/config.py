@@ -18,6 +18,8 @@ from next_core.settings import config_error
 from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 
+Blocks = Mapping[str, Mapping[str, Any]]
+"""Fields of ``schedule`` and ``guards``, by block."""
 STEP_SETTINGS = {"schedule": ("every", "average"), "guards": ("collapse", "time_limit", "probe")}
 """The settings of a run that apply to step scaling; the others are those of jumps."""
 
@@ -88,9 +90,9 @@ def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -
     if not issubclass(predictor, StepPredictor):
         return
     unused = []
+    recommended = recommended_of(predictor, given)
     for block, settings in (("schedule", Schedule), ("guards", Guards)):
-        recommended, own = predictor.recommended.get(block, {}), given.get(block)  # type: ignore[call-overload]
-        default = settings(**recommended).model_dump() | own_observe(predictor, given).get(block, {})
+        own, default = given.get(block), {**settings().model_dump(), **recommended.get(block, {})}
         for key, value in own.items() if isinstance(own, Mapping) else ():
             if key in default and key not in STEP_SETTINGS[block] and value != default[key]:
                 unused.append(f"{block}.{key}")
@@ -100,17 +102,6 @@ def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -
             "predictor that jumps, such as 'adaptive-secant'",
             kind="config-contradiction",
         )
-
-
-def own_observe(predictor: type[Predictor], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return ``observe``, by block, next to a given ``every`` for a predictor that makes no jumps: it has no use of it.
-
-    Otherwise the recommended or default ``observe`` would restrict ``every`` to its divisors.
-    """
-    schedule = given.get("schedule")
-    if not issubclass(predictor, StepPredictor) or not isinstance(schedule, Mapping) or "every" not in schedule:
-        return {}
-    return {"schedule": {"observe": schedule["every"]}}
 
 
 def _chosen_class(kind: Kind, chosen: Any) -> type[Any] | None:
@@ -124,27 +115,36 @@ def _chosen_class(kind: Kind, chosen: Any) -> type[Any] | None:
 
 def _with_recommended(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the schedule and guards that a config leaves out with those that its predictor recommends."""
-    blocks = recommended_blocks(raw.get("predictor", DEFAULT_PREDICTOR))
-    cls = _chosen_class("predictor", raw.get("predictor", DEFAULT_PREDICTOR))
-    observe = {} if cls is None else own_observe(cls, raw)
-    blocks = {key: {**blocks.get(key, {}), **observe.get(key, {})} for key in {**blocks, **observe}}
+    blocks = recommended_blocks(raw.get("predictor", DEFAULT_PREDICTOR), raw)
     given = {key: raw.get(key, {}) for key in blocks}
     return {**raw, **{key: {**blocks[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 
 
-def recommended_blocks(chosen: Any) -> Mapping[str, Mapping[str, Any]]:
+def recommended_blocks(chosen: Any, given: Mapping[str, Any] | None = None) -> Blocks:
     """Return the schedule and guards that a config's predictor recommends; none for one that ``check_plugins`` refuses.
 
-    Raises ``PluginError`` where a predictor's ``recommended`` is not of that form.
+    See ``recommended_of``.
     """
     cls = _chosen_class("predictor", chosen)
-    blocks = {} if cls is None else cls.recommended
+    return {} if cls is None else recommended_of(cls, given or {})
+
+
+def recommended_of(predictor: type[Predictor], given: Mapping[str, Any]) -> Blocks:
+    """Return the schedule and guards that a predictor recommends next to ``given`` ones.
+
+    One that scales steps has no use of ``observe``: it follows a given ``every``, which it would otherwise restrict to
+    its divisors. Raises ``PluginError`` where a predictor's ``recommended`` is not of that form.
+    """
+    blocks: Any = predictor.recommended
     if not isinstance(blocks, Mapping) or not all(isinstance(fields, Mapping) for fields in blocks.values()):
         raise PluginError(
-            f"predictor '{cls and cls.name}': recommended must map 'schedule' and 'guards' to their fields",
+            f"predictor '{predictor.name}': recommended must map 'schedule' and 'guards' to their fields",
             kind="plugin-invalid",
         )
-    return blocks
+    schedule = given.get("schedule")
+    if not issubclass(predictor, StepPredictor) or not isinstance(schedule, Mapping) or "every" not in schedule:
+        return blocks
+    return {**blocks, "schedule": {**blocks.get("schedule", {}), "observe": schedule["every"]}}
 
 
 def check_plugins(config: RunConfig) -> None:

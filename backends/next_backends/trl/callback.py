@@ -14,7 +14,7 @@ from next_backends.trl.argument_checks import check_arguments, check_best_model,
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trl_backend import TrlBackend
-from next_core.config import own_observe, refuse_jump_settings
+from next_core.config import recommended_of, refuse_jump_settings
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
@@ -61,12 +61,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(predictor, str | Mapping):
             predictor = steps_or_jumps(predictor, TrlBackend)
         self._make_predictor = resolve_any_predictor(predictor)
-        made = self._make_predictor()
+        chosen = type(self._make_predictor())
         given = {"schedule": schedule, "guards": {} if isinstance(guards, Guards) else guards or {}}
-        refuse_jump_settings(type(made), given)
-        recommended = made.recommended
-        observe = own_observe(type(made), given).get("schedule", {})
-        self.schedule: Schedule = _validated(Schedule, {**recommended.get("schedule", {}), **observe, **schedule})
+        refuse_jump_settings(chosen, given)
+        recommended = recommended_of(chosen, given)
+        self.schedule: Schedule = _validated(Schedule, {**recommended.get("schedule", {}), **schedule})
         self.guards: Guards = (
             guards
             if isinstance(guards, Guards)

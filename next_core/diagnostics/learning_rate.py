@@ -45,7 +45,7 @@ class LearningRate:
     """How many times too small a run's learning rate looks: about ``factor``, between ``low`` and ``high``; 1 is fine.
 
     It follows from ``agreement``: lambda of successive motions of ``span`` RL steps, the median over matrices, and of
-    that the median over ``moments`` in time (``quartiles`` over time). Where ``auto`` was at work, its median
+    that the median over ``moments`` in time (``quartiles`` over time). Where ``adaptive-secant`` jumped, its median
     ``multiple`` is in the factor. ``jumps``: how many were made, by any predictor. ``reason``: why there is no figure.
     ``logged`` holds the smallest and the largest rate that the trainer logged, where it did, and ``steps`` the length
     of the run.
@@ -194,7 +194,7 @@ def null_in_words(null: Null | None) -> str:
 
 
 def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
-    """Turn lambda, where it is above a random walk's, into a factor, times the multiple that ``auto`` applied.
+    """Turn lambda, where it is above a random walk's, into a factor, times what ``adaptive-secant`` multiplied.
 
     Jumps are not in lambda, but RL ran with them: it is the lambda of the rate that they made RL act with.
     """
@@ -219,7 +219,7 @@ def _too_small(value: float) -> float:
 
 
 def _multiple(jumps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the median of the multiples that ``auto`` tried, 1 where one was refused; None without ``auto``."""
+    """Return the median of the multiples that ``adaptive-secant`` tried, 1 where one was refused; None without it."""
     each = [
         float(jump["diagnostics"]["multiple"]) if jump["accepted"] else 1.0
         for jump in jumps

@@ -49,11 +49,6 @@ class TrainerSteps(ABC):
     def undo(self, step: int) -> None:
         """Restore the state kept after ``step``; states kept later are dropped, and motions start again."""
 
-    @property
-    @abstractmethod
-    def windows(self) -> Sequence[int]:
-        """The windows, in RL steps, over which a running mean of the weights is maintained."""
-
     @abstractmethod
     def apply_mean(self, window: int) -> Applied:
         """Replace the weights by their mean over about the last ``window`` steps."""

@@ -158,10 +158,6 @@ class OptimizerSteps(TrainerSteps):
         self._changed("weights")
         self._changed("moments")
 
-    @property
-    def windows(self) -> Sequence[int]:
-        return sorted(self._means)
-
     def apply_mean(self, window: int) -> Applied:
         return _Replaced(self._parameters, self._means[window], self._changed)
 

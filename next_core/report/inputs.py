@@ -42,7 +42,7 @@ class Jump(Part):
 
     @property
     def multiple(self) -> float | None:
-        """The multiple of the observed update that a predictor such as ``auto`` aims at."""
+        """The multiple of the observed update that a predictor such as ``adaptive-secant`` aims at."""
         return self.diagnostics.get("multiple")
 
     @property

@@ -164,7 +164,7 @@ def differences(picture: Figure, comparison: Comparison) -> str | None:
 
 
 def multiples(picture: Figure, runs: Mapping[str, Sequence[Sequence[Jump]]]) -> str | None:
-    """Draw the multiples that a predictor such as ``auto`` reports over steps; ``runs`` holds each arm's seeds."""
+    """Draw the multiples that predictors such as ``adaptive-secant`` report; ``runs`` holds each arm's seeds."""
     axis = picture.subplots()
     entries: dict[str, dict[str, Any]] = {}
     for colour, (name, each) in zip(itertools.cycle(COLOURS), runs.items(), strict=False):

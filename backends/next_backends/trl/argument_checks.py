@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from next_core.errors import BackendError, ConfigError
@@ -93,3 +94,24 @@ def check_whole(model: nn.Module) -> None:
                 "parallelism); load it without tp_plan or a device mesh",
                 kind="backend-unsupported",
             )
+
+
+def check_precision(model: nn.Module, lora: bool) -> str | None:
+    """Refuse full parameters in half precision; return a warning of an adapter in it, as TRL makes it for 4-bit models.
+
+    Raises ``ConfigError``.
+    """
+    trained = ((name, p.dtype) for name, p in model.named_parameters() if p.requires_grad)
+    low = next(((name, dtype) for name, dtype in trained if dtype not in (torch.float32, torch.float64)), None)
+    if low is None:
+        return None
+    if not lora:
+        raise ConfigError(
+            f"'{low[0]}' trains in {low[1]}: most of a small update would be lost in its rounding; "
+            "load the model in float32 (bf16 autocast is fine), or train LoRA",
+            kind="backend-unsupported",
+        )
+    return (
+        f"'{low[0]}' trains in {low[1]}: updates smaller than its rounding are lost, with or without next-core; "
+        "cast the adapter's parameters to float32 before training"
+    )

@@ -25,6 +25,25 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Put the weights that a schedule-free optimizer returns (arXiv 2405.15682) in place of those it trains at.
+
+    Afterwards training goes on from the same bits; other optimizers have no such mode.
+    """
+    if not hasattr(getattr(optimizer, "optimizer", optimizer), "eval"):
+        yield
+        return
+    trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for parameter, value in trained:  # the way back is rounded
+            parameter.data.copy_(value)
+
+
 def likelihood_accuracies(
     model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
 ) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ from torch import nn
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.applied_jump import BEFORE_FILE, StoredApplied, TrlApplied
-from next_backends.trl.argument_checks import steps_of_a_generation
+from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
+from next_backends.trl.evaluate import averaged
 from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
 from next_core.backend import Backend, LoggedReward
-from next_core.errors import BackendError, CheckpointError, ConfigError
+from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.in_memory import (
     InMemoryApplier,
@@ -139,7 +140,10 @@ class TrlBackend(Backend):
         checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
         """
         self._optimizer, self._args, self._rewards = optimizer, args, []
-        self._check_precision()
+        note = check_precision(self._model, is_peft(self._model))
+        if note is not None:
+            self._notes.append(note)
+            logging.getLogger(__name__).warning(note)
         if self._windows is not None:
             self._begin_steps(step, checkpoint)
             return
@@ -333,44 +337,6 @@ class TrlBackend(Backend):
         a_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         count = a_step * self._args.world_size * steps / getattr(self._args, "num_iterations", 1)
         self._rewards.append(LoggedReward(step, steps, float(mean), float(spread) / math.sqrt(count)))
-
-    def _check_precision(self) -> None:
-        """Refuse full parameters in half precision, and warn of an adapter in it, as TRL makes it for 4-bit models."""
-        trained = ((name, p.dtype) for name, p in self._model.named_parameters() if p.requires_grad)
-        low = next(((name, dtype) for name, dtype in trained if dtype not in (torch.float32, torch.float64)), None)
-        if low is None:
-            return
-        if not is_peft(self._model):
-            raise ConfigError(
-                f"'{low[0]}' trains in {low[1]}: most of a small update would be lost in its rounding; "
-                "load the model in float32 (bf16 autocast is fine), or train LoRA",
-                kind="backend-unsupported",
-            )
-        note = (
-            f"'{low[0]}' trains in {low[1]}: updates smaller than its rounding are lost, with or without next-core; "
-            "cast the adapter's parameters to float32 before training"
-        )
-        self._notes.append(note)
-        logging.getLogger(__name__).warning(note)
-
-
-@contextlib.contextmanager
-def averaged(optimizer: Any) -> Iterator[None]:
-    """Put the weights that a schedule-free optimizer returns (arXiv 2405.15682) in place of those it trains at.
-
-    Afterwards training goes on from the same bits; other optimizers have no such mode.
-    """
-    if not hasattr(getattr(optimizer, "optimizer", optimizer), "eval"):
-        yield
-        return
-    trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        optimizer.train()
-        for parameter, value in trained:  # the way back is rounded
-            parameter.data.copy_(value)
 
 
 def _seal(checkpoint: Path) -> None:

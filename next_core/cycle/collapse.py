@@ -38,14 +38,20 @@ class RewardTrend:
         return self.recent < self.best - errors * self.error
 
 
-def reward_trends(rewards: Sequence[LoggedReward], since: int = 0) -> list[RewardTrend]:
-    """Compare the last rewards after step ``since`` with the best before them, over each of ``RECENT`` steps."""
+def reward_trends(logged: Sequence[LoggedReward], abandoned: Sequence[tuple[int, int]] = ()) -> list[RewardTrend]:
+    """Compare the last rewards with the best before them, over each of ``RECENT`` steps.
+
+    ``abandoned``: pairs (back_to, step); the weights of the steps between were replaced by those of ``back_to``. Their
+    rewards do not count: the weights that the run returned to may never have earned as much.
+    """
+    rewards = [one for one in logged if not any(back < one.step and _begin(one) < step for back, step in abandoned)]
+    since = max((step for _, step in abandoned), default=0)
     # A record covers a step or more, so that a window has at most BEST of them.
     until = (rewards[max(0, end - BEST) : end] for end in range(1, len(rewards) + 1))
     windows = [_last(some, BEST) or some for some in until]
     trends = []
     for recent in filter(None, (_last(rewards, steps) for steps in RECENT)):
-        begins = recent[0].step - recent[0].steps
+        begins = _begin(recent[0])
         earlier = [window for window in windows if window[-1].step <= begins and _steps(window) >= RECENT[0]]
         if begins < since or not earlier:
             continue
@@ -65,6 +71,11 @@ def _last(rewards: Sequence[LoggedReward], steps: int) -> Sequence[LoggedReward]
         if covered >= steps:
             return rewards[index:]
     return None
+
+
+def _begin(reward: LoggedReward) -> int:
+    """Return the step before the first that a record covers."""
+    return reward.step - reward.steps
 
 
 def _steps(rewards: Sequence[LoggedReward]) -> int:

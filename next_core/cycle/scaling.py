@@ -65,12 +65,12 @@ class StepScaling:
         """Return how the last rewards compare with the best; computed anew only when the trainer logs one."""
         rewards = self._backend.rewards() if self._guards.collapse else ()
         if len(rewards) != self._trends[0]:
-            self._trends = len(rewards), reward_trends(rewards, self._since())
+            self._trends = len(rewards), reward_trends(rewards, self._abandoned())
         return self._trends[1]
 
-    def _since(self) -> int:
-        """Return the step of the last return to earlier weights; rewards until then are of an abandoned path."""
-        return max((record["step"] for record in scaling_records(self._journal) if "back_to" in record), default=0)
+    def _abandoned(self) -> list[tuple[int, int]]:
+        """Return the steps that a return to earlier weights undid: those after the first of a pair, to the second."""
+        return [(record["back_to"], record["step"]) for record in scaling_records(self._journal) if "back_to" in record]
 
     def _scale(self, step: int) -> None:
         steps = self._backend.steps

@@ -21,9 +21,9 @@ def rewards(probabilities: list[float], roll_outs: int = 64, every: int = 1, see
     return found
 
 
-def first_collapse(logged: list[LoggedReward], since: int = 0) -> int | None:
+def first_collapse(logged: list[LoggedReward]) -> int | None:
     for count in range(1, len(logged) + 1):
-        if any(trend.collapsed for trend in reward_trends(logged[:count], since)):
+        if any(trend.collapsed for trend in reward_trends(logged[:count])):
             return logged[count - 1].step
     return None
 
@@ -54,10 +54,19 @@ def test_a_third_of_the_reward_is_a_collapse_and_a_tenth_is_not() -> None:
     assert first_collapse(rewards([0.6] * 30 + [0.54] * 40)) is None
 
 
-def test_after_a_return_only_new_rewards_count() -> None:
-    logged = rewards([0.5] * 20 + [0.0] * 5)
-    assert not reward_trends(logged, since=25)
-    assert len(reward_trends([*logged, LoggedReward(30, 5, 0.5, 0.03)], since=25)) == 1
+def test_after_a_return_recent_rewards_are_new_ones() -> None:
+    logged, back = rewards([0.5] * 20 + [0.0] * 5), [(18, 25)]
+    assert not reward_trends(logged, back)
+    assert len(reward_trends([*logged, LoggedReward(30, 5, 0.5, 0.03)], back)) == 1
+
+
+def test_what_an_abandoned_path_earned_is_not_asked_of_the_weights_that_were_returned_to() -> None:
+    logged = rewards([0.1] * 10 + [0.3] * 20 + [0.1] * 60)
+    returned = [record for record in logged if record.step > 30]
+    assert any(trend.collapsed for trend in reward_trends(logged))
+    for count in range(31, len(logged) + 1):
+        assert not any(trend.collapsed for trend in reward_trends(logged[:count], [(10, 30)]))
+        assert reward_trends(logged[:count], [(0, 30)]) == reward_trends(returned[: count - 30])
 
 
 def test_rewards_of_any_scale_and_sign_are_judged_by_their_own_spread() -> None:

@@ -22,9 +22,16 @@ from next_core.interfaces.weight_delta import transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import BASE_LAYER, PREFIX, is_expert
-from next_core.sources.architecture import MODEL_CONFIG, architecture_of
 from next_core.sources.backbone import refuse_quantized, require
-from next_core.sources.hf_model import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, ModelFiles
+from next_core.sources.hf_model import (
+    INDEX,
+    MODEL_CONFIG,
+    PICKLE_INDEX,
+    PICKLE_SINGLE,
+    SINGLE,
+    ModelFiles,
+    architecture_of,
+)
 from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
 

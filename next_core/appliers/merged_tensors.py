@@ -19,9 +19,8 @@ from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
-from next_core.sources.architecture import architecture_of
 from next_core.sources.backbone import use_names
-from next_core.sources.hf_model import ModelFiles
+from next_core.sources.hf_model import ModelFiles, architecture_of
 from next_core.sources.matrices import matrices_in, stored_name
 
 GEMM_BLOCK = 2**20

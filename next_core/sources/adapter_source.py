@@ -20,14 +20,12 @@ from next_core.sources.adapter_files import AdapterFiles
 from next_core.sources.adapter_tensors import AdapterModule, is_expert, shift_keys
 from next_core.sources.backbone import require, sign_of_codes
 from next_core.sources.deepspeed import replacement
-from next_core.sources.folder_source import DiskSourceConfig, FolderSource
+from next_core.sources.folder_source import DiskSourceConfig, FolderSource, check_same_shapes
 from next_core.sources.hf_model import ModelFiles
-from next_core.sources.jumps import Shift, jump_folders
+from next_core.sources.jumps import Shift, TensorCache, jump_folders
 from next_core.sources.layouts import ADAPTER_FILES, JUMP_PREFIX
 from next_core.sources.matrices import HEADS
 from next_core.sources.memory import lora_delta
-from next_core.sources.mismatch import check_same_shapes
-from next_core.sources.tensor_cache import TensorCache
 from next_core.storage.checkpoint_errors import other_model
 from next_core.types import LoraFactors, Parameter
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from next_core.errors import CheckpointError
-from next_core.sources.architecture import Architecture, architecture_of
-from next_core.sources.hf_model import ModelFiles
+from next_core.sources.hf_model import Architecture, ModelFiles, architecture_of
 from next_core.sources.matrices import other_vocabulary, stored_name
 from next_core.storage.checkpoint_errors import other_model
 

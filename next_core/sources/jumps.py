@@ -6,16 +6,44 @@ import copy
 import itertools
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from next_core.sources.checkpoint_names import LARGEST_STEP
-from next_core.sources.tensor_cache import TensorCache
 from next_core.sources.tensor_files import SafetensorsFile, read_json
 from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.storage.manifest import MANIFEST, check_manifest
+
+CACHE_BYTES = 256 * 2**20
+"""Limit of one cache."""
+
+
+class TensorCache:
+    """The most recently used tensors, up to ``CACHE_BYTES``."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[tuple[str, int], tuple[Tensor, ...]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[str, int]) -> tuple[Tensor, ...] | None:
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def drop(self, key: tuple[str, int]) -> None:
+        self._bytes -= sum(tensor.nbytes for tensor in self._values.pop(key, ()))
+
+    def put(self, key: tuple[str, int], value: tuple[Tensor, ...]) -> None:
+        self.drop(key)
+        self._values[key] = value
+        self._bytes += sum(tensor.nbytes for tensor in value)
+        while self._bytes > CACHE_BYTES:
+            self.drop(next(iter(self._values)))
+
 
 CHECKPOINTS = "checkpoints"
 JUMPS = "jumps"

@@ -15,8 +15,7 @@ from torch import Tensor
 from next_core import open_checkpoints
 from next_core.history.history import History
 from next_core.sources.adapter_source import PeftAdapterSource
-from next_core.sources.jumps import Shift
-from next_core.sources.tensor_cache import TensorCache
+from next_core.sources.jumps import Shift, TensorCache
 from next_core.storage.json_lines import json_line
 from next_core.types import LoraFactors
 from tests.conftest import STEPS, LoraRun, noise

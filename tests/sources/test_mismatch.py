@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from next_core.sources.mismatch import mismatch
+from next_core.sources.folder_source import mismatch
 
 OURS = {"layers.0.q": (2, 2), "layers.0.up": (4, 2), "norm": (2,)}
 

@@ -12,7 +12,7 @@ import torch
 
 from next_core import open_checkpoints
 from next_core.mathematics.low_rank import dense
-from next_core.sources.pickles import PickleFile
+from next_core.sources.tensor_files import PickleFile
 from tests.errors import raises_kind
 from tests.sources.models import MODULE, adapter, adapter_tensors
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from next_core.errors import NextCoreError
 from next_core.sources.tensor_files import STORED
-from next_core.storage.safetensors_header import Entry
+from next_core.storage.reading import Entry
 
 BUFFER = 4 * 2**20
 """Bytes written at a time, past the page cache: filling that would add a sixth to the CPU time of an export and push

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.advice import advice
-from next_core.diagnostics.analysis_results import Analysis, Precision
+from next_core.diagnostics.analysis_results import Analysis, Precision, advice
 from next_core.diagnostics.figures import FIGURES, Figure, Group, Null, Series
 from next_core.diagnostics.gram_figures import OUT_OF_SAMPLE, Curve, gram_figures, step_lengths
 from next_core.diagnostics.learning_rate import Agreements, judge, measure_agreements

@@ -18,8 +18,7 @@ from next_core.diagnostics.gram_figures import step_lengths
 from next_core.diagnostics.random_walks import band, chunks, isotropic_walks, median, quantile
 from next_core.diagnostics.trajectory import measured_steps, spread_out
 from next_core.errors import CheckpointError
-from next_core.history.history import History
-from next_core.history.motion_grams import motion_grams
+from next_core.history.history import History, motion_grams
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.agreement import agreement, comparable_span
 

@@ -1,4 +1,4 @@
-"""The weight files of one Hugging Face model folder, read one tensor at a time, and what transformers builds from it."""
+"""A Hugging Face model folder: its weight files, read one tensor at a time, and what transformers builds from it."""
 
 from __future__ import annotations
 

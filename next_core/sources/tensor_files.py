@@ -15,8 +15,7 @@ from next_core.errors import CheckpointError
 from next_core.sources.hub import BLOBS, hub_repo
 from next_core.storage.checkpoint_errors import damaged, incomplete, not_found, unsafe_path
 from next_core.storage.manifest import check_contents
-from next_core.storage.reading import SMALL, Stamp, parse_json, read_bytes, stamp
-from next_core.storage.safetensors_header import read_header
+from next_core.storage.reading import SMALL, Stamp, parse_json, read_bytes, read_header, stamp
 
 STORED = {
     "F64": torch.float64,

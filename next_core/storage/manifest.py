@@ -13,8 +13,16 @@ from typing import Any, TypeVar
 
 from next_core.errors import CheckpointError
 from next_core.storage.checkpoint_errors import damaged, incomplete, unsafe_path
-from next_core.storage.reading import LARGE, Stamp, parse_checked, parse_json, read_bytes, stamp, with_checksum
-from next_core.storage.safetensors_header import read_header
+from next_core.storage.reading import (
+    LARGE,
+    Stamp,
+    parse_checked,
+    parse_json,
+    read_bytes,
+    read_header,
+    stamp,
+    with_checksum,
+)
 
 MANIFEST = "manifest.json"
 _UNSETTLED = 2 * 10**9

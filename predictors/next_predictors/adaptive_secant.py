@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from next_core.history.history import MatrixHistory
-from next_core.history.motion_grams import motion_grams
+from next_core.history.history import MatrixHistory, motion_grams
 from next_core.interfaces import CoefficientUpdate
 from next_core.mathematics.agreement import SPAN, agreement, comparable_span
 from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, no_checkpoint_before

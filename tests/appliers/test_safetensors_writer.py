@@ -19,7 +19,7 @@ from torch import Tensor
 from next_core.appliers import safetensors_writer
 from next_core.appliers.safetensors_writer import TensorWriter, encoded_header, entry_of, header_room
 from next_core.errors import NextCoreError
-from next_core.storage.safetensors_header import Entry, read_header
+from next_core.storage.reading import Entry, read_header
 from tests.conftest import noise
 
 

@@ -15,8 +15,8 @@ from next_core.checkpoints import open_checkpoints
 from next_core.compressors.exact import ExactCompressor
 from next_core.compressors.lanczos import LanczosCompressor
 from next_core.diagnostics import FIGURES, Analysis, FromFirstCheckpoint, Group, analyze, with_origin
-from next_core.diagnostics.advice import advice
 from next_core.diagnostics.analysis import kind_of, layer_of
+from next_core.diagnostics.analysis_results import advice
 from next_core.diagnostics.figures import Figure, Null
 from next_core.history.history import History
 from next_core.sources.memory import MemorySource

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from next_core.history.history import History
-from next_core.history.motion_grams import motion_grams
+from next_core.history.history import History, motion_grams
 from next_core.mathematics.agreement import agreement, comparable_span
 from next_core.sources.memory import MemorySource
 from next_core.types import LoraFactors

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError, ConfigError, PluginError
+from next_core.errors import CheckpointError, ConfigError, PluginError, invalid_value
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
 from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
@@ -53,9 +53,7 @@ def open_checkpoints(
     layouts = {name: source for name in registry().names("source") if (source := _reads_folders(name)) is not None}
     if layout is not None and layout not in layouts:
         registry().get("source", layout)  # raises for an unknown or broken one
-        raise ConfigError(
-            f"the source '{layout}' does not read folders; layouts: {', '.join(layouts)}", kind="config-invalid-value"
-        )
+        raise invalid_value(f"the source '{layout}' does not read folders; layouts: {', '.join(layouts)}")
     name = layout or next((name for name, source in layouts.items() if _detects(source, folder, folders)), None)
     if name is None:
         raise CheckpointError(_why_nothing_fits(folder, folders, layouts), kind="checkpoint-unknown-layout")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError, NextCoreError, PluginError, describe
+from next_core.errors import ConfigError, NextCoreError, PluginError, contradiction, describe, invalid_value
 from next_core.plugins import Kind, make_chosen, registry, steps_or_jumps
 from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import DEFAULT_BACKEND, DEFAULT_PREDICTOR, Choice, Guards, RunConfig, Schedule
@@ -97,10 +97,9 @@ def refuse_jump_settings(predictor: type[Predictor], given: Mapping[str, Any]) -
             if key in default and key not in STEP_SETTINGS[block] and value != default[key]:
                 unused.append(f"{block}.{key}")
     if unused:
-        raise ConfigError(
+        raise contradiction(
             f"predictor '{predictor.name}' scales steps and makes no jumps: omit {', '.join(unused)}, or choose a "
-            "predictor that jumps, such as 'adaptive-secant'",
-            kind="config-contradiction",
+            "predictor that jumps, such as 'adaptive-secant'"
         )
 
 
@@ -168,9 +167,7 @@ def absolute_path(base: Path, path: str | Path, where: str) -> Path:
         found = (base / path).resolve()
         found.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a loop of links
-        raise ConfigError(
-            f"{where}: {str(path)[:100]!r} is no path ({describe(error)[:100]})", kind="config-invalid-value"
-        ) from None
+        raise invalid_value(f"{where}: {str(path)[:100]!r} is no path ({describe(error)[:100]})") from None
     return found
 
 
@@ -234,12 +231,12 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not all(key.split(".")):
-            raise ConfigError(f"'{assignment}' is not of the form key=value", kind="config-invalid-value")
+            raise invalid_value(f"'{assignment}' is not of the form key=value")
         block: Any = fields
         *parents, last = key.split(".")
         for parent in parents:
             block = block.setdefault(parent, {}) if isinstance(block, dict) else block
         if not isinstance(block, dict) or last in block:
-            raise ConfigError(f"'{assignment}' contradicts an earlier assignment", kind="config-contradiction")
+            raise contradiction(f"'{assignment}' contradicts an earlier assignment")
         block[last] = parse_yaml(value, f"the value of {key}")
     return fields

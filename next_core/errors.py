@@ -42,6 +42,16 @@ class ConfigError(NextCoreError):
     exit_code = 2
 
 
+def invalid_value(message: str) -> ConfigError:
+    """Return the error for a setting whose value is out of range, or cannot be understood."""
+    return ConfigError(message, kind="config-invalid-value")
+
+
+def contradiction(message: str) -> ConfigError:
+    """Return the error for settings that exclude each other."""
+    return ConfigError(message, kind="config-contradiction")
+
+
 class CheckpointError(NextCoreError):
     """A checkpoint is missing, damaged, or does not belong to its run."""
 

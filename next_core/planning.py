@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from next_core.appliers.merged_model import model_layout
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import CheckpointError, contradiction, invalid_value
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import make_chosen
 from next_core.predictor import TrajectoryPredictor, Work
@@ -75,7 +75,7 @@ def plan_checkpoints(
 ) -> Plan:
     """Plan an extrapolation of checkpoints. Raises ``ConfigError`` for a horizon below 1 or a missing backbone."""
     if horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 (got {horizon})", kind="config-invalid-value")
+        raise invalid_value(f"horizon must be at least 1 (got {horizon})")
     steps, gram = source.steps, "gram" in predictor.requires
     matrices = {parameter: source.precision(parameter.name).itemsize for parameter in source.parameters}
     spans, decompose, fit = predictor_work(predictor, matrices, steps, horizon, rank)
@@ -248,10 +248,7 @@ def _written(
     parameters = source.parameters
     if applier == "peft-adapter":
         if any(p.rank is None for p in parameters):
-            raise ConfigError(
-                "the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'",
-                kind="config-contradiction",
-            )
+            raise contradiction("the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'")
         in_factors = getattr(predictor.config, "space", None) == "factors"
         grown = 0 if in_factors else rank
         ranks = [min(fields.get("rank") or 2**31, (p.rank or 0) + grown) for p in parameters]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from next_core import hookspecs
 from next_core.backend import Backend
-from next_core.errors import ConfigError, NextCoreError, PluginError, describe
+from next_core.errors import NextCoreError, PluginError, describe, invalid_value
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
 from next_core.predictor import Predictor, TrajectoryPredictor
@@ -95,15 +95,13 @@ def import_object(reference: str) -> Any:
     """Import ``"module:attribute"``. Raises ``ConfigError`` when it is not of that form or cannot be imported."""
     module, _, attribute = reference.partition(":")
     if not module or not attribute:
-        raise ConfigError(f"'{reference}' is not of the form 'module:attribute'", kind="config-invalid-value")
+        raise invalid_value(f"'{reference}' is not of the form 'module:attribute'")
     try:
         return pkgutil.resolve_name(reference)
     except Exception as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == module
         hint = "; put its file next to the config, or its folder on PYTHONPATH" if absent else ""
-        raise ConfigError(
-            f"'{reference}' cannot be imported: {describe(error)}{hint}", kind="config-invalid-value"
-        ) from error
+        raise invalid_value(f"'{reference}' cannot be imported: {describe(error)}{hint}") from error
 
 
 class Registry:

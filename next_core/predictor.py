@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 import torch
 from pydantic import Field
 
-from next_core.errors import CheckpointError, ConfigError, NextCoreError, PluginError
+from next_core.errors import CheckpointError, NextCoreError, PluginError, invalid_value
 from next_core.history.history import History, MatrixHistory
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.settings import Settings
@@ -123,8 +123,9 @@ class TrajectoryPredictor(Predictor):
     def check_horizon(self, horizon: int) -> None:
         """Raise ``ConfigError`` for a horizon below 1."""
         if horizon < 1:
-            message = f"{self.name}: horizon is the number of RL steps to predict ahead, at least 1 (got {horizon})"
-            raise ConfigError(message, kind="config-invalid-value")
+            raise invalid_value(
+                f"{self.name}: horizon is the number of RL steps to predict ahead, at least 1 (got {horizon})"
+            )
 
 
 class PerMatrixPredictor(TrajectoryPredictor):

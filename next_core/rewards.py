@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from next_core.errors import ConfigError
+from next_core.errors import invalid_value
 from next_core.interfaces import Reward
 from next_core.plugins import import_object, make_chosen
 from next_core.process.optional_packages import import_optional
@@ -82,5 +82,5 @@ def make_reward(choice: Choice) -> RewardFunction:
         made: RewardFunction = make_chosen("reward", choice)
         return made
     if not callable(found):
-        raise ConfigError(f"the reward '{choice.name}' is not a function", kind="config-invalid-value")
+        raise invalid_value(f"the reward '{choice.name}' is not a function")
     return functools.partial(found, **choice.fields) if choice.fields else found

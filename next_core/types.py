@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 from next_core.settings import Settings, config_error
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Plugin(ABC):
     def __init__(self, config: Settings | None = None, /, **fields: Any) -> None:
         """Take a config, or its fields: ``Secant(window=10)``. Raises ``ConfigError`` naming each wrong field."""
         if config is not None and fields:
-            raise ConfigError(f"{self.name}: pass a config or its fields, not both", kind="config-contradiction")
+            raise contradiction(f"{self.name}: pass a config or its fields, not both")
         try:
             self.config: Any = config if config is not None else self.config_class(**fields)
         except ValidationError as error:

@@ -14,7 +14,7 @@ from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, chec
 from next_core.appliers.folder_contents import CARD, copy_files, facts_of, record_texts, tokenizer_files, write_texts
 from next_core.appliers.jump_adapter import rank_settings
 from next_core.appliers.safetensors_writer import TensorWriter, header_room
-from next_core.errors import ConfigError, GuardError
+from next_core.errors import GuardError, contradiction
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.interfaces.prediction import resolve
 from next_core.interfaces.weight_delta import FactorStep, Resolved
@@ -44,10 +44,7 @@ class PeftAdapterApplier(FolderApplier):
 
     def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
         if not isinstance(source, PeftAdapterSource):
-            raise ConfigError(
-                "the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'",
-                kind="config-contradiction",
-            )
+            raise contradiction("the applier 'peft-adapter' needs a run of LoRA adapters; use 'merged-model'")
         return checked_target(source, out, dry_run=dry_run)
 
     def needed(self, prediction: Prediction) -> int:

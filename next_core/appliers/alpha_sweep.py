@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
-from next_core.errors import ConfigError
+from next_core.errors import contradiction, invalid_value
 from next_core.interfaces import Prediction, WeightApplier
 
 
@@ -21,10 +21,7 @@ def apply_sweep(
     """
     names = folder_names(alphas)
     if not isinstance(applier, FolderApplier):
-        raise ConfigError(
-            f"a sweep needs a new folder for each alpha, and the applier '{applier.name}' makes none",
-            kind="config-contradiction",
-        )
+        raise contradiction(f"a sweep needs a new folder for each alpha, and the applier '{applier.name}' makes none")
     return applier.apply_each(prediction, names, out)
 
 
@@ -33,10 +30,10 @@ def folder_names(alphas: Sequence[float]) -> dict[float, str]:
     names = [f"alpha-{alpha:g}" for alpha in alphas]
     for alpha in alphas:
         if not 0 < alpha < math.inf:
-            raise ConfigError(f"alphas must be numbers above 0 (got {alpha:g})", kind="config-invalid-value")
+            raise invalid_value(f"alphas must be numbers above 0 (got {alpha:g})")
     if not names:
-        raise ConfigError("a sweep needs at least one alpha", kind="config-invalid-value")
+        raise invalid_value("a sweep needs at least one alpha")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise ConfigError(f"two alphas share the folder {name}; list each alpha once", kind="config-invalid-value")
+        raise invalid_value(f"two alphas share the folder {name}; list each alpha once")
     return {float(alpha): name for alpha, name in zip(alphas, names, strict=True)}

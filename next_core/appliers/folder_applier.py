@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, contradiction
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
 from next_core.storage.atomic import enough_space, new_directory, seal
 
@@ -101,9 +101,7 @@ def checked_target(
     checkpoints = getattr(config, "folders", ()) or (getattr(config, "path", None),)
     for read in (*checkpoints, getattr(config, "start", None), getattr(config, "backbone", None), backbone):
         if read is not None and target.resolve().is_relative_to(Path(read).resolve()):
-            raise ConfigError(
-                f"{target} lies in {read}, which is being read; choose a folder outside it", kind="config-contradiction"
-            )
+            raise contradiction(f"{target} lies in {read}, which is being read; choose a folder outside it")
     if target.exists() and not dry_run:
         raise ConfigError(
             f"{target} exists already; choose another folder or remove it", kind="config-folder-not-empty"

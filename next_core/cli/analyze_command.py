@@ -10,7 +10,7 @@ from typer import Option
 
 from next_core.cli.console import Output, progress_bars
 from next_core.cli.options import Json, RunOptions, expand_options, show_source, trouble
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 
 if TYPE_CHECKING:
     from next_core.diagnostics import Analysis, Figure
@@ -45,9 +45,7 @@ def analyze(
     from next_core.notebook import RecordedRun
 
     if spectrum and run.compressor == "lanczos":
-        raise ConfigError(
-            "--compressor lanczos does not compute the spectrum; omit it or --spectrum", kind="config-contradiction"
-        )
+        raise contradiction("--compressor lanczos does not compute the spectrum; omit it or --spectrum")
     if plots is not None:
         from next_core.diagnostics.drawing import check_drawing
         from next_core.diagnostics.plots import write_plots

@@ -8,7 +8,7 @@ from typer import Option
 
 from next_core.cli.console import Output, progress_bars
 from next_core.cli.options import Json, Rank, RunOptions, allow_local_modules, expand_options, show_source, trouble
-from next_core.errors import ConfigError
+from next_core.errors import contradiction, invalid_value
 
 if TYPE_CHECKING:
     from next_core.diagnostics.backtest_results import Backtest, Judged
@@ -69,14 +69,9 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
     chosen: dict[str, dict[str, Any]] = {name: {} for name in dict.fromkeys([*BASELINES, *names])}
     for name, values in given.items():
         if not isinstance(values, dict):
-            raise ConfigError(
-                f"--set {name}={values}: name the predictor, as in secant.window=10", kind="config-invalid-value"
-            )
+            raise invalid_value(f"--set {name}={values}: name the predictor, as in secant.window=10")
         if name not in chosen:
-            raise ConfigError(
-                f"--set {name}.{next(iter(values))}: '{name}' is not scored; add it to --predictors",
-                kind="config-contradiction",
-            )
+            raise contradiction(f"--set {name}.{next(iter(values))}: '{name}' is not scored; add it to --predictors")
         chosen[name] = values
     return chosen
 

@@ -11,7 +11,7 @@ from typer import Option
 
 from next_core.cli.console import Output, progress_bars
 from next_core.cli.options import Json, PluginOptions, RunOptions, expand_options, show_source, trouble
-from next_core.errors import CheckpointError, ConfigError, GuardError
+from next_core.errors import CheckpointError, GuardError, contradiction, invalid_value
 
 if TYPE_CHECKING:
     from next_core.interfaces import Applied, Prediction
@@ -45,15 +45,9 @@ def extrapolate(
     name, fields = plugins.applier_and_fields(source)
     applier = make_applier(name, **fields)
     if not applier.writes_folders:
-        raise ConfigError(
-            f"the applier '{applier.name}' changes a model in memory; use peft-adapter or merged-model",
-            kind="config-invalid-value",
-        )
+        raise invalid_value(f"the applier '{applier.name}' changes a model in memory; use peft-adapter or merged-model")
     if alphas is not None and not isinstance(applier, FolderApplier):
-        raise ConfigError(
-            f"--alphas needs an applier that writes new folders; '{applier.name}' does not",
-            kind="config-contradiction",
-        )
+        raise contradiction(f"--alphas needs an applier that writes new folders; '{applier.name}' does not")
     output = Output(as_json)
     if isinstance(applier, FolderApplier):
         applier.check_source(source, out, dry_run)  # before the work
@@ -129,15 +123,13 @@ def _scales(alpha: float, alphas: str | None) -> list[float]:
 
     if alphas is None:
         if not 0 < alpha < math.inf:
-            raise ConfigError(f"--alpha must be a number above 0 (got {alpha:g})", kind="config-invalid-value")
+            raise invalid_value(f"--alpha must be a number above 0 (got {alpha:g})")
         return [alpha]
     if alpha != 1.0:
-        raise ConfigError("--alpha and --alphas contradict; omit one of them", kind="config-contradiction")
+        raise contradiction("--alpha and --alphas contradict; omit one of them")
     try:
         scales = [float(part) for part in alphas.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"--alphas takes numbers separated by commas, such as 0.5,1,2 (got {alphas})", kind="config-invalid-value"
-        ) from None
+        raise invalid_value(f"--alphas takes numbers separated by commas, such as 0.5,1,2 (got {alphas})") from None
     folder_names(scales)
     return scales

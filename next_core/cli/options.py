@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 
 if TYPE_CHECKING:
     from next_core.cli.console import Output
@@ -110,7 +110,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.no_cache and self.cache is not None:
-            raise ConfigError("--cache and --no-cache contradict; omit one of them", kind="config-contradiction")
+            raise contradiction("--cache and --no-cache contradict; omit one of them")
 
     def open_cache(self, compressor_version: str = "") -> DeltaCache | None:
         """Return the cache, or None with ``--no-cache``."""

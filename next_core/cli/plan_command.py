@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from next_core.cli.console import Output
 from next_core.cli.options import Checkpoints, Json, PluginOptions, SourceOptions, expand_options
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,11 @@ def plan(
     from next_core.planning import plan_checkpoints, plan_run
 
     if config is not None and (run != OptionalSource() or plugins != PluginOptions() or horizon is not None):
-        raise ConfigError(
-            "CONFIG takes only --out and --json: a run's other settings are in its config", kind="config-contradiction"
-        )
+        raise contradiction("CONFIG takes only --out and --json: a run's other settings are in its config")
     if config is not None:
         found = plan_run(load_config(config), out)
     elif not run.checkpoints or horizon is None:
-        raise ConfigError(
-            "plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)",
-            kind="config-contradiction",
-        )
+        raise contradiction("plan a run (next-core plan CONFIG) or an extrapolation (--checkpoints DIR --horizon N)")
     else:
         predictor, rank, source = plugins.make_predictor(), plugins.rank, run.source()
         applier, fields = plugins.applier_and_fields(source)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
 from next_core.config import absolute_path, make_config, recommended_blocks
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, contradiction, invalid_value
 from next_core.run_config import DEFAULT_PREDICTOR, RunConfig
 from next_core.settings import Settings, config_error
 from next_core.storage.yaml_files import load_yaml
@@ -160,12 +160,12 @@ def _arm(name: str, role: Role, raw: Values, choose: Any = None, *, file: Path, 
         variants.append(Variant(values, config))
         training = config.training
         if training.data.test is None and training.data.validation is None:
-            raise _contradiction(f"{where}: training.data has no test and no validation prompts to judge by")
+            raise contradiction(f"{where}: training.data has no test and no validation prompts to judge by")
         if training.evaluation == "generate" and metric != "greedy":
-            raise _contradiction(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
+            raise contradiction(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
     data = variants[0].config.training.data
     if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
-        raise _contradiction(
+        raise contradiction(
             f"{where}: values are chosen on training.data.validation and reported on training.data.test; both must be "
             "there, and differ"
         )
@@ -183,17 +183,17 @@ def _with_schedule(common: Values) -> dict[str, Any]:
 def _combinations(choose: Any, where: str) -> list[dict[str, Any]]:
     """Return every combination of the values to choose among, by dotted key; one without any if there are none."""
     if not isinstance(choose, Mapping):
-        raise _wrong(f"{where}: choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
+        raise invalid_value(f"{where}: choose maps keys to lists, e.g. schedule.alpha: [1, 2, 4]")
     for key, values in choose.items():
         head, _, rest = str(key).partition(".")
         if head in OURS:
-            raise _contradiction(f"{where}: {key} is set for all arms; it cannot be chosen")
+            raise contradiction(f"{where}: {key} is set for all arms; it cannot be chosen")
         if head in PLUGINS and not rest:
-            raise _contradiction(f"{where}: choose: {key}: make arms of them, each with its recommended schedule")
+            raise contradiction(f"{where}: choose: {key}: make arms of them, each with its recommended schedule")
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
-            raise _wrong(f"{where}: {key} needs a list of different values to choose among")
+            raise invalid_value(f"{where}: {key} needs a list of different values to choose among")
     if math.prod(map(len, choose.values())) > MOST_RACES:
-        raise _wrong(f"{where}: more than {MOST_RACES} combinations of values to choose among")
+        raise invalid_value(f"{where}: more than {MOST_RACES} combinations of values to choose among")
     return [dict(zip(choose, chosen, strict=True)) for chosen in itertools.product(*choose.values())]
 
 
@@ -224,11 +224,3 @@ def _absolute(raw: Values, folder: Path, where: str) -> dict[str, Any]:
     data = training.get("data")
     training |= {"data": {key: made(value) for key, value in data.items()}} if isinstance(data, Mapping) else {}
     return {**raw, "training": training}
-
-
-def _contradiction(message: str) -> ConfigError:
-    return ConfigError(message, kind="config-contradiction")
-
-
-def _wrong(message: str) -> ConfigError:
-    return ConfigError(message, kind="config-invalid-value")

@@ -14,7 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from next_core.comparison.comparison_config import LONGER, PLAIN, Arm, CompareConfig
 from next_core.comparison.races import RacePlan, cut_from_longer
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 from next_core.process.hardware import hardware, versions
 
 KINDS = ("sampled", "greedy")
@@ -237,10 +237,9 @@ def _check_measured(result: Result, metric: str, title: str) -> None:
     there = set.intersection(*(set(point[split]) for point in result["curve"] for split in SPLITS))
     if metric not in there:
         known = ", ".join(sorted(there)) or "nothing"
-        raise ConfigError(
+        raise contradiction(
             f"{title}: accuracy '{metric}' was not measured, but {known}; change metric and repeat the command: no run "
-            "is repeated",
-            kind="config-contradiction",
+            "is repeated"
         )
 
 

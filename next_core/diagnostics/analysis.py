@@ -27,7 +27,7 @@ from next_core.diagnostics.random_walks import (
 )
 from next_core.diagnostics.trajectory import FEWEST_POINTS, Grid, measured_steps, read_grams
 from next_core.diagnostics.triplet_figures import triplet_figures, triplet_nulls
-from next_core.errors import ConfigError
+from next_core.errors import invalid_value
 from next_core.history.history import History
 from next_core.sources.matrices import stored_name
 from next_core.sources.precision import LOW, rounding_report
@@ -66,11 +66,9 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
     or too few draws, ``CheckpointError`` for what cannot be read (see ``with_origin`` for a backbone that is missing).
     """
     if horizon is not None and horizon < 1:
-        raise ConfigError(f"horizon must be at least 1 RL step (got {horizon})", kind="config-invalid-value")
+        raise invalid_value(f"horizon must be at least 1 RL step (got {horizon})")
     if draws < FEWEST_DRAWS:
-        raise ConfigError(
-            f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})", kind="config-invalid-value"
-        )
+        raise invalid_value(f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})")
     names, steps = history.names, measured_steps(history)
     grid = Grid((history.source.origin, *steps))
     horizon = grid.default_horizon() if horizon is None else horizon

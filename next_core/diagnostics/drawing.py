@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from next_core.errors import ConfigError
+from next_core.errors import invalid_value
 from next_core.process.optional_packages import import_optional
 from next_core.storage.atomic import atomic_file
 
@@ -92,7 +92,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[..., str | None],
 def drawn_or_error(drawn: Drawing | str) -> Drawing:
     """Return a plot that was drawn. Raises ``ConfigError`` with the reason for one that was not."""
     if isinstance(drawn, str):
-        raise ConfigError(f"this cannot be drawn: {drawn}", kind="config-invalid-value")
+        raise invalid_value(f"this cannot be drawn: {drawn}")
     return drawn
 
 
@@ -100,7 +100,7 @@ def check_drawing(folder: Path | None = None) -> None:
     """Raise ``ConfigError`` without matplotlib, or if ``folder`` is a file."""
     import_optional("matplotlib.figure", "report")
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder for the plots", kind="config-invalid-value")
+        raise invalid_value(f"{folder} is a file; name a folder for the plots")
 
 
 Values = Sequence[float | None]

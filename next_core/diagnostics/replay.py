@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import CheckpointError, invalid_value
 from next_core.history.history import History
 from next_core.history.matrix_tasks import InnerProducts
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
@@ -115,7 +115,7 @@ def make_replay(
         (draws < 0 or draws == 1, f"draws must be 0 (no null) or at least 2, for an interval (got {draws})"),
     ):
         if wrong:
-            raise ConfigError(message, kind="config-invalid-value")
+            raise invalid_value(message)
     if len([step for step in steps if step > 0]) < 2:
         raise CheckpointError(
             f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})", kind="checkpoint-too-few"
@@ -125,9 +125,7 @@ def make_replay(
     every = tuple(cut for cut in cuts_of(steps, chosen) if cut != start)  # before which nothing is known
     if not every:
         there = ", ".join(map(str, sorted({b - a for a, b in itertools.combinations(steps, 2) if a > 0})))
-        raise ConfigError(
-            f"no two checkpoints are {chosen} steps apart; choose a horizon of {there}", kind="config-invalid-value"
-        )
+        raise invalid_value(f"no two checkpoints are {chosen} steps apart; choose a horizon of {there}")
     if cuts is not None and cuts < len(every):
         every = every[:: -(len(every) // cuts)][:cuts][::-1]  # evenly spaced, back from the last
     return Replay(source, tuple(steps), every, chosen, draws, seed, start)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
 from next_core.compressors.lanczos import LanczosCompressor
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import CheckpointError, contradiction, invalid_value
 from next_core.history.delta_cache import DeltaCache, cache_key, compression_settings
 from next_core.history.executor import Executor, Task
 from next_core.history.matrix_tasks import BLOCK_BYTES, Compress, InnerProducts
@@ -47,7 +47,7 @@ class History:
         cache: DeltaCache | None = None,
     ) -> None:
         if rank < 1:
-            raise ConfigError(f"rank must be at least 1 (got {rank})", kind="config-invalid-value")
+            raise invalid_value(f"rank must be at least 1 (got {rank})")
         if not source.steps:
             message = "the run has no checkpoint yet; observe at least one before fitting"
             raise CheckpointError(message, kind="checkpoint-no-history")
@@ -143,7 +143,7 @@ class History:
         with the newest global delta as the reference of all three kinds, so that u of different kinds can be compared.
         """
         if (kind == "target") != (horizon is not None):
-            raise ConfigError("target deltas need a horizon; other kinds take none", kind="config-contradiction")
+            raise contradiction("target deltas need a horizon; other kinds take none")
         key = kind, horizon
         if key not in self._components:
             self.compress(kind, horizon=horizon)

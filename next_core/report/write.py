@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from next_core.diagnostics.drawing import check_drawing
-from next_core.errors import ConfigError
+from next_core.errors import invalid_value
 from next_core.report.compare_page import compare_page
 from next_core.report.geometry import GeometryOptions, check_predictor
 from next_core.report.inputs import Recorded, open_folder
@@ -52,7 +52,7 @@ def write_report(
     settings = settings or GeometryOptions()
     out = folder / REPORT if out is None else out
     if out.is_dir() or out.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--out must name a file that ends in .html (got {out})", kind="config-invalid-value")
+        raise invalid_value(f"--out must name a file that ends in .html (got {out})")
     make_environment()  # a missing package is an error before the work
     check_drawing(figures)
     found = open_folder(folder)

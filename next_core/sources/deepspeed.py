@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError, ConfigError
+from next_core.errors import CheckpointError, ConfigError, contradiction
 from next_core.sources.tensor_files import Place, TensorFile
 from next_core.storage.checkpoint_errors import damaged, not_found, other_model
 from next_core.storage.manifest import check_contents
@@ -37,10 +37,9 @@ def replacement(masters: bool, allow_pickle: bool) -> Callable[[Path, int], Call
     if not masters:
         return lambda folder, step: lambda file: file
     if not allow_pickle:
-        raise ConfigError(
+        raise contradiction(
             "masters=True reads DeepSpeed's optimizer states, pickles that can run code; if you trust them, set "
-            "allow_pickle=True too (--allow-pickle)",
-            kind="config-contradiction",
+            "allow_pickle=True too (--allow-pickle)"
         )
     try:
         read = importlib.import_module(READER).get_fp32_state_dict_from_zero_checkpoint

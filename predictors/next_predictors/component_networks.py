@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
-from next_core.errors import ConfigError
+from next_core.errors import contradiction, invalid_value
 from next_core.mathematics.low_rank import Factors
 from next_core.predictor import Work
 from next_core.settings import Settings
@@ -45,11 +45,9 @@ class NetworkConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not (self.use_global or self.use_local):
-            message = "the networks have no input: set use_global or use_local to true"
-            raise ConfigError(message, kind="config-contradiction")
+            raise contradiction("the networks have no input: set use_global or use_local to true")
         if self.min_lr > self.lr:
-            message = f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower min_lr"
-            raise ConfigError(message, kind="config-contradiction")
+            raise contradiction(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower min_lr")
         return self
 
 
@@ -187,8 +185,7 @@ def _usable(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        message = f"cannot train on device '{device}': {error}; use cpu"
-        raise ConfigError(message, kind="config-invalid-value") from error
+        raise invalid_value(f"cannot train on device '{device}': {error}; use cpu") from error
 
 
 def _vectors(factors: Factors) -> dict[Key, Tensor]:

@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from next_core import make_applier, make_predictor, open_checkpoints
-from next_core.history.history import History
+from next_core import make_applier, open_checkpoints
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_source import PeftAdapterSource
-from next_core.sources.memory import MemorySource
 from tests.appliers.conftest import BOTH, ROW, secant
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
@@ -139,15 +137,6 @@ def test_a_secant_in_merged_space_stores_the_newest_a_once(run: LoraRun, tmp_pat
     assert load_file(tmp_path / "out" / WEIGHTS)[KEY.format("A")].shape == (6, 16)  # of rank 3
 
 
-def test_whole_modules_of_an_adapter_are_copied(make_lora_run: Callable[..., LoraRun], tmp_path: Path) -> None:
-    run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj"], modules_to_save=["lm_head"])
-    prediction = make_predictor("secant").fit(History(opened(run))).predict(10)
-    make_applier("peft-adapter").apply(prediction, out=tmp_path / "out")
-    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    assert set(written) == set(stored)
-    assert torch.equal(written["base_model.model.lm_head.weight"], stored["base_model.model.lm_head.weight"])
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("update", "alpha", "kind"),
@@ -190,26 +179,6 @@ def test_nothing_is_written_onto_an_existing_folder_or_into_one_that_is_read(
         with raises_kind("config-contradiction", target, "being read"):
             make_applier(applier).apply(secant(run), out=target)
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-0", "checkpoint-10", "checkpoint-20"]
-
-
-def test_a_run_without_adapters_needs_another_applier(tmp_path: Path) -> None:
-    source = MemorySource({10: {"a": torch.ones(3, 3)}}, {"a": torch.zeros(3, 3)})
-    with raises_kind("config-contradiction", "merged-model"):
-        make_applier("peft-adapter").apply(Prediction(source, 10, 10), out=tmp_path / "out")
-
-
-def test_a_prediction_of_where_the_weights_are_writes_the_trained_adapter(
-    runs: dict[str, LoraRun], tmp_path: Path
-) -> None:
-    run = runs["mixed ranks"]
-    updates = {name: CoefficientUpdate({20: 1.0}) for name in run.deltas[20]}
-    applied = make_applier("peft-adapter").apply(
-        Prediction(opened(run), 20, 10, "backbone", updates), out=tmp_path / "out"
-    )
-    stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    assert all(torch.equal(tensor, stored[key]) for key, tensor in written.items())
-    applied.rollback()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_jump_made_after_the_newest_checkpoint_is_part_of_the_adapter(

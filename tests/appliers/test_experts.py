@@ -81,15 +81,6 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(stacked: StraightRun, tmp
     torch.testing.assert_close(written[STACK], wanted)
 
 
-def test_a_live_model_s_experts_jump_and_are_rolled_back(stacked: StraightRun) -> None:
-    live = model("qwen3-moe").from_pretrained(stacked.path / "checkpoint-20")
-    applied = make_applier("in-memory").apply(secant(stacked), out=live)
-    torch.testing.assert_close(dict(live.named_parameters())[STACK], stacked.at(30)[STACK])
-    torch.testing.assert_close(applied.shift[f"{STACK}[3]"], stacked.velocity[STACK][3])  # type: ignore[attr-defined]
-    applied.rollback()
-    torch.testing.assert_close(dict(live.named_parameters())[STACK], stacked.at(20)[STACK], rtol=0, atol=1e-7)
-
-
 def test_a_kernel_over_time_is_no_stack(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 32}
     mamba = built("MambaForCausalLM", "MambaConfig", **sizes)

@@ -135,14 +135,6 @@ def test_a_backbone_that_the_run_cannot_be_added_to_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_whose_product_is_not_simply_added_is_not_merged(own_lora_run: LoraRun, tmp_path: Path) -> None:
-    path = own_lora_run.folder(60) / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alora_invocation_tokens": [1]}))
-    source = open_checkpoints(own_lora_run.path, own_lora_run.base)
-    with raises_kind("checkpoint-unsupported-adapter", "alora_invocation_tokens"):
-        make_applier("merged-model").apply(Prediction(source, 60, 10), out=tmp_path / "out")
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
     make_lora_run: Callable[..., LoraRun], tmp_path: Path
@@ -187,20 +179,6 @@ def full_run(tmp_path: Path, base: Path) -> dict[int, dict[str, Tensor]]:
     return weights
 
 
-def test_the_matrices_of_a_full_parameter_run_jump_and_the_rest_stays_as_trained(
-    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
-) -> None:
-    source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
-    prediction = make_predictor("secant").fit(History(source)).predict(10)
-    make_applier("merged-model").apply(prediction, alpha=2.0, out=tmp_path / "out")
-    written = load_file(tmp_path / "out" / MODEL)
-    assert written.keys() == full_run[0].keys()
-    for key, value in written.items():
-        trained = full_run[20][key]
-        jumped = trained + 2.0 * (trained - full_run[10][key]) if trained.dim() == 2 else trained
-        torch.testing.assert_close(value, jumped, atol=1e-6, rtol=1e-5)
-
-
 def test_a_jump_that_the_newest_checkpoint_already_has_is_not_added_again(
     full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
 ) -> None:
@@ -237,31 +215,6 @@ def test_a_damaged_checkpoint_is_named_and_not_called_an_overflow(
     with pytest.raises(CheckpointError, match=f"checkpoint-10.*{ROW}"):
         make_applier("merged-model").apply(prediction, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("stored", ["embeddings", "both"])
-def test_a_tied_model_is_written_with_the_names_of_the_backbone_and_one_matrix(
-    tmp_path: Path, base: Path, stored: str
-) -> None:
-    def untied_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return bfloat16({key: value for key, value in tensors.items() if key != HEAD})
-
-    start = untied_file(load_file(base / MODEL))
-    for step in (10, 20):
-        moved = {k: (v.float() + 0.001 * step * noise(k, *v.shape)).bfloat16() for k, v in start.items()}
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        changed_base(base, folder, lambda _, moved=moved: moved, tie_word_embeddings=True)
-    tensors = start | ({HEAD: start[EMBEDDING].clone()} if stored == "both" else {})
-    backbone = changed_base(base, tmp_path / "tied", lambda _: tensors, tie_word_embeddings=True)
-    source = open_checkpoints(tmp_path / "checkpoints", backbone=backbone)
-    prediction = make_predictor("secant").fit(History(source)).predict(10)
-    make_applier("merged-model", rounding="stochastic").apply(prediction, out=tmp_path / "out")
-    written = load_file(tmp_path / "out" / MODEL)
-    assert written.keys() == tensors.keys()
-    one = written[EMBEDDING]
-    assert not torch.equal(one, tensors[EMBEDDING])
-    assert torch.equal(one, written.get(HEAD, one))
-    assert torch.equal(load(tmp_path / "out").lm_head.weight, one.double())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core import make_applier, open_checkpoints
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
-from tests.conftest import LoraRun, Outcome, noise
+from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
-from tests.sources.models import built, straight_run
+from tests.sources.models import built
 
 SIZES = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 32}
 SQUARE = "transformer.h.0.attn.c_proj"
@@ -99,35 +98,3 @@ def test_a_model_that_transformers_cannot_build_is_refused(run: Path) -> None:
     source = open_checkpoints(run / "checkpoints")
     with raises_kind("checkpoint-unsupported-adapter", "transposed"):
         make_applier("merged-model", backbone=run / "base").check_source(source, run / "out")
-
-
-@pytest.mark.parametrize("command", ["analyze", "extrapolate"])
-def test_the_commands_take_such_a_run(run: Path, command: str, cli: Callable[..., Outcome]) -> None:
-    more = ("--horizon", 10, "--out", run / "out") if command == "extrapolate" else ("--draws", 20)
-    found = cli(command, "--checkpoints", run / "checkpoints", "--backbone", run / "base", *more)
-    assert found.code == 0, found.err
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # as PEFT loads its own adapter
-def test_a_live_model_jumps_in_merged_space(run: Path) -> None:
-    from peft import PeftModel
-
-    base = gpt2().from_pretrained(run / "base")
-    live = PeftModel.from_pretrained(base, run / "checkpoints" / "checkpoint-20", is_trainable=True)
-    jump = LowRank(0.1 * noise("left", 16, 1), noise("right", 1, 16))
-    source = open_checkpoints(run / "checkpoints")
-    prediction = Prediction(source, 20, 10, updates={f"{SQUARE}.weight": LowRankUpdate(jump)})
-    make_applier("in-memory").apply(prediction, out=live)
-    ids = torch.arange(12).reshape(1, 12)
-    expected = gpt2().from_pretrained(run / "merged-20")
-    with torch.no_grad():
-        expected.get_submodule(SQUARE).weight += jump.dense().T
-        torch.testing.assert_close(live.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits)
-
-
-def test_full_checkpoints_are_extrapolated_as_stored(tmp_path: Path) -> None:
-    run = straight_run(tmp_path, gpt2())
-    source = open_checkpoints(run.path, backbone=run.base)
-    prediction = make_predictor("secant", window=10).fit(History(source)).predict(10)
-    make_applier("merged-model").apply(prediction, out=tmp_path / "out")
-    assert run.differing(tmp_path / "out", gpt2(), step=30) == []

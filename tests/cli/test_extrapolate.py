@@ -176,19 +176,6 @@ def test_checkpoints_can_be_listed_one_by_one(cli: Callable[..., Outcome], lora_
     assert (found["steps"], found["naming"]) == ([40, 50, 60], "checkpoint-N")
 
 
-def test_damaged_checkpoints_fail_or_are_skipped_by_name(
-    extrapolate: Callable[..., Outcome], own_lora_run: LoraRun, tmp_path: Path
-) -> None:
-    file = own_lora_run.folder(30) / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-100])
-    refused = extrapolate("--json", checkpoints=own_lora_run.path)
-    assert refused.code == 3
-    assert str(file) in refused.err
-    found = facts(extrapolate("--skip-damaged", "--json", checkpoints=own_lora_run.path))
-    assert found["steps"] == [10, 20, 40, 50, 60]
-    assert any("checkpoint-30" in note for note in found["notes"])
-
-
 MODULE = """
 from next_predictors.secant import Secant
 

@@ -120,16 +120,6 @@ def test_a_config_without_low_rank_deltas_is_refused_with_the_reason(
         open_checkpoints(own_lora_run.path)
 
 
-def test_a_real_dora_run_is_refused(base: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(use_dora=True, target_modules=["q_proj"], r=2)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "checkpoint-1")
-    with raises_kind("checkpoint-unsupported-adapter", "use_dora=False"):
-        open_checkpoints(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_tensors_other_than_lora_factors_are_skipped_by_name_and_kept(
     make_lora_run: Callable[..., LoraRun], tmp_path: Path
@@ -160,18 +150,6 @@ def test_metrics_are_the_last_ones_logged_at_or_before_a_step(lora_run: LoraRun)
     assert source.metrics(3) == {}
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"log_history": 5}', '{"log_history": {"a": 1}}', "[" * 100_000])
-def test_a_damaged_trainer_state_is_named_when_metrics_are_read(own_lora_run: LoraRun, text: str | None) -> None:
-    state = own_lora_run.folder(60) / STATE
-    if text is None:
-        state.unlink()
-        assert open_checkpoints(own_lora_run.path).metrics(30) == {}
-        return
-    state.write_text(text)
-    with raises_kind("checkpoint-damaged", state):
-        open_checkpoints(own_lora_run.path).metrics(30)
-
-
 def test_metrics_of_a_run_folder_come_from_its_log_up_to_a_torn_line(own_lora_run: LoraRun) -> None:
     (own_lora_run.folder(60) / STATE).unlink()
     lines = [{"step": 5, "reward": 0.1}, {"step": 10, "reward": 0.2, "text": "x"}, {"step": 10, "loss": 3}]
@@ -200,21 +178,6 @@ def test_metrics_that_are_not_finite_are_left_out(own_lora_run: LoraRun) -> None
     state.write_text('{"log_history": [{"step": 1' + "0" * 10_000 + "}]}")
     with raises_kind("checkpoint-damaged", state, "64 bits"):
         open_checkpoints(own_lora_run.path).metrics(60)
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_a_missing_file_is_named(own_lora_run: LoraRun, name: str) -> None:
-    (own_lora_run.folder(30) / name).unlink()
-    with raises_kind("checkpoint-incomplete", own_lora_run.folder(30) / name):
-        open_checkpoints(own_lora_run.path)
-
-
-@pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_a_truncated_adapter_is_named(own_lora_run: LoraRun, size: int) -> None:
-    path = own_lora_run.folder(30) / WEIGHTS
-    path.write_bytes(path.read_bytes()[:size])
-    with raises_kind("checkpoint-damaged", path):
-        open_checkpoints(own_lora_run.path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -262,20 +225,6 @@ def test_factors_that_do_not_fit_are_named(own_lora_run: LoraRun) -> None:
     save_file({"x": torch.zeros(2, 2)}, folder / WEIGHTS)
     with raises_kind("checkpoint-unsupported-adapter", folder):
         open_checkpoints(own_lora_run.path)
-
-
-def test_an_own_checkpoint_that_does_not_fit_its_manifest_is_named(lora_run: LoraRun, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints" / "step-000010"
-    with new_directory(folder) as new:
-        shutil.copytree(lora_run.folder(10), new, dirs_exist_ok=True)
-    (tmp_path / "run" / "config.yaml").write_text("")
-    assert open_checkpoints(folder.parent).steps == (10,)
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-7])
-    with raises_kind("checkpoint-incomplete", folder / WEIGHTS):
-        open_checkpoints(folder.parent)
-    (folder / "manifest.json").unlink()
-    with raises_kind("checkpoint-incomplete", folder / "manifest.json"):
-        open_checkpoints(folder.parent)
 
 
 def test_a_manifest_is_required_only_in_our_own_folders(lora_run: LoraRun, tmp_path: Path) -> None:
@@ -329,14 +278,6 @@ def test_a_layout_can_be_forced_and_must_be_one_that_reads_folders(lora_run: Lor
     for layout in ("peft-adapter", "full-model"):
         empty = open_checkpoints(tmp_path, layout=layout)
         assert (empty.steps, empty.parameters, dict(empty.skipped)) == ((), (), {})
-
-
-def test_an_unknown_step_or_parameter_is_named(lora_run: LoraRun) -> None:
-    source = open_checkpoints(lora_run.path)
-    with raises_kind("checkpoint-not-found", "step 35", "(10, 20, 30, 40, 50, 60)"):
-        source.delta(f"{ROW}.weight", 35)
-    with raises_kind("checkpoint-not-found", "model.nothing"):
-        source.delta("model.nothing.weight", 30)
 
 
 def test_checkpoints_written_or_removed_since_are_noticed(own_lora_run: LoraRun) -> None:

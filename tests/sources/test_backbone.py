@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from next_core import History, make_applier, make_predictor, open_checkpoints
+from next_core import make_applier, open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.sources.hf_model import ModelFiles
 from tests.conftest import LoraRun, Outcome, noise
 from tests.errors import raises_kind
-from tests.sources.models import SMALL, StraightRun, built, straight_run
+from tests.sources.models import SMALL, built, straight_run
 
 MODEL = "model.safetensors"
 AS_IN_MEMORY = {"save_original_format": False}
@@ -45,23 +45,6 @@ VISION_LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
 def vision_language(name: str) -> Any:
     architecture, config, sizes = VISION_LANGUAGE[name]
     return built(architecture, config, **sizes)
-
-
-def extrapolated(run: StraightRun, out: Path) -> Path:
-    source = open_checkpoints(run.path, backbone=run.base)
-    prediction = make_predictor("secant", window=10).fit(History(source)).predict(10)
-    make_applier("merged-model").apply(prediction, out=out)
-    return out
-
-
-@pytest.mark.parametrize("stored", [({}, {}), ({}, AS_IN_MEMORY), (AS_IN_MEMORY, {}), (AS_IN_MEMORY, AS_IN_MEMORY)])
-@pytest.mark.parametrize("name", VISION_LANGUAGE)
-def test_a_full_run_is_written_under_the_names_of_its_base(name: str, stored: Any, tmp_path: Path) -> None:
-    model = vision_language(name)
-    run = straight_run(tmp_path, model, base=stored[0], **stored[1])
-    out = extrapolated(run, tmp_path / "out")
-    assert run.differing(out, model, step=30) == []
-    assert load_file(out / MODEL).keys() == load_file(run.base / MODEL).keys()
 
 
 @pytest.mark.parametrize("stored", [{}, AS_IN_MEMORY], ids=["names of the Hub", "names in memory"])

@@ -86,11 +86,6 @@ def test_without_a_backbone_step_0_replaces_it(run: Path) -> None:
     assert torch.equal(dense(source, "a.weight", 30), weights(30)["a.weight"] - weights(0)["a.weight"])
 
 
-def test_an_unknown_parameter_is_named(run: Path) -> None:
-    with raises_kind("checkpoint-not-found", "'c.weight'"):
-        opened(run).delta("c.weight", 30)
-
-
 @pytest.mark.parametrize(
     ("stored", "figures"),
     [
@@ -190,13 +185,6 @@ def test_some_rows_of_a_delta_are_those_of_the_whole_with_jumps(run: Path) -> No
         whole = dense(source, "a.weight", 30, since)
         for rows in (slice(0, 1), slice(1, 6), slice(0, 6)):
             assert torch.equal(source.delta_rows("a.weight", rows, 30, since), whole[rows])
-
-
-def test_a_folder_with_neither_adapter_nor_model_has_no_known_layout(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-10").mkdir()
-    (tmp_path / "checkpoint-10" / "training_args.bin").write_bytes(b"x")
-    with raises_kind("checkpoint-unknown-layout", tmp_path):
-        open_checkpoints(tmp_path)
 
 
 def test_with_step_0_and_a_backbone_rl_began_at_the_former_and_positions_count_from_the_latter(run: Path) -> None:

@@ -284,11 +284,6 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("reference", ["mine:Greedy", "mine:Inner.Greedy"])
-def test_a_class_is_named_by_its_module_too(mine: ModuleType, reference: str) -> None:
-    assert plugins.make_predictor(reference, window=4).config == GreedyConfig(window=4)
-
-
 @pytest.mark.parametrize(
     "given",
     [{"name": "mine:Greedy", "window": 4}, Greedy(GreedyConfig(window=4)), Greedy, "mine:Greedy"],

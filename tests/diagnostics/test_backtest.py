@@ -5,30 +5,25 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from next_core import History, open_checkpoints
+from next_core import open_checkpoints
 from next_core.diagnostics.backtest import backtest
 from next_core.diagnostics.backtest_results import Judged, Score, WalkNull, skill_interval
 from next_core.diagnostics.replay import default_horizon, make_replay
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
-from next_core.plugins import make_predictor
 from next_core.predictor import Abstain, TrajectoryPredictor, matrix_predictor
-from next_core.sources.memory import MemorySource
-from next_core.types import LoraFactors
 from next_predictors.secant import Secant
 from tests.conftest import LoraRun
 from tests.diagnostics.replayed import ALONE, RUNS, assert_close, replayed, until, walked
 from tests.diagnostics.runs import FIFTEEN, lora_walks, name, straight, walks
 from tests.errors import raises_kind
-from tests.predictors.trajectories import dense_run, drift, linear_lora_run, noise
+from tests.predictors.trajectories import dense_run, drift, noise
 from tests.sources.test_jumps import jump, moved
 
 
@@ -102,21 +97,6 @@ def test_jumps_of_a_run_folder_count_as_they_did_when_the_cut_was_reached(
 # Known futures
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_straight_line_is_predicted_exactly(lora: bool) -> None:
-    found = backtest(linear_lora_run() if lora else straight(), ["secant", "rl-extra"], horizon=10, cuts=8, draws=40)
-    for predictor in ("secant", "rl-extra"):
-        judged, one = found.predictors[predictor], pytest.approx(1, abs=1e-9)
-        score = judged.score
-        assert (score.skill, score.cosine, score.norm_ratio, score.best_lambda) == (one, one, one, one)
-        assert score.rel_error == pytest.approx(0, abs=1e-4)
-        assert judged.interval == (one, one)
-        assert judged.above_null
-        assert judged.useful
-        assert judged.abstained == 0
-    assert list(found.predictors)[-1] in {"random", "stay"}
-
-
 def test_a_quadratic_has_the_figures_of_its_formula() -> None:
     direction = noise(1, 7, 5)
     direction /= direction.norm()
@@ -168,89 +148,6 @@ def test_what_runs_elsewhere_can_be_sent_there(lora_run: LoraRun) -> None:
 
 
 # What a predictor is shown
-
-
-class Recording(TrajectoryPredictor):
-    """Passes on what another predictor answers, and keeps it."""
-
-    name = "recording"
-    requires = frozenset({"global", "local", "target", "gram"})
-    inner: ClassVar[tuple[str, Mapping[str, Any]]]
-    answers: ClassVar[dict[int, Prediction]] = {}
-
-    def fit(self, history: History) -> Recording:
-        predictor, fields = self.inner
-        self.made = make_predictor(predictor, **fields).fit(history)
-        self.newest = history.newest
-        return self
-
-    def predict(self, horizon: int) -> Prediction:
-        self.answers[self.newest] = self.made.predict(horizon)
-        return self.answers[self.newest]
-
-
-def recorded(run: CheckpointSource, horizon: int, inner: str, **fields: Any) -> dict[int, Prediction]:
-    """What a predictor answered at each cut."""
-    Recording.answers, Recording.inner = {}, (inner, fields)
-    backtest(run, [Recording], horizon=horizon, draws=0)
-    return Recording.answers
-
-
-def numbers(prediction: Prediction, key: str) -> Tensor:
-    """An update's own numbers, with its confidence."""
-    update, weight = prediction.updates[key], prediction.weight(key)
-    if isinstance(update, CoefficientUpdate):
-        return torch.tensor([*update.weights, *update.weights.values(), weight], dtype=torch.float64)
-    assert isinstance(update, LowRankUpdate)
-    return weight * update.matrix.dense()
-
-
-@pytest.mark.parametrize("make", [RUNS["dense"], RUNS["lora"]], ids=["dense", "lora"])
-@pytest.mark.parametrize(
-    ("inner", "fields"),
-    [
-        ("secant", {"gate": {"window": 10, "floor": -99, "width": 999, "median_floor": -99}}),
-        ("relex", {}),
-        ("ridge", {}),
-        ("alpharl", {}),
-        ("next-mlp-reduced", {"epochs": 5}),
-    ],
-)
-def test_what_is_changed_after_a_cut_does_not_change_its_prediction(
-    inner: str, fields: dict[str, Any], make: Callable[[], MemorySource]
-) -> None:
-    source, other = make(), make()
-    for step in (80, 90, 100):
-        for key, value in other._checkpoints[step].items():
-            changed = noise(step, 7, 2)
-            if isinstance(value, LoraFactors):
-                other._checkpoints[step][key] = LoraFactors(value.A + 1, value.B + changed, value.scaling)
-            else:
-                other._checkpoints[step][key] = value + noise(step, *value.shape)
-    first, second = recorded(source, 20, inner, **fields), recorded(other, 20, inner, **fields)
-    assert set(first) == set(range(10, 90, 10))
-    acted = 0
-    for cut in range(10, 80, 10):
-        a, b = first[cut], second[cut]
-        assert (a.abstention, dict(a.abstained)) == (b.abstention, dict(b.abstained))
-        assert dict(a.confidence) == dict(b.confidence)
-        assert a.updates.keys() == b.updates.keys()
-        assert all(torch.equal(numbers(a, key), numbers(b, key)) for key in a.updates)
-        acted += len(a.updates)
-    assert acted
-    assert any(not torch.equal(numbers(first[80], key), numbers(second[80], key)) for key in first[80].updates)
-
-
-def test_a_jump_made_after_a_cut_does_not_change_its_prediction(own_lora_run: LoraRun) -> None:
-    answers = []
-    for seed in ("t", "u"):
-        folder = jump(own_lora_run, 1, 40, moved(seed))
-        answers.append(recorded(open_checkpoints(own_lora_run.path), 10, "ridge"))
-        shutil.rmtree(folder)
-    key = "model.layers.0.self_attn.q_proj.weight"
-    for cut in (20, 30, 40):
-        assert torch.equal(*(numbers(each[cut], key) for each in answers))
-    assert not torch.allclose(*(numbers(each[50], key) for each in answers), atol=1e-2, rtol=1e-2)
 
 
 def test_a_predictor_that_looks_ahead_is_found_out() -> None:

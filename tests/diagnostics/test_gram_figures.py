@@ -100,16 +100,6 @@ def test_walking_forward_fits_the_past_alone(times: tuple[int, ...]) -> None:
             assert math.isnan(found["line_r2_out"][0, at])
 
 
-def test_a_hand_computed_skill() -> None:
-    """0, 1, 2, 2 at steps 0, 1, 2, 3: the line through the first three says 3; staying errs by 0, so no skill is
-    defined. 0, 1, 2, 4: the line errs by 1, staying by 2: skill 3/4."""
-    grid = Grid((0, 1, 2, 3))
-    stood = walk_forward(steps_of(torch.tensor([[0.0], [1.0], [2.0], [2.0]]).double()), grid)
-    assert math.isnan(stood["line_skill"][0, 0])
-    moved = walk_forward(steps_of(torch.tensor([[0.0], [1.0], [2.0], [4.0]]).double()), grid)
-    assert float(moved["line_skill"][0, 0]) == pytest.approx(0.75)
-
-
 def test_a_random_walk_alone_has_the_published_in_sample_figures() -> None:
     """R2(c_1 ~ t) of 0.958 and a top-1/top-5 share of 0.844: the limits of many steps in many dimensions, where c_1 is
     a quarter of a sine and the eigenvalues fall as 1, 1/9, 1/25, ..."""

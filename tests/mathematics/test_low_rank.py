@@ -215,19 +215,6 @@ def test_a_lora_step_is_taken_in_double_precision() -> None:
     torch.testing.assert_close(found.dense(), wanted, rtol=0, atol=1e-13)
 
 
-def test_factors_may_have_more_columns_than_rows() -> None:
-    a = LowRank(noise(0, 2, 20, 64), noise(1, 2, 64, 30))
-    assert_triplets_of(a.dense(), truncated_svd(a, 20), vectors=3)
-
-
-def test_a_smaller_rank_than_the_factors_width_is_found_exactly() -> None:
-    a = LowRank(noise(0, 60, 3) @ noise(1, 3, 10), noise(2, 10, 50))
-    found = truncated_svd(a, 10)
-    assert (found.S > 0).tolist() == [True] * 3 + [False] * 7
-    assert_triplets_of(a.dense(), found, vectors=3)
-    torch.testing.assert_close(found.lowrank().dense(), a.dense())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_inputs_are_computed_in_double_precision(dtype: torch.dtype) -> None:
     a = LowRank(noise(0, 3, 60, 8), noise(1, 3, 8, 50)).to(dtype)
@@ -243,16 +230,6 @@ def test_triplets_can_be_returned_in_single_precision() -> None:
     assert found.energy_ratio.dtype == torch.float64
     with raises_kind("config-invalid-value", "float16"):
         truncated_svd(LowRank.zero(3, 3), 1, dtype=torch.float16)
-
-
-@pytest.mark.parametrize("matrix", [LowRank.zero(5, 4), LowRank(torch.zeros(5, 3), noise(0, 3, 4).float())])
-def test_a_zero_matrix_has_no_direction(matrix: LowRank) -> None:
-    found = truncated_svd(matrix, 2)
-    assert found.U.shape == (5, 2)
-    assert not found.U.any()
-    assert not found.V.any()
-    assert found.energy_ratio == 0
-    assert found.squared_energy_ratio == 0
 
 
 @pytest.mark.parametrize("rank", [2, 9])
@@ -299,14 +276,6 @@ def test_alignment_forgets_the_signs_it_was_given(signs: list[list[float]]) -> N
 def test_a_history_without_rows_is_aligned_as_it_is() -> None:
     nothing = truncated_svd(LowRank.zero(6, 5, (0,)), 2)
     assert align_signs(nothing).U.shape == (0, 6, 2)
-
-
-def test_aligned_neighbours_agree() -> None:
-    factors = truncated_svd(LowRank(noise(0, 8, 2, 12, 4), noise(1, 8, 2, 4, 10)), 3)
-    aligned = align_signs(factors)
-    agreement = (aligned.U[:-1] * aligned.U[1:]).sum(-2) + (aligned.V[:-1] * aligned.V[1:]).sum(-2)
-    assert agreement.min() >= 0
-    torch.testing.assert_close(aligned.lowrank().dense(), factors.lowrank().dense())
 
 
 @pytest.mark.parametrize("gone", [[2], [2, 3], [5], [4, 5], [0]])

@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OPENRLHF_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/next-core/openrlhf-venv
-export OPENRLHF_ENV
+DISTRIBUTED_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/next-core/distributed-venv
+export OPENRLHF_ENV DISTRIBUTED_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-processes test-base test-packaging test-crash openrlhf-env test-openrlhf fuzz bench-speed tables pictures docs lint setup clean help
+.PHONY: quickstart test test-processes test-base test-packaging test-crash openrlhf-env test-openrlhf distributed-env test-distributed fuzz bench-speed tables pictures docs lint setup clean help
 
 # A proof that takes minutes: the hash of what it covers is recorded when it passes, and .ci/run looks at the records.
 define proof
@@ -47,10 +48,16 @@ test-crash: $(STAMP)  ## Kill real runs at every kind of write and at 200 random
 	$(call proof,$(BIN)/python -m pytest -m crash tests/crash)
 
 openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside the tree (3 GB; some 5 minutes, once)
-	@$(PYTHON) tests/backends/openrlhf/cpu/make_env.py "$(OPENRLHF_ENV)"
+	@$(PYTHON) -m tests.backends.openrlhf.cpu.make_env "$(OPENRLHF_ENV)"
 
 test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real OpenRLHF on the CPU (minutes)
 	$(call proof,$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf)
+
+distributed-env:  ## Make the environment of TRL under DeepSpeed on the CPU, outside the tree (1.5 GB; some 3 minutes, once)
+	@$(PYTHON) -m tests.backends.trl.distributed.make_env "$(DISTRIBUTED_ENV)"
+
+test-distributed: $(STAMP) distributed-env  ## Train with the callback under ZeRO-1, 2, 3 and FSDP2, in two processes (minutes)
+	$(call proof,$(BIN)/python -m pytest -m distributed tests/backends/trl)
 
 fuzz: $(STAMP)  ## Read 100,000 damaged files, extrapolate 500 random adapters, write every layout with every predictor (minutes)
 	$(call proof,$(BIN)/python -m tests.fuzz && $(BIN)/python -m tests.fuzz.adapters && $(BIN)/python -m tests.appliers.matrix --check)

@@ -40,6 +40,14 @@ COVERS: dict[str, tuple[str, ...]] = {
         "next_core/live_weights",
         "tests/backends/trl/test_processes.py",
         "tests/backends/trl/two_processes.py",
+        "tests/backends/trl/launch.py",
+    ),
+    "test-distributed": (
+        "backends/next_backends/trl",
+        "next_core/live_weights",
+        "tests/backends/environment.py",
+        "tests/backends/trl/distributed",
+        "tests/backends/trl/launch.py",
     ),
     "test-base": ("examples/arithmetic", "examples/task_kit.py"),
     "test-packaging": (
@@ -50,7 +58,13 @@ COVERS: dict[str, tuple[str, ...]] = {
         "next_core/testing",
         "tests/packaging",
     ),
-    "test-openrlhf": ("backends/next_backends/openrlhf", HISTORY, "next_core/cycle", "tests/backends/openrlhf"),
+    "test-openrlhf": (
+        "backends/next_backends/openrlhf",
+        HISTORY,
+        "next_core/cycle",
+        "tests/backends/environment.py",
+        "tests/backends/openrlhf",
+    ),
 }
 
 

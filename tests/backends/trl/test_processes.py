@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +23,11 @@ from next_core.errors import CheckpointError, Interrupted
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
 from next_core.storage.manifest import MANIFEST, check_manifest
+from tests.backends.trl.launch import Launch
 from tests.backends.trl.two_processes import Runs
 from tests.errors import raises_kind
 
 pytestmark = [pytest.mark.trl, pytest.mark.processes]
-ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 JUMPING = ["factors", "merged", "full", "recovery", "whole", "resumed", "scaled"]
 FAILING = ["drifted", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
@@ -39,35 +35,12 @@ FAILING = ["drifted", "unwritable", "unfollowed", "taken", "unlike", "sharded"]
 Seen = dict[str, Any]
 
 
-class Launch:
+class RunsOfTwo(Launch):
     """Two processes that make some runs, and what they left behind."""
 
     def __init__(self, out: Path, runs: Sequence[str], torchrun: bool = False) -> None:
+        super().__init__(out, runs[0], SCRIPT, [str(out), *runs], torchrun=torchrun)
         self.out = out
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "XDG_CACHE_HOME": str(out / "cache"),
-        }
-        python, command = [sys.executable, "-W", "ignore"], [str(SCRIPT), str(out), *runs]
-        if torchrun:
-            starts = [([*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command], {})]
-        else:
-            meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-            starts = [([*python, *command], meeting | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-        logs = [out / f"{runs[0]}.{number}.log" for number in range(len(starts))]
-        processes = []
-        for (line, more), log in zip(starts, logs, strict=True):
-            with log.open("w") as file:
-                processes.append(subprocess.Popen(line, env=environment | more, cwd=out, stdout=file, stderr=file))
-        try:
-            self.codes = [process.wait(timeout=300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        self.log = "\n".join(log.read_text()[-4000:] for log in logs)
 
     def seen(self, run: str, ranks: Sequence[int] = (0, 1)) -> list[Seen]:
         """What each process saw of a run."""
@@ -77,29 +50,23 @@ class Launch:
         return self.out / run / "next-core"
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
-def death(out: Path) -> Launch:
+def death(out: Path) -> RunsOfTwo:
     """A run whose process 0 was killed in the probe after its jump, while the other one waited."""
-    launch = Launch(out, ["zero_dies"])
+    launch = RunsOfTwo(out, ["zero_dies"])
     assert (out / "zero_dies.at").exists(), launch.log
     shutil.copytree(launch.folder("zero_dies"), out / "zero_dies.left")  # the run is resumed later
     return launch
 
 
 @pytest.fixture(scope="module")
-def runs(out: Path, death: Launch) -> Launch:
-    launch = Launch(out, ["plain", "refused", *JUMPING, "survived", *FAILING, "slow"], torchrun=True)
+def runs(out: Path, death: RunsOfTwo) -> RunsOfTwo:
+    launch = RunsOfTwo(out, ["plain", "refused", *JUMPING, "survived", *FAILING, "slow"], torchrun=True)
     assert launch.codes == [0], launch.log
     return launch
 
@@ -116,7 +83,7 @@ def trained(seen: Seen) -> dict[str, np.ndarray]:
     return {name: value for name, value in seen["weights"].items() if ".jump-" not in name}
 
 
-def test_observing_and_a_refused_jump_leave_the_plain_run_of_two_processes_bit_for_bit(runs: Launch) -> None:
+def test_observing_and_a_refused_jump_leave_the_plain_run_of_two_processes_bit_for_bit(runs: RunsOfTwo) -> None:
     for mine, plain in zip(runs.seen("refused"), runs.seen("plain"), strict=True):
         assert mine["error"] is None
         assert mine["wrapped"] == plain["wrapped"] == "DistributedDataParallel"
@@ -125,14 +92,14 @@ def test_observing_and_a_refused_jump_leave_the_plain_run_of_two_processes_bit_f
         assert all(map(np.array_equal, mine["random"], plain["random"]))
 
 
-def test_the_probe_is_called_by_process_0_on_the_model_itself(runs: Launch) -> None:
+def test_the_probe_is_called_by_process_0_on_the_model_itself(runs: RunsOfTwo) -> None:
     zero, one = runs.seen("refused")
     assert zero["models"] == ["PeftModelForCausalLM"] * 2
     assert one["models"] == []
 
 
 @pytest.mark.parametrize("run", JUMPING)
-def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: str) -> None:
+def test_both_processes_hold_the_same_bits_after_every_step(runs: RunsOfTwo, run: str) -> None:
     zero, one = runs.seen(run)
     assert zero["error"] is None
     assert one["error"] is None
@@ -158,7 +125,7 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: Launch, run: s
     assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
 
 
-def test_both_processes_multiply_their_steps_alike(runs: Launch) -> None:
+def test_both_processes_multiply_their_steps_alike(runs: RunsOfTwo) -> None:
     zero, one = runs.seen("scaled")
     scales = [record for record in zero["journal"] if record["event"] == "scale"]
     assert [(record["step"], record["multiple"]) for record in scales[:2]] == [(2, 1.0), (4, 0.25)]
@@ -174,7 +141,7 @@ def test_both_processes_multiply_their_steps_alike(runs: Launch) -> None:
 
 
 @pytest.mark.parametrize(("run", "alpha"), [("factors", 3.0), ("full", 2.0)])
-def test_a_jump_moves_the_matrices_of_both_by_the_coefficients(runs: Launch, run: str, alpha: float) -> None:
+def test_a_jump_moves_the_matrices_of_both_by_the_coefficients(runs: RunsOfTwo, run: str, alpha: float) -> None:
     for seen in runs.seen(run):
         before, after, earlier = (trained(s) for s in (seen["before"][6], seen["after"][6], seen["before"][3]))
         for name, value in before.items():
@@ -182,7 +149,7 @@ def test_a_jump_moves_the_matrices_of_both_by_the_coefficients(runs: Launch, run
             np.testing.assert_allclose(after[name], wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_a_late_rollback_brings_weights_and_moments_back_in_both_and_the_name_is_given_anew(runs: Launch) -> None:
+def test_a_late_rollback_brings_weights_and_moments_back_in_both_and_the_name_is_given_anew(runs: RunsOfTwo) -> None:
     for seen in runs.seen("recovery"):
         assert same(trained(seen["before"][6]), trained(seen["after"][9]))
         assert same(seen["before"][6]["moments"], seen["after"][9]["moments"])
@@ -198,7 +165,7 @@ def test_a_late_rollback_brings_weights_and_moments_back_in_both_and_the_name_is
 
 
 @pytest.mark.parametrize("run", ["factors", "merged"])
-def test_checkpoints_jumps_and_journal_are_written_once(runs: Launch, run: str) -> None:
+def test_checkpoints_jumps_and_journal_are_written_once(runs: RunsOfTwo, run: str) -> None:
     zero, one = runs.seen(run)
     records = read_journal(runs.folder(run) / JOURNAL)
     assert records == zero["journal"]
@@ -213,7 +180,7 @@ def test_checkpoints_jumps_and_journal_are_written_once(runs: Launch, run: str) 
     assert open_checkpoints(runs.folder(run) / "checkpoints").steps == tuple(s for s in steps if s % 3 == 0)
 
 
-def test_a_checkpoint_of_the_trainer_is_sealed_with_the_parts_of_both(runs: Launch) -> None:
+def test_a_checkpoint_of_the_trainer_is_sealed_with_the_parts_of_both(runs: RunsOfTwo) -> None:
     checkpoint = runs.out / "whole" / "checkpoint-8"
     check_manifest(checkpoint, contents=True)
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= set(
@@ -221,7 +188,7 @@ def test_a_checkpoint_of_the_trainer_is_sealed_with_the_parts_of_both(runs: Laun
     )
 
 
-def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: Launch) -> None:
+def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: RunsOfTwo) -> None:
     for again, whole in zip(runs.seen("resumed"), runs.seen("whole"), strict=True):
         assert sorted(again["after"]) == [9, 10, 11, 12]
         assert all(same_step(again["after"][step], whole["after"][step]) for step in again["after"])
@@ -240,7 +207,7 @@ def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: Launch) 
     ],
 )
 def test_an_error_in_one_process_ends_both_with_the_same_message(
-    runs: Launch, run: str, kind: str, names: list[str]
+    runs: RunsOfTwo, run: str, kind: str, names: list[str]
 ) -> None:
     zero, one = runs.seen(run)
     assert zero["error"] == one["error"] is not None
@@ -249,7 +216,7 @@ def test_an_error_in_one_process_ends_both_with_the_same_message(
     assert all(name in message for name in names), message
 
 
-def test_a_probe_longer_than_the_time_out_ends_the_run_and_names_the_setting(runs: Launch) -> None:
+def test_a_probe_longer_than_the_time_out_ends_the_run_and_names_the_setting(runs: RunsOfTwo) -> None:
     zero, one = runs.seen("slow")
     name, kind, message = one["error"]
     assert (name, kind) == ("BackendError", "backend-process-lost")
@@ -258,7 +225,7 @@ def test_a_probe_longer_than_the_time_out_ends_the_run_and_names_the_setting(run
     assert zero["time_limit"] == 5.0  # a fit is ended, and its jump refused, before the others give up
 
 
-def test_a_process_that_dies_ends_the_run_and_leaves_it_readable(death: Launch) -> None:
+def test_a_process_that_dies_ends_the_run_and_leaves_it_readable(death: RunsOfTwo) -> None:
     assert all(death.codes)
     assert open_checkpoints(death.out / "zero_dies.left" / "checkpoints").steps == (3, 6)
     records = read_journal(death.out / "zero_dies.left" / JOURNAL)
@@ -269,14 +236,14 @@ def test_a_process_that_dies_ends_the_run_and_leaves_it_readable(death: Launch) 
     assert "process 1 lost the others after step 6" in message
 
 
-def test_a_run_that_lost_a_process_ends_as_the_whole_one_when_it_is_resumed(runs: Launch) -> None:
+def test_a_run_that_lost_a_process_ends_as_the_whole_one_when_it_is_resumed(runs: RunsOfTwo) -> None:
     for again, whole in zip(runs.seen("survived"), runs.seen("whole"), strict=True):
         assert again["error"] is None
         assert sorted(again["after"]) == list(range(5, 13))
         assert all(same_step(again["after"][step], whole["after"][step]) for step in again["after"])
 
 
-def test_a_run_of_two_processes_is_resumed_by_one_in_its_recovery_window(runs: Launch) -> None:
+def test_a_run_of_two_processes_is_resumed_by_one_in_its_recovery_window(runs: RunsOfTwo) -> None:
     seen = Runs(runs.out).alone_goes_on()
     assert seen["error"] is None
     assert seen["step"] == 12

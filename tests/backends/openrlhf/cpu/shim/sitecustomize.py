@@ -6,9 +6,9 @@ OpenRLHF or vLLM is changed, and nothing here has to do with how next-core drive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from waited_gathers import wait_for_gathers  # type: ignore[import-not-found]
 from wrapt import when_imported  # type: ignore[import-not-found]
 
 
@@ -90,18 +90,4 @@ def weights_stay_writable(vllm_layers: Any) -> None:
     vllm_layers.dispatch_cpu_unquantized_gemm = keep
 
 
-@when_imported("deepspeed.runtime.zero.partition_parameters")
-def gathers_are_waited_for(partition_parameters: Any) -> None:
-    """DeepSpeed (0.19) starts the gathers of several weights and waits only for the last one.
-
-    NCCL finishes them in order. Gloo does not: what arrives late overwrites the values that were loaded into the
-    gathered weight in the meantime, such as a base model's, with uninitialized memory.
-    """
-    init = partition_parameters.Init
-    gather = init._allgather_params_coalesced
-
-    def one_by_one(self: Any, params: Sequence[Any], *args: Any, **kwargs: Any) -> None:
-        for param in params:
-            gather(self, [param], *args, **kwargs)
-
-    init._allgather_params_coalesced = one_by_one
+when_imported("deepspeed.runtime.zero.partition_parameters")(wait_for_gathers)

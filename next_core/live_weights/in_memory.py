@@ -13,6 +13,7 @@ from next_core.errors import BackendError, describe
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
+from next_core.live_weights.live_model import LiveModel
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.process.containment import same_random_states
 from next_core.sources.adapter_tensors import factor_keys, part_of, shift_keys
@@ -22,49 +23,53 @@ from next_core.sources.matrices import place_in_stack, stored_name
 FACTORS_INSTEAD = "use a coefficient predictor with space: factors"
 
 
+BATCH = 2**26
+"""Bytes of changed weights that are collected before they are written: a jump of an adapter is a few calls."""
+
+
 class InMemoryApplied(Applied):
     """A jump in a live model.
 
-    ``kept`` holds the changed parameters with their old values, ``adapter`` the name of the frozen adapter if one was
-    added. ``shift`` is how far the trained weights have moved since, rounding included: past checkpoints are moved by
-    it right after the jump, so that later secants measure RL alone.
+    ``kept`` holds all trained weights and the optimizer's moments from before it, ``adapter`` the name of the frozen
+    adapter if one was added. ``shift`` is how far the trained weights have moved since, rounding included: past
+    checkpoints are moved by it right after the jump, so that later secants measure RL alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, live: LiveModel) -> None:
+        self._live = live
+        self.kept = live.keep()
         self.adapter: str | None = None
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._moved: dict[str, tuple[Tensor, Tensor]] = {}
+        self.shift: dict[str, Tensor] = {}
+        self._changed: dict[str, Tensor] = {}
 
-    @property
-    def kept(self) -> list[tuple[Tensor, Tensor]]:
-        return list(self._kept.values())
+    def whole(self, name: str) -> Tensor:
+        """Return a whole weight as it will be after ``write``. All changes of one weight follow each other."""
+        if name not in self._changed:
+            if sum(value.nbytes for value in self._changed.values()) > BATCH:
+                self.write()
+            self._changed |= self._live.read(name)
+        return self._changed[name]
 
-    @property
-    def shift(self) -> dict[str, Tensor]:
-        return {key: (now.float() - old.float()).cpu() for key, (now, old) in self._moved.items()}
+    def add(self, key: str, target: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` to a whole weight or to a view of a part of it, and record the shift under ``key``."""
+        old = target.clone()
+        target.copy_((old.double() + delta).to(old.dtype))
+        self.shift[key] = target.float() - old.float()
 
-    @torch.no_grad()
-    def write(self, key: str, parameter: Tensor, delta: Tensor, part: Tensor | None = None) -> None:
-        """Add ``delta`` to a parameter, or to a ``part`` that is a view of it, and record the shift under ``key``."""
-        if id(parameter) not in self._kept:
-            self._kept[id(parameter)] = parameter, parameter.detach().clone()
-        index = place_in_stack(key)
-        target, old = (x.detach() if index is None else x.detach()[index] for x in self._kept[id(parameter)])
-        part = target if part is None else part
-        part.copy_((part.double() + delta.to(part.device)).to(part.dtype))
-        self._moved[key] = target, old
+    def write(self) -> None:
+        """Write what was added so far."""
+        if self._changed:
+            changed, self._changed = self._changed, {}
+            self._live.write(changed)
 
-    @torch.no_grad()
     def rollback(self) -> None:
-        for parameter, kept in self.kept:
-            parameter.copy_(kept)
+        self._live.restore(self.kept)
         if self.adapter is not None:
-            remove_adapter(self._model, self.adapter)
+            self._live.change_adapters(remove_adapter, self.adapter)
 
 
 class InMemoryApplier(WeightApplier):
-    """Changes a live ``torch.nn.Module`` in place.
+    """Changes a live ``torch.nn.Module`` or ``LiveModel`` in place.
 
     LoRA: coefficients in factor space change the trained adapter's own A and B. Any other update becomes an exact
     frozen adapter ``jump-N``. Its weights are buffers instead of parameters, so that nothing (``disable_adapter``,
@@ -74,9 +79,10 @@ class InMemoryApplier(WeightApplier):
     name = "in-memory"
     writes_folders = False
 
+    @torch.no_grad()
     def apply(self, prediction: Prediction, alpha: float = 1.0, *, out: Any) -> InMemoryApplied:
-        applied = InMemoryApplied(out)
-        parameters = dict(out.named_parameters())
+        live = out if isinstance(out, LiveModel) else LiveModel(out)
+        applied = InMemoryApplied(live)
         as_adapter: dict[str, LowRank] = {}
         try:
             # One matrix at a time, since a full-parameter jump is as large as the model; an error undoes all of it.
@@ -85,33 +91,36 @@ class InMemoryApplier(WeightApplier):
                     module = moved.at.module or name.removesuffix(".weight")
                     keys = zip(shift_keys(module), factor_keys(module), (moved.dA, moved.dB), "AB", strict=True)
                     for shift_key, key, delta, side in keys:
-                        path = f"{key.removesuffix('.weight')}.{trained_adapter(out)}.weight"
-                        whole = _find(parameters, path)
-                        part = part_of(side, whole.detach(), len(moved.dA), moved.at.expert)
+                        path = f"{key.removesuffix('.weight')}.{trained_adapter(live.model)}.weight"
+                        whole = applied.whole(live.parameter(path, stored_name(path)))
+                        part = part_of(side, whole, len(moved.dA), moved.at.expert)
                         _check_shape(path, part, delta)
-                        applied.write(shift_key, whole, delta, part)
-                elif not is_peft(out):
-                    delta, parameter, index = dense(moved), _find(parameters, name), place_in_stack(name)
-                    _check_shape(name, parameter if index is None else parameter[index], delta)
-                    applied.write(name, _in_full_precision(name, parameter), delta)
+                        applied.add(shift_key, part, delta)
+                elif not is_peft(live.model):
+                    delta, index = dense(moved), place_in_stack(name)
+                    whole = applied.whole(live.parameter(name, stored_name(name)))
+                    part = whole if index is None else whole[index]
+                    _check_shape(name, part, delta)
+                    applied.add(name, _in_full_precision(name, part), delta)
                 else:
                     as_adapter[name] = _as_low_rank(name, moved)
+            applied.write()
             if as_adapter:
-                applied.adapter = add_frozen_adapter(out, as_adapter)
+                applied.adapter = live.change_adapters(add_frozen_adapter, as_adapter)
         except BaseException:
             applied.rollback()
             raise
         return applied
 
 
-def _in_full_precision(name: str, parameter: Tensor) -> Tensor:
-    if parameter.dtype not in (torch.float32, torch.float64):
+def _in_full_precision(name: str, value: Tensor) -> Tensor:
+    if value.dtype not in (torch.float32, torch.float64):
         raise BackendError(
-            f"'{name}' is {parameter.dtype}, whose rounding would lose most of a small jump; load the model in "
-            "float32, or train LoRA",
+            f"'{name}' is {value.dtype}, whose rounding would lose most of a small jump; load the model in float32, or "
+            "train LoRA",
             kind="backend-unsupported",
         )
-    return parameter
+    return value
 
 
 def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
@@ -121,15 +130,6 @@ def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
             kind="backend-unsupported",
         )
     return delta
-
-
-def _find(parameters: Mapping[str, Tensor], path: str) -> Tensor:
-    target = parameters.get(path, parameters.get(stored_name(path)))
-    if target is None:
-        raise BackendError(
-            f"'{path}' is missing in the live model; use the checkpoints of this model", kind="checkpoint-other-model"
-        )
-    return target
 
 
 def _check_shape(path: str, target: Tensor, delta: Tensor) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from next_core.live_weights.trained_weights import TrainedWeights
 
 
 @dataclass(frozen=True)
 class KeptState:
-    """Copies on the CPU: ``weights``, and of each parameter its optimizer state, empty before the first step.
+    """Copies of this process's shards on the CPU, and of each one's optimizer state, empty before the first step.
 
     Numbers of a state, such as the step of transformers' Adafactor, are kept as tensors of one element.
     """
@@ -21,34 +22,37 @@ class KeptState:
     moments: Sequence[dict[str, Tensor]]
 
     @classmethod
-    def of(cls, parameters: Sequence[nn.Parameter], optimizer: Any) -> KeptState:
-        states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-        kept = (Tensor, int, float)
-        moments = [{key: _copy(value) for key, value in state.items() if isinstance(value, kept)} for state in states]
-        return cls([_copy(parameter) for parameter in parameters], moments)
+    def of(cls, weights: TrainedWeights) -> KeptState:
+        kept, shards = (Tensor, int, float), weights.shards
+        moments = [
+            {key: _copy(value) for key, value in weights.state(shard).items() if isinstance(value, kept)}
+            for shard in shards
+        ]
+        return cls([_copy(shard.tensor) for shard in shards], moments)
 
     @torch.no_grad()
-    def restore(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
+    def restore(self, weights: TrainedWeights) -> None:
         """Put everything back. Moments that did not exist yet are removed: the optimizer makes new ones."""
-        for parameter, kept, moments in zip(parameters, self.weights, self.moments, strict=True):
-            parameter.copy_(kept)
-            state = optimizer.state.get(parameter, {})
+        for shard, kept, moments in zip(weights.shards, self.weights, self.moments, strict=True):
+            shard.tensor.copy_(kept)
+            state = weights.state(shard)
             if not moments:
                 state.clear()
             for key, value in moments.items():
                 if isinstance(state[key], Tensor):
-                    state[key].copy_(value)
+                    local(state[key]).copy_(value)
                 else:
                     state[key] = value.item()
+        weights.publish(moments=True)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield everything under names for a file; ``from_tensors`` reads them."""
         for index, (weight, moments) in enumerate(zip(self.weights, self.moments, strict=True)):
             yield f"{prefix}{index}/weight", weight
             yield from ((f"{prefix}{index}/{key}", value) for key, value in moments.items())
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> KeptState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> KeptState:
         weights: list[Tensor] = []
         moments: list[dict[str, Tensor]] = []
         for index in range(sum(name.startswith(prefix) and name.endswith("/weight") for name in tensors)):
@@ -59,7 +63,13 @@ class KeptState:
         return cls(weights, moments)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor; it shares memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def _copy(value: Tensor | float) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return local(value.detach()).to("cpu", copy=True)
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

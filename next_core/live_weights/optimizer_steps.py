@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import TrainerSteps
-from next_core.live_weights.kept_state import KeptState
+from next_core.live_weights.kept_state import KeptState, local
+from next_core.live_weights.processes import Processes, everywhere
+from next_core.live_weights.trained_weights import TrainedWeights
 
 SAMPLE = 16_384
 """Coordinates in the sample: a cosine of two motions over it has a standard error of at most 1 / sqrt(16384) = .008."""
@@ -24,7 +26,6 @@ BLOCKS = 4
 """Blocks whose motions can be compared."""
 KEPT = 2
 """States to return to: the newer may already be part of a collapse that the reward does not show yet."""
-Changed = Callable[[Literal["weights", "moments"]], None]
 
 
 class OptimizerSteps(TrainerSteps):
@@ -35,14 +36,18 @@ class OptimizerSteps(TrainerSteps):
     (b = beta_1; the factor undoes its bias correction), and e_t = (u_t - b u_{t-1}) / (1 - b) is what the gradient of
     step t brought to it. With momentum, motions of a run without any signal agree: by .5 over 10 steps.
 
+    Where weights are sharded, each process samples as many, averages and keeps its own shards, and only inner products
+    are summed over processes. Methods marked ``everywhere`` are called in process 0; ``after_step`` in every process.
+
     Memory: eight vectors of the sample; the trained weights once for each window, on their device; and twice the
-    weights with the optimizer's moments, on the CPU. ``changed`` is called when weights or moments were replaced.
+    weights with the optimizer's moments, on the CPU.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, windows: Sequence[int] = (), changed: Changed = lambda what: None
+        self, weights: TrainedWeights, windows: Sequence[int] = (), processes: Processes | None = None
     ) -> None:
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._trained, self.processes = weights, processes
+        self._optimizer = weights.optimizer
         if not isinstance(self._optimizer, torch.optim.Optimizer):
             raise BackendError(
                 f"the optimizer is a {type(self._optimizer).__name__}, and steps can be scaled only for one of "
@@ -56,14 +61,13 @@ class OptimizerSteps(TrainerSteps):
                 "AdamW, or a predictor that jumps, such as 'adaptive-secant'",
                 kind="backend-unsupported",
             )
-        groups = [(i, p) for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]]
-        self._groups, self._parameters = zip(*((i, p) for i, p in groups if p.requires_grad), strict=True)
-        self._changed = changed
-        places = sample_indices([p.numel() for p in self._parameters], SAMPLE)
-        self._places = [indices.to(p.device) for p, indices in zip(self._parameters, places, strict=True)]
-        counted = zip(self._groups, places, strict=True)
-        self._group = torch.cat([torch.full_like(indices, group) for group, indices in counted])
-        self._means = {window: [p.detach().clone() for p in self._parameters] for window in windows}
+        shards = weights.shards
+        places = sample_indices([shard.tensor.numel() for shard in shards], SAMPLE)
+        self._places = [indices.to(shard.tensor.device) for shard, indices in zip(shards, places, strict=True)]
+        counted = [torch.full_like(indices, shard.group) for shard, indices in zip(shards, places, strict=True)]
+        self._group = torch.cat(counted) if counted else torch.zeros(0, dtype=torch.long)
+        self._means = {window: self._copies() for window in windows}
+        self._before_mean: list[Tensor] = []
         self._averaged = 0
         self._kept: deque[tuple[int, int, KeptState]] = deque(maxlen=KEPT)
         self._updates = 0
@@ -71,13 +75,16 @@ class OptimizerSteps(TrainerSteps):
         self._weights = self._motion = torch.zeros(0)
         self._update: Tensor | None = None
         self._restart_motions()
-        self._scheduled = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._groups = list(self._optimizer.param_groups)
+        self._scheduled = [float(group["lr"]) for group in self._groups]
         self._used = list(self._scheduled)
-        self._stepped = self._coasting = False
+        self._stepped, self._coasting = False, True
         self._hooks = (
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         )
+        if processes is not None:
+            processes.register(self)
 
     def close(self) -> None:
         """Leave the optimizer as it was."""
@@ -85,19 +92,28 @@ class OptimizerSteps(TrainerSteps):
             hook.remove()
 
     def _before_step(self, *_: Any) -> None:
-        groups = self._optimizer.param_groups
-        self._scheduled = [group["lr"] for group in groups]
-        for group in groups:
+        """Multiply the rates. DeepSpeed steps one group or one part of a group at a time."""
+        for index, group in self._stepping():
+            self._scheduled[index] = float(group["lr"])
             group["lr"] = group["lr"] * self.multiple
-        self._used = [float(group["lr"]) for group in groups]
-        self._coasting = not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+            self._used[index] = float(group["lr"])
+            gradients = (local(p.grad) for p in group["params"] if p.grad is not None)
+            self._coasting = self._coasting and not any(bool(gradient.any()) for gradient in gradients)
 
     def _after_step(self, *_: Any) -> None:
-        for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
-            group["lr"] = rate
+        for index, group in self._stepping():
+            group["lr"] = self._scheduled[index]
         # A fused optimizer is called at a gradient that overflowed in fp16, too, and skips it by itself.
         skipped = getattr(self._optimizer, "found_inf", None)
         self._stepped = skipped is None or not bool(skipped)
+
+    def _stepping(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the groups that the optimizer steps on now, with their places among all groups."""
+        now = self._optimizer.param_groups
+        if not all(any(group is known for known in self._groups) for group in now):
+            self._groups = list(now)  # the optimizer has loaded a state
+        places = {id(group): index for index, group in enumerate(self._groups)}
+        yield from ((places[id(group)], group) for group in now)
 
     @property
     def learning_rate(self) -> float:
@@ -109,7 +125,8 @@ class OptimizerSteps(TrainerSteps):
         for window, mean in self._means.items():
             # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps;
             # until there are so many steps, it is the mean of them all.
-            torch._foreach_lerp_(mean, self._parameters, max(2.0 / (window + 1), 1.0 / self._averaged))
+            _foreach(torch._foreach_lerp_, mean, self._tensors(), max(2.0 / (window + 1), 1.0 / self._averaged))
+        coasting, self._coasting = self._coasting, True
         if not self._stepped:  # fp16: a gradient that overflowed is skipped
             return
         self._stepped = False
@@ -123,45 +140,76 @@ class OptimizerSteps(TrainerSteps):
             update *= 1 - momentum**self._updates
         # Where all roll-outs of a step earn the same there is no gradient, and Adam coasts: what its decaying moments
         # leave here would always point ahead.
-        if last is not None and not self._coasting:
+        if last is not None and not coasting:
             self._motion += (update - momentum * last) / (1 - momentum)
         self._weights, self._update = now, update
 
+    @everywhere
     def end_block(self) -> None:
         self._blocks.append(self._motion)
         self._motion = torch.zeros_like(self._motion)
 
+    @everywhere
     def products(self) -> Tensor:
         if not self._blocks:
             return torch.zeros(0, 0).double()
         blocks = torch.stack(list(self._blocks)).double()
-        return blocks @ blocks.T
+        mine = blocks @ blocks.T
+        return mine if self.processes is None else self.processes.total(mine)
 
+    @everywhere
     def keep(self, step: int) -> None:
-        self._kept.append((step, self._updates, KeptState.of(self._parameters, self._optimizer)))
+        self._trained.settle()
+        self._kept.append((step, self._updates, KeptState.of(self._trained)))
 
     @property
     def kept(self) -> Sequence[int]:
         return [step for step, _, _ in self._kept]
 
+    @everywhere
     def undo(self, step: int) -> None:
         while self._kept[-1][0] != step:
             self._kept.pop()
         _, self._updates, state = self._kept[-1]
-        state.restore(self._parameters, self._optimizer)
+        self._trained.settle()
+        state.restore(self._trained)
         self._restart_motions()
         if self._updates:
             self._update = None  # the moments hold earlier gradients: the first update tells no new one from them
         self._averaged = 0
         for mean in self._means.values():
-            torch._foreach_copy_(mean, [p.detach() for p in self._parameters])
-        self._changed("weights")
-        self._changed("moments")
+            _foreach(torch._foreach_copy_, mean, self._tensors())
 
     def apply_mean(self, window: int) -> Applied:
-        return _Replaced(self._parameters, self._means[window], self._changed)
+        self._replace(window)
+        return _Mean(self)
 
-    def save(self, file: Path) -> None:
+    @everywhere
+    def _replace(self, window: int) -> None:
+        """Put the mean in place of the weights, and keep those."""
+        self._before_mean = self._copies()
+        self._write(self._means[window])
+
+    @everywhere
+    def replace_back(self) -> None:
+        """Undo ``apply_mean``."""
+        self._write(self._before_mean)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        self._trained.settle()
+        for tensor, value in zip(self._tensors(), values, strict=True):
+            tensor.copy_(value)
+        self._trained.publish()
+
+    def _tensors(self) -> list[Tensor]:
+        return [shard.tensor.detach() for shard in self._trained.shards]
+
+    def _copies(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self._tensors()]
+
+    @everywhere
+    def save(self, folder: Path) -> None:
         """Write what a resumed run needs to end as the uninterrupted one does. Raises ``CheckpointError``."""
         tensors = {"multiple": torch.tensor([self.multiple, self._updates, self._averaged], dtype=torch.float64)}
         tensors |= {"weights": self._weights, "motion": self._motion}
@@ -170,7 +218,8 @@ class OptimizerSteps(TrainerSteps):
         for window, mean in self._means.items():
             tensors |= {f"mean/{window}/{index}": value for index, value in enumerate(mean)}
         for step, updates, state in self._kept:
-            tensors |= dict(state.tensors(f"kept/{step}/{updates}/"))
+            tensors |= {f"kept/{step}/{updates}/": torch.zeros(0), **dict(state.tensors(f"kept/{step}/{updates}/"))}
+        file = self._file(folder)
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
         except (OSError, SafetensorError) as error:
@@ -180,13 +229,16 @@ class OptimizerSteps(TrainerSteps):
             ) from error
 
     @torch.no_grad()
-    def load(self, file: Path) -> None:
+    def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote. Raises ``CheckpointError`` where the file is missing or does not fit."""
+        file = self._file(folder)
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             multiple, updates, averaged = tensors["multiple"].tolist()
             self.multiple, self._updates, self._averaged = multiple, int(updates), int(averaged)
+            if tensors["weights"].shape != self._weights.shape:
+                raise ValueError(f"it samples {len(tensors['weights'])} weights, not {len(self._weights)}")  # noqa: TRY301
             self._weights, self._motion, self._update = tensors["weights"], tensors["motion"], tensors.get("update")
             self._blocks.extend(tensors[f"block/{index}"] for index in range(BLOCKS) if f"block/{index}" in tensors)
             for window, mean in self._means.items():
@@ -197,10 +249,14 @@ class OptimizerSteps(TrainerSteps):
                 self._kept.append((step, count, KeptState.from_tensors(tensors, f"kept/{step}/{count}/")))
         except Exception as error:
             raise CheckpointError(
-                f"{file} does not hold the state of step scaling for this model ({describe(error)}); resume from "
-                "another checkpoint, or start again",
+                f"{file} does not hold the state of step scaling for this model and these processes "
+                f"({describe(error)}); resume from another checkpoint, with as many processes, or start again",
                 kind="checkpoint-no-history",
             ) from error
+
+    def _file(self, folder: Path) -> Path:
+        rank = 0 if self.processes is None else self.processes.index
+        return folder / ("next-core.safetensors" if rank == 0 else f"next-core-{rank}.safetensors")
 
     def _restart_motions(self) -> None:
         self._weights = self._sample()
@@ -213,30 +269,29 @@ class OptimizerSteps(TrainerSteps):
         return (float(group["betas"][0]), True) if "betas" in group else (float(group.get("momentum", 0.0)), False)
 
     def _sample(self) -> Tensor:
-        pairs = zip(self._parameters, self._places, strict=True)
-        return torch.cat([p.detach().reshape(-1)[places] for p, places in pairs]).float().cpu()
+        pairs = zip(self._tensors(), self._places, strict=True)
+        parts = [tensor.reshape(-1)[places] for tensor, places in pairs]
+        return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
 
 
-class _Replaced(Applied):
-    """Weights that were replaced by others."""
+class _Mean(Applied):
+    """Weights that were replaced by their mean."""
 
-    @torch.no_grad()
-    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor], changed: Changed) -> None:
-        self._parameters, self._changed = parameters, changed
-        self._before = [p.detach().clone() for p in parameters]
-        self._write(values)
+    def __init__(self, steps: OptimizerSteps) -> None:
+        self._steps = steps
 
     def rollback(self) -> None:
-        self._write(self._before)
+        self._steps.replace_back()
 
-    @torch.no_grad()
-    def _write(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
-        self._changed("weights")
+
+def _foreach(act: Callable[..., Any], tensors: list[Tensor], *arguments: Any) -> None:
+    """Call a torch function for lists of tensors, unless this process has none."""
+    if tensors:
+        act(tensors, *arguments)
 
 
 def sample_indices(sizes: Sequence[int], count: int) -> list[Tensor]:
     """Return about ``count`` places in tensors of these sizes, in proportion to them; the same in every process."""
-    generator, whole = torch.Generator().manual_seed(0), sum(sizes)
-    return [torch.randint(size, (math.ceil(count * size / whole),), generator=generator) for size in sizes]
+    generator, whole = torch.Generator().manual_seed(0), max(1, sum(sizes))
+    counts = [math.ceil(count * size / whole) for size in sizes]
+    return [torch.randint(max(1, size), (n,), generator=generator) for size, n in zip(sizes, counts, strict=True)]

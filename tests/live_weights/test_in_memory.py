@@ -135,7 +135,6 @@ def test_a_factor_jump_of_fused_experts_moves_each_as_in_the_files_and_is_undone
         moved = after[key.replace(".weight", ".default.weight")]
         torch.testing.assert_close(moved, value + 2.0 * (value - files[0][key]), atol=1e-6, rtol=1e-6)
     assert set(applied.shift) == {f"{key[17:-14]}.weight.{key[-13:-7]}" for key in files[1]}
-    assert len(applied.kept) == len(files[1])
     applied.rollback()
     assert all(torch.equal(value, before[name]) for name, value in weights(moe).items())
 

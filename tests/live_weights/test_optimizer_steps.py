@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from next_core.live_weights.optimizer_steps import OptimizerSteps, sample_indices
+from next_core.live_weights.trained_weights import WholeWeights
 from tests.errors import raises_kind
 
 SHAPE = (6, 5)
@@ -25,7 +26,7 @@ class Run:
         with torch.no_grad():
             self.model.weight.zero_()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0, **adam)
-        self.steps = OptimizerSteps(self.model, self.optimizer, windows)
+        self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows)
 
     @property
     def weight(self) -> Tensor:
@@ -146,11 +147,11 @@ def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(tmp_
     run.steps.multiple = 2.0
     train(run.steps, run, 1)
     run.steps.keep(6)
-    run.steps.save(tmp_path / "steps.safetensors")
+    run.steps.save(tmp_path)
     with torch.no_grad():
         other.model.weight.copy_(run.weight)
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    other.steps.load(tmp_path / "steps.safetensors")
+    other.steps.load(tmp_path)
     assert other.steps.multiple == 2.0
     for one in (run, other):
         train(one.steps, one, 7)
@@ -162,19 +163,20 @@ def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(tmp_
 
 
 def test_a_file_that_is_missing_or_of_another_model_is_refused(tmp_path: Path) -> None:
-    with raises_kind("checkpoint-no-history", "nothing.safetensors"):
-        Run().steps.load(tmp_path / "nothing.safetensors")
-    Run().steps.save(tmp_path / "steps.safetensors")
+    with raises_kind("checkpoint-no-history", "next-core.safetensors"):
+        Run().steps.load(tmp_path)
+    Run().steps.save(tmp_path)
     with raises_kind("checkpoint-no-history", "mean/4"):
-        Run(windows=(4,)).steps.load(tmp_path / "steps.safetensors")
-    (tmp_path / "steps.safetensors").write_bytes((tmp_path / "steps.safetensors").read_bytes()[:-9])
+        Run(windows=(4,)).steps.load(tmp_path)
+    file = tmp_path / "next-core.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
     with raises_kind("checkpoint-no-history"):
-        Run().steps.load(tmp_path / "steps.safetensors")
+        Run().steps.load(tmp_path)
 
 
 def test_a_state_that_cannot_be_written_is_an_error_with_the_file(tmp_path: Path) -> None:
-    with raises_kind("storage-not-writable", "steps.safetensors"):
-        Run().steps.save(tmp_path / "missing" / "steps.safetensors")
+    with raises_kind("storage-not-writable", "next-core.safetensors"):
+        Run().steps.save(tmp_path / "missing")
 
 
 def test_a_step_at_a_rate_of_zero_counts_as_no_motion() -> None:
@@ -242,7 +244,7 @@ def test_an_optimizer_that_is_not_torchs_is_refused() -> None:
         param_groups: ClassVar[list[dict[str, Any]]] = []
 
     with raises_kind("backend-unsupported", "Foreign", "adaptive-secant"):
-        OptimizerSteps(nn.Linear(2, 2), Foreign())
+        OptimizerSteps(WholeWeights(nn.Linear(2, 2), Foreign()))
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -254,7 +256,7 @@ class ScheduleFree(torch.optim.SGD):
 def test_a_schedule_free_optimizer_is_refused() -> None:
     model = nn.Linear(2, 2)
     with raises_kind("backend-unsupported", "ScheduleFree"):
-        OptimizerSteps(model, ScheduleFree(model.parameters(), lr=0.1))
+        OptimizerSteps(WholeWeights(model, ScheduleFree(model.parameters(), lr=0.1)))
 
 
 def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Pa
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 8), torch.randn(64, 8)
     optimizer = Adafactor(model.parameters(), lr=0.01, relative_step=False, scale_parameter=False)
-    steps = OptimizerSteps(model, optimizer)
+    steps = OptimizerSteps(WholeWeights(model, optimizer))
 
     def train(count: int) -> Tensor:
         for _ in range(count):
@@ -277,12 +279,12 @@ def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Pa
     steps.keep(10)
     after = train(1)
     train(20)
-    steps.save(tmp_path / "steps.safetensors")
+    steps.save(tmp_path)
     steps.undo(10)
     assert torch.equal(train(1), after)
-    resumed = OptimizerSteps(model, optimizer)
+    resumed = OptimizerSteps(WholeWeights(model, optimizer))
     steps.close()
-    resumed.load(tmp_path / "steps.safetensors")
+    resumed.load(tmp_path)
     resumed.undo(10)
     assert torch.equal(train(1), after)
 
@@ -295,7 +297,7 @@ def test_a_step_that_fp16_skips_counts_as_none_whoever_skips_it(fused: bool) -> 
         nn.init.zeros_(model.weight)
         nn.init.zeros_(model.bias)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
-        steps, scaler = OptimizerSteps(model, optimizer), torch.amp.GradScaler("cpu", init_scale=4.0)
+        steps, scaler = OptimizerSteps(WholeWeights(model, optimizer)), torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(4 if overflow else 3):
             optimizer.zero_grad()
             scaler.scale((model(torch.ones(1, 8)) - 1.0).square().mean()).backward()  # type: ignore[no-untyped-call]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from next_backends.sharding import sharded_by_dtensor
 from next_core.errors import BackendError, ConfigError
 from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import Guards, Schedule
 
-SHARDED = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "XLA": "TorchXLA"}
-"""Distributed types, as accelerate names them, in which no process holds the whole weights, with their names."""
+UNREACHABLE = {"MEGATRON_LM": "Megatron-LM", "XLA": "TorchXLA"}
+"""Distributed types, as accelerate names them, whose weights we cannot reach, with their names."""
 
 
 def check_arguments(
@@ -26,17 +28,16 @@ def check_arguments(
     TRL generates once every ``steps_per_generation * num_iterations`` micro-batches; after a jump in between, training
     would go on with roll-outs and log-probabilities of the weights from before it.
     """
-    kind = args.distributed_state.distributed_type.value
-    if kind in SHARDED or args.deepspeed or args.fsdp:
-        name = SHARDED.get(kind) or ("DeepSpeed" if args.deepspeed else "FSDP")
+    name = UNREACHABLE.get(args.distributed_state.distributed_type.value)
+    if name is not None:
         raise BackendError(
-            f"neither jumps nor step scaling are supported under {name}, which shards the weights: launch with plain "
-            "data parallelism (torchrun, or accelerate launch --multi_gpu), or use the backend openrlhf for DeepSpeed",
+            f"neither jumps nor step scaling are supported under {name}; train with plain data parallelism, DeepSpeed "
+            "ZeRO or FSDP2",
             kind="backend-unsupported",
         )
-    if args.world_size > 1 and not several:
+    if (args.world_size > 1 or args.deepspeed or args.fsdp) and not several:
         raise BackendError(
-            f"{args.world_size} processes: a config trains in one; use PredictExtendCallback in your own script, "
+            "a config trains in one process, without DeepSpeed or FSDP; use PredictExtendCallback in your own script, "
             "started with torchrun or accelerate launch",
             kind="backend-unsupported",
         )
@@ -83,35 +84,32 @@ def steps_of_a_generation(args: Any) -> int:
     return reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ``BackendError`` if this process holds only a shard of a parameter."""
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise BackendError(
-                f"'{name}' is sharded over the processes: jumps need every process to hold the whole model (plain data "
-                "parallelism); load it without tp_plan or a device mesh",
-                kind="backend-unsupported",
-            )
+def check_reachable(model: nn.Module) -> None:
+    """Raise ``BackendError`` if the weights are sharded in a way that we cannot read and write."""
+    sharded_by_dtensor(model)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise BackendError(
+            "the weights are sharded by FSDP version 1; set fsdp_version to 2 (`version` in the trainer's fsdp_config)",
+            kind="backend-unsupported",
+        )
 
 
-def check_precision(model: nn.Module, lora: bool) -> str | None:
+def check_precision(trained: Sequence[torch.dtype], lora: bool) -> str | None:
     """Refuse full parameters in half precision; return a warning of an adapter in it, as TRL makes it for 4-bit models.
 
-    Raises ``ConfigError``.
+    ``trained`` are the precisions that the optimizer steps in: under DeepSpeed those of its fp32 masters. Raises
+    ``ConfigError``.
     """
-    trained = ((name, p.dtype) for name, p in model.named_parameters() if p.requires_grad)
-    low = next(((name, dtype) for name, dtype in trained if dtype not in (torch.float32, torch.float64)), None)
+    low = next((dtype for dtype in trained if dtype not in (torch.float32, torch.float64)), None)
     if low is None:
         return None
     if not lora:
         raise ConfigError(
-            f"'{low[0]}' trains in {low[1]}: most of a small update would be lost in its rounding; "
+            f"the model trains in {low}: most of a small update would be lost in its rounding; "
             "load the model in float32 (bf16 autocast is fine), or train LoRA",
             kind="backend-unsupported",
         )
     return (
-        f"'{low[0]}' trains in {low[1]}: updates smaller than its rounding are lost, with or without next-core; "
+        f"the adapter trains in {low}: updates smaller than its rounding are lost, with or without next-core; "
         "cast the adapter's parameters to float32 before training"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
-from next_backends.trl.argument_checks import check_arguments, check_best_model, check_whole
+from next_backends.trl.argument_checks import check_arguments, check_best_model, check_reachable
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trl_backend import TrlBackend
@@ -26,7 +26,6 @@ from next_core.predictor import TrajectoryPredictor
 from next_core.process.containment import same_random_states
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
 from next_core.settings import config_error
-from next_core.step_predictor import StepPredictor
 from next_core.storage.locking import hold, release
 
 
@@ -86,19 +85,20 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check(args, state, kwargs["model"])
-        self.backend.attach(kwargs["model"], self._folder_of(args), None if self._evaluate is None else self._measure)
         if self._shared is not None:
             self._shared.close()  # a training that failed has left it open
             self._shared = None
-        if args.world_size == 1:
-            self._begin(args, state, kwargs["optimizer"], self.guards)
+        measure = None if self._evaluate is None else self._measure
+        if args.world_size > 1:
+            self._shared = SharedRun(args, self.backend, kwargs["model"])
+        processes = None if self._shared is None else self._shared.processes
+        self.backend.attach(kwargs["model"], self._folder_of(args), measure, processes)
+        self.backend.connect(kwargs["optimizer"], args)
+        if self._shared is None:
+            self._begin(args, state, self.guards)
             return
-        self._shared = SharedRun(args, self.backend, kwargs["model"], kwargs["optimizer"])
-        if isinstance(self._make_predictor(), StepPredictor):
-            self.backend.follow_steps([])  # in the others; process 0 does it with its means
         settings = {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
-        guards = self._shared.bounded(self.guards)
-        self._shared.begin(state.global_step, settings, self._begin, args, state, kwargs["optimizer"], guards)
+        self._shared.begin(state.global_step, settings, self._begin, args, state, self._shared.bounded(self.guards))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._shared is None:
@@ -143,9 +143,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(predictor, TrajectoryPredictor):
             self.schedule.check_predictor(predictor, state.max_steps)
         check_best_model(args, self.schedule, predictor, is_peft(model))
-        check_whole(model)
+        check_reachable(model)
 
-    def _begin(self, args: Any, state: Any, optimizer: Any, guards: Guards) -> None:
+    def _begin(self, args: Any, state: Any, guards: Guards) -> None:
         """Start or resume the history in the folder, and make the cycle."""
         folder = self._folder_of(args)
         hold(folder)
@@ -169,7 +169,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             rank=self._rank,
             strict=self._strict,
         )
-        self.backend.begin(state.global_step, optimizer, args, checkpoint_of(args, state))
+        self.backend.begin(state.global_step, checkpoint_of(args, state))
         if state.global_step == 0:
             self.cycle.journal.append("start", 0, schedule=self.schedule.model_dump())
         else:

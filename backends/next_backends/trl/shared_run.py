@@ -1,4 +1,4 @@
-"""A data-parallel run: process 0 watches and jumps, and the others repeat what it did to its model."""
+"""A run of several processes: process 0 watches and decides, and the others carry out their part."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from next_backends.trl.processes import Processes
-from next_backends.trl.repeated_change import Change, adapters, check_same_weights, repeat
+from next_backends.trl.drift import check_same_weights
 from next_backends.trl.trl_backend import TrlBackend
 from next_core.live_weights.in_memory import activate_jumps, is_peft
+from next_core.live_weights.processes import Processes
 from next_core.run_config import Guards
 
 
 class SharedRun:
     """The events of a training, in every process. Each method is called by all of them at the same point."""
 
-    def __init__(self, args: Any, backend: TrlBackend, model: nn.Module, optimizer: Any) -> None:
-        self._backend, self._model, self._optimizer = backend, model, optimizer
-        self._processes = Processes(args.process_index, args.world_size, args.ddp_timeout)
+    def __init__(self, args: Any, backend: TrlBackend, model: nn.Module) -> None:
+        self._backend, self._model = backend, model
+        self.processes = Processes(args.process_index, args.world_size, args.ddp_timeout)
         self._late: Exception | None = None
         """An error of process 0 at an event where the others were not waiting for it."""
 
@@ -29,49 +29,44 @@ class SharedRun:
 
         They wait for the fit and the probes together.
         """
-        half = self._processes.timeout / 2
+        half = self.processes.timeout / 2
         return guards.model_copy(update={"time_limit": min(guards.time_limit or half, half)})
 
     def begin(self, step: int, settings: Mapping[str, Any], act: Callable[..., None], *arguments: Any) -> None:
         """Let process 0 ``act``, and check that all processes have the same settings and weights."""
-        self._processes.check_settings(settings)
-        self._processes.first("when training began", act, *arguments)
-        if self._backend.follows_steps:
-            self._follow_steps()
-        if not self._processes.leads and is_peft(self._model):
+        where = "when training began"
+        self.processes.check_settings(settings)
+        self.processes.lead(where, act, *arguments)
+        if not self.processes.leads and is_peft(self._model):
             activate_jumps(self._model)  # of a resumed run; process 0 has done so
-        check_same_weights(self._processes, self._model, f"when training began at step {step}")
-
-    def _follow_steps(self) -> None:
-        """Multiply the steps of every process as process 0 does, from what a resumed run had reached."""
-        if not self._processes.leads:
-            self._backend.repeat_steps(self._optimizer)
-        multiple = self._processes.gather(self._backend.steps.multiple, "when training began")[0]
-        self._backend.steps.multiple = multiple
+        self._share_multiple(self.processes.lead(where, self._multiple))
+        check_same_weights(self.processes, self._model, f"{where} at step {step}")
 
     def end_step(self, step: int, observes: bool, act: Callable[[int], None]) -> None:
-        """Let process 0 ``act``, and repeat in the others what that changed."""
+        """Let process 0 ``act``; the others take part in what that reads or changes."""
         where = f"after step {step}"
         if observes:
-            check_same_weights(self._processes, self._model, where)
-        change = self._processes.first(where, self._change, act, step)
-        if change.multiple is not None:
-            self._backend.steps.multiple = change.multiple
-        if change.moved:
-            repeat(self._processes, change, self._model, self._optimizer, where)
+            check_same_weights(self.processes, self._model, where)
+        if not self.processes.leads and self._backend.follows_steps:
+            self._backend.steps.after_step()
+        self._share_multiple(self.processes.lead(where, self._end_step, act, step))
 
-    def _change(self, act: Callable[[int], None], step: int) -> Change:
-        """In process 0: act, and return what that changed in the model and the optimizer."""
-        before = adapters(self._model)
-        self._backend.moved.clear()
+    def _end_step(self, act: Callable[[int], None], step: int) -> float | None:
         self._raise_late()
         act(step)
-        multiple = self._backend.steps.multiple if self._backend.follows_steps else None
-        return Change.since(before, self._model, self._optimizer, self._backend.moved, multiple)
+        return self._multiple()
+
+    def _multiple(self) -> float | None:
+        """Return the multiple of the steps that follow; None without step scaling."""
+        return self._backend.steps.multiple if self._backend.follows_steps else None
+
+    def _share_multiple(self, multiple: float | None) -> None:
+        if multiple is not None:
+            self._backend.steps.multiple = multiple
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write the metrics in process 0. An error is raised at the next event where the others can learn of it."""
-        if self._processes.leads:
+        if self.processes.leads:
             try:
                 self._backend.log(step, logs)
             except Exception as error:
@@ -80,18 +75,18 @@ class SharedRun:
     def save(self, step: int, checkpoint: Path) -> None:
         """Seal the trainer's checkpoint when every process has written its part."""
         where = f"at the checkpoint of step {step}"
-        self._processes.barrier(where)
-        self._processes.first(where, self._unless_late, self._backend.saved, checkpoint)
+        self.processes.barrier(where)
+        self.processes.lead(where, self._unless_late, self._backend.saved, checkpoint)
 
     def end(self) -> None:
         """Wait in process 0 for what is being written, and in the others for process 0."""
         self._backend.close_steps()
-        self._processes.first("when training ended", self._unless_late, self._backend.flush)
+        self.processes.lead("when training ended", self._unless_late, self._backend.flush)
         self.close()
 
     def close(self) -> None:
         """Stop talking to the other processes."""
-        self._processes.close()
+        self.processes.close()
 
     def _unless_late(self, act: Callable[..., None], *arguments: Any) -> None:
         self._raise_late()

@@ -21,7 +21,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.backend, self.step_ended = backend, step_ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.backend.begin(state.global_step, kwargs["optimizer"], args, checkpoint_of(args, state))
+        self.backend.connect(kwargs["optimizer"], args)
+        self.backend.begin(state.global_step, checkpoint_of(args, state))
         if state.global_step >= state.max_steps:
             raise RunIsOver
 

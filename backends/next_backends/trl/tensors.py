@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,28 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, describe
 from next_core.live_weights.in_memory import is_peft, trained_adapter
+from next_core.live_weights.live_model import LiveModel
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.hf_model import SINGLE
-from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory
 
 
-def live_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a checkpoint of ours holds: the trained adapter, or every trained parameter."""
-    if is_peft(model):
-        yield from adapter_tensors(model, trained_adapter(model)).items()
-    else:
-        yield from ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+def live_tensors(live: LiveModel) -> dict[str, Tensor]:
+    """Return copies of what a checkpoint of ours holds: the trained adapter, or every trained parameter."""
+    model, tensors = live.model, live.read()
+    if not is_peft(model):
+        return tensors
+    adapter = trained_adapter(model)
+    factors = _factors(tensors, adapter)
+    if len(factors) == len(tensors):
+        return factors
+    # Embeddings, biases or whole modules train too: PEFT knows how it names them.
+    from peft import get_peft_model_state_dict
+
+    # LoRA embedding layers are saved as factors; the frozen matrices below belong to the backbone.
+    held = {**model.state_dict(), **tensors}
+    state = get_peft_model_state_dict(model, held, adapter_name=adapter, save_embedding_layers=False)
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def adapter_config(model: Any, adapter: str) -> str:
@@ -32,22 +41,19 @@ def adapter_config(model: Any, adapter: str) -> str:
     return json.dumps(model.peft_config[adapter].to_dict(), default=_jsonable, indent=1)
 
 
-def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
-    """Return the live tensors of one adapter by their names in PEFT's file."""
+def jump_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+    """Return the tensors of a frozen jump adapter by their names in PEFT's file."""
+    return _factors(dict(model.named_buffers()), adapter)
+
+
+def _factors(tensors: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """Return an adapter's factors among a model's tensors, by their names in PEFT's file."""
     suffix = f".{adapter}.weight"
-    tensors = {
+    return {
         name.removesuffix(suffix) + ".weight": value.detach()
-        for name, value in (*model.named_parameters(), *model.named_buffers())
+        for name, value in tensors.items()
         if name.endswith(suffix) and (".lora_A." in name or ".lora_B." in name)
     }
-    if adapter.startswith(JUMP_PREFIX) or len(tensors) == sum(p.requires_grad for p in model.parameters()):
-        return tensors
-    # Embeddings, biases or whole modules train too: PEFT knows how it names them.
-    from peft import get_peft_model_state_dict
-
-    # LoRA embedding layers are saved as factors; the frozen matrices below belong to the backbone.
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {name: value.detach() for name, value in state.items()}
 
 
 def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
@@ -61,11 +67,6 @@ def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | Non
         raise CheckpointError(
             f"the checkpoint {target} could not be written: {describe(error)}", kind="storage-not-writable"
         ) from error
-
-
-def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous copies on the CPU, as safetensors requires."""
-    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
 
 
 def _jsonable(value: Any) -> Any:

@@ -15,22 +15,27 @@ from pydantic import Field
 from torch import nn
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
-from next_backends.trl.applied_jump import BEFORE_FILE, StoredApplied, TrlApplied
+from next_backends.sharding import sharded_by_dtensor, trained_weights
 from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
 from next_backends.trl.evaluate import averaged
-from next_backends.trl.tensors import adapter_config, adapter_tensors, live_tensors, on_cpu, write_checkpoint
+from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
 from next_core.backend import Backend, LoggedReward
 from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.in_memory import (
+    FACTORS_INSTEAD,
+    InMemoryApplied,
     InMemoryApplier,
     activate_jumps,
     is_peft,
     jump_adapters,
     rehearse_adapter,
+    remove_adapter,
     trained_adapter,
 )
+from next_core.live_weights.live_model import LiveModel, kept_file
 from next_core.live_weights.optimizer_steps import OptimizerSteps
+from next_core.live_weights.processes import Processes, everywhere
 from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
@@ -38,9 +43,6 @@ from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.storage.atomic import seal, sweep
 from next_core.types import Space
-
-STEPS_FILE = "next-core.safetensors"
-"""In a checkpoint of the trainer: what step scaling needs to resume."""
 
 
 class TrlConfig(Settings):
@@ -54,6 +56,22 @@ class TrlConfig(Settings):
     )
 
 
+class TrlApplied(Applied):
+    """A jump with its folder: one of this process, or an earlier one's, which is undone from the files there."""
+
+    def __init__(self, live: LiveModel, folder: Path, made: InMemoryApplied | None, adapter: str | None) -> None:
+        self.folder = folder
+        self._live, self._made, self._adapter = live, made, adapter
+
+    def rollback(self) -> None:
+        if self._made is not None:
+            self._made.rollback()
+            return
+        self._live.restore_saved(self.folder)
+        if self._adapter is not None:
+            self._live.change_adapters(remove_adapter, self._adapter)
+
+
 class TrlBackend(Backend):
     """Built from a config by ``prepare``, or attached to a running trainer's model by ``attach``."""
 
@@ -65,8 +83,11 @@ class TrlBackend(Backend):
     def __init__(self, config: TrlConfig | None = None) -> None:
         super().__init__(config)
         self.trainer: Any = None
+        self.processes: Processes | None = None
+        """The processes of a run that has several."""
         self._model: Any = None
         self._optimizer: Any = None
+        self._live: LiveModel | None = None
         self._history = HistoryFolder(Path())
         self._source: PeftAdapterSource | FullModelSource | None = None
         self._evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
@@ -79,8 +100,6 @@ class TrlBackend(Backend):
         self._rewards: list[LoggedReward] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
-        self.moved: set[Literal["weights", "moments"]] = set()
-        """What jumps and rollbacks have changed since this was last cleared."""
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build model, LoRA, data, reward and trainer. Returns the step to resume at. Raises ``ConfigError``."""
@@ -104,46 +123,71 @@ class TrlBackend(Backend):
         return self._notes
 
     def check_jumps(self, space: Space | None) -> None:
-        if space == "merged" and is_peft(self._model):
-            rehearse_adapter(self._model)
+        if not is_peft(self._model):
+            return
+        if space != "factors" and sharded_by_dtensor(self._model):
+            raise BackendError(
+                "FSDP2 takes no jump adapter next to the trained one, which a jump in merged space needs: "
+                f"{FACTORS_INSTEAD}",
+                kind="backend-unsupported",
+            )
+        if space == "merged":
+            self._rehearse()
+
+    @everywhere
+    def _rehearse(self) -> None:
+        rehearse_adapter(self._model)
 
     def attach(
-        self, model: nn.Module, folder: Path, evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
+        self,
+        model: nn.Module,
+        folder: Path,
+        evaluate: Callable[[Any, str], Mapping[str, float]] | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        """Use a live model, and ``folder`` for checkpoints, jumps and metrics. Nothing is written yet."""
+        """Use a live model, and ``folder`` for checkpoints, jumps and metrics. Nothing is written yet.
+
+        Every one of several ``processes`` has a backend, and process 0's is driven.
+        """
         self._model, self._history, self._source = model, HistoryFolder(folder), None
         self._writing = None  # what an earlier training failed to write is that training's error
         self._evaluate = evaluate or self._evaluate
+        self._live, self.processes = None, processes
+        if processes is not None:
+            processes.register(self)
 
     def follow_steps(self, windows: Sequence[int]) -> None:
         self._windows = windows
 
     @property
     def follows_steps(self) -> bool:
-        """Whether ``follow_steps`` was called."""
-        return self._windows is not None
-
-    def repeat_steps(self, optimizer: Any) -> None:
-        """Multiply the steps of a process that only repeats what process 0 decides."""
-        self.close_steps()
-        self._steps = OptimizerSteps(self._model, optimizer)
+        """Whether steps are followed now."""
+        return self._steps is not None
 
     @property
     def steps(self) -> OptimizerSteps:
         assert self._steps is not None  # follow_steps was called before training began
         return self._steps
 
-    def begin(self, step: int, optimizer: Any, args: Any, checkpoint: Path) -> None:
-        """Keep the starting point of a training that begins, or the history of one that is resumed.
+    def connect(self, optimizer: Any, args: Any) -> None:
+        """Find the trained weights and the optimizer's state. Called in every process before ``begin``.
 
-        ``args`` are the trainer's, and ``checkpoint`` is the folder of its checkpoint at ``step``. Everything is
-        checked before anything is removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
+        ``args`` are the trainer's. Raises ``ConfigError``, ``BackendError``.
         """
         self._optimizer, self._args, self._rewards = optimizer, args, []
-        note = check_precision(self._model, is_peft(self._model))
+        weights = trained_weights(self._model, optimizer, self.processes)
+        note = check_precision([shard.tensor.dtype for shard in weights.shards], is_peft(self._model))
         if note is not None:
             self._notes.append(note)
             logging.getLogger(__name__).warning(note)
+        self._live = LiveModel(self._model, weights, self.processes)
+
+    def begin(self, step: int, checkpoint: Path) -> None:
+        """Keep the starting point of a training that begins, or the history of one that is resumed.
+
+        ``checkpoint`` is the folder of the trainer's checkpoint at ``step``. Everything is checked before anything is
+        removed. Raises ``ConfigError``, ``BackendError``, ``CheckpointError``.
+        """
         if self._windows is not None:
             self._begin_steps(step, checkpoint)
             return
@@ -163,17 +207,27 @@ class TrlBackend(Backend):
 
     def _begin_steps(self, step: int, checkpoint: Path) -> None:
         """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""
-        self.close_steps()
-        steps = OptimizerSteps(self._model, self._optimizer, self._windows or (), self.moved.add)
+        self._follow(tuple(self._windows or ()), checkpoint if step > 0 else None)
         if step > 0:
-            steps.load(checkpoint / STEPS_FILE)
             for logged, numbers in sorted(by_step(read_log(self._history.path / METRICS)).items()):
                 if logged <= step:
                     self._add_reward(logged, numbers)
         else:
             self._history.clear()
-            steps.keep(0)
+            self.steps.keep(0)
+
+    @everywhere
+    def _follow(self, windows: tuple[int, ...], checkpoint: Path | None) -> None:
+        self.close_steps()
+        steps = OptimizerSteps(self.live.weights, windows, self.processes)
+        if checkpoint is not None:
+            steps.load(checkpoint)
         self._steps = steps
+
+    @property
+    def live(self) -> LiveModel:
+        assert self._live is not None  # connect was called before training began
+        return self._live
 
     def close_steps(self) -> None:
         """Leave the optimizer as it was."""
@@ -200,9 +254,9 @@ class TrlBackend(Backend):
         if not self._history.checkpoint(step).is_dir():
             return
         source = self._open()
-        for name, live in live_tensors(self._model):
+        for name, live in live_tensors(self.live).items():
             stored = source.stored(name, step)
-            if stored.shape != live.shape or not torch.allclose(live.float().cpu(), stored, atol=1e-6, rtol=1e-5):
+            if stored.shape != live.shape or not torch.allclose(live.float(), stored, atol=1e-6, rtol=1e-5):
                 raise CheckpointError(
                     f"resuming at step {step}: '{name}' differs from what {folder} holds for that step; the trainer's "
                     "checkpoint is of another run",
@@ -235,7 +289,7 @@ class TrlBackend(Backend):
     def observe(self, step: int) -> None:
         """Copy the trained tensors now, and write them while training goes on."""
         config = adapter_config(self._model, trained_adapter(self._model)) if is_peft(self._model) else None
-        tensors = {name: value.cpu().clone() for name, value in live_tensors(self._model)}
+        tensors = {name: value.contiguous() for name, value in live_tensors(self.live).items()}
         self.flush()
         self._writing = self._writer.submit(write_checkpoint, self._history.checkpoint(step), tensors, config)
         if isinstance(self._source, PeftAdapterSource):
@@ -244,7 +298,7 @@ class TrlBackend(Backend):
     def saved(self, checkpoint: Path) -> None:
         """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
         if self._steps is not None:
-            self._steps.save(checkpoint / STEPS_FILE)
+            self._steps.save(checkpoint)
         self.flush()
         self._writing = self._writer.submit(_seal, checkpoint)
 
@@ -274,37 +328,35 @@ class TrlBackend(Backend):
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
         folder = self._history.next_jump()  # a damaged history is found before anything moves
-        live = InMemoryApplier().apply(prediction, alpha, out=self._model)
-        applied = TrlApplied(self._model, self._optimizer, live, folder)
+        made = InMemoryApplier().apply(prediction, alpha, out=self.live)
         try:
             self._history.write_jump(
                 folder,
                 prediction.step,
                 alpha,
-                shift=on_cpu(live.shift),
-                adapter=None if live.adapter is None else self._jump_adapter(live.adapter),
-                more=(lambda there: applied.save(self._model, there / BEFORE_FILE)) if keep else None,
+                shift=made.shift,
+                adapter=None if made.adapter is None else self._jump_adapter(made.adapter),
+                more=(lambda there: self.live.save_kept(made.kept, there)) if keep else None,
             )
         except BaseException:
-            live.rollback()
+            made.rollback()
             raise
-        self.moved.add("weights")
-        return applied
+        return TrlApplied(self.live, folder, made, made.adapter)
 
     def _jump_adapter(self, name: str) -> JumpAdapter:
-        return JumpAdapter(name, adapter_config(self._model, name), on_cpu(adapter_tensors(self._model, name)))
+        tensors = {key: value.cpu().contiguous() for key, value in jump_tensors(self._model, name).items()}
+        return JumpAdapter(name, adapter_config(self._model, name), tensors)
 
     def rollback(self, applied: Applied, step: int) -> None:
-        assert isinstance(applied, TrlApplied | StoredApplied)
-        self.moved |= {"weights", "moments"}
+        assert isinstance(applied, TrlApplied)
         applied.rollback()
         self._history.withdraw(applied.folder, step)
 
     def active_jump(self, step: int) -> Applied | None:
         made = self._history.jump_at(step)
-        if made is None or not (made[0] / BEFORE_FILE).exists():
+        if made is None or not kept_file(made[0], 0).exists():
             return None
-        return StoredApplied(self._model, self._optimizer, made[0], made[1]["adapter"])
+        return TrlApplied(self.live, made[0], None, made[1]["adapter"])
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         return next(iter(self.accuracies(split).values()), None)
@@ -312,6 +364,16 @@ class TrlBackend(Backend):
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         if self._evaluate is None:
             return {}
+        if self.live.weights.forward_needs_all:
+            return self._measure_together(split)
+        return self._measure(split)
+
+    @everywhere
+    def _measure_together(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        return self._measure(split)
+
+    def _measure(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
+        assert self._evaluate is not None
         with averaged(self._optimizer):
             return self._evaluate(self._model, split)
 

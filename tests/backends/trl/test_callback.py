@@ -11,7 +11,6 @@ import torch
 from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
-from next_backends.trl.applied_jump import TrlApplied
 from next_backends.trl.argument_checks import check_best_model
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
@@ -260,7 +259,7 @@ def test_undoing_a_jump_restores_parameters_that_share_their_values(tmp_path: Pa
     live = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), out=model)
     table = model.base_model.model.model.embed_tokens.lora_embedding_A["default"]
     assert not torch.equal(table, before["base_model.model.model.embed_tokens.lora_embedding_A.default"])
-    TrlApplied(model, torch.optim.AdamW(model.parameters()), live, tmp_path).rollback()
+    live.rollback()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

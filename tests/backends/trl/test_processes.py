@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from next_backends.trl.argument_checks import check_arguments
-from next_backends.trl.processes import as_ours
-from next_backends.trl.repeated_change import digests
+from next_backends.trl.drift import digests
 from next_core import open_checkpoints
 from next_core.cycle.journal import JOURNAL, read_journal
 from next_core.errors import CheckpointError, Interrupted
+from next_core.live_weights.processes import as_ours
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
 from next_core.storage.manifest import MANIFEST, check_manifest

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from next_backends.trl import PredictExtendCallback
-from next_backends.trl.argument_checks import check_whole
-from next_backends.trl.repeated_change import moving_tensors
+from next_backends.trl.argument_checks import check_reachable
+from next_backends.trl.drift import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
 from next_core.mathematics.low_rank import LowRank
@@ -263,7 +263,7 @@ class Runs:
         mesh = init_device_mesh("cpu", (2,))
         layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
         try:
-            check_whole(layer)
+            check_reachable(layer)
         except BackendError as error:
             return {"error": ("BackendError", error.kind, error.message)}
         return {"error": None}

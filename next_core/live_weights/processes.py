@@ -75,8 +75,11 @@ class Processes:
             return answer
         while isinstance(received := self.share(None), _Call):
             method = getattr(self._owners[received.owner], received.method)
-            with contextlib.suppress(_DiffersError):
+            try:
                 self._together(method, received.arguments)
+            except BackendError as error:
+                if error is not self._broken:  # otherwise process 0 says what becomes of the run
+                    raise
         if isinstance(received, NextCoreError):
             raise received
         answer: Answer = received
@@ -108,7 +111,7 @@ class Processes:
             raise failed
         for other, problem in enumerate(problems):
             if problem is not None:
-                self._broken = _DiffersError(
+                self._broken = BackendError(
                     f"{self._where}, process {other} could not do as process 0: {problem}",
                     kind="backend-processes-differ",
                 )
@@ -192,10 +195,6 @@ class Processes:
                 "resume from the last checkpoint",
                 kind="backend-process-lost",
             ) from error
-
-
-class _DiffersError(BackendError):
-    """A call failed in one process. The others learn from process 0 what becomes of the run."""
 
 
 def everywhere(

@@ -37,8 +37,8 @@ def check_arguments(
         )
     if (args.world_size > 1 or args.deepspeed or args.fsdp) and not several:
         raise BackendError(
-            "a config trains in one process, without DeepSpeed or FSDP; use PredictExtendCallback in your own script, "
-            "started with torchrun or accelerate launch",
+            f"{args.world_size} processes, or DeepSpeed or FSDP: a config trains in one, without them; use "
+            "PredictExtendCallback in your own script, started with torchrun or accelerate launch",
             kind="backend-unsupported",
         )
     if not isinstance(predictor, TrajectoryPredictor):

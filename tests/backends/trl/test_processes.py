@@ -263,21 +263,12 @@ def arguments(**fields: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"kind": "DEEPSPEED"}, "DeepSpeed"),
-        ({"kind": "FSDP"}, "FSDP"),
-        ({"deepspeed": "zero2.json"}, "DeepSpeed"),
-        ({"fsdp": True}, "FSDP"),
-        ({"kind": "MEGATRON_LM"}, "Megatron-LM"),
-    ],
-)
-def test_ways_to_train_that_split_the_weights_are_refused_by_name(fields: dict[str, Any], name: str) -> None:
+def test_weights_that_we_cannot_reach_are_refused_by_name() -> None:
     schedule, guards, secant = Schedule(observe=10, every=5), Guards(), make_predictor("secant")
-    check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind="MULTI_GPU"), several=True)
-    with raises_kind("backend-unsupported", name, "torchrun"):
-        check_arguments(secant, schedule, guards, 20, arguments(**{"world_size": 2} | fields), several=True)
+    for kind in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
+        check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind=kind), several=True)
+    with raises_kind("backend-unsupported", "Megatron-LM"):
+        check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind="MEGATRON_LM"), several=True)
 
 
 def test_a_config_in_several_processes_is_refused_and_the_callback_named() -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -82,8 +82,7 @@ class Processes:
                     raise
         if isinstance(received, NextCoreError):
             raise received
-        answer: Answer = received
-        return answer
+        return cast(Answer, received)
 
     def call(self, owner: Any, method: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer:
         """Call a method of ``owner`` in every process, from process 0. Returns what it returned here.

@@ -131,13 +131,16 @@ class HistoryFolder:
         """Return folder and record of the jump that was made after ``step``, unless it is undone."""
         return next((found for found in jump_folders(self.jumps) if found[1]["step"] == step), None)
 
-    def active_adapters(self, step: int) -> list[str]:
-        """Return the names of the jump adapters in a trainer's checkpoint of ``step``, in the order they were made."""
-        return [
-            record["adapter"]
-            for _, record, undone in jump_records(self.jumps)
+    def active_adapters(self, step: int) -> dict[str, Path]:
+        """Return the jump adapters that were active after ``step`` by name, in the order they were made: PEFT folders.
+
+        A jump that was undone later is among them.
+        """
+        return {
+            record["adapter"]: path / ADAPTER
+            for path, record, undone in jump_records(self.jumps)
             if record["adapter"] and record["step"] <= step and (undone is None or undone > step)
-        ]
+        }
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write the numbers that a trainer logs, for predictors that read a metric."""

@@ -208,6 +208,19 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
     return name
 
 
+def add_saved_adapter(model: Any, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Add an active frozen adapter from the config and the tensors of its files."""
+    from peft import PeftConfig
+
+    with same_random_states():
+        model.add_adapter(name, PeftConfig.from_peft_type(**config))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in tensors.items():
+            parameters[f"{key.removesuffix('.weight')}.{name}.weight"].copy_(value)
+    activate_jumps(model)
+
+
 def rehearse_adapter(model: Any) -> None:
     """Add a jump adapter that does nothing, read it as the trainer's checkpoints do, and remove it.
 
@@ -234,9 +247,13 @@ def _zeros(model: Any, adapter: str) -> dict[str, LowRank]:
     found = {}
     for name, layer in model.base_model.model.named_modules():
         tables = [getattr(layer, side, {}) for side in ("lora_A", "lora_B")]
-        if not all(adapter in table for table in tables) or tables[0][adapter].weight.ndim != 2:
+        if not all(adapter in table for table in tables):
             continue
-        (_, n), (m, _) = (table[adapter].weight.shape for table in tables)
+        # Under ZeRO-3 the tensors are empty between forward passes.
+        shapes = [getattr(table[adapter].weight, "ds_shape", table[adapter].weight.shape) for table in tables]
+        if len(shapes[0]) != 2:
+            continue
+        (_, n), (m, _) = shapes
         key = f"{name}[0]" if hasattr(layer, "parameter_name") else f"{name}.weight"
         found[key] = LowRank(torch.zeros(m, 1).double(), torch.zeros(1, n).double())
     return found

@@ -10,7 +10,6 @@ from torch import nn
 
 from next_backends.trl.drift import check_same_weights
 from next_backends.trl.trl_backend import TrlBackend
-from next_core.live_weights.in_memory import activate_jumps, is_peft
 from next_core.live_weights.processes import Processes
 from next_core.run_config import Guards
 
@@ -37,8 +36,6 @@ class SharedRun:
         where = "when training began"
         self.processes.check_settings(settings)
         self.processes.lead(where, act, *arguments)
-        if not self.processes.leads and is_peft(self._model):
-            activate_jumps(self._model)  # of a resumed run; process 0 has done so
         self._share_multiple(self.processes.lead(where, self._multiple))
         check_same_weights(self.processes, self._model, f"{where} at step {step}")
 

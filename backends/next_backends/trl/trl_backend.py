@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import nn
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
@@ -27,6 +28,7 @@ from next_core.live_weights.in_memory import (
     InMemoryApplied,
     InMemoryApplier,
     activate_jumps,
+    add_saved_adapter,
     is_peft,
     jump_adapters,
     rehearse_adapter,
@@ -38,9 +40,11 @@ from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
+from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.metrics import METRICS, by_step, read_log
+from next_core.sources.tensor_files import read_json
 from next_core.storage.atomic import seal, sweep
 from next_core.types import Space
 
@@ -243,14 +247,7 @@ class TrlBackend(Backend):
                 f"{folder} holds no history: this run was not observed from its start; resume it without jumps",
                 kind="checkpoint-no-history",
             )
-        expected = self._history.active_adapters(step)
-        found = activate_jumps(self._model) if is_peft(self._model) else []
-        if found != expected:
-            raise CheckpointError(
-                f"resuming at step {step}: {folder} records the jump adapters {expected}, but the trainer's checkpoint "
-                f"holds {found or 'none'}; resume from a checkpoint of this run",
-                kind="checkpoint-other-model",
-            )
+        self._restore_adapters(step)
         if not self._history.checkpoint(step).is_dir():
             return
         source = self._open()
@@ -262,6 +259,20 @@ class TrlBackend(Backend):
                     "checkpoint is of another run",
                     kind="checkpoint-other-model",
                 )
+
+    def _restore_adapters(self, step: int) -> None:
+        """Make the jump adapters of ``step`` active: DeepSpeed and FSDP load none from the trainer's checkpoint."""
+        expected = self._history.active_adapters(step)
+        found = self.live.change_adapters(activate_jumps) if is_peft(self._model) else []
+        if not set(found) <= set(expected):
+            raise CheckpointError(
+                f"resuming at step {step}: {self._history.path} records the jump adapters {[*expected]}, but the "
+                f"trainer's checkpoint holds {found}; resume from a checkpoint of this run",
+                kind="checkpoint-other-model",
+            )
+        for name in [name for name in expected if name not in found]:
+            config, tensors = read_json(expected[name] / CONFIG_FILE), load_file(expected[name] / WEIGHTS_FILE)
+            self.live.change_adapters(add_saved_adapter, name, config, tensors)
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         from next_backends.trl.step_callback import RunIsOver, StepCallback

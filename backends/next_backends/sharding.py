@@ -97,6 +97,8 @@ class Fsdp2Weights(TrainedWeights):
 class ZeroWeights(TrainedWeights):
     """The optimizer steps on flat fp32 masters, of which each process has a part; the model holds rounded copies."""
 
+    resumes_adapters = False
+
     def __init__(self, model: nn.Module, zero: Any) -> None:
         super().__init__(model, getattr(zero, "optimizer", None))
         self._zero = zero

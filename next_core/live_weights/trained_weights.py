@@ -38,6 +38,9 @@ class TrainedWeights(ABC):
     forward_needs_all: bool = False
     """Whether a forward pass is a collective of all processes."""
 
+    resumes_adapters: ClassVar[bool] = True
+    """Whether a trainer that resumes loads the frozen adapters in its checkpoint."""
+
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         self.model = model
         self.optimizer = optimizer

@@ -133,13 +133,13 @@ def test_the_jump_of_a_step_is_found_among_others(history: HistoryFolder) -> Non
 
 
 def test_a_checkpoint_holds_the_adapters_made_by_its_step_and_not_yet_undone(history: HistoryFolder) -> None:
-    assert history.active_adapters(100) == []
+    assert history.active_adapters(100) == {}
     jump(history, 10, "jump-1")
     jump(history, 15)
     undone = jump(history, 20, "jump-2")
     jump(history, 30, "jump-3")
     history.withdraw(undone, 25)
-    standing = {step: history.active_adapters(step) for step in (9, 10, 24, 25, 30)}
+    standing = {step: [*history.active_adapters(step)] for step in (9, 10, 24, 25, 30)}
     assert standing == {
         9: [],
         10: ["jump-1"],

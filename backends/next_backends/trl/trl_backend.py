@@ -261,16 +261,16 @@ class TrlBackend(Backend):
                 )
 
     def _restore_adapters(self, step: int) -> None:
-        """Make the jump adapters of ``step`` active: DeepSpeed and FSDP load none from the trainer's checkpoint."""
+        """Make the jump adapters of ``step`` active. DeepSpeed brings none back: they are read from our folder."""
         expected = self._history.active_adapters(step)
         found = self.live.change_adapters(activate_jumps) if is_peft(self._model) else []
-        if not set(found) <= set(expected):
+        if found != [*expected] and (found or self.live.weights.resumes_adapters):
             raise CheckpointError(
                 f"resuming at step {step}: {self._history.path} records the jump adapters {[*expected]}, but the "
-                f"trainer's checkpoint holds {found}; resume from a checkpoint of this run",
+                f"trainer's checkpoint holds {found or 'none'}; resume from a checkpoint of this run",
                 kind="checkpoint-other-model",
             )
-        for name in [name for name in expected if name not in found]:
+        for name in expected if not found else ():
             config, tensors = read_json(expected[name] / CONFIG_FILE), load_file(expected[name] / WEIGHTS_FILE)
             self.live.change_adapters(add_saved_adapter, name, config, tensors)
 
@@ -375,9 +375,8 @@ class TrlBackend(Backend):
     def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         if self._evaluate is None:
             return {}
-        if self.live.weights.forward_needs_all:
-            return self._measure_together(split)
-        return self._measure(split)
+        together = self._live is not None and self._live.weights.forward_needs_all
+        return self._measure_together(split) if together else self._measure(split)
 
     @everywhere
     def _measure_together(self, split: Literal["validation", "test"]) -> Mapping[str, float]:

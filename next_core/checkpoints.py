@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError, ConfigError, PluginError, invalid_value
+from next_core.errors import CheckpointError, ConfigError, PluginError, invalid_value, not_found
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
 from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
-from next_core.storage.checkpoint_errors import not_found
 
 DEEPEST = 3
 """How many folders deep weights are looked for where no layout fits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -101,3 +102,35 @@ def describe(error: BaseException) -> str:
     """Return one line for an exception: its class and the first line of its message."""
     text = (error.message if isinstance(error, NextCoreError) else str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def ambiguous_step(message: str) -> CheckpointError:
+    """Return the error for names that do not determine the steps."""
+    return CheckpointError(message, kind="checkpoint-ambiguous-step")
+
+
+def not_found(message: str) -> CheckpointError:
+    """Return the error for a folder, step or tensor that does not exist."""
+    return CheckpointError(message, kind="checkpoint-not-found")
+
+
+def other_model(message: str) -> CheckpointError:
+    """Return the error for files that do not belong to one run."""
+    return CheckpointError(message, kind="checkpoint-other-model")
+
+
+def unsafe_path(message: str) -> CheckpointError:
+    """Return the error for a path that leads out of its folder."""
+    return CheckpointError(message, kind="checkpoint-unsafe-path")
+
+
+def damaged(path: Path, problem: str) -> CheckpointError:
+    """Return the error for a file whose content is wrong."""
+    return CheckpointError(f"{path} {problem}; restore it, or remove its folder", kind="checkpoint-damaged")
+
+
+def incomplete(path: Path, problem: str) -> CheckpointError:
+    """Return the error for a file or folder that lacks something."""
+    return CheckpointError(
+        f"{path} {problem}; the checkpoint is incomplete: remove or restore it", kind="checkpoint-incomplete"
+    )

@@ -8,9 +8,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, damaged
 from next_core.sources.tensor_files import is_unchanged, read_json
-from next_core.storage.checkpoint_errors import damaged
 from next_core.storage.reading import stamp
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, not_found
 from next_core.sources.adapter_config import AdapterConfig
 from next_core.sources.adapter_tensors import AdapterModule, PlainFile, read_modules
 from next_core.sources.layouts import ADAPTER_FILES
 from next_core.sources.tensor_files import TensorFile, open_tensors
-from next_core.storage.checkpoint_errors import not_found
 from next_core.types import LoraFactors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES

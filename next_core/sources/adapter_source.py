@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, other_model
 from next_core.interfaces.checkpoint_source import WARNING
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
@@ -26,7 +26,6 @@ from next_core.sources.jumps import Shift, TensorCache, jump_folders
 from next_core.sources.layouts import ADAPTER_FILES, JUMP_PREFIX
 from next_core.sources.matrices import HEADS
 from next_core.sources.memory import lora_delta
-from next_core.storage.checkpoint_errors import other_model
 from next_core.types import LoraFactors, Parameter
 
 ADAPTER = "adapter"

@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, damaged, other_model
 from next_core.sources.adapter_config import AdapterConfig
 from next_core.sources.hf_model import PARALLEL, WRAPPERS
 from next_core.sources.matrices import place_in_stack
 from next_core.sources.tensor_files import Place, TensorFile
-from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.types import LoraFactors, Parameter
 
 PREFIX = "base_model.model."

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, other_model
 from next_core.sources.hf_model import Architecture, ModelFiles, architecture_of
 from next_core.sources.matrices import other_vocabulary, stored_name
-from next_core.storage.checkpoint_errors import other_model
 
 QUANTIZED = re.compile(r"(_scale_inv|weight\.?_scales?|weight_packed|qweight|absmax|SCB|W_q|\.codes|proj_blocks)$")
 """Names of what stands next to, or instead of, the numbers of a quantised matrix."""

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from next_core.storage.checkpoint_errors import ambiguous_step
+from next_core.errors import ambiguous_step
 
 NUMBER = re.compile(r"\d+")
 STEP_WORD = re.compile(r"(?:^|[^a-z])(?:global[-_ ]?)?(?:steps?|iter)[-_ ]?$", re.IGNORECASE)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError, ConfigError, contradiction
+from next_core.errors import CheckpointError, ConfigError, contradiction, damaged, not_found, other_model
 from next_core.sources.tensor_files import Place, TensorFile
-from next_core.storage.checkpoint_errors import damaged, not_found, other_model
 from next_core.storage.manifest import check_contents
 
 OPTIMIZER_FILES = "*_optim_states.pt"

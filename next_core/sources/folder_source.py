@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, not_found, other_model
 from next_core.interfaces import CheckpointSource
 from next_core.settings import Settings
 from next_core.sources.checkpoint_names import missing_steps
@@ -19,7 +19,6 @@ from next_core.sources.jumps import Shift, Shifts
 from next_core.sources.layouts import CheckpointFolders, check_complete, contains_checkpoints, find_checkpoints
 from next_core.sources.matrices import other_vocabulary
 from next_core.sources.metrics import read_metrics
-from next_core.storage.checkpoint_errors import not_found, other_model
 from next_core.storage.manifest import file_digest
 
 MOST = 1000

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, damaged, not_found, unsafe_path
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, open_tensors, read_json
-from next_core.storage.checkpoint_errors import damaged, not_found, unsafe_path
 from next_core.storage.reading import LARGE, Stamp, stamp
 
 MODEL_CONFIG = "config.json"

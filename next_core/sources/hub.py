@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from next_core.errors import ambiguous_step
 from next_core.sources.checkpoint_names import NUMBER, shorten
-from next_core.storage.checkpoint_errors import ambiguous_step
 from next_core.storage.reading import read_text
 
 SNAPSHOTS, BLOBS, REFS = "snapshots", "blobs", "refs"

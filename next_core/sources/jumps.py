@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from next_core.errors import damaged, other_model
 from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.tensor_files import SafetensorsFile, read_json
-from next_core.storage.checkpoint_errors import damaged, other_model
 from next_core.storage.manifest import MANIFEST, check_manifest
 
 CACHE_BYTES = 256 * 2**20

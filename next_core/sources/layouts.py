@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, ambiguous_step, incomplete, not_found
 from next_core.sources import hub
 from next_core.sources.checkpoint_names import LARGEST_STEP, NUMBER, REMEDY, pattern_of, steps_in_names
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
-from next_core.storage.checkpoint_errors import ambiguous_step, incomplete, not_found
 from next_core.storage.manifest import MANIFEST, check_manifest
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {

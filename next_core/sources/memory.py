@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, not_found
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import LowRank
-from next_core.storage.checkpoint_errors import not_found
 from next_core.types import LoraFactors, Parameter
 
 

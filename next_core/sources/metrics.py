@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, damaged
 from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.layouts import RUN_FOLDER
 from next_core.sources.tensor_files import read_json
-from next_core.storage.checkpoint_errors import damaged
 from next_core.storage.json_lines import parse_json_line
 from next_core.storage.reading import LARGE, read_bytes
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from next_core.errors import not_found
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.matrices import EMBEDDINGS, HEADS
-from next_core.storage.checkpoint_errors import not_found
 from next_core.types import Parameter
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, damaged, incomplete, not_found, unsafe_path
 from next_core.sources.hub import BLOBS, hub_repo
-from next_core.storage.checkpoint_errors import damaged, incomplete, not_found, unsafe_path
 from next_core.storage.manifest import check_contents
 from next_core.storage.reading import SMALL, Stamp, parse_json, read_bytes, read_header, stamp
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from next_core.errors import CheckpointError
-from next_core.storage.checkpoint_errors import damaged, incomplete, unsafe_path
+from next_core.errors import CheckpointError, damaged, incomplete, unsafe_path
 from next_core.storage.reading import (
     LARGE,
     Stamp,

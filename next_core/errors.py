@@ -36,6 +36,11 @@ def _rebuild(cls: type[NextCoreError], attributes: dict[str, object]) -> NextCor
     return error
 
 
+def wrong_shape(message: str) -> NextCoreError:
+    """Return the error for matrices or factors whose shapes do not fit."""
+    return NextCoreError(message, kind="numbers-shape")
+
+
 class ConfigError(NextCoreError):
     """A setting is wrong, unknown or contradicts another."""
 

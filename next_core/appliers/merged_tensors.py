@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from next_core.appliers.rounding import ParameterLoss, Rounder, RoundingLoss
-from next_core.errors import CheckpointError, GuardError
+from next_core.errors import CheckpointError, GuardError, other_model
 from next_core.interfaces import CheckpointSource
 from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
@@ -97,10 +97,9 @@ class TensorPlan:
                 kept.add(self.name(key))
         lost = (self._trained | set(map(self.name, self._backbone.shapes))) - kept
         if lost:
-            raise CheckpointError(
+            raise other_model(
                 f"{into.folder} does not store '{min(lost)}', which would be lost; use a model with the names of "
-                "the checkpoints",
-                kind="checkpoint-other-model",
+                "the checkpoints"
             )
 
     def _check_tensor(
@@ -116,10 +115,9 @@ class TensorPlan:
         differing = (self._shapes[part] for part, size in parts.items() if self._shapes.get(part, size) != size)
         expected = next(differing, files.shapes.get(name))
         if shape != expected:
-            raise CheckpointError(
+            raise other_model(
                 f"'{key}' is {shape} in {into.folder} but {expected or 'missing'} in {files.folder}; use the model "
-                "that this run started from, or a copy of it",
-                kind="checkpoint-other-model",
+                "that this run started from, or a copy of it"
             )
         have = files.dtype(name)
         # Floats are rounded from one precision to another; any other conversion would change the meaning.

@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from next_core.errors import NextCoreError
+from next_core.errors import wrong_shape
 from next_core.sources.tensor_files import STORED
 from next_core.storage.reading import Entry
 
@@ -128,9 +128,7 @@ class TensorWriter:
         header = encoded_header(self._entries, self._header)
         size = len(header) + sum(entry.nbytes for entry in self._entries.values())
         if (len(header), self._written) != (self._header, size):
-            raise NextCoreError(
-                f"{self.path}: {self._written} bytes were written, the header needs {size}", kind="numbers-shape"
-            )
+            raise wrong_shape(f"{self.path}: {self._written} bytes were written, the header needs {size}")
         self._flush()
         if self._hash is None:
             self._direct = self._set_direct(False)

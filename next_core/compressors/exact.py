@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import other_model
 from next_core.interfaces import Compressor
 from next_core.mathematics.lora_trajectory import LoraTrajectory
 from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches, truncated_svd
@@ -24,8 +24,9 @@ class ExactCompressor(Compressor):
         if len(factored) == len(deltas):
             return truncated_svd(LowRank.stack(factored), rank)
         if factored:
-            message = "factored and dense deltas of one matrix cannot be mixed; are all checkpoints of one run?"
-            raise CheckpointError(message, kind="checkpoint-other-model")
+            raise other_model(
+                "factored and dense deltas of one matrix cannot be mixed; are all checkpoints of one run?"
+            )
         return concatenate_batches([_dense_svd(delta, rank) for delta in deltas if isinstance(delta, Tensor)])
 
     def compress_trajectory(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError, GuardError, PluginError
+from next_core.errors import GuardError, PluginError, not_found
 from next_core.interfaces.checkpoint_source import CheckpointSource
 from next_core.interfaces.weight_delta import FactorStep, LazyDelta, Resolved, WeightDelta, merged
 from next_core.mathematics import low_rank
@@ -216,10 +216,7 @@ def _lazy(
     about: dict[int | None, float] = {step: w for step, w in weights.items() if step not in (0, prediction.step)}
     unknown = set(about) - set(prediction.source.steps)
     if unknown:
-        raise CheckpointError(
-            f"step {min(map(str, unknown))} was not observed; observed steps: {prediction.source.steps}",
-            kind="checkpoint-not-found",
-        )
+        raise not_found(f"step {min(map(str, unknown))} was not observed; observed steps: {prediction.source.steps}")
     rest = weights.get(0, 0.0) - sum(weights.values())  # step 0 is where RL began: its own term is W_0 - W_0
     if not abs(rest) <= ROUNDING * sum(map(abs, weights.values())):
         about[None] = rest

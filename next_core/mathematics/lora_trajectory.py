@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from next_core.errors import NextCoreError
+from next_core.errors import NextCoreError, wrong_shape
 from next_core.mathematics.gram_svd import LowRankGrams, Triplets, triplets_from_grams
 from next_core.mathematics.low_rank import (
     Factors,
@@ -69,13 +69,12 @@ class LoraTrajectory:
             stored[None] = start
         first = next(iter(stored.values()), None)
         if first is None:
-            raise NextCoreError("a trajectory needs the factors of at least one step", kind="numbers-shape")
+            raise wrong_shape("a trajectory needs the factors of at least one step")
         for step, at in stored.items():
             if at.A.shape != first.A.shape or at.B.shape != first.B.shape:
-                raise NextCoreError(
+                raise wrong_shape(
                     f"LoRA factors differ in shape: A {tuple(at.A.shape)}, B {tuple(at.B.shape)} at step {step}, "
-                    f"A {tuple(first.A.shape)}, B {tuple(first.B.shape)} before",
-                    kind="numbers-shape",
+                    f"A {tuple(first.A.shape)}, B {tuple(first.B.shape)} before"
                 )
         self.rank = first.A.shape[0]
         self.shape = first.B.shape[0], first.A.shape[1]

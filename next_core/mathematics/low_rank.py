@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from next_core.errors import NextCoreError
+from next_core.errors import NextCoreError, wrong_shape
 from next_core.mathematics.gram_svd import LowRankGrams, decompose, reciprocal, refuse_non_finite, svd_of_core
 
 
@@ -26,14 +26,12 @@ class LowRank:
     def __post_init__(self) -> None:
         left, right = self.left, self.right
         if not (left.is_floating_point() and right.is_floating_point()):
-            message = f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}"
-            raise NextCoreError(message, kind="numbers-shape")
+            raise wrong_shape(f"low-rank factors must be floating point, not {left.dtype} and {right.dtype}")
         fits = left.ndim >= 2 and right.ndim >= 2 and left.shape[-1] == right.shape[-2]
         if not fits or left.shape[:-2] != right.shape[:-2]:
-            raise NextCoreError(
+            raise wrong_shape(
                 f"left {tuple(left.shape)} and right {tuple(right.shape)} do not multiply; "
-                "they must be (..., m, r) and (..., r, n) with the same leading dimensions",
-                kind="numbers-shape",
+                "they must be (..., m, r) and (..., r, n) with the same leading dimensions"
             )
 
     @classmethod
@@ -83,8 +81,9 @@ class LowRank:
             try:
                 alpha = alpha.expand(self.batch_shape)[..., None, None]
             except RuntimeError as error:
-                message = f"alpha {tuple(alpha.shape)} does not broadcast to the batch {tuple(self.batch_shape)}"
-                raise NextCoreError(message, kind="numbers-shape") from error
+                raise wrong_shape(
+                    f"alpha {tuple(alpha.shape)} does not broadcast to the batch {tuple(self.batch_shape)}"
+                ) from error
         return LowRank(self.left * alpha, self.right)
 
     def norm(self) -> Tensor:
@@ -126,7 +125,7 @@ class Factors:
         fits = fits and self.energy.shape == batch
         if not fits or (self.nuclear is not None and self.nuclear.shape != batch):
             given = {name: None if x is None else tuple(x.shape) for name, x in vars(self).items()}
-            raise NextCoreError(f"the shapes of these singular triplets do not fit: {given}", kind="numbers-shape")
+            raise wrong_shape(f"the shapes of these singular triplets do not fit: {given}")
 
     def rows(self, rows: list[int] | int) -> Factors:
         """Return the triplets of some matrices of the batch, by their index along the first leading dimension."""
@@ -188,10 +187,9 @@ def lora_difference(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor]
     """
     (a_later, b_later), (a_earlier, b_earlier) = later, earlier
     if a_later.shape != a_earlier.shape or b_later.shape != b_earlier.shape:
-        raise NextCoreError(
+        raise wrong_shape(
             f"LoRA factors differ in shape: A {tuple(a_later.shape)}, B {tuple(b_later.shape)} and "
-            f"A {tuple(a_earlier.shape)}, B {tuple(b_earlier.shape)}",
-            kind="numbers-shape",
+            f"A {tuple(a_earlier.shape)}, B {tuple(b_earlier.shape)}"
         )
     a_later, b_later, a_earlier, b_earlier = (x.detach().double() for x in (a_later, b_later, a_earlier, b_earlier))
     moved_b = LowRank(b_later - b_earlier, a_later)
@@ -307,10 +305,9 @@ def align_signs(factors_over_time: Factors, reference: Factors | None = None) ->
     """
     U, S, V = factors_over_time.U, factors_over_time.S, factors_over_time.V
     if reference is not None and (reference.U.shape != U.shape[1:] or reference.V.shape != V.shape[1:]):
-        raise NextCoreError(
+        raise wrong_shape(
             f"the reference U {tuple(reference.U.shape)}, V {tuple(reference.V.shape)} does not fit the rows of "
-            f"U {tuple(U.shape)}, V {tuple(V.shape)}",
-            kind="numbers-shape",
+            f"U {tuple(U.shape)}, V {tuple(V.shape)}"
         )
     if S.shape[0] == 0:
         return factors_over_time
@@ -369,12 +366,11 @@ def _unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
 
 def _same_shape(parts: Sequence[LowRank]) -> None:
     if not parts:
-        message = "no low-rank matrices were given, so their shape is unknown; use LowRank.zero"
-        raise NextCoreError(message, kind="numbers-shape")
+        raise wrong_shape("no low-rank matrices were given, so their shape is unknown; use LowRank.zero")
     shapes = [(*part.batch_shape, *part.shape) for part in parts]
     for shape in shapes:
         if shape != shapes[0]:
-            raise NextCoreError(f"low-rank matrices differ in shape: {shapes[0]} and {shape}", kind="numbers-shape")
+            raise wrong_shape(f"low-rank matrices differ in shape: {shapes[0]} and {shape}")
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError
+from next_core.errors import CheckpointError, not_found
 from next_core.interfaces import CheckpointSource
 from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.mathematics.low_rank import LowRank
@@ -95,9 +95,8 @@ class UpTo(SourceView):
 
     def _seen(self, step: int | None) -> int | None:
         if step is not None and step > self.last:
-            raise CheckpointError(
-                f"step {step} is later than step {self.last}, where this view of the run ends; it shows {self.steps}",
-                kind="checkpoint-not-found",
+            raise not_found(
+                f"step {step} is later than step {self.last}, where this view of the run ends; it shows {self.steps}"
             )
         return step
 

@@ -91,17 +91,6 @@ def adapter_logits(run: LoraRun, folder: Path, logits: Callable[[Any], Tensor]) 
     return logits(PeftModel.from_pretrained(base_model(run), folder))
 
 
-@KINDS
-def test_the_adapter_loads_in_plain_peft_with_the_logits_of_the_explicit_weights(
-    runs: dict[str, LoraRun], kind: str, tmp_path: Path, logits: Callable[[Any], Tensor]
-) -> None:
-    prediction, explicit = predict(opened(runs[kind]))
-    make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "out")
-    expected = expected_logits(runs[kind], explicit, logits)
-    assert (expected - expected_logits(runs[kind], {}, logits)).abs().max() > 1e-3
-    torch.testing.assert_close(adapter_logits(runs[kind], tmp_path / "out", logits), expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("kind", "rank"), [("plain", 3), ("mixed ranks and rslora", 2), ("plain", 50)])
 def test_a_truncated_adapter_is_the_best_of_its_rank(
     runs: dict[str, LoraRun], kind: str, rank: int, tmp_path: Path, logits: Callable[[Any], Tensor]

@@ -188,12 +188,6 @@ def test_the_defaults_are_the_papers() -> None:
     assert (config.hidden, config.epochs, config.lr, config.min_lr) == (256, 1000, 2e-5, 2e-6)
 
 
-def test_it_abstains_without_two_checkpoints_a_horizon_apart(run: Run) -> None:
-    prediction = predict(past_of({step: run[step] for step in OBSERVED[:5]}))
-    assert not prediction.updates
-    assert all(figure in (prediction.abstention or "") for figure in ("next-mlp", "50 steps", "step 60"))
-
-
 def test_it_abstains_when_training_diverges(past: History) -> None:
     prediction = predict(past, epochs=30, hidden=8, lr=1e30)
     assert "lower lr" in (prediction.abstention or "")
@@ -220,13 +214,3 @@ def test_settings_that_contradict_or_cannot_be_used_are_refused(past: History) -
         NextMlpConfig(lr=1e-6)
     with raises_kind("config-invalid-value", "abacus"):
         predict(past, device="abacus")
-
-
-def test_the_length_of_a_jump_is_that_of_sigma(past: History, run: Run) -> None:
-    """A rotation of the rows changes every u and no sigma: the jump turns and keeps its length."""
-    turn = {m: torch.linalg.qr(noise(m, m, m)).Q for m in (12, 16)}
-    turned = past_of({step: {name: turn[len(W)] @ W for name, W in weights.items()} for step, weights in run.items()})
-    before, after = moved(predict(past, **QUICK)), moved(predict(turned, **QUICK))
-    for name in SHAPES:
-        assert not torch.allclose(before[name], after[name])
-        torch.testing.assert_close(before[name].norm(), after[name].norm(), rtol=1e-4, atol=0)

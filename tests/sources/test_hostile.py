@@ -160,7 +160,10 @@ def test_every_command_finds_a_flipped_bit_of_a_value_and_skips_it_on_request(
     assert f"skipped {path.parent}, step 60: " in " ".join((outcome.out + outcome.err).split())
 
 
-@pytest.mark.parametrize("damage", TEXTS.values(), ids=TEXTS)
+LOGS = TEXTS | {"a log that is no list": content('{"log_history": 5}')}
+
+
+@pytest.mark.parametrize("damage", LOGS.values(), ids=LOGS)
 def test_a_damaged_log_of_the_trainer_is_named(own_lora_run: LoraRun, damage: Damage) -> None:
     path = own_lora_run.folder(60) / STATE
     damage(path)

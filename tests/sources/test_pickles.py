@@ -88,16 +88,6 @@ def test_a_hostile_pickle_runs_nothing_even_if_pickles_are_allowed(tmp_path: Pat
     assert touched.exists()
 
 
-@pytest.mark.parametrize("size", [0, 10, 300, -1, -40])
-def test_a_truncated_pickle_is_named(tmp_path: Path, size: int) -> None:
-    run(tmp_path)
-    weights = tmp_path / "global_step20_hf" / "adapter_model.bin"
-    weights.write_bytes(weights.read_bytes()[:size])
-    with raises_kind("checkpoint-damaged", weights):
-        open_checkpoints(tmp_path, allow_pickle=True)
-    assert open_checkpoints(tmp_path, allow_pickle=True, skip_damaged=True).steps == (10,)
-
-
 @pytest.mark.parametrize(
     ("content", "named"),
     [

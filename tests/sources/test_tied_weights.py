@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,20 +46,23 @@ def test_checkpoints_that_store_either_name_or_both_are_one_run(tmp_path: Path, 
             assert torch.equal(source.delta(name, later, earlier), torch.full((4, 2), later - earlier).double())
 
 
-def test_two_stored_names_are_one_parameter_if_the_config_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "one"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({}, False),
+    ],
+)
+def test_two_stored_names_are_one_parameter_only_if_the_config_says_so(
+    tmp_path: Path, config: dict[str, Any], one: bool
+) -> None:
     for step in (10, 20):
-        save(tmp_path, step, EMBEDDING, HEAD, tied=True)
-    assert [p.name for p in opened(tmp_path).parameters] == [EMBEDDING, "w.weight"]
-
-
-@pytest.mark.parametrize("declared", [None, False])
-def test_two_stored_names_are_two_parameters_otherwise(tmp_path: Path, declared: bool | None) -> None:
-    for step in (10, 20):
-        save(tmp_path, step, EMBEDDING, HEAD, tied=declared)
+        (save(tmp_path, step, EMBEDDING, HEAD) / "config.json").write_text(json.dumps(config))
     source = opened(tmp_path)
-    assert [p.name for p in source.parameters] == [HEAD, EMBEDDING, "w.weight"]
-    assert source.tied == {}
-    assert source.notes == []
+    assert [p.name for p in source.parameters] == [*([] if one else [HEAD]), EMBEDDING, "w.weight"]
+    assert (source.tied, source.notes) == (({HEAD: EMBEDDING}, [NOTE]) if one else ({}, []))
 
 
 def test_an_untied_head_must_be_in_every_checkpoint(tmp_path: Path) -> None:
@@ -81,13 +85,6 @@ def test_a_backbone_may_store_the_other_name(tmp_path: Path) -> None:
     save(tmp_path / "run", 10, EMBEDDING)
     source = open_checkpoints(tmp_path / "run", backbone=base)
     assert torch.equal(torch.as_tensor(source.delta(EMBEDDING, 10)), torch.full((4, 2), 10.0).double())
-
-
-def test_the_tie_may_be_declared_in_text_config(tmp_path: Path) -> None:
-    for step in (10, 20):
-        folder = save(tmp_path, step, EMBEDDING, HEAD)
-        (folder / "config.json").write_text(json.dumps({"text_config": {"tie_word_embeddings": True}}))
-    assert opened(tmp_path).tied == {HEAD: EMBEDDING}
 
 
 def test_a_tie_stays_when_later_checkpoints_store_both(tmp_path: Path) -> None:

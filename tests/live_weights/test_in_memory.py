@@ -16,7 +16,8 @@ from torch import nn
 
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
-from next_core.live_weights.in_memory import InMemoryApplier, activate_jumps, jump_adapters, rehearse_adapter
+from next_core.live_weights.frozen_adapters import activate_jumps, jump_adapters, rehearse_adapter
+from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from tests.conftest import LoraRun, noise

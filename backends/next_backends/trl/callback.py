@@ -20,7 +20,7 @@ from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError
-from next_core.live_weights.in_memory import is_peft
+from next_core.live_weights.frozen_adapters import is_peft
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
 from next_core.predictor import TrajectoryPredictor
 from next_core.process.containment import same_random_states

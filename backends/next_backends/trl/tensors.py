@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core.errors import CheckpointError, describe
-from next_core.live_weights.in_memory import is_peft, trained_adapter
+from next_core.live_weights.frozen_adapters import is_peft, trained_adapter
 from next_core.live_weights.live_model import LiveModel
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.hf_model import SINGLE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,24 +16,24 @@ from torch import nn
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.sharding import sharded_by_dtensor, trained_weights
+from next_backends.trl.applied_jump import TrlApplied
 from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
 from next_backends.trl.evaluate import averaged
+from next_backends.trl.logged_rewards import LoggedRewards
 from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
 from next_core.backend import Backend, LoggedReward
 from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Applied, Prediction
-from next_core.live_weights.in_memory import (
+from next_core.live_weights.frozen_adapters import (
     FACTORS_INSTEAD,
-    InMemoryApplied,
-    InMemoryApplier,
     activate_jumps,
     add_saved_adapter,
     is_peft,
     jump_adapters,
     rehearse_adapter,
-    remove_adapter,
     trained_adapter,
 )
+from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.live_weights.live_model import LiveModel, kept_file
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
@@ -58,22 +57,6 @@ class TrlConfig(Settings):
         description="An optimizer instead of AdamW, for runs without jumps: module:Class with its settings; "
         "`training.learning_rate` is its lr",
     )
-
-
-class TrlApplied(Applied):
-    """A jump with its folder: one of this process, or an earlier one's, which is undone from the files there."""
-
-    def __init__(self, live: LiveModel, folder: Path, made: InMemoryApplied | None, adapter: str | None) -> None:
-        self.folder = folder
-        self._live, self._made, self._adapter = live, made, adapter
-
-    def rollback(self) -> None:
-        if self._made is not None:
-            self._made.rollback()
-            return
-        self._live.restore_saved(self.folder)
-        if self._adapter is not None:
-            self._live.change_adapters(remove_adapter, self._adapter)
 
 
 class TrlBackend(Backend):
@@ -101,7 +84,7 @@ class TrlBackend(Backend):
         self._windows: Sequence[int] | None = None
         self._steps: OptimizerSteps | None = None
         self._args: Any = None
-        self._rewards: list[LoggedReward] = []
+        self._rewards = LoggedRewards()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
 
@@ -178,7 +161,7 @@ class TrlBackend(Backend):
 
         ``args`` are the trainer's. Raises ``ConfigError``, ``BackendError``.
         """
-        self._optimizer, self._args, self._rewards = optimizer, args, []
+        self._optimizer, self._args, self._rewards = optimizer, args, LoggedRewards()
         weights = trained_weights(self._model, optimizer, self.processes)
         note = check_precision([shard.tensor.dtype for shard in weights.shards], is_peft(self._model))
         if note is not None:
@@ -215,7 +198,7 @@ class TrlBackend(Backend):
         if step > 0:
             for logged, numbers in sorted(by_step(read_log(self._history.path / METRICS)).items()):
                 if logged <= step:
-                    self._add_reward(logged, numbers)
+                    self._rewards.add(logged, numbers, self._args)
         else:
             self._history.clear()
             self.steps.keep(0)
@@ -390,25 +373,13 @@ class TrlBackend(Backend):
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write what the trainer logs, for predictors that read a metric."""
         self._history.log(step, logs)
-        self._add_reward(step, logs)
+        self._rewards.add(step, logs, self._args)
 
     def rewards(self) -> Sequence[LoggedReward]:
         return self._rewards
 
     def takes_weights(self, step: int) -> bool:
         return step % steps_of_a_generation(self._args) == 0
-
-    def _add_reward(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Remember a logged reward, which is a mean over the steps since the last one, and its standard error."""
-        mean, spread = logs.get("reward"), logs.get("reward_std")
-        steps = step - (self._rewards[-1].step if self._rewards else 0)
-        if not isinstance(mean, int | float) or not isinstance(spread, int | float) or steps < 1:
-            return
-        if not (math.isfinite(mean) and math.isfinite(spread)):  # no roll-out of a step had a reward
-            return
-        a_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
-        count = a_step * self._args.world_size * steps / getattr(self._args, "num_iterations", 1)
-        self._rewards.append(LoggedReward(step, steps, float(mean), float(spread) / math.sqrt(count)))
 
 
 def _seal(checkpoint: Path) -> None:

@@ -14,7 +14,8 @@ from next_backends.trl import PredictExtendCallback
 from next_backends.trl.argument_checks import check_best_model
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
-from next_core.live_weights.in_memory import InMemoryApplier, jump_adapters
+from next_core.live_weights.frozen_adapters import jump_adapters
+from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import resolve_predictor
 from next_core.run_config import Schedule

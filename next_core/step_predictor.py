@@ -50,11 +50,13 @@ class StepScale:
     """A prediction: multiply the learning rate of the following steps by ``multiple``.
 
     ``restart``: first return to the weights from before the first step, refused unless ``history.can_restart``.
+    ``found``: the learning rate at which steps stop agreeing has been reached; the run's advice names it.
     """
 
     multiple: float
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     restart: bool = False
+    found: bool = False
 
 
 class StepPredictor(Predictor):

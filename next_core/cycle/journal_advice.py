@@ -13,9 +13,6 @@ from next_core.interfaces import CheckpointSource
 Advise = Callable[[CheckpointSource, Sequence[Mapping[str, Any]]], str | None]
 """From a run's checkpoints and its journalled jumps to one sentence, or None when there is nothing to advise."""
 
-
-FOUND = 2
-"""The diagnostic ``phase`` of a step predictor that has found the learning rate."""
 WORTH_SAYING = 1.5
 """A learning rate that differs from the configured one by less is not worth a change."""
 
@@ -26,7 +23,7 @@ def rate_found(records: Sequence[Mapping[str, Any]]) -> str | None:
     The largest rate at which motions still agreed and the one at the end bound what a constant rate should be.
     """
     made = [record for record in records if record["event"] == "scale" and record["accepted"]]
-    found = [record for record in made if record["diagnostics"].get("phase") == FOUND]
+    found = [record for record in made if record.get("found")]
     if not made:
         return None
     last = made[-1]

@@ -96,8 +96,9 @@ class StepScaling:
         steps.multiple = float(found.multiple)
         rate = steps.learning_rate * steps.multiple
         self._journal.append(
-            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, diagnostics=figures, **back
-        )
+            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, found=found.found,
+            diagnostics=figures, **back,
+        )  # fmt: skip
 
     def _return_to(self, step: int) -> None:
         self._backend.steps.undo(step)

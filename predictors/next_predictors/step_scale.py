@@ -65,7 +65,7 @@ class StepScalePredictor(StepPredictor):
         blocks = min(2, len(history.products) // 2)
         cosine, settled = history.cosine(blocks), blocks == 2
         if cosine is None:
-            return StepScale(history.multiple, {"phase": PHASES.index(phase)})
+            return StepScale(history.multiple, {"phase": PHASES.index(phase)}, found=phase == "found")
         figures = {"agreement": cosine}
         if settled:
             figures["settled"] = 1.0
@@ -81,7 +81,7 @@ class StepScalePredictor(StepPredictor):
             phase = "found"
         change = min(max(self._change(phase, above, history.step), -LIMIT), LIMIT)
         multiple = min(max(history.multiple * math.exp(change), self.config.least), self._most(history))
-        return StepScale(multiple, figures | {"phase": float(PHASES.index(phase))})
+        return StepScale(multiple, figures | {"phase": float(PHASES.index(phase))}, found=phase == "found")
 
     def _change(self, phase: Phase, above: float, step: int) -> float:
         """Return the change of ln m."""

@@ -59,7 +59,6 @@ def test_a_checkpoint_that_cannot_be_read_fails_the_run() -> None:
 
 
 def scale(step: int, multiple: float, phase: int) -> dict[str, Any]:
-    figures = {"phase": float(phase)}
     rate = 1e-4 * multiple
     return {
         "event": "scale",
@@ -67,7 +66,8 @@ def scale(step: int, multiple: float, phase: int) -> dict[str, Any]:
         "accepted": True,
         "multiple": multiple,
         "rate": rate,
-        "diagnostics": figures,
+        "found": phase == 2,
+        "diagnostics": {},
     }
 
 

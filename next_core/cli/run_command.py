@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,7 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Check the config and print the plan; train nothing")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train with jumps on a real trainer and, if the config asks for it, once more without them.
+    """Train on a real trainer with jumps or step scaling and, if the config asks for it, once more without.
 
     Run the same command again to resume an interrupted run from its last checkpoint.
     """
@@ -65,6 +64,8 @@ def run(
 
 def show_result(result: RunResult, output: Output) -> None:
     """Print accuracies, jumps, the time spent and hints."""
+    from next_core.cycle.summary import average_text, scaling_text
+
     accuracy, control = result.accuracy, result.control
     headings = {"start": "start", "before_jump": "before first jump", "after_jump": "after it", "final": "end"}
     ends = {heading: _figure(accuracy[key]) for key, heading in headings.items()}
@@ -80,15 +81,13 @@ def show_result(result: RunResult, output: Output) -> None:
     if result.scaling:
         output.print(scaling_text(result.scaling))
     if result.average is not None:
-        outcome = "used" if result.average["accepted"] else "not used"
-        before = _figure(accuracy.get("before_average"))
-        output.print(f"Average of the last checkpoints {outcome}: {result.average['reason']}")
-        output.print(f"Test accuracy without the average: {before}")
+        output.print(average_text(result.average))
+        output.print(f"Test accuracy without the average: {_figure(accuracy.get('before_average'))}")
     seconds = result.seconds
     parts = [
         f"RL {seconds['rl']:.1f}",
         f"next-core {seconds['ours'] - seconds['ours_probe']:.2f}",
-        f"evaluating jumps {seconds['ours_probe']:.1f}",
+        f"evaluating {seconds['ours_probe']:.1f}",
         *([] if control is None else [f"plain run {control['seconds']:.1f}"]),
         f"total {seconds['total']:.1f}",
     ]
@@ -98,19 +97,6 @@ def show_result(result: RunResult, output: Output) -> None:
     for note in result.notes:
         output.print(f"Note: {note}.")
     output.print(f"Folder: {result.folder}")
-
-
-def scaling_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return what step scaling did, in one sentence."""
-    made = [record for record in records if record.get("accepted", True)]
-    if not made:
-        return "Step scaling: no multiple was accepted; the journal has the reasons."
-    rates, back = [record["rate"] for record in made], [record for record in made if "back_to" in record]
-    undone = "".join(f", back to step {record['back_to']} after step {record['step']}" for record in back)
-    return (
-        f"Step scaling: learning rate {rates[0]:.2g} at first, at most {max(rates):.2g}, {rates[-1]:.2g} at the end"
-        f"{undone}."
-    )
 
 
 def _jump(jump: dict[str, Any]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import yaml
 
 from next_core.comparison.comparison_results import Bounds
+from next_core.cycle.summary import counted as counted
+from next_core.cycle.summary import without_numbers
 from next_core.report.inputs import Jump
 
 NONE = "–"
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 LONGEST_REASON = 240
 MOST_VARIANTS = 3
 """Reasons that differ only in their numbers are listed up to this many; of more, one is shown as an example."""
@@ -67,16 +67,11 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def counted(count: int, what: str) -> str:
-    """Return ``1 jump`` or ``2 jumps``."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
 def reasons(jumps: Sequence[Jump]) -> list[tuple[str, list[Jump]]]:
     """Group jumps by their reason, the most frequent first. Reasons that differ only in their numbers are alike."""
     groups: dict[str, list[Jump]] = {}
     for jump in jumps:
-        groups.setdefault(NUMBER.sub("#", jump.reason), []).append(jump)
+        groups.setdefault(without_numbers(jump.reason), []).append(jump)
     found = []
     for alike in groups.values():
         different = list(dict.fromkeys(jump.reason for jump in alike))

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from next_core.cycle.summary import done_text
 from next_core.report import pictures
-from next_core.report.formatting import counted, decimal, mean, one_digit, reasons, seconds, steps_text
+from next_core.report.formatting import decimal, mean, reasons, seconds, steps_text
 from next_core.report.geometry import GeometryOptions, add_geometry
-from next_core.report.inputs import Jump, Recorded, Result, Scale
+from next_core.report.inputs import Jump, Recorded, Result
 from next_core.report.page import Page
 from next_core.types import Progress
 
@@ -27,8 +28,8 @@ PARTS = {
     "rl": "RL steps",
     "ours_observe": "next-core: reading checkpoints",
     "ours_predict": "next-core: predicting",
-    "ours_extend": "next-core: writing jumps",
-    "ours_probe": "next-core: evaluating jumps",
+    "ours_extend": "next-core: changing weights",
+    "ours_probe": "next-core: evaluating",
     "measuring": "measuring accuracy",
 }
 MOST_ROWS = 30
@@ -97,24 +98,8 @@ def _summary(recorded: Recorded) -> list[str]:
             )
         moved = f"test accuracy went from {decimal(start)} to {decimal(end)}"
         found = [f"In {result.steps} RL steps {moved}{against}.", *_greedy(result)]
-    if recorded.scaling:
-        return [*found, _scaled(recorded.scaling)]
-    made = [jump for jump in recorded.jumps if jump.accepted]
-    if not recorded.jumps:
-        return [*found, "No jump was attempted."]
-    norm = mean([jump.norm_ratio for jump in made])
-    size = "" if norm is None else f", on average {one_digit(norm)} times as long as the update just before"
-    refused = len(recorded.jumps) - len(made) or "none"
-    return [*found, f"{counted(len(recorded.jumps), 'jump')} attempted: {len(made)} made{size}; {refused} refused."]
-
-
-def _scaled(scaling: Sequence[Scale]) -> str:
-    rates = [one.rate for one in scaling if one.rate is not None]
-    back = [one for one in scaling if one.back_to is not None]
-    returns = f" It returned to earlier weights {counted(len(back), 'time')}." if back else ""
-    if not rates:
-        return "Step scaling changed nothing."
-    return f"Step scaling set the learning rate to {max(rates):.2g} at most and {rates[-1]:.2g} at the end.{returns}"
+    jumps, scaling = ([one.model_dump() for one in some] for some in (recorded.jumps, recorded.scaling))
+    return [*found, done_text(jumps, scaling)]
 
 
 def _greedy(result: Result) -> list[str]:

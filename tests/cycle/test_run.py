@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from next_core.config import load_config
-from next_core.cycle.run import run
+from next_core.cycle.run import RUNNING, run
 from next_core.cycle.run_result import RunResult
 from next_core.plugins import registry
 from next_core.run_config import Choice, RunConfig
@@ -87,7 +87,7 @@ def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None
     assert result.accuracy["before_jump"] != result.accuracy["after_jump"]
     assert plain.control is not None
     assert result.accuracy["final"] != plain.control["accuracy"]["final"]
-    assert ("RL with jumps", 16, 16) in whole.progress
+    assert (RUNNING, 16, 16) in whole.progress
     assert json.loads((whole.out / "result.json").read_text()) == result.as_dict()
     assert load_config(whole.out / "config.yaml") == whole.config
     assert all(result.seconds[part] > 0 for part in ("rl", "ours", "total"))
@@ -268,7 +268,7 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path, cli: Callable[...
     assert facts["steps"] == 6
     for jump in facts["jumps"]:
         assert {"step", "predictor", "alpha", "norm_ratio", "accepted", "reason"} <= set(jump)
-    assert "RL with jumps" in done.err
+    assert RUNNING in done.err
     again = cli(*command)
     assert json.loads(again.out) == facts
     assert "--overwrite" in again.err

@@ -91,8 +91,8 @@ def test_step_scaling_shows_the_learning_rate_and_its_returns_instead_of_jumps_a
     (ended / "result.json").write_text(json.dumps(result))
     written = write_report(ended, settings=QUICK)
     seen = read_page(written.out)
-    assert "0.0001 at most and 2e-05 at the end" in written.summary[-1]
-    assert "2 times" in written.summary[-1]
+    assert "at most 0.0001, 2e-05 last" in written.summary[-1]
+    assert "back to step 0 after step 10, back to step 30 after step 40" in written.summary[-1]
     assert "step scaling 50 0.200" in seen.words
     assert "10 0 the first steps cancelled each other" in seen.words
     assert "40 30 the reward fell to 0.100 from 0.500" in seen.words

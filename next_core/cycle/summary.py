@@ -1,0 +1,102 @@
+"""What a run did, in sentences: for the command line, the report and the end of a training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
+from next_core.cycle.scaling import EVENTS
+from next_core.sources.metrics import METRICS, by_step, read_log
+
+Record = Mapping[str, Any]
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+MOST_REFUSALS = 3
+"""Kinds of refusals that a summary lists."""
+
+
+def counted(count: int, what: str) -> str:
+    """Return ``1 jump`` or ``2 jumps``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def without_numbers(reason: str) -> str:
+    """Return the kind of a reason: those that differ only in their numbers are alike."""
+    return NUMBER.sub("#", reason)
+
+
+def done_text(jumps: Sequence[Record], scaling: Sequence[Record]) -> str:
+    """Return what the jumps or the step scaling of a run did, from its records."""
+    return scaling_text(scaling) if scaling else jumps_text(jumps)
+
+
+def scaling_text(records: Sequence[Record]) -> str:
+    """Return what step scaling did, in one sentence."""
+    made = [record for record in records if record.get("accepted", True)]
+    if not made:
+        return "Step scaling: no multiple was accepted; the journal has the reasons."
+    rates, back = [record["rate"] for record in made], [one for one in made if one.get("back_to") is not None]
+    undone = "".join(f", back to step {record['back_to']} after step {record['step']}" for record in back)
+    return (
+        f"Step scaling: learning rate {rates[0]:.2g} at first, at most {max(rates):.2g}, {rates[-1]:.2g} last{undone}."
+    )
+
+
+def jumps_text(jumps: Sequence[Record]) -> str:
+    """Return how many jumps were made and refused, and how long they were."""
+    if not jumps:
+        return "No jump was attempted."
+    made = [jump for jump in jumps if jump["accepted"]]
+    norms = [jump["norm_ratio"] for jump in made if jump.get("norm_ratio") is not None]
+    size = f", on average {sum(norms) / len(norms):.1f} times as long as the update just before" if norms else ""
+    refused = len(jumps) - len(made) or "none"
+    return f"{counted(len(jumps), 'jump')} attempted: {len(made)} made{size}; {refused} refused."
+
+
+def average_text(record: Record) -> str:
+    """Return whether a run ended in the mean of its last checkpoints, and what that changed."""
+    before = record.get("accuracy_before")
+    after = [value for value in (record.get("tried") or {}).values() if value is not None]
+    measured = "" if before is None or not after else f" (validation accuracy {before:.3f}, the mean {max(after):.3f})"
+    return (
+        f"Average of the last checkpoints {'used' if record['accepted'] else 'not used'}: {record['reason']}{measured}"
+    )
+
+
+def summary(folder: Path) -> list[str]:
+    """Return what the run in a folder did and gained so far, a sentence each. Raises ``CheckpointError``."""
+    records = counted_records(read_journal(folder / JOURNAL)) if (folder / JOURNAL).exists() else []
+    jumps, scaling = valid_jumps(records), [record for record in records if record["event"] in EVENTS]
+    lines = [done_text(jumps, scaling)]
+    refused: dict[str, list[Record]] = {}
+    for record in (*jumps, *scaling):
+        if not record.get("accepted", True):
+            refused.setdefault(without_numbers(record["reason"]), []).append(record)
+    often = sorted(refused.values(), key=len, reverse=True)[:MOST_REFUSALS]
+    lines += [f"Refused {counted(len(alike), 'time')}: {alike[-1]['reason']}" for alike in often]
+    lines += [average_text(record) for record in records if record["event"] == "average"]
+    for what, known in (("Validation accuracy", _accuracies(records)), ("Reward", _rewards(folder))):
+        if len(known) > 1:
+            (first, start), *_, (last, end) = sorted(known.items())
+            lines.append(f"{what}: {start:.3f} after step {first}, {end:.3f} after step {last}")
+    advice = [record["text"] for record in records if record["event"] == "advice" and "text" in record]
+    return [*lines, *(f"Hint: {text}" for text in advice)]
+
+
+def _accuracies(records: Sequence[Record]) -> dict[int, float]:
+    """Return the probes by step: of each step the first, which no trial had changed, and at the end the chosen mean."""
+    found: dict[int, float] = {}
+    for record in records:
+        tried = [value for value in (record.get("tried") or {}).values() if value is not None]
+        if record["event"] == "probe" and record["accuracy"] is not None:
+            found.setdefault(record["step"], record["accuracy"])
+        elif record["event"] == "average" and record["accepted"] and tried:
+            found[record["step"]] = max(tried)
+    return found
+
+
+def _rewards(folder: Path) -> dict[int, float]:
+    metrics = by_step(read_log(folder / METRICS))
+    return {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers}

@@ -121,6 +121,9 @@ class Backend(Plugin):
         found = self.evaluate(split)
         return {} if found is None else {"sampled": found}
 
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Add the figures of a decision after the current step to what the trainer logs, if it has a log."""
+
     @property
     def notes(self) -> Sequence[str]:
         """Remarks for the user on how the run was observed, such as the precision of its checkpoints."""

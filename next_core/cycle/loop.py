@@ -10,6 +10,7 @@ from typing import Any
 from next_core.backend import Backend
 from next_core.cycle.alpha_search import with_best_alpha
 from next_core.cycle.average import end_in_mean, mean_of_last, windows
+from next_core.cycle.decisions import Decisions
 from next_core.cycle.journal import Journal
 from next_core.cycle.jump import Jump, check_origin, failure
 from next_core.cycle.measurements import Stopwatch
@@ -69,6 +70,7 @@ class PredictExtendCycle:
             watch = self._watches["predict"]
             self._scaling = StepScaling(self.backend, predictor, self.guards, self.journal, watch, self.strict)
         self._probes = Probes(self.backend, self.journal, self.guards.probe, self._watches["probe"])
+        self._decisions = Decisions(self.journal, self.backend)
         self._start = 0
         self._resumed_at: int | None = None
         self._jumps_made, self._first_jump_made = 0, False
@@ -121,6 +123,7 @@ class PredictExtendCycle:
             self._scaling.after_step(step)
         if self._averages(step):
             self._end_in_mean(step)
+        self._decisions.show(sum(self.seconds.values()))
         if self._measures(step):
             self.milestone("curve", step)
 

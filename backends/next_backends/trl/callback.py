@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from next_backends.trl.argument_checks import check_arguments, check_best_model, check_reachable
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
+from next_backends.trl.trainer_log import trainer_of
 from next_backends.trl.trl_backend import TrlBackend
 from next_core.config import recommended_of, refuse_jump_settings
 from next_core.cycle.journal import JOURNAL, Journal
@@ -85,6 +86,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check(args, state, kwargs["model"])
+        self.backend.trainer = trainer_of(self)
         if self._shared is not None:
             self._shared.close()  # a training that failed has left it open
             self._shared = None
@@ -125,6 +127,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         else:
             self._shared.end()
             self._shared = None
+        self.backend.trainer = None
         release(self._folder_of(args))
 
     def _folder_of(self, args: Any) -> Path:

@@ -22,6 +22,7 @@ from next_backends.trl.evaluate import averaged
 from next_backends.trl.logged_rewards import LoggedRewards
 from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
 from next_core.backend import Backend, LoggedReward
+from next_core.cycle.decisions import PREFIX
 from next_core.errors import BackendError, CheckpointError
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.frozen_adapters import (
@@ -371,9 +372,17 @@ class TrlBackend(Backend):
             return self._evaluate(self._model, split)
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Write what the trainer logs, for predictors that read a metric."""
+        """Write what the trainer logs, for predictors that read a metric; decisions are in the journal."""
+        if any(key.startswith(PREFIX) for key in logs):
+            return
         self._history.log(step, logs)
         self._rewards.add(step, logs, self._args)
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        if self.trainer is not None:
+            from next_backends.trl.trainer_log import log_figures
+
+            log_figures(self.trainer, figures)
 
     def rewards(self) -> Sequence[LoggedReward]:
         return self._rewards

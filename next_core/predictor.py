@@ -74,6 +74,11 @@ class Predictor(Plugin):
     """Recommended fields of ``schedule`` and ``guards``: the values of fields that a run's config omits."""
 
 
+def described(predictor: Predictor) -> dict[str, Any]:
+    """Return name and settings as plain values, for the journal."""
+    return {"name": predictor.name, **predictor.config.model_dump(mode="json", fallback=str)}
+
+
 class TrajectoryPredictor(Predictor):
     """A predictor: fits the observed trajectory and extrapolates it by ``horizon`` RL steps."""
 

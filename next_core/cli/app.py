@@ -14,6 +14,7 @@ from next_core.cli.plan_command import plan
 from next_core.cli.plugins_command import plugins, schema
 from next_core.cli.report_command import report
 from next_core.cli.run_command import run
+from next_core.cli.status_command import status
 
 EXIT_CODES = (
     "Exit codes: 0 success, 1 other error, 2 config, 3 checkpoint, 4 guard (with --strict), 5 plug-in, 6 backend, "
@@ -29,7 +30,7 @@ app = typer.Typer(
     "jump, and continue training.",
     epilog=EXIT_CODES,
 )
-for command in (run, extrapolate, analyze, backtest, compare, plan, report, plugins, schema):
+for command in (run, status, extrapolate, analyze, backtest, compare, plan, report, plugins, schema):
     app.command(epilog=EXIT_CODES)(command)
 
 

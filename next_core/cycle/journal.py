@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,22 @@ def _check(record: dict[str, Any]) -> None:
         raise ValueError("'event' must be text and 'step' a number")  # noqa: TRY004 - one kind of error for all damage
 
 
-def counted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def counted_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the records that still count: a resume discards what happened after its step."""
     counted: list[dict[str, Any]] = []
     for record in records:
         if record["event"] == "resume":
             counted = [earlier for earlier in counted if earlier["step"] <= record["step"]]
-        counted.append(record)
+        counted.append(dict(record))
     return counted
 
 
-def valid_jumps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def valid_jumps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the jump records that still count, in order, with their verdicts."""
     jumps: list[dict[str, Any]] = []
     for record in counted_records(records):
         if record["event"] == "jump":
-            jumps.append(dict(record))
+            jumps.append(record)
         elif record["event"] == "verify":
             for jump in jumps:
                 if jump["step"] == record["jump_step"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from next_core.errors import BackendError, CheckpointError, GuardError
 from next_core.history.executor import Executor
 from next_core.history.history import History
 from next_core.interfaces import Applied, Compressor
-from next_core.predictor import Predictor, TrajectoryPredictor
+from next_core.predictor import Predictor, TrajectoryPredictor, described
 from next_core.process.containment import TimeLimitReached, same_random_states, time_limit
 from next_core.run_config import Guards, Schedule
 from next_core.step_predictor import StepPredictor
@@ -293,12 +294,22 @@ class PredictExtendCycle:
         if self._resumed_at is None:
             return
         step, self._resumed_at = self._resumed_at, None
-        self.journal.append("resume", step)
+        self.journal.append("resume", step, **self._other_predictor(step))
         jumps = [jump for jump in self.journal.jumps() if jump["accepted"]]
         self._jumps_made, self._first_jump_made = len(jumps), bool(jumps)
         self._probes.restore(self.journal.counted())
         if self.guards.recovery is not None and jumps and step < jumps[-1]["step"] + self.guards.recovery:
             self._reopen_recovery(jumps[-1])
+
+    def _other_predictor(self, step: int) -> dict[str, Any]:
+        """Return the predictor for the journal, with a warning, if the run had another one before it was resumed."""
+        counted, now = self.journal.counted(), described(self.predictor())
+        known = [one["predictor"] for one in counted if one["event"] in ("start", "resume") and "predictor" in one]
+        if not known or known[-1] == now:
+            return {}
+        change = "after step %d the predictor is %s, and was %s before"
+        logging.getLogger(__name__).warning(change, step, now, known[-1])
+        return {"predictor": now}
 
     def _reopen_recovery(self, record: dict[str, Any]) -> None:
         """Restore the recovery window of a jump that was open when the run ended."""

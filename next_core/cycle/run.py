@@ -22,6 +22,7 @@ from next_core.cycle.signals import Signals
 from next_core.cycle.trainer_errors import closed_after_an_error, report_progress, start_trainer, trainer_errors
 from next_core.errors import ConfigError, Interrupted, describe
 from next_core.plugins import make_chosen
+from next_core.predictor import described
 from next_core.process.hardware import hardware, versions
 from next_core.run_config import RunConfig
 from next_core.storage.atomic import fresh_directory, recover, sweep, write_text
@@ -182,7 +183,8 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
     if resumed_from is not None:
         cycle.resume(resumed_from)
     else:
-        journal.append("start", 0, steps=config.steps, seed=config.seed)
+        predictor = described(make_chosen("predictor", config.predictor))
+        journal.append("start", 0, steps=config.steps, seed=config.seed, predictor=predictor)
         measure("start", 0)
         if config.measure_every is not None:
             measure(CURVE, 0)

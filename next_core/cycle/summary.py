@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from next_core.cycle.journal import JOURNAL, counted_records, read_journal, valid_jumps
+from next_core.cycle.journal import counted_records, valid_jumps
 from next_core.cycle.scaling import EVENTS
-from next_core.sources.metrics import METRICS, by_step, read_log
 
 Record = Mapping[str, Any]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -65,9 +63,9 @@ def average_text(record: Record) -> str:
     )
 
 
-def summary(folder: Path) -> list[str]:
-    """Return what the run in a folder did and gained so far, a sentence each. Raises ``CheckpointError``."""
-    records = counted_records(read_journal(folder / JOURNAL)) if (folder / JOURNAL).exists() else []
+def summary(records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """Return what a run did and gained so far, a sentence each, from its journal and the trainer's metrics by step."""
+    records = counted_records(records)
     jumps, scaling = valid_jumps(records), [record for record in records if record["event"] in EVENTS]
     lines = [done_text(jumps, scaling)]
     refused: dict[str, list[Record]] = {}
@@ -77,7 +75,14 @@ def summary(folder: Path) -> list[str]:
     often = sorted(refused.values(), key=len, reverse=True)[:MOST_REFUSALS]
     lines += [f"Refused {counted(len(alike), 'time')}: {alike[-1]['reason']}" for alike in often]
     lines += [average_text(record) for record in records if record["event"] == "average"]
-    for what, known in (("Validation accuracy", _accuracies(records)), ("Reward", _rewards(folder))):
+    figures = {
+        "Test accuracy": {
+            r["step"]: r["value"] for r in records if r["event"] == "accuracy" and r["value"] is not None
+        },
+        "Validation accuracy": _accuracies(records),
+        "Reward": {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers},
+    }
+    for what, known in figures.items():
         if len(known) > 1:
             (first, start), *_, (last, end) = sorted(known.items())
             lines.append(f"{what}: {start:.3f} after step {first}, {end:.3f} after step {last}")
@@ -95,8 +100,3 @@ def _accuracies(records: Sequence[Record]) -> dict[int, float]:
         elif record["event"] == "average" and record["accepted"] and tried:
             found[record["step"]] = max(tried)
     return found
-
-
-def _rewards(folder: Path) -> dict[int, float]:
-    metrics = by_step(read_log(folder / METRICS))
-    return {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers}

@@ -151,8 +151,10 @@ class Recorded:
 
     @property
     def predictor(self) -> str:
-        """Return the predictor's name, from the result or from the jumps."""
-        named = None if self.result is None else self.result.settings.get("predictor")
+        """Return the predictor's name, from the result, the journal's last record that has it, or the jumps."""
+        known = [record["predictor"] for record in self.events if isinstance(record.get("predictor"), dict)]
+        named = known[-1].get("name") if known else None
+        named = named if self.result is None else self.result.settings.get("predictor")
         return str(named or next((jump.predictor for jump in self.jumps if jump.predictor), "unknown"))
 
     @property

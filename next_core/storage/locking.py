@@ -15,6 +15,11 @@ from next_core.storage.atomic import disk_operation
 from next_core.storage.reading import read_text
 
 
+def lock_file(target: Path) -> Path:
+    """Return the file that locks a folder. It is not inside: the folder itself may be replaced."""
+    return target.parent / f".{target.name}.lock"
+
+
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Lock a folder for this process; the operating system releases the lock of a killed one.
@@ -22,7 +27,7 @@ def locked(target: Path) -> Iterator[None]:
     Raises ``ConfigError`` with the number of the process that holds the lock. On a file system without locks it locks
     nothing.
     """
-    path = target.parent / f".{target.name}.lock"  # not inside: the folder itself may be replaced
+    path = lock_file(target)
     lock = FileLock(path, thread_local=False)
     with disk_operation("locking", target):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +48,22 @@ def locked(target: Path) -> Iterator[None]:
         if lock.is_locked:
             path.unlink(missing_ok=True)
             lock.release()
+
+
+def holder(target: Path) -> str | None:
+    """Return the number of the process that has locked a folder, None if none has, "?" if it is not known."""
+    path = lock_file(target)
+    if not path.exists():
+        return None
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return _holder(path)
+    except OSError:  # a folder of someone else, or a file system without locks
+        return None
+    lock.release()
+    return None
 
 
 _HELD: dict[Path, contextlib.ExitStack] = {}

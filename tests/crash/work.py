@@ -140,7 +140,6 @@ def train_with_callback(raw: dict[str, Any], out: Path) -> None:
         raw["predictor"],
         guards=raw["guards"],
         evaluate=lambda model: evaluate(model, "validation")["sampled"],
-        overwrite=newest is None,
         **raw["schedule"],
     )
     trainer.add_callback(callback)

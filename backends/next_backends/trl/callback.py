@@ -11,22 +11,26 @@ from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from next_backends.trl.argument_checks import check_arguments, check_best_model, check_reachable
+from next_backends.trl.earlier_run import make_room
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trainer_log import trainer_of
 from next_backends.trl.trl_backend import TrlBackend
+from next_core.cli.console import Output
 from next_core.config import recommended_of, refuse_jump_settings
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
+from next_core.cycle.summary import summary
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError
 from next_core.live_weights.frozen_adapters import is_peft
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
-from next_core.predictor import TrajectoryPredictor
+from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
 from next_core.settings import config_error
+from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.storage.locking import hold, release
 
 
@@ -76,6 +80,8 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self.cycle: PredictExtendCycle | None = None
         self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
         self._folder = None if folder is None else Path(folder)
+        self._watches = True
+        """Whether the run has room for a jump."""
         self._shared: SharedRun | None = None
         """The other processes; None in a run of one process."""
 
@@ -85,6 +91,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         return self.cycle.journal if self.cycle is not None else Journal()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.cycle, self._watches = None, self._has_room(state)
+        if not self._watches:
+            return
         self._check(args, state, kwargs["model"])
         self.backend.trainer = trainer_of(self)
         if self._shared is not None:
@@ -103,6 +112,8 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._shared.begin(state.global_step, settings, self._begin, args, state, self._shared.bounded(self.guards))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._watches:
+            return
         if self._shared is None:
             self._end_step(state.global_step)
         else:
@@ -110,28 +121,50 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             self._shared.end_step(state.global_step, observes, self._end_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not self._watches:
+            return
         if self._shared is None:
             self.backend.log(state.global_step, logs or {})
         else:
             self._shared.log(state.global_step, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._watches:
+            return
         if self._shared is None:
             self.backend.saved(checkpoint_of(args, state))
         else:
             self._shared.save(state.global_step, checkpoint_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._watches:
+            return
         if self._shared is None:
             self.backend.finish()
         else:
             self._shared.end()
             self._shared = None
+        if self.cycle is not None:
+            if self.journal.records[-1]["event"] != "end":  # the trainer stopped early
+                self.journal.append("end", state.global_step)
+            self._show_summary(args, state.global_step)
         self.backend.trainer = None
         release(self._folder_of(args))
 
     def _folder_of(self, args: Any) -> Path:
         return self._folder or Path(args.output_dir) / "next-core"
+
+    def _has_room(self, state: Any) -> bool:
+        """Whether a jump fits into the run; without one, as in a short trial of a script, the trainer runs plainly."""
+        jumps = isinstance(self._make_predictor(), TrajectoryPredictor)
+        if not jumps or self.schedule.attempt_steps(state.max_steps):
+            return True
+        if state.is_world_process_zero:
+            logging.getLogger(__name__).warning(
+                "no jump fits into %d steps (observe %d, settle %d): this training runs without next-core",
+                state.max_steps, self.schedule.observe, self.schedule.settle,
+            )  # fmt: skip
+        return False
 
     def _check(self, args: Any, state: Any, model: Any) -> None:
         """Raise ``ConfigError`` or ``BackendError`` for a training that cannot jump; changes nothing."""
@@ -153,14 +186,16 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         folder = self._folder_of(args)
         hold(folder)
         journal = folder / JOURNAL
-        if state.global_step == 0 and journal.exists():
-            if not self._overwrite:
-                raise ConfigError(
-                    f"{folder} holds another run; pass resume_from_checkpoint to trainer.train, or folder= or "
-                    "overwrite=True to this callback",
-                    kind="config-folder-not-empty",
-                )
-            journal.unlink()
+        started = {
+            "steps": state.max_steps,
+            "predictor": described(self._make_predictor()),
+            "schedule": self.schedule.model_dump(mode="json"),
+            "guards": self.guards.model_dump(mode="json"),
+        }
+        if state.global_step == 0 and self._overwrite:
+            journal.unlink(missing_ok=True)
+        elif state.global_step == 0:
+            make_room(folder, started, Path(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.cycle = PredictExtendCycle(
             self.backend,
@@ -174,7 +209,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.backend.begin(state.global_step, checkpoint_of(args, state))
         if state.global_step == 0:
-            self.cycle.journal.append("start", 0, schedule=self.schedule.model_dump())
+            self.cycle.journal.append("start", 0, **started)
         else:
             self.cycle.resume(state.global_step)
 
@@ -182,9 +217,17 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         assert self.cycle is not None
         self.cycle.after_step(step)
         if step == self.cycle.total:
-            advice = journal_advice(self.cycle, run_advice, step)
-            if advice is not None:
-                logging.getLogger(__name__).warning(advice)
+            journal_advice(self.cycle, run_advice, step)
+            self.journal.append("end", step)
+
+    def _show_summary(self, args: Any, step: int) -> None:
+        """Print what the run did, where its files are, and how to read them."""
+        output, folder = Output(as_json=False), self._folder_of(args)
+        output.console.rule(f"next-core after {step} steps")
+        metrics = by_step(read_log(folder / METRICS))
+        lines = [*summary(self.journal.records, metrics), f"Folder: {folder}", f"Report: next-core report {folder}"]
+        for line in lines:
+            output.print(line)
 
     def _measure(self, model: Any, split: str) -> dict[str, float]:
         """Call the user's probe without a trace in training: random states and train or eval modes are put back."""

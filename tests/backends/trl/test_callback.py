@@ -328,11 +328,6 @@ def test_wrong_settings_are_named_when_the_callback_is_made(fields: dict[str, An
         PredictExtendCallback(**{"predictor": "secant", **fields})
 
 
-def test_no_room_for_a_jump_is_said_before_training(make_trainer: Any) -> None:
-    with raises_kind("config-schedule", "observe (9)", "12 steps"):
-        make_trainer([PredictExtendCallback(FACTORS, observe=9, every=3, settle=6)], steps=12).train()
-
-
 def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -201,7 +201,7 @@ def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: RunsOfTw
         ("drifted", "backend-processes-differ", ["after step 6", "process 1", "q_proj.lora_A"]),
         ("unwritable", "", ["metrics.jsonl"]),
         ("unfollowed", "backend-processes-differ", ["after step 6", "process 1", "MemoryError: no room"]),
-        ("taken", "config-folder-not-empty", ["refused"]),
+        ("taken", "config-other-run", ["refused"]),
         ("unlike", "backend-processes-differ", ["settle=1", "process 0 0"]),
         ("sharded", "backend-unsupported", ["'weight'"]),
     ],

@@ -103,8 +103,8 @@ def test_another_run_is_overwritten_when_asked_only_and_another_persons_files_ne
     with pytest.raises(NextCoreError, match="DoRA"):  # a setting that is refused leaves no run behind
         make_trainer([callback(folder=tmp_path)], steps=8, lora={"use_dora": True}).train()
     make_trainer([callback(folder=tmp_path)], steps=8).train()
-    with raises_kind("config-folder-not-empty", tmp_path, "overwrite=True"):
-        make_trainer([callback(folder=tmp_path)], steps=8).train()
+    with raises_kind("config-other-run", tmp_path, "predictor", "overwrite=True"):
+        make_trainer([callback("stay", folder=tmp_path)], steps=8).train()
     (tmp_path / "notes.txt").write_text("keep me")
     (tmp_path / "checkpoints" / "mine").mkdir()
     make_trainer([callback(folder=tmp_path, overwrite=True)], steps=8).train()

@@ -69,3 +69,16 @@ def test_the_first_refusal_of_each_kind_is_a_warning(make_trainer: Any, caplog: 
     assert len(callback.journal.jumps()) == 3
     (warning,) = (record.getMessage() for record in caplog.records if "max_norm_ratio" in record.getMessage())
     assert "step 6" in warning
+
+
+def test_the_end_of_training_prints_what_was_done_and_gained_and_how_to_read_it(
+    make_trainer: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = iter([0.4, 0.5, 0.45, 0.55])
+    callback = PredictExtendCallback(FACTORS, evaluate=lambda model: next(measured), average=6, **SMALL)
+    make_trainer([callback], steps=12, logging_steps=3).train()
+    printed = capsys.readouterr().out
+    folder = tmp_path / "trainer" / "next-core"
+    for words in ("12 steps", "1 jump", "the last 6 steps", "0.400 after step 6, 0.550 after step 12", "Reward: "):
+        assert words in printed
+    assert printed.endswith(f"Folder: {folder}\nReport: next-core report {folder}\n")

@@ -1,0 +1,93 @@
+"""The same script, started again: afresh, from its checkpoint, or beside a run that finished."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from next_backends.trl import PredictExtendCallback
+from next_core.cycle.journal import read_journal
+from tests.backends.trl.conftest import FACTORS, SAVING, SMALL
+from tests.errors import raises_kind
+
+pytestmark = pytest.mark.trl
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands in for the end of the process."""
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def callback(predictor: Any = FACTORS, **fields: Any) -> PredictExtendCallback:
+    return PredictExtendCallback(predictor, **SMALL | fields)
+
+
+def killed(make_trainer: Any, step: int, **fields: Any) -> None:
+    with pytest.raises(Killed):
+        make_trainer([callback(), Kill(step)], **fields).train()
+
+
+def test_a_run_without_a_checkpoint_starts_afresh_and_a_finished_one_is_kept(
+    make_trainer: Any, logits: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(make_trainer, 7)
+    folder = tmp_path / "trainer" / "next-core"
+    first = make_trainer([callback()])
+    first.train()
+    assert "step 6" in caplog.text
+    journal = (folder / "journal.jsonl").read_bytes()
+    again = make_trainer([callback()])
+    again.train()
+    assert (folder / "earlier-1" / "journal.jsonl").read_bytes() == journal
+    assert (folder / "earlier-1" / "checkpoints" / "step-000006").is_dir()
+    for trainer in (first, again):
+        assert torch.equal(logits(trainer.model), logits(first.model))
+    events = [record["event"] for record in read_journal(folder / "journal.jsonl")]
+    assert (events[0], events.count("jump"), events[-1]) == ("start", 1, "end")
+
+
+def test_a_run_that_can_be_resumed_is_not_started_anew_by_mistake(make_trainer: Any, tmp_path: Path) -> None:
+    killed(make_trainer, 7, **SAVING)
+    with raises_kind("config-other-run", "step 6", "resume_from_checkpoint"):
+        make_trainer([callback()], **SAVING).train()
+    make_trainer([callback()], **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_another_predictor_after_a_resume_is_recorded_and_said(
+    make_trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "next_core")
+    killed(make_trainer, 7, **SAVING)
+    for predictor in ("stay", "stay", FACTORS):
+        killed_at = tmp_path / "trainer" / "checkpoint-4"
+        made = callback(predictor)
+        make_trainer([made], **SAVING).train(resume_from_checkpoint=str(killed_at))
+    resumes = [record for record in made.journal.records if record["event"] == "resume"]
+    assert [record.get("predictor", {}).get("name") for record in resumes] == ["stay", None, "secant"]
+    said = [record.getMessage() for record in caplog.records if "step 4" in record.getMessage()]
+    assert len(said) == 2
+    assert "stay" in said[0]
+
+
+def test_a_run_shorter_than_its_schedule_is_a_plain_run_with_a_warning(
+    make_trainer: Any, logits: Any, plain_logits: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = callback(observe=9)
+    trainer = make_trainer([made], steps=8)
+    trainer.train()
+    assert torch.equal(logits(trainer.model), plain_logits(8, True))
+    assert not (tmp_path / "trainer" / "next-core").exists()
+    assert caplog.text.count("observe 9") == 1

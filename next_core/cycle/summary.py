@@ -58,9 +58,8 @@ def average_text(record: Record) -> str:
     before = record.get("accuracy_before")
     after = [value for value in (record.get("tried") or {}).values() if value is not None]
     measured = "" if before is None or not after else f" (validation accuracy {before:.3f}, the mean {max(after):.3f})"
-    return (
-        f"Average of the last checkpoints {'used' if record['accepted'] else 'not used'}: {record['reason']}{measured}"
-    )
+    used = "used" if record["accepted"] else "not used"
+    return f"Average of the last checkpoints {used}: {record['reason']}{measured}"
 
 
 def summary(records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]]) -> list[str]:
@@ -75,10 +74,11 @@ def summary(records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]
     often = sorted(refused.values(), key=len, reverse=True)[:MOST_REFUSALS]
     lines += [f"Refused {counted(len(alike), 'time')}: {alike[-1]['reason']}" for alike in often]
     lines += [average_text(record) for record in records if record["event"] == "average"]
+    best = [record["loaded"] for record in records if record["event"] == "best"]
+    lines += [f"load_best_model_at_end: the weights are those of step {step}" for step in best]
+    tested = [record for record in records if record["event"] == "accuracy" and record["value"] is not None]
     figures = {
-        "Test accuracy": {
-            r["step"]: r["value"] for r in records if r["event"] == "accuracy" and r["value"] is not None
-        },
+        "Test accuracy": {record["step"]: record["value"] for record in tested},
         "Validation accuracy": _accuracies(records),
         "Reward": {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers},
     }

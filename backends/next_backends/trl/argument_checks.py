@@ -56,21 +56,21 @@ def check_arguments(
                 )
 
 
-def check_best_model(args: Any, schedule: Schedule, predictor: Predictor, lora: bool) -> None:
-    """Raise ``ConfigError`` if TRL's ``load_best_model_at_end`` would undo a part of what jumps and the mean did.
+def check_best_model(args: Any, predictor: Predictor, lora: bool) -> None:
+    """Raise ``ConfigError`` if ``load_best_model_at_end`` would leave weights that never were together.
 
-    It loads the trained weights of an earlier step, which contain the jumps of full weights and of factors until then.
+    It loads the trained weights of an evaluated step. They contain the jumps in full weights and in factors made until
+    then, and at the last step the mean, but frozen jump adapters stay as they are at the end.
     """
-    undone = None
-    if schedule.average is not None:
-        undone = f"the mean of the last checkpoints (average: {schedule.average})"
-    elif lora and isinstance(predictor, TrajectoryPredictor) and predictor.space != "factors":
-        undone = (
-            "the training since, but not the jumps next to the trained adapter (with space: factors there are none)"
-        )
-    if args.load_best_model_at_end and undone is not None:
+    if (
+        args.load_best_model_at_end
+        and lora
+        and isinstance(predictor, TrajectoryPredictor)
+        and predictor.space != "factors"
+    ):
         raise ConfigError(
-            f"load_best_model_at_end would undo {undone}: set it to False, or omit the other",
+            "load_best_model_at_end would undo training, but not the jumps next to the trained adapter: set it to "
+            "False, or the predictor's space to factors, which makes none",
             kind="config-contradiction",
         )
 

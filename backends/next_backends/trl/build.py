@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from next_backends.data import read_rows, read_splits
-from next_backends.trl.argument_checks import check_arguments, check_best_model
+from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.errors import CheckpointError, ConfigError, describe
 from next_core.plugins import import_object, make_chosen
@@ -55,9 +55,7 @@ def build_trainer(
     training = run.training
     reward = make_reward(training.reward)
     args = make_args(run, extra, output)
-    predictor = make_chosen("predictor", run.predictor)
-    check_arguments(predictor, run.schedule, run.guards, run.steps, args)
-    check_best_model(args, run.schedule, predictor, training.lora is not None)
+    check_arguments(make_chosen("predictor", run.predictor), run.schedule, run.guards, run.steps, args)
     train, splits = _load_data(training)
     set_seed(run.seed)
     try:

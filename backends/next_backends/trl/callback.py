@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from next_backends.trl.argument_checks import check_arguments, check_best_model, check_reachable
 from next_backends.trl.earlier_run import make_room
+from next_backends.trl.reward_probe import prompts_of, reward_probe
 from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trainer_log import trainer_of
@@ -40,9 +41,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     ``predictor`` is a name, a mapping (``{"name": "secant", "window": 10}``), ``"module:Class"``, a class or an
     instance; ``schedule`` fields (``observe``, ``every``, ``horizon``, ``alpha``, ``alphas``, ``jump_every``,
     ``jumps``, ``settle``, ``average``) and ``guards`` are those of the config file. ``evaluate(model) -> accuracy`` is
-    the probe; without it the guards that need one do not run. Checkpoints, jumps and the journal go to ``folder``, by
-    default ``<output_dir>/next-core``; ``resume_from_checkpoint`` continues from there. Raises ``ConfigError`` for
-    settings that contradict each other or the trainer's, when training begins at the latest.
+    the probe; ``"reward"`` stands for the trainer's mean reward of greedy completions of its ``eval_dataset``, else of
+    training prompts, which are held back. Without a probe the guards that need one do not run. Checkpoints, jumps and
+    the journal go to ``folder``, by default ``<output_dir>/next-core``; ``resume_from_checkpoint`` continues from
+    there. Raises ``ConfigError`` for settings that contradict each other or the trainer's, when training begins at the
+    latest.
 
     In a data-parallel run every process makes the same callback. Process 0 decides, calls ``evaluate`` and writes; the
     others wait, and end each step with the same weights. Only process 0 has a ``cycle`` and a ``journal``.
@@ -54,7 +57,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         *,
         guards: Guards | Mapping[str, Any] | None = None,
         rank: int = 1,
-        evaluate: Callable[[Any], float] | None = None,
+        evaluate: Callable[[Any], float] | Literal["reward"] | None = None,
         folder: str | Path | None = None,
         overwrite: bool = False,
         strict: bool = False,
@@ -62,6 +65,8 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if rank < 1:
             raise ConfigError(f"rank must be at least 1 (got {rank})", kind="config-invalid-value")
+        if not (evaluate is None or evaluate == "reward" or callable(evaluate)):
+            raise ConfigError(f"evaluate is {evaluate!r}, not a function or 'reward'", kind="config-invalid-value")
         if isinstance(predictor, str | Mapping):
             predictor = steps_or_jumps(predictor, TrlBackend)
         self._make_predictor = resolve_any_predictor(predictor)
@@ -78,7 +83,10 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self.guards.check(self.schedule)
         self.backend = TrlBackend()
         self.cycle: PredictExtendCycle | None = None
-        self._rank, self._evaluate, self._overwrite, self._strict = rank, evaluate, overwrite, strict
+        self._rank, self._overwrite, self._strict = rank, overwrite, strict
+        self._given, self._evaluate = evaluate, evaluate if callable(evaluate) else None
+        self._prompts: Any = None
+        """What ``evaluate="reward"`` evaluates."""
         self._folder = None if folder is None else Path(folder)
         self._watches = True
         """Whether the run has room for a jump."""
@@ -90,12 +98,24 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         """Every decision so far."""
         return self.cycle.journal if self.cycle is not None else Journal()
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = trainer_of(self)
+        if self._given == "reward" and trainer is not None:
+            self._prompts = prompts_of(trainer)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cycle, self._watches = None, self._has_room(state)
         if not self._watches:
             return
         self._check(args, state, kwargs["model"])
         self.backend.trainer = trainer_of(self)
+        if self._given == "reward":
+            if self._prompts is None:
+                raise ConfigError(
+                    "evaluate='reward': give the callback to the trainer's constructor, in callbacks=[...]",
+                    kind="config-contradiction",
+                )
+            self._evaluate = reward_probe(self.backend.trainer, self._prompts)
         if self._shared is not None:
             self._shared.close()  # a training that failed has left it open
             self._shared = None
@@ -147,6 +167,8 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         if self.cycle is not None:
             if self.journal.records[-1]["event"] != "end":  # the trainer stopped early
                 self.journal.append("end", state.global_step)
+            if args.load_best_model_at_end and state.best_global_step is not None:
+                self.journal.append("best", state.global_step, loaded=state.best_global_step)
             self._show_summary(args, state.global_step)
         self.backend.trainer = None
         release(self._folder_of(args))
@@ -178,7 +200,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         check_arguments(predictor, self.schedule, self.guards, state.max_steps, args, several=True)
         if isinstance(predictor, TrajectoryPredictor):
             self.schedule.check_predictor(predictor, state.max_steps)
-        check_best_model(args, self.schedule, predictor, is_peft(model))
+        check_best_model(args, predictor, is_peft(model))
         check_reachable(model)
 
     def _begin(self, args: Any, state: Any, guards: Guards) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,26 +85,39 @@ def _answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tu
     return (logps * answer[:, 1:]).sum(1), (right_ids | ~answer[:, 1:]).all(1)
 
 
-def greedy_accuracy(model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int) -> float:
-    """Return the mean reward of greedy completions."""
+def greedy_accuracy(
+    model: Any, tokenizer: Any, data: Any, reward: RewardFunction, max_new_tokens: int, **template: Any
+) -> float:
+    """Return the mean reward of greedy completions; ``template`` goes to the tokenizer's chat template."""
     total = 0.0
     device = next(model.parameters()).device
     with _evaluating(model):
         for start in range(0, len(data), 64):
             rows = data[start : start + 64]
-            prompts = [_as_text(tokenizer, prompt) for prompt in rows["prompt"]]
+            prompts = [_as_text(tokenizer, prompt, template) for prompt in rows["prompt"]]
             batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)
             batch.pop("token_type_ids", None)
+            # Trainers switch the cache off where they recompute activations, which only training does.
             out = model.generate(
-                **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-            )
-            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                **batch,
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             columns = {key: value for key, value in rows.items() if key != "prompt"}
-            total += sum(reward(prompts=rows["prompt"], completions=texts, **columns))
+            ids = [_until_end(row, tokenizer.eos_token_id) for row in out.tolist()]
+            total += sum(reward(prompts=rows["prompt"], completions=texts, completion_ids=ids, **columns))
     return total / max(1, len(data))
 
 
-def _as_text(tokenizer: Any, prompt: Any) -> str:
+def _until_end(ids: list[int], end: int) -> list[int]:
+    """Return the tokens up to the end token, and without what pads them."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def _as_text(tokenizer: Any, prompt: Any, template: Mapping[str, Any]) -> str:
     if isinstance(prompt, str):
         return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template))

@@ -23,8 +23,10 @@ def trainer_of(callback: Any) -> Trainer | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and any(one is callback for one in caller.callback_handler.callbacks):
-            return caller
+        if isinstance(caller, Trainer):  # one whose constructor has only begun has no handler
+            handler = getattr(caller, "callback_handler", None)
+            if handler is not None and any(one is callback for one in handler.callbacks):
+                return caller
         frame = frame.f_back
     return None
 

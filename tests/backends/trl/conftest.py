@@ -78,6 +78,7 @@ def build(
     lora: bool | dict[str, Any] = True,
     rloo: bool = False,
     model: Any = None,
+    eval_rows: list[dict[str, Any]] | None = None,
     **fields: Any,
 ) -> Any:
     """A trainer that writes into ``out``; ``fields`` are those of GRPOConfig."""
@@ -96,6 +97,7 @@ def build(
         reward_funcs=exact,
         args=config_class(**settings),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(**(adapter | (lora if isinstance(lora, dict) else {}))) if lora else None,
         callbacks=callbacks,

@@ -1,0 +1,94 @@
+"""``evaluate="reward"``, and the best model that a trainer loads at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from next_backends.trl import PredictExtendCallback
+from tests.backends.trl.conftest import FACTORS, PROMPTS, SMALL, exact
+from tests.errors import raises_kind
+
+pytestmark = pytest.mark.trl
+EVALUATED = [{"prompt": prompt, "answer": str(eval(prompt[:-1]))} for prompt in PROMPTS]
+
+
+def test_the_probe_is_the_reward_of_greedy_completions_of_prompts_that_are_held_back(
+    make_trainer: Any, tokenizer: Any
+) -> None:
+    callback = PredictExtendCallback(FACTORS, evaluate="reward", average=6, **SMALL)
+    trainer = make_trainer([callback], steps=12)
+    held = [(row["prompt"], row["answer"]) for row in callback._prompts]
+    assert (len(held), len(trainer.train_dataset)) == (60, 540)
+    assert not {prompt for prompt, _ in held} & set(trainer.train_dataset["prompt"])
+    assert len({prompt[:2] for prompt, _ in held}) == 30  # from all over the data, which are sorted
+    trainer.train()
+
+    found = callback.backend.evaluate()
+    model, right = trainer.model.eval(), 0.0
+    for prompt, answer in held:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
+        text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += exact([text], [answer])[0]
+    assert found == pytest.approx(right / len(held))
+    assert 0 < right < len(held)
+    (average,) = (record for record in callback.journal.records if record["event"] == "average")
+    assert average["tried"].keys() == {"6"}
+    assert all(jump["accuracy_before"] is not None for jump in callback.journal.jumps())
+
+
+def test_an_eval_dataset_is_evaluated_as_it_is_and_training_is_the_plain_run(
+    make_trainer: Any, logits: Any, plain_logits: Any
+) -> None:
+    callback = PredictExtendCallback("stay", evaluate="reward", **SMALL)
+    trainer = make_trainer([callback], steps=8, eval_rows=EVALUATED)
+    trainer.train()
+    assert callback._prompts["prompt"] == PROMPTS
+    assert callback.backend.evaluate() in (0, 0.25, 0.5, 0.75, 1)
+    assert torch.equal(logits(trainer.model), plain_logits(8, True))
+
+
+def test_a_trainer_whose_reward_cannot_be_reached_is_refused(make_trainer: Any) -> None:
+    callback = PredictExtendCallback(FACTORS, evaluate="reward", **SMALL)
+    trainer = make_trainer()
+    trainer.add_callback(callback)
+    with raises_kind("config-contradiction", "callbacks=[...]"):
+        trainer.train()
+    trainer = make_trainer([callback])
+    trainer.reward_funcs = []
+    with raises_kind("config-contradiction", "reward functions"):
+        trainer.train()
+    with raises_kind("config-invalid-value", "'accuracy'"):
+        PredictExtendCallback(FACTORS, evaluate="accuracy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("best", [8, 12])
+def test_the_best_model_at_the_end_may_be_the_mean_or_an_earlier_one_and_the_journal_says_which(
+    make_trainer: Any, tmp_path: Path, best: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = PredictExtendCallback(FACTORS, evaluate=lambda model: next(measured), average=6, **SMALL)
+    measured = iter([0.1, 0.2, 0.3, 0.4])
+    trainer = make_trainer(
+        [callback], steps=12, eval_rows=EVALUATED, load_best_model_at_end=True, metric_for_best_model="wanted",
+        eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4, num_generations_eval=1,
+    )  # fmt: skip
+    evaluate = trainer.evaluate
+
+    def evaluated(*args: Any, **fields: Any) -> dict[str, float]:
+        return {**evaluate(*args, **fields), "eval_wanted": float(trainer.state.global_step == best)}
+
+    trainer.evaluate = evaluated
+    trainer.train()
+    saved = load_file(tmp_path / "trainer" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    live = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
+    for name, value in saved.items():
+        assert torch.equal(live[name.replace(".weight", ".default.weight")], value)
+    assert [record["accepted"] for record in callback.journal.records if record["event"] == "average"] == [True]
+    said = [record for record in callback.journal.records if record["event"] == "best"]
+    assert [record["loaded"] for record in said] == [best]
+    assert f"step {best}" in next(line for line in capsys.readouterr().out.splitlines() if "load_best_model" in line)

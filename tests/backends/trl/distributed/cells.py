@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, set_seed
 
+from next_core.live_weights import optimizer_steps
+from tests.backends.trl.conftest import BASE, SMALL_RUN
 from tests.backends.trl.distributed import oracle
 
-BASE = Path(__file__).parents[4] / "examples" / "arithmetic" / "base"
 RANK = int(os.environ.get("RANK", "0"))
-RATE = 1e-3
 JUMP = {"observe": 4, "every": 2, "horizon": 2, "alpha": 4.0, "settle": 2}
 """A schedule with one jump after step 4, by four times the motion of the last two steps."""
 FACTORS = {"name": "secant", "window": 2, "space": "factors"}
 MERGED = {"name": "secant", "window": 2, "space": "merged"}
-SCALE = {"name": "step-scale", "block": 2}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 MISSED = range(16, 20)
@@ -51,23 +50,26 @@ def collapsing(completions: list[str], trainer_state: Any, **_: Any) -> list[flo
 class Probe:
     """Returns accuracies from a list, after a forward pass as a user's probe makes it."""
 
-    def __init__(self, readings: Iterable[float]) -> None:
+    def __init__(self, *readings: float) -> None:
         self.readings = iter(readings)
 
     def __call__(self, model: Any) -> float:
-        oracle.logits(model)
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=oracle.IDS)
         return next(self.readings)
 
 
 class Watch(TrainerCallback):
-    """Keeps what the oracle sees at the end of ``steps``, before the callback or after it."""
+    """At the end of a step calls ``act(step, model)``, and at those of ``steps`` keeps what the oracle sees."""
 
-    def __init__(self, steps: Iterable[int], act: Callable[[int, Any], None] = lambda step, model: None) -> None:
-        self.steps, self.act, self.seen = steps, act, dict[int, dict[str, Any]]()
+    def __init__(self, act: Callable[[int, Any], None] | None = None, steps: Iterable[int] = range(99)) -> None:
+        self.act, self.steps, self.seen = act, steps, dict[int, dict[str, Any]]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, step = kwargs["model"], state.global_step
-        self.act(step, model)
+        if self.act is not None:
+            self.act(step, model)
         if step in self.steps:
             self.seen[step] = {
                 "logits": oracle.logits(model),
@@ -81,80 +83,62 @@ class Watch(TrainerCallback):
 def sharding(mode: str, bf16: bool) -> dict[str, Any]:
     """Fields of GRPOConfig."""
     if mode == "none":
-        return {"use_cpu": True}
+        return {}
     if mode == "fsdp2":
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
         saved = {"cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"}
-        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **wrap, **saved}}
+        config = {"version": 2, "reshard_after_forward": True, **wrap, **saved}
+        return {"use_cpu": False, "fsdp": True, "fsdp_config": config}
     stage = {"stage": int(mode[-1]), "overlap_comm": False}
-    if mode == "zero3":
-        stage |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    if mode == "zero3":  # some tensors are larger than 150 and divided, the others stay whole
+        stage |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 150}
     config = {"zero_optimization": stage, "bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True}
     sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
-    return {"deepspeed": {**config, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(sizes, "auto")}}
+    config |= {"zero_force_ds_cpu_optimizer": False, **dict.fromkeys(sizes, "auto")}
+    return {"use_cpu": False, "deepspeed": config}
 
 
 class Cells:
     """One method a run."""
 
     def __init__(self, out: Path, mode: str) -> None:
-        self.out, self.mode = out / mode, mode
-        self.base = out / "base"
+        self.out, self.mode, self.base = out / mode, mode, out / "base"
 
     def go(
         self,
         name: str,
         callback: Any,
         *,
+        before: Watch | None = None,
+        after: Watch | None = None,
         steps: int = 6,
         lora: bool = True,
-        watch: Iterable[int] = range(99),
         resume: int | None = None,
         reward: Any = low_digits,
-        act: Callable[[int, Any], None] = lambda step, model: None,
-        after: Callable[[int, Any], None] = lambda step, model: None,
         bf16: bool = False,
         **fields: Any,
     ) -> dict[str, Any]:
-        """Train; ``act`` and ``after`` are called at the end of each step, before the callback and after it."""
+        """Train, and say what was seen before the callback acted at the end of a step, and after it."""
         from datasets import Dataset
         from peft import LoraConfig
         from trl import GRPOConfig, GRPOTrainer
 
-        before, afterwards = Watch(watch, act), Watch(watch, after)
-        settings = {
-            "output_dir": str(self.out / name),
-            "max_steps": steps,
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
-            "max_completion_length": 4,
-            "learning_rate": RATE,
-            "lr_scheduler_type": "constant",
-            "model_init_kwargs": {"dtype": "float32"},
-            "bf16": bf16,
-            "gradient_checkpointing": bf16,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "ddp_timeout": 60,
-            "beta": 0.0,
-            "seed": 3,
-        }
+        before, after = before or Watch(), after or Watch()
+        settings = SMALL_RUN | sharding(self.mode, bf16) | {"bf16": bf16, "gradient_checkpointing": bf16}
+        settings |= {"output_dir": str(self.out / name), "max_steps": steps, "logging_steps": 1, "ddp_timeout": 60}
+        settings |= {"per_device_train_batch_size": 4, "model_init_kwargs": {"dtype": "float32"}}
+        prompts = [{"prompt": f"{a}+{b}="} for a in range(10, 20) for b in range(10, 20)]
         set_seed(3)
-        error = None
+        error = trainer = None
         try:
             trainer = GRPOTrainer(
                 model=str(self.base),
                 reward_funcs=reward,
-                args=GRPOConfig(**settings | sharding(self.mode, bf16) | fields),
-                train_dataset=Dataset.from_list(
-                    [{"prompt": f"{a}+{b}="} for a in range(10, 20) for b in range(10, 20)]
-                ),
+                args=GRPOConfig(**settings | fields),
+                train_dataset=Dataset.from_list(prompts),
                 processing_class=AutoTokenizer.from_pretrained(self.base),
                 peft_config=LoraConfig(**LORA) if lora else None,
-                callbacks=[before, *([callback] if callback else []), afterwards],
+                callbacks=[before, callback, after],
             )
             trainer.remove_callback(PrinterCallback)
             checkpoint = None if resume is None else str(self.out / name / f"checkpoint-{resume}")
@@ -165,30 +149,27 @@ class Cells:
         return {
             "error": error,
             "before": before.seen,
-            "after": afterwards.seen,
-            "journal": callback.journal.counted() if callback else [],
-            "wrapped": type(trainer.model_wrapped).__name__,
+            "after": after.seen,
+            "journal": callback.journal.counted(),
+            "wrapped": type(getattr(trainer, "model_wrapped", None)).__name__,
         }
 
     def factors(self) -> Any:
         return self.go("factors", jumps(FACTORS))
 
-    def merged(self) -> Any:
-        return self.go("merged", jumps(MERGED), **SAVING)
+    def merged(self, resume: int | None = None) -> Any:
+        return self.go("merged", jumps(MERGED), resume=resume, **SAVING)
 
     def merged_again(self) -> Any:
-        return self.go("merged", jumps(MERGED), resume=5, **SAVING)
+        return self.merged(resume=5)
 
-    def full(self) -> Any:
+    def full(self, *readings: float, resume: int | None = None) -> Any:
         """The jump is rolled back after step 6, and one step follows."""
-        return self._full([0.5, 0.5, 0.1])
+        made = jumps(MERGED, evaluate=Probe(*(readings or (0.5, 0.5, 0.1))), guards={"recovery": 2})
+        return self.go("full", made, steps=7, lora=False, resume=resume, **SAVING)
 
     def full_again(self) -> Any:
-        return self._full([0.1], resume=5)
-
-    def _full(self, readings: list[float], resume: int | None = None) -> Any:
-        made = jumps(MERGED, evaluate=Probe(readings), guards={"recovery": 2})
-        return self.go("full", made, steps=7, lora=False, resume=resume, **SAVING)
+        return self.full(0.1, resume=5)
 
     def bf16(self) -> Any:
         """Full parameters, with gradient checkpointing."""
@@ -206,19 +187,29 @@ class Cells:
             if step == 4:
                 oracle.set_masters(model, kept)
 
-        return self.go("unwritten", jumps(FACTORS), act=keep, after=put_back)
+        return self.go("unwritten", jumps(FACTORS), before=Watch(keep), after=Watch(put_back))
 
-    def scaled(self) -> Any:
+    def scaled(self, resume: int | None = None) -> Any:
         """A collapse at step 20 is undone to step 10; the run ends in the mean of the steps after it."""
-        return self._scaled([0.1, 0.2, 0.3])
+        # Each process samples its own shards: only with every coordinate in the sample do multiples not depend on them.
+        optimizer_steps.sample_indices = lambda sizes, count: [torch.arange(size) for size in sizes]
+        made = extend({"name": "step-scale", "block": 2}, average=20, evaluate=Probe(0.1, 0.2, 0.3))
+        before, after = (Watch(steps=(10, *range(19, 25))) for _ in range(2))
+        fields = {"learning_rate": 1e-4, **SAVING, "save_steps": 13}
+        return self.go(
+            "scaled",
+            made,
+            before=before,
+            after=after,
+            steps=24,
+            lora=False,
+            reward=collapsing,
+            resume=resume,
+            **fields,
+        )
 
     def scaled_again(self) -> Any:
-        return self._scaled([0.1, 0.2, 0.3], resume=13)
-
-    def _scaled(self, readings: list[float], resume: int | None = None) -> Any:
-        made = extend(SCALE, average=20, evaluate=Probe(readings))
-        fields = {"learning_rate": 1e-4, "watch": (10, *range(19, 25)), **SAVING, "save_steps": 13}
-        return self.go("scaled", made, steps=24, lora=False, reward=collapsing, resume=resume, **fields)
+        return self.scaled(resume=13)
 
     def dies(self) -> Any:
         """Process 1, while process 0 goes on to the jump."""
@@ -227,7 +218,7 @@ class Cells:
             if step == 4 and RANK == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return self.go("dies", jumps(FACTORS), watch=(), act=kill)
+        return self.go("dies", jumps(FACTORS), before=Watch(kill, steps=()), after=Watch(steps=()))
 
 
 def jumps(predictor: Any, **fields: Any) -> Any:
@@ -247,10 +238,8 @@ def main(out: Path, mode: str, cells: list[str]) -> None:
         shim.for_deepspeed()
     runs = Cells(out, mode)
     for cell in cells:
-        seen = getattr(runs, cell)()
-        torch.save(seen, runs.out / f"{cell}.rank{RANK}.pt")
-        if cell == "dies":
-            os._exit(0)
+        torch.save(getattr(runs, cell)(), runs.out / f"{cell}.rank{RANK}.pt")
+    os._exit(0)  # where a process has died, the other's exit handlers wait for it
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tests.backends.environment import install_torch, make, pip
 
 ROOT = Path(__file__).parents[4]
 CONSTRAINTS = ROOT / "constraints.txt"
+BUILD = ("setuptools", "wheel", "ninja")
 DEEPSPEED = "deepspeed==0.19.8"
 
 
@@ -19,8 +20,8 @@ def fill(python: Path) -> None:
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     torch = next(line.partition("==")[2] for line in lines if line.startswith("torch=="))
     install_torch(python, torch, CONSTRAINTS, "distributed-env")
-    pip(python, "install", "--constraint", CONSTRAINTS, "--editable", f"{ROOT}[trl]", "setuptools", "wheel", "ninja")
-    # None of its kernels: it builds them for the torch that is there, and has one for each that needs no compiler.
+    pip(python, "install", "--constraint", CONSTRAINTS, "--editable", f"{ROOT}[trl]", "pytest", *BUILD)
+    # It is built with the torch that is there, and without its kernels.
     pip(python, "install", "--constraint", CONSTRAINTS, "--no-build-isolation", DEEPSPEED, DS_BUILD_OPS="0")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from next_core.errors import BackendError, describe
+from next_core.errors import BackendError
 from next_core.live_weights.kept_state import local
 from next_core.live_weights.processes import Processes
 from next_core.live_weights.trained_weights import Shard, TrainedWeights, WholeWeights
@@ -94,6 +94,16 @@ class Fsdp2Weights(TrainedWeights):
                 module.reshard()
 
 
+_STAGES_1_AND_2 = ("single_partition_of_fp32_groups", "update_lp_params")
+_STAGE_3 = (
+    *("fp32_partitioned_groups_flat", "sub_group_to_group_id", "persistent_parameters", "invalidate_secondary_tensor"),
+    *("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
+    *("_get_fp32_opt_state_partition", "_get_param_partition_rank"),
+)
+_REACHED = {"DeepSpeedZeroOptimizer": _STAGES_1_AND_2, "DeepSpeedZeroOptimizer_Stage3": _STAGE_3}
+"""What we use of DeepSpeed's optimizers. Those derived from them (ZenFlow, SuperOffload, MiCS) step in other ways."""
+
+
 class ZeroWeights(TrainedWeights):
     """The optimizer steps on flat fp32 masters, of which each process has a part; the model holds rounded copies."""
 
@@ -102,13 +112,16 @@ class ZeroWeights(TrainedWeights):
     def __init__(self, model: nn.Module, zero: Any) -> None:
         super().__init__(model, getattr(zero, "optimizer", None))
         self._zero = zero
-        self._third = hasattr(zero, "fp32_partitioned_groups_flat")
-        self.forward_needs_all = self._third
-        if not (self._third or hasattr(zero, "single_partition_of_fp32_groups")):
+        name = type(zero).__name__
+        missing = [part for part in _REACHED.get(name, ("known masters",)) if not hasattr(zero, part)]
+        if missing:
             raise BackendError(
-                f"DeepSpeed trains with {type(zero).__name__}, whose masters we cannot reach; use ZeRO stage 1, 2 or 3",
+                f"DeepSpeed trains with {name}, which has no {missing[0]}; use plain ZeRO stage 1, 2 or 3 of version "
+                "0.19",
                 kind="backend-unsupported",
             )
+        self._third = _REACHED[name] is _STAGE_3
+        self.forward_needs_all = self._third
         offloaded = next(
             (name for name in ("swap_optimizer", "params_in_nvme_and_cpu") if getattr(zero, name, 0)), None
         )
@@ -139,29 +152,28 @@ class ZeroWeights(TrainedWeights):
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, value in values.items():
-            parameter = self.parameters[name]
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            parameter: Any = self.parameters[name]
+            if self._third:  # DeepSpeed's own function fails where the processes' equal parts are padded
+                rank, size = self._zero._get_param_partition_rank(parameter), parameter.partition_numel()
+                part = value.flatten()[rank * size : (rank + 1) * size]
+                self._zero._get_fp32_opt_state_partition(parameter, True)[0][: len(part)].copy_(part)
+            else:
+                safe_set_full_fp32_param(parameter, value.to(parameter.device))
         self.publish()
 
     @torch.no_grad()
     def publish(self, moments: bool = False) -> None:
         """Round the masters into the model as DeepSpeed does after a step of its own."""
         zero = self._zero
-        try:
-            if not self._third:
-                zero.update_lp_params()
-                return
-            zero._partition_all_parameters()
-            for index in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(index)
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-            zero.invalidate_secondary_tensor()
-        except AttributeError as error:
-            raise BackendError(
-                f"this DeepSpeed updates its weights in another way than version 0.19 does ({describe(error)})",
-                kind="backend-unsupported",
-            ) from error
+        if not self._third:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
 
     def adapters_changed(self) -> None:
         if self._third:

@@ -52,8 +52,13 @@ def activate_jumps(model: Any) -> list[str]:
     return jumps
 
 
-def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
-    """Add an active frozen adapter whose B A is exactly each delta. Returns its name."""
+def next_name(model: Any) -> str:
+    """Return the name of the next jump adapter."""
+    return f"{JUMP_PREFIX}{max(map(_number, jump_adapters(model)), default=0) + 1}"
+
+
+def add_frozen_adapter(model: Any, name: str, deltas: Mapping[str, LowRank]) -> None:
+    """Add an active frozen adapter whose B A is exactly each delta."""
     from peft import LoraConfig
 
     trained = model.peft_config[trained_adapter(model)]
@@ -68,7 +73,6 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
             f"this model takes no jump adapter: {reason}; {FACTORS_INSTEAD}, or start from a merged model",
             kind="backend-unsupported",
         )
-    name = f"{JUMP_PREFIX}{max(map(_number, jump_adapters(model)), default=0) + 1}"
     settings = adapter_settings(deltas)
     config = LoraConfig(**settings, task_type=trained.task_type, fan_in_fan_out=trained.fan_in_fan_out)
     with same_random_states():  # PEFT draws initial weights, which are overwritten
@@ -81,7 +85,6 @@ def add_frozen_adapter(model: Any, deltas: Mapping[str, LowRank]) -> str:
             for table, value in zip((layer.lora_A, layer.lora_B), balanced(delta), strict=True):
                 table[name].weight.copy_(value)
     activate_jumps(model)
-    return name
 
 
 def add_saved_adapter(model: Any, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -105,7 +108,8 @@ def rehearse_adapter(model: Any) -> None:
     from peft import get_peft_model_state_dict
 
     try:
-        name = add_frozen_adapter(model, _zeros(model, trained_adapter(model)))
+        name = next_name(model)
+        add_frozen_adapter(model, name, _zeros(model, trained_adapter(model)))
         get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         remove_adapter(model, name)
     except BackendError:
@@ -136,7 +140,9 @@ def _zeros(model: Any, adapter: str) -> dict[str, LowRank]:
 
 
 def remove_adapter(model: Any, name: str) -> None:
-    """Delete a jump adapter; the others stay active."""
+    """Delete a jump adapter, if the model has it; the others stay active."""
+    if name not in model.peft_config:
+        return
     active = [other for other in _active(model) if other != name]
     model.delete_adapter(name)
     model.base_model.set_adapter(active)

@@ -11,7 +11,13 @@ from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
-from next_core.live_weights.frozen_adapters import add_frozen_adapter, is_peft, remove_adapter, trained_adapter
+from next_core.live_weights.frozen_adapters import (
+    add_frozen_adapter,
+    is_peft,
+    next_name,
+    remove_adapter,
+    trained_adapter,
+)
 from next_core.live_weights.live_model import LiveModel
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.sources.adapter_tensors import factor_keys, part_of, shift_keys
@@ -100,7 +106,8 @@ class InMemoryApplier(WeightApplier):
                     as_adapter[name] = _as_low_rank(name, moved)
             applied.write()
             if as_adapter:
-                applied.adapter = live.change_adapters(add_frozen_adapter, as_adapter)
+                applied.adapter = next_name(live.model)  # known before: adding it may fail half-way, or in one process
+                live.change_adapters(add_frozen_adapter, applied.adapter, as_adapter)
         except BaseException:
             applied.rollback()
             raise

@@ -16,6 +16,7 @@ from torch import nn
 
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
+from next_core.live_weights import frozen_adapters
 from next_core.live_weights.frozen_adapters import activate_jumps, jump_adapters, rehearse_adapter
 from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
@@ -71,6 +72,18 @@ def test_an_error_half_way_undoes_the_parameters_before_it(model: Any, lora_run:
     with raises_kind("backend-unsupported", "'ref'", "factors"):
         InMemoryApplier().apply(predict(lora_run, updates), out=model)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_an_adapter_that_fails_half_way_is_removed(
+    model: Any, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(model)
+    halves = iter([frozen_adapters.balanced(low_rank()[ROW].matrix)])
+    monkeypatch.setattr(frozen_adapters, "balanced", lambda delta: next(halves))
+    with pytest.raises(StopIteration):
+        InMemoryApplier().apply(predict(lora_run, {**low_rank(), **low_rank(LAST)}), out=model)
+    assert model.base_model.active_adapters == ["default"]
+    assert weights(model).keys() == before.keys()
 
 
 def test_the_checkpoints_of_another_model_are_refused(model: Any, lora_run: LoraRun) -> None:

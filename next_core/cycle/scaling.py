@@ -74,10 +74,11 @@ class StepScaling:
 
     def _scale(self, step: int) -> None:
         steps = self._backend.steps
+        # Outside the time limit, which must not end process 0's part of a sum over processes.
+        products, records, restart = steps.products(), scaling_records(self._journal), self._can_restart(step)
+        history = StepHistory(step, steps.multiple, products, records, restart)
         try:
             with same_random_states(), time_limit(self._guards.time_limit):
-                records, restart = scaling_records(self._journal), self._can_restart(step)
-                history = StepHistory(step, steps.multiple, steps.products(), records, restart)
                 found = self._predictor.predict(history)
                 reason = self._problem(found, step)
                 figures = {} if reason else {str(key): float(value) for key, value in found.diagnostics.items()}

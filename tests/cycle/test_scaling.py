@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,15 @@ def test_each_block_multiplies_the_steps_that_follow_and_takes_no_checkpoint() -
     ]
     assert records[1]["diagnostics"]["agreement"] == pytest.approx(1.0)  # gradient descent on a parabola is straight
     assert made.journal.jumps() == []
+
+
+def test_what_the_processes_add_up_is_outside_the_predictors_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Descent(lr=0.01)
+    made = cycle(backend, doubled, total=2, guards=Guards(probe=False, time_limit=0.5))
+    products = backend.steps.products
+    monkeypatch.setattr(backend.steps, "products", lambda: (time.sleep(0.6), products())[1])
+    made.run()
+    assert [record["accepted"] for record in scaling_records(made.journal)] == [True]
 
 
 def fails(history: StepHistory) -> Any:

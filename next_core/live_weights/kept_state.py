@@ -52,7 +52,8 @@ class KeptState:
             yield from ((f"{prefix}{index}/{key}", value) for key, value in moments.items())
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> KeptState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], trained: TrainedWeights, prefix: str = "") -> KeptState:
+        """Raises ``ValueError`` for shards of other shapes: copying would repeat a smaller one in a larger one."""
         weights: list[Tensor] = []
         moments: list[dict[str, Tensor]] = []
         for index in range(sum(name.startswith(prefix) and name.endswith("/weight") for name in tensors)):
@@ -60,6 +61,9 @@ class KeptState:
             state = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             weights.append(state.pop("weight"))
             moments.append(state)
+        held, wanted = [tuple(w.shape) for w in weights], [tuple(shard.tensor.shape) for shard in trained.shards]
+        if held != wanted:
+            raise ValueError(f"its weights have the shapes {held[:3]}..., this process's {wanted[:3]}...")
         return cls(weights, moments)
 
 

@@ -92,15 +92,17 @@ class LiveModel:
         if tensors:
             save_file(tensors, kept_file(folder, self._rank))
 
-    @everywhere
     def restore_saved(self, folder: Path) -> None:
         """Restore what ``save_kept`` wrote. Raises ``CheckpointError`` if it is missing or of other processes."""
-        file, state = kept_file(folder, self._rank), KeptState([], [])
-        self.weights.settle()
+        number = next(self._numbers)
+        self._load(number, folder)  # a file that one process lacks has to be found before all of them communicate
+        self._restore(number)
+
+    @everywhere
+    def _load(self, number: int, folder: Path) -> None:
+        file = kept_file(folder, self._rank)
         try:
-            if self.weights.shards:
-                state = KeptState.from_tensors(load_file(file))
-            state.restore(self.weights)
+            self._states[number] = KeptState.from_tensors(load_file(file) if self.weights.shards else {}, self.weights)
         except Exception as error:
             raise CheckpointError(
                 f"{file} does not hold this run's weights from before the jump ({describe(error)}); resume with as "

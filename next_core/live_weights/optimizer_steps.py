@@ -181,19 +181,23 @@ class OptimizerSteps(TrainerSteps):
             _foreach(torch._foreach_copy_, mean, self._tensors())
 
     def apply_mean(self, window: int) -> Applied:
+        self._copy()  # where memory does not suffice, no process must have changed its weights
         self._replace(window)
         return _Mean(self)
 
     @everywhere
-    def _replace(self, window: int) -> None:
-        """Put the mean in place of the weights, and keep those."""
+    def _copy(self) -> None:
         self._before_mean = self._copies()
+
+    @everywhere
+    def _replace(self, window: int) -> None:
         self._write(self._means[window])
 
     @everywhere
     def replace_back(self) -> None:
         """Undo ``apply_mean``."""
         self._write(self._before_mean)
+        self._before_mean = []
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
@@ -246,7 +250,8 @@ class OptimizerSteps(TrainerSteps):
                     value.copy_(tensors[f"mean/{window}/{index}"])
             kept = {tuple(map(int, name.split("/")[1:3])) for name in tensors if name.startswith("kept/")}
             for step, count in sorted(kept):
-                self._kept.append((step, count, KeptState.from_tensors(tensors, f"kept/{step}/{count}/")))
+                state = KeptState.from_tensors(tensors, self._trained, f"kept/{step}/{count}/")
+                self._kept.append((step, count, state))
         except Exception as error:
             raise CheckpointError(
                 f"{file} does not hold the state of step scaling for this model and these processes "

@@ -21,8 +21,8 @@ SHAPE = (6, 5)
 class Run:
     """A matrix trained by given gradients; every coordinate is in the sample, some more than once."""
 
-    def __init__(self, rate: float = 0.1, windows: tuple[int, ...] = (), **adam: float) -> None:
-        self.model = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+    def __init__(self, rate: float = 0.1, windows: tuple[int, ...] = (), rows: int = SHAPE[0], **adam: float) -> None:
+        self.model = nn.Linear(SHAPE[1], rows, bias=False)
         with torch.no_grad():
             self.model.weight.zero_()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0, **adam)
@@ -168,6 +168,11 @@ def test_a_file_that_is_missing_or_of_another_model_is_refused(tmp_path: Path) -
     Run().steps.save(tmp_path)
     with raises_kind("checkpoint-no-history", "mean/4"):
         Run(windows=(4,)).steps.load(tmp_path)
+    part = Run(rows=1)  # of the matrix, as each of six processes holds it
+    part.steps.keep(0)
+    part.steps.save(tmp_path)
+    with raises_kind("checkpoint-no-history", "(1, 5)", "(6, 5)"):
+        Run().steps.load(tmp_path)
     file = tmp_path / "next-core.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with raises_kind("checkpoint-no-history"):

@@ -143,10 +143,10 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self._watches:
             return
-        if self._shared is None:
-            self.backend.log(state.global_step, logs or {})
-        else:
+        if self._shared is not None:
             self._shared.log(state.global_step, logs or {})
+        elif self.cycle is not None:  # otherwise the trainer evaluates before training
+            self.backend.log(state.global_step, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._watches:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.argument_checks import check_best_model
@@ -324,3 +324,11 @@ def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     with raises_kind("backend-unsupported", "float32"):
         make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()
+
+
+def test_what_a_trainer_logs_before_training_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    PredictExtendCallback(FACTORS, **SMALL).on_log(None, TrainerState(), None, logs={"eval_reward": 1.0})
+    assert not [*tmp_path.iterdir()]

@@ -49,6 +49,14 @@ COVERS: dict[str, tuple[str, ...]] = {
         "tests/backends/trl/distributed",
         "tests/backends/trl/launch.py",
     ),
+    "test-vllm": (
+        "backends/next_backends/trl",
+        "next_core/live_weights",
+        "tests/backends/environment.py",
+        "tests/backends/openrlhf/cpu/shim/cpu_vllm.py",
+        "tests/backends/trl/vllm",
+        "tests/backends/trl/conftest.py",
+    ),
     "test-base": ("examples/arithmetic", "examples/task_kit.py"),
     "test-packaging": (
         "pyproject.toml",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpu_vllm import GlooBroadcaster, weights_stay_writable  # type: ignore[import-not-found]
 from waited_gathers import wait_for_gathers  # type: ignore[import-not-found]
 from wrapt import when_imported  # type: ignore[import-not-found]
 
@@ -40,25 +41,6 @@ def cpu_mesh(device_mesh: Any) -> None:
     device_mesh.init_device_mesh = init_device_mesh
 
 
-class GlooBroadcaster:
-    """What OpenRLHF uses of vLLM's PyNcclCommunicator: ``broadcast`` from one rank, in place on the others."""
-
-    def __init__(self, host: str, port: int, rank: int, world_size: int, device: object) -> None:
-        from datetime import timedelta
-
-        from torch import distributed
-
-        store = distributed.TCPStore(host, port, world_size, is_master=rank == 0)  # type: ignore[attr-defined]
-        self.group: Any = distributed.ProcessGroupGloo(store, rank, world_size, timedelta(minutes=10))
-
-    def broadcast(self, tensor: Any, src: int, stream: object = None) -> None:
-        from torch.distributed import BroadcastOptions
-
-        options = BroadcastOptions()
-        options.rootRank, options.rootTensor = src, 0
-        self.group.broadcast([tensor.contiguous()], options).wait()
-
-
 @when_imported("openrlhf.utils.distributed_util")
 def gloo_for_nccl(distributed_util: Any) -> None:
     distributed_util.stateless_init_process_group = GlooBroadcaster
@@ -78,16 +60,5 @@ def weights_to_the_cpu(vllm_worker_wrap: Any) -> None:
     vllm_worker_wrap.WorkerWrap.update_weight = update_weight
 
 
-@when_imported("vllm.model_executor.layers.utils")
-def weights_stay_writable(vllm_layers: Any) -> None:
-    """On a CPU vLLM repacks each matrix and drops the original, so that no new weights could be loaded into it."""
-
-    def keep(layer: Any, remove_weight: bool) -> None:
-        from torch.nn import functional
-
-        layer.cpu_linear = functional.linear
-
-    vllm_layers.dispatch_cpu_unquantized_gemm = keep
-
-
+when_imported("vllm.model_executor.layers.utils")(weights_stay_writable)
 when_imported("deepspeed.runtime.zero.partition_parameters")(wait_for_gathers)

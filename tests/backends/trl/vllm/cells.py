@@ -1,0 +1,171 @@
+"""What test_vllm.py starts: short GRPO runs whose roll-outs vLLM generates, and what was seen of them.
+
+``cells.py OUT colocate|URL CELL...`` writes ``OUT/CELL.json``. All runs share one engine or one client of a server:
+TRL sends it the weights before each run's first roll-outs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, TrainerCallback
+from trl.generation import vllm_generation
+
+from next_backends.trl import PredictExtendCallback
+from tests.backends.trl.conftest import BASE, build
+from tests.backends.trl.launch import _free_port
+
+JUMP = {"observe": 4, "every": 2, "horizon": 2, "alpha": 8.0, "settle": 2}
+"""A schedule with one jump after step 4, by eight times the motion of the last two steps."""
+SECANT = {"name": "secant", "window": 2}
+FACTORS, MERGED = SECANT | {"space": "factors"}, SECANT | {"space": "merged"}
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
+
+
+class Late(PredictExtendCallback):
+    """Makes the jump where none may be made: in ``on_evaluate``, when vLLM has the weights of this step already."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != JUMP["observe"]:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == JUMP["observe"]:
+            super().on_step_end(args, state, control, **kwargs)
+
+
+class Watch(TrainerCallback):
+    """Compares vLLM's weights with the trainer's, and keeps what TRL logs of their log-probabilities.
+
+    ``stale`` is how far the weights that vLLM generated a step's roll-outs with are from those the step began with,
+    ``stale_at_evaluation`` the same for an evaluation, from those the step ended with.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.seen: dict[str, dict[int, float]] = defaultdict(dict)
+        self.last: dict[str, Tensor] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = merged(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._compare("stale", state.global_step)
+        self.last = merged(kwargs["model"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._compare("stale_at_evaluation", state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name in ("sampling/sampling_logp_difference/max", "eval_sampling/sampling_logp_difference/max"):
+            if name in (logs or {}):
+                self.seen[name.partition("/")[0]][state.global_step] = logs[name]
+
+    def _compare(self, what: str, step: int) -> None:
+        generation = self.trainer.vllm_generation
+        if generation.mode == "colocate":
+            engine = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+            self.seen[what][step] = distance(dict(engine.named_parameters()), self.last)
+
+
+def merged(model: Any) -> dict[str, Tensor]:
+    """The weights of all linear layers with all adapters in them, as vLLM names and joins them."""
+    found = {}
+    layers = (model.get_base_model() if hasattr(model, "peft_config") else model).model.layers
+    for number, layer in enumerate(layers):
+        at, mlp = layer.self_attn, layer.mlp
+        joined = {
+            "self_attn.qkv_proj": (at.q_proj, at.k_proj, at.v_proj),
+            "self_attn.o_proj": (at.o_proj,),
+            "mlp.gate_up_proj": (mlp.gate_proj, mlp.up_proj),
+            "mlp.down_proj": (mlp.down_proj,),
+        }
+        for name, parts in joined.items():
+            found[f"model.layers.{number}.{name}.weight"] = torch.cat([whole(part) for part in parts])
+    return found
+
+
+def whole(linear: Any) -> Tensor:
+    weight = linear.weight.detach().clone()
+    for adapter in getattr(linear, "active_adapters", ()):
+        weight += linear.get_delta_weight(adapter).detach()
+    return weight
+
+
+def distance(one: dict[str, Any], other: dict[str, Tensor]) -> float:
+    """The largest difference of an element."""
+    return max(float((one[name].detach() - weight).abs().max()) for name, weight in other.items())
+
+
+class Cells:
+    """One method a run."""
+
+    def __init__(self, out: Path, where: str) -> None:
+        self.out = out
+        self.fields: dict[str, Any] = {"vllm_mode": "colocate"}
+        if where != "colocate":
+            server = {"vllm_server_base_url": where, "vllm_server_timeout": 600.0}
+            self.fields = {"vllm_mode": "server", "vllm_group_port": _free_port(), **server}
+
+    def go(self, name: str, callback: Any, steps: int = 6, **fields: Any) -> dict[str, Any]:
+        watch = Watch()
+        settings = {
+            "use_vllm": True,
+            "vllm_gpu_memory_utilization": 0.1,
+            "vllm_max_model_length": 64,
+            "logging_steps": 1,
+        }
+        tokenizer, more = AutoTokenizer.from_pretrained(BASE), settings | self.fields | fields
+        watch.trainer = build(tokenizer, self.out / name, [callback, watch], steps=steps, **more)
+        watch.trainer.train()
+        return {**watch.seen, "journal": callback.journal.counted()}
+
+    def factors(self) -> Any:
+        return self.go("factors", PredictExtendCallback(FACTORS, **JUMP))
+
+    def merged(self) -> Any:
+        return self.go("merged", PredictExtendCallback(MERGED, **JUMP))
+
+    def full(self) -> Any:
+        return self.go("full", PredictExtendCallback(MERGED, **JUMP), lora=False)
+
+    def scaled(self) -> Any:
+        """The last evaluation generates when the run has ended in the mean of its steps."""
+        return self.go("scaled", PredictExtendCallback("auto"), steps=16, learning_rate=1e-4, **EVALUATE)
+
+    def evaluated(self) -> Any:
+        """An evaluation generates at the step of the jump, and another when the jump has been rolled back."""
+        readings = iter([0.5, 0.5, 0.1])
+        late = {"evaluate": lambda _: next(readings), "guards": {"recovery": 4}, **JUMP, "settle": 4}
+        return self.go("evaluated", PredictExtendCallback(MERGED, **late), steps=10, **EVALUATE)
+
+    def late(self) -> Any:
+        return self.go("late", Late(MERGED, **JUMP), **EVALUATE)
+
+
+def main(out: Path, where: str, cells: list[str]) -> None:
+    # TRL leaves vLLM at bf16, whose rounding alone makes log-probabilities differ by .005.
+    engine = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+    vllm_generation.LLM = functools.cache(engine)
+    vllm_generation.VLLMClient = functools.cache(vllm_generation.VLLMClient)
+    runs = Cells(out, where)
+    for cell in cells:
+        seen = getattr(runs, cell)()
+        (out / f"{cell}.json").write_text(json.dumps(seen, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)  # the threads of vLLM and of TRL's client do not end by themselves

@@ -1,0 +1,139 @@
+"""Real GRPO whose roll-outs vLLM generates on a CPU, in the trainer's process and on a server, with jumps in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.trl.conftest import BASE
+from tests.backends.trl.launch import ROOT, _free_port
+
+pytestmark = pytest.mark.vllm
+CELLS = ("factors", "merged", "full", "scaled", "evaluated", "late")
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
+ENVIRONMENT = Path(os.environ.get("VLLM_ENV") or CACHE / "vllm-venv").expanduser().absolute()
+SETTINGS = {
+    "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", ROOT, ROOT / "backends", ROOT / "predictors"))),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+AGREE = 0.02
+"""The largest difference of a token's log-probability between vLLM and the trainer."""
+JUMP = 4
+Seen = dict[str, Any]
+each_mode = pytest.mark.parametrize("mode", ["colocate", "server"])
+SERVE = [
+    *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1"),
+    *("--enforce-eager", "--enable-scale-out", "--weight-transfer-config", '{"backend": "nccl"}'),
+    *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+]
+"""What TRL asks of vLLM's server."""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Seen]:
+    """``seen(mode, cell)``: what was seen of a run. All runs of a mode are made in one start of the trainer."""
+    logs: dict[str, Path] = {}
+
+    def find(mode: str, cell: str) -> Seen:
+        if mode not in logs:
+            out = tmp_path_factory.mktemp(mode)
+            logs[mode] = out / "log"
+            with logs[mode].open("w") as log:
+                launch(mode, out, log)
+        file = logs[mode].with_name(f"{cell}.json")
+        assert file.exists(), logs[mode].read_text()[-4000:]
+        found: Seen = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    return find
+
+
+def launch(mode: str, out: Path, log: Any) -> None:
+    """Make a mode's runs, and start and end the server that they need."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"vLLM is not installed in {ENVIRONMENT}: run `make vllm-env`")
+    where, processes = "colocate", []
+
+    def start(*command: Any) -> subprocess.Popen[bytes]:
+        line = [str(python), "-W", "ignore", *map(str, command)]
+        settings = os.environ | SETTINGS | {"XDG_CACHE_HOME": str(out / "cache")}
+        processes.append(subprocess.Popen(line, env=settings, cwd=out, stdout=log, stderr=log, start_new_session=True))
+        return processes[-1]
+
+    try:
+        if mode == "server":
+            port = _free_port()
+            where = f"http://127.0.0.1:{port}"
+            start("-m", "vllm.entrypoints.cli.main", "serve", BASE, "--port", port, *SERVE)
+        start(HERE / "cells.py", out, where, *CELLS).wait(timeout=900)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def decisions(seen: Seen, event: str) -> list[tuple[int, bool]]:
+    return [(record["step"], record["accepted"]) for record in seen["journal"] if record["event"] == event]
+
+
+def check_agreement(seen: Seen, mode: str, steps: int, evaluations: Sequence[int] = ()) -> None:
+    """Steps and evaluations generate with the weights that they begin with."""
+    assert list(map(int, seen["sampling"])) == list(range(1, steps + 1))
+    assert list(map(int, seen.get("eval_sampling", ()))) == list(evaluations)
+    assert max(*seen["sampling"].values(), *seen.get("eval_sampling", {}).values()) < AGREE
+    if mode == "colocate":
+        assert max(*seen["stale"].values(), *seen.get("stale_at_evaluation", {}).values()) < 1e-6
+
+
+@each_mode
+@pytest.mark.parametrize("cell", ["factors", "merged", "full"])
+def test_the_roll_outs_after_a_jump_come_from_the_weights_it_led_to(seen: Any, mode: str, cell: str) -> None:
+    run = seen(mode, cell)
+    assert decisions(run, "jump") == [(JUMP, True)]
+    check_agreement(run, mode, 6)
+
+
+@each_mode
+def test_scaled_steps_reach_vllm(seen: Any, mode: str) -> None:
+    run = seen(mode, "scaled")
+    assert len({record["multiple"] for record in run["journal"] if record["event"] == "scale"}) > 1
+    assert decisions(run, "average") == [(16, True)]
+    check_agreement(run, mode, 16, [4, 8, 12, 16])
+
+
+@each_mode
+def test_an_evaluation_at_the_step_of_a_jump_or_of_its_late_rollback_generates_with_the_weights_after_it(
+    seen: Any, mode: str
+) -> None:
+    run = seen(mode, "evaluated")
+    assert decisions(run, "jump") + decisions(run, "verify") == [(JUMP, True), (JUMP + 4, False)]
+    check_agreement(run, mode, 10, [4, 8, 10])
+
+
+@each_mode
+def test_these_checks_fail_for_a_jump_that_comes_after_the_evaluation_of_its_step(seen: Any, mode: str) -> None:
+    run = seen(mode, "late")
+    assert decisions(run, "jump") == [(JUMP, True)]
+    assert run["sampling"]["5"] > AGREE
+    assert max(value for step, value in run["sampling"].items() if step != "5") < AGREE
+    if mode == "colocate":
+        assert [step for step, distance in run["stale"].items() if distance > 1e-3] == ["5"]

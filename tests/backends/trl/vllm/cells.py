@@ -1,6 +1,6 @@
 """What test_vllm.py starts: short GRPO runs whose roll-outs vLLM generates, and what was seen of them.
 
-``cells.py OUT colocate|URL CELL...`` writes ``OUT/CELL.json``. All runs share one engine or one client of a server:
+``cells.py OUT colocate`` or ``cells.py OUT server`` writes ``OUT/RUN.json``. All runs share one engine or one server:
 TRL sends it the weights before each run's first roll-outs.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 import sys
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,12 @@ JUMP = {"observe": 4, "every": 2, "horizon": 2, "alpha": 8.0, "settle": 2}
 """A schedule with one jump after step 4, by eight times the motion of the last two steps."""
 SECANT = {"name": "secant", "window": 2}
 FACTORS, MERGED = SECANT | {"space": "factors"}, SECANT | {"space": "merged"}
+SERVE = [
+    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--enforce-eager"),
+    *("--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1", "--enable-scale-out"),
+    *("--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--model"),
+]
+"""vLLM's server with what TRL asks of it."""
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
 
 
@@ -106,66 +115,55 @@ def distance(one: dict[str, Any], other: dict[str, Tensor]) -> float:
     return max(float((one[name].detach() - weight).abs().max()) for name, weight in other.items())
 
 
-class Cells:
-    """One method a run."""
-
-    def __init__(self, out: Path, where: str) -> None:
-        self.out = out
-        self.fields: dict[str, Any] = {"vllm_mode": "colocate"}
-        if where != "colocate":
-            server = {"vllm_server_base_url": where, "vllm_server_timeout": 600.0}
-            self.fields = {"vllm_mode": "server", "vllm_group_port": _free_port(), **server}
-
-    def go(self, name: str, callback: Any, steps: int = 6, **fields: Any) -> dict[str, Any]:
-        watch = Watch()
-        settings = {
-            "use_vllm": True,
-            "vllm_gpu_memory_utilization": 0.1,
-            "vllm_max_model_length": 64,
-            "logging_steps": 1,
-        }
-        tokenizer, more = AutoTokenizer.from_pretrained(BASE), settings | self.fields | fields
-        watch.trainer = build(tokenizer, self.out / name, [callback, watch], steps=steps, **more)
-        watch.trainer.train()
-        return {**watch.seen, "journal": callback.journal.counted()}
-
-    def factors(self) -> Any:
-        return self.go("factors", PredictExtendCallback(FACTORS, **JUMP))
-
-    def merged(self) -> Any:
-        return self.go("merged", PredictExtendCallback(MERGED, **JUMP))
-
-    def full(self) -> Any:
-        return self.go("full", PredictExtendCallback(MERGED, **JUMP), lora=False)
-
-    def scaled(self) -> Any:
-        """The last evaluation generates when the run has ended in the mean of its steps."""
-        return self.go("scaled", PredictExtendCallback("auto"), steps=16, learning_rate=1e-4, **EVALUATE)
-
-    def evaluated(self) -> Any:
-        """An evaluation generates at the step of the jump, and another when the jump has been rolled back."""
-        readings = iter([0.5, 0.5, 0.1])
-        late = {"evaluate": lambda _: next(readings), "guards": {"recovery": 4}, **JUMP, "settle": 4}
-        return self.go("evaluated", PredictExtendCallback(MERGED, **late), steps=10, **EVALUATE)
-
-    def late(self) -> Any:
-        return self.go("late", Late(MERGED, **JUMP), **EVALUATE)
+def jumps(predictor: Any, **fields: Any) -> Any:
+    return PredictExtendCallback(predictor, **JUMP | fields)
 
 
-def main(out: Path, where: str, cells: list[str]) -> None:
+def rolled_back() -> Any:
+    readings = iter([0.5, 0.5, 0.1])
+    return jumps(MERGED, evaluate=lambda _: next(readings), guards={"recovery": 4}, settle=4)
+
+
+def scaled() -> Any:
+    """The run ends in a mean of its steps: each is measured as better than the last."""
+    readings = count(1)
+    return PredictExtendCallback("auto", average=16, evaluate=lambda _: next(readings) / 100)
+
+
+RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "factors": (lambda: jumps(FACTORS), {}),
+    "merged": (lambda: jumps(MERGED), {}),
+    "full": (lambda: jumps(MERGED), {"lora": False}),
+    "scaled": (scaled, {"steps": 16, "learning_rate": 1e-4, **EVALUATE}),
+    "evaluated": (rolled_back, {"steps": 10, **EVALUATE}),
+    "late": (lambda: Late(MERGED, **JUMP), EVALUATE),
+}
+
+
+def main(out: Path, mode: str) -> None:
+    fields = {"use_vllm": True, "vllm_mode": mode, "vllm_max_model_length": 64, "logging_steps": 1, "steps": 6}
+    fields["vllm_gpu_memory_utilization"] = 0.1
+    if mode == "server":
+        port = _free_port()
+        subprocess.Popen([*SERVE, str(BASE), "--port", str(port)])  # test_vllm.py ends it
+        fields |= {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 600.0}
+        fields["vllm_group_port"] = _free_port()
     # TRL leaves vLLM at bf16, whose rounding alone makes log-probabilities differ by .005.
     engine = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
     vllm_generation.LLM = functools.cache(engine)
     vllm_generation.VLLMClient = functools.cache(vllm_generation.VLLMClient)
-    runs = Cells(out, where)
-    for cell in cells:
-        seen = getattr(runs, cell)()
-        (out / f"{cell}.json").write_text(json.dumps(seen, default=str), encoding="utf-8")
+    for name, (make, more) in RUNS.items():
+        watch, callback = Watch(), make()
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+        watch.trainer = build(tokenizer, out / name, [callback, watch], **fields | more)
+        watch.trainer.train()
+        seen = {**watch.seen, "mode": mode, "journal": callback.journal.counted()}
+        (out / f"{name}.json").write_text(json.dumps(seen, default=str), encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+        main(Path(sys.argv[1]), sys.argv[2])
     except BaseException:
         traceback.print_exc()
     os._exit(0)  # the threads of vLLM and of TRL's client do not end by themselves

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.backends.trl.conftest import BASE
-from tests.backends.trl.launch import ROOT, _free_port
+from tests.backends.trl.launch import ROOT
 
 pytestmark = pytest.mark.vllm
-CELLS = ("factors", "merged", "full", "scaled", "evaluated", "late")
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
 ENVIRONMENT = Path(os.environ.get("VLLM_ENV") or CACHE / "vllm-venv").expanduser().absolute()
@@ -37,103 +35,72 @@ AGREE = 0.02
 """The largest difference of a token's log-probability between vLLM and the trainer."""
 JUMP = 4
 Seen = dict[str, Any]
-each_mode = pytest.mark.parametrize("mode", ["colocate", "server"])
-SERVE = [
-    *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.1"),
-    *("--enforce-eager", "--enable-scale-out", "--weight-transfer-config", '{"backend": "nccl"}'),
-    *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
-]
-"""What TRL asks of vLLM's server."""
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Seen]:
-    """``seen(mode, cell)``: what was seen of a run. All runs of a mode are made in one start of the trainer."""
-    logs: dict[str, Path] = {}
+@pytest.fixture(scope="module", params=["colocate", "server"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
+    """``seen(run)``: what was seen of a run. All runs of a mode are made in one start of the trainer."""
+    python, out = ENVIRONMENT / "bin" / "python", tmp_path_factory.mktemp(request.param)
+    if not python.exists():
+        pytest.fail(f"vLLM is not installed in {ENVIRONMENT}: run `make vllm-env`")
+    command = [str(python), "-W", "ignore", str(HERE / "cells.py"), str(out), request.param]
+    settings = os.environ | SETTINGS | {"XDG_CACHE_HOME": str(out / "cache")}
+    with (out / "log").open("w") as log:
+        process = subprocess.Popen(command, env=settings, cwd=out, stdout=log, stderr=log, start_new_session=True)
+    try:
+        process.wait(timeout=900)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the server
 
-    def find(mode: str, cell: str) -> Seen:
-        if mode not in logs:
-            out = tmp_path_factory.mktemp(mode)
-            logs[mode] = out / "log"
-            with logs[mode].open("w") as log:
-                launch(mode, out, log)
-        file = logs[mode].with_name(f"{cell}.json")
-        assert file.exists(), logs[mode].read_text()[-4000:]
+    def find(run: str) -> Seen:
+        file = out / f"{run}.json"
+        assert file.exists(), (out / "log").read_text()[-4000:]
         found: Seen = json.loads(file.read_text(encoding="utf-8"))
         return found
 
     return find
 
 
-def launch(mode: str, out: Path, log: Any) -> None:
-    """Make a mode's runs, and start and end the server that they need."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"vLLM is not installed in {ENVIRONMENT}: run `make vllm-env`")
-    where, processes = "colocate", []
-
-    def start(*command: Any) -> subprocess.Popen[bytes]:
-        line = [str(python), "-W", "ignore", *map(str, command)]
-        settings = os.environ | SETTINGS | {"XDG_CACHE_HOME": str(out / "cache")}
-        processes.append(subprocess.Popen(line, env=settings, cwd=out, stdout=log, stderr=log, start_new_session=True))
-        return processes[-1]
-
-    try:
-        if mode == "server":
-            port = _free_port()
-            where = f"http://127.0.0.1:{port}"
-            start("-m", "vllm.entrypoints.cli.main", "serve", BASE, "--port", port, *SERVE)
-        start(HERE / "cells.py", out, where, *CELLS).wait(timeout=900)
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def decisions(seen: Seen, event: str) -> list[tuple[int, bool]]:
     return [(record["step"], record["accepted"]) for record in seen["journal"] if record["event"] == event]
 
 
-def check_agreement(seen: Seen, mode: str, steps: int, evaluations: Sequence[int] = ()) -> None:
+def check_agreement(seen: Seen, steps: int, evaluations: Sequence[int] = ()) -> None:
     """Steps and evaluations generate with the weights that they begin with."""
     assert list(map(int, seen["sampling"])) == list(range(1, steps + 1))
     assert list(map(int, seen.get("eval_sampling", ()))) == list(evaluations)
     assert max(*seen["sampling"].values(), *seen.get("eval_sampling", {}).values()) < AGREE
-    if mode == "colocate":
+    if seen["mode"] == "colocate":
         assert max(*seen["stale"].values(), *seen.get("stale_at_evaluation", {}).values()) < 1e-6
 
 
-@each_mode
 @pytest.mark.parametrize("cell", ["factors", "merged", "full"])
-def test_the_roll_outs_after_a_jump_come_from_the_weights_it_led_to(seen: Any, mode: str, cell: str) -> None:
-    run = seen(mode, cell)
+def test_the_roll_outs_after_a_jump_come_from_the_weights_it_led_to(seen: Any, cell: str) -> None:
+    run = seen(cell)
     assert decisions(run, "jump") == [(JUMP, True)]
-    check_agreement(run, mode, 6)
+    check_agreement(run, 6)
 
 
-@each_mode
-def test_scaled_steps_reach_vllm(seen: Any, mode: str) -> None:
-    run = seen(mode, "scaled")
+def test_scaled_steps_reach_vllm(seen: Any) -> None:
+    run = seen("scaled")
     assert len({record["multiple"] for record in run["journal"] if record["event"] == "scale"}) > 1
     assert decisions(run, "average") == [(16, True)]
-    check_agreement(run, mode, 16, [4, 8, 12, 16])
+    check_agreement(run, 16, [4, 8, 12, 16])
 
 
-@each_mode
 def test_an_evaluation_at_the_step_of_a_jump_or_of_its_late_rollback_generates_with_the_weights_after_it(
-    seen: Any, mode: str
+    seen: Any,
 ) -> None:
-    run = seen(mode, "evaluated")
+    run = seen("evaluated")
     assert decisions(run, "jump") + decisions(run, "verify") == [(JUMP, True), (JUMP + 4, False)]
-    check_agreement(run, mode, 10, [4, 8, 10])
+    check_agreement(run, 10, [4, 8, 10])
 
 
-@each_mode
-def test_these_checks_fail_for_a_jump_that_comes_after_the_evaluation_of_its_step(seen: Any, mode: str) -> None:
-    run = seen(mode, "late")
+def test_these_checks_fail_for_a_jump_that_comes_after_the_evaluation_of_its_step(seen: Any) -> None:
+    run = seen("late")
     assert decisions(run, "jump") == [(JUMP, True)]
     assert run["sampling"]["5"] > AGREE
     assert max(value for step, value in run["sampling"].items() if step != "5") < AGREE
-    if mode == "colocate":
+    if run["mode"] == "colocate":
         assert [step for step, distance in run["stale"].items() if distance > 1e-3] == ["5"]

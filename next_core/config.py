@@ -13,8 +13,18 @@ from pydantic import ValidationError
 from next_core.errors import ConfigError, NextCoreError, PluginError, contradiction, describe, invalid_value
 from next_core.plugins import Kind, make_chosen, registry, steps_or_jumps
 from next_core.predictor import Predictor, TrajectoryPredictor
-from next_core.run_config import DEFAULT_BACKEND, DEFAULT_PREDICTOR, Choice, Guards, RunConfig, Schedule
+from next_core.run_config import (
+    DATA_FILES,
+    DEFAULT_BACKEND,
+    DEFAULT_PREDICTOR,
+    Choice,
+    Guards,
+    HubDataset,
+    RunConfig,
+    Schedule,
+)
 from next_core.settings import config_error
+from next_core.sources.hub_names import NAME, hub_folder
 from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 
@@ -171,19 +181,40 @@ def absolute_path(base: Path, path: str | Path, where: str) -> Path:
     return found
 
 
+def located(base: Path, path: str | Path, where: str) -> Path:
+    """Return the absolute path; what does not exist and has the form of a name on the Hub is returned as it is."""
+    found = absolute_path(base, path, where)
+    named = NAME.fullmatch(str(path)) and found.suffix not in DATA_FILES
+    return Path(path) if named and not found.exists() else found
+
+
 def _absolute(config: RunConfig, base: Path, where: str) -> RunConfig:
     """Return the config with absolute paths. Raises ``ConfigError`` for one that does not exist."""
 
     def found(path: Path) -> Path:
-        absolute = absolute_path(base, path, where)
-        if not absolute.exists():
-            raise ConfigError(f"{where}: {absolute} does not exist", kind="config-missing-file")
-        return absolute
+        path = located(base, path, where)
+        if path.is_absolute() and not path.exists():
+            raise ConfigError(f"{where}: {path} does not exist", kind="config-missing-file")
+        return path
+
+    def prompts(split: str, data: Path | HubDataset | None) -> Path | HubDataset | None:
+        data = found(data) if isinstance(data, Path) else data
+        if isinstance(data, Path) and not data.is_absolute():
+            data = HubDataset(name=str(data))
+        return data.model_copy(update={"split": data.split or split}) if isinstance(data, HubDataset) else data
 
     training, data = config.training, config.training.data
-    model, moved = found(training.model), {key: path and found(path) for key, path in dict(data).items()}
-    update = {"model": model, "data": data.model_copy(update=moved)}
+    moved = data.model_copy(update={key: prompts(key, value) for key, value in dict(data).items()})
+    update = {"model": found(training.model), "data": moved}
     return config.model_copy(update={"training": training.model_copy(update=update)})
+
+
+def with_model_folder(run: RunConfig, online: bool = True) -> RunConfig:
+    """Return the run with the folder of its base model, where its config has a name of the Hub. See ``hub_folder``."""
+    if run.training.model.is_absolute():
+        return run
+    update = {"model": hub_folder(str(run.training.model), online=online)}
+    return run.model_copy(update={"training": run.training.model_copy(update=update)})
 
 
 def dump_yaml(config: RunConfig) -> str:

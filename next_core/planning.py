@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from next_core.appliers.merged_model import model_layout
-from next_core.errors import CheckpointError, contradiction, invalid_value
+from next_core.config import with_model_folder
+from next_core.errors import CheckpointError, ConfigError, contradiction, invalid_value
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import make_chosen
 from next_core.predictor import TrajectoryPredictor, Work
@@ -116,8 +117,9 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     """Plan a run of the cycle, except the seconds of its RL steps: nothing shows their cost beforehand."""
     notes, parameters = ["the seconds of RL are not known beforehand; jumps cost no RL step"], list[Parameter]()
     try:
+        config = with_model_folder(config, online=False)
         parameters = trained_parameters(config)
-    except CheckpointError as error:  # transformers may read what is not read here
+    except (CheckpointError, ConfigError) as error:  # transformers may read what is not read here, or download it
         notes.insert(0, f"the sizes of the model are not known, nor what follows from them: {error.message}")
     schedule, dense = config.schedule, config.training.lora is None
     predictor, matrices = make_chosen("predictor", config.predictor), dict.fromkeys(parameters, 4)

@@ -11,10 +11,13 @@ from next_core.errors import ConfigError
 from next_core.history.executor import Executor
 from next_core.predictor import TrajectoryPredictor
 from next_core.settings import Settings
+from next_core.sources.hub_names import NAME
 
 DEFAULT_BACKEND = "trl"
 DEFAULT_PREDICTOR = "auto"
 """The predictor of a config that names none; docs/benchmarks/auto.md has the figures."""
+DATA_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffixes of files of prompts, with the names of their formats in `datasets`."""
 MOST_STEPS = 1_000_000
 """Limit on a run's RL steps: a schedule is checked step by step."""
 
@@ -164,18 +167,30 @@ class LoraSettings(Settings):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r)")
 
 
-class DataSettings(Settings):
-    """Files with the columns `prompt` and `answer`: JSON lines, one object a line, or what `datasets` reads."""
+class HubDataset(Settings):
+    """A dataset of the Hugging Face Hub."""
 
-    train: Path = Field(description="Prompts to train on")
-    validation: Path | None = Field(None, description="Prompts of the probe; default: test")
-    test: Path | None = Field(None, description="Prompts of the reported accuracies; default: validation")
+    name: str = Field(pattern=NAME.pattern, description="owner/name")
+    config: str | None = Field(None, description="One of its configs, as `datasets` names it")
+    split: str | None = Field(None, description="Such as `train[:1000]`; default: train, validation or test")
+    columns: dict[Literal["prompt", "answer"], str] = Field({}, description="Its names of our columns")
+
+
+class DataSettings(Settings):
+    """Prompts with the columns `prompt` and `answer`.
+
+    Each is a file of JSON lines, one object a line, another file that `datasets` reads, or a dataset of the Hub.
+    """
+
+    train: Path | HubDataset = Field(description="Prompts to train on")
+    validation: Path | HubDataset | None = Field(None, description="Prompts of the probe; default: test")
+    test: Path | HubDataset | None = Field(None, description="Prompts of the reported accuracies; default: validation")
 
 
 class TrainingSettings(Settings):
     """What is trained and how: the same settings for every backend."""
 
-    model: Path = Field(description="Folder of the base model, tokenizer included")
+    model: Path = Field(description="Folder of the base model, tokenizer included, or its owner/name on the Hub")
     algorithm: Literal["grpo", "rloo", "reinforce++"] = Field("grpo", description="The RLVR algorithm")
     lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
     data: DataSettings

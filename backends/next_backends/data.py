@@ -1,4 +1,4 @@
-"""Files of prompts with answers, which every backend here reads."""
+"""Prompts with answers, which every backend here reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from next_core.errors import ConfigError, describe
+from next_core.run_config import DATA_FILES, HubDataset
+from next_core.sources.hub_names import hub_folder
 from next_core.storage.reading import read_text
 
 if TYPE_CHECKING:
@@ -31,18 +33,13 @@ def read_splits(training: TrainingSettings) -> dict[str, Rows]:
     return found
 
 
-def read_rows(path: Path) -> Rows:
-    """Read a file of JSON lines, or one that ``datasets`` reads. Raises ``ConfigError`` naming the file and the row."""
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
-    if kind is None:
-        raise ConfigError(f"{path}: expected .jsonl, .json, .parquet or .csv", kind="config-data")
+def read_rows(source: Path | HubDataset) -> Rows:
+    """Read a file of prompts or a dataset of the Hub. Raises ``ConfigError`` naming it and the row."""
+    path = source if isinstance(source, Path) else source.name
     try:
-        if kind == "json":
-            rows = [json.loads(line) for line in read_text(path, MOST_BYTES).split("\n") if line.strip()]
-        else:
-            from datasets import load_dataset
-
-            rows = load_dataset(kind, data_files=str(path), split="train").to_list()
+        rows = _read_file(source) if isinstance(source, Path) else _read_dataset(source)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"{path} cannot be read: {describe(error)}", kind="config-data") from None
     if not rows:
@@ -59,6 +56,27 @@ def read_rows(path: Path) -> Rows:
                 kind="config-data",
             )
     return rows
+
+
+def _read_file(path: Path) -> Rows:
+    """Read a file of JSON lines, or one that ``datasets`` reads."""
+    kind = DATA_FILES.get(path.suffix)
+    if kind is None:
+        raise ConfigError(f"{path}: expected {', '.join(DATA_FILES)}", kind="config-data")
+    if kind == "json":
+        return [json.loads(line) for line in read_text(path, MOST_BYTES).split("\n") if line.strip()]
+    from datasets import load_dataset
+
+    return list(load_dataset(kind, data_files=str(path), split="train"))
+
+
+def _read_dataset(source: HubDataset) -> Rows:
+    """Read a dataset of the Hub, with our names of its columns."""
+    folder = hub_folder(source.name, "dataset")
+    from datasets import load_dataset
+
+    rows = load_dataset(str(folder), source.config, split=source.split)
+    return [row | {ours: row[theirs] for ours, theirs in source.columns.items()} for row in rows]
 
 
 def is_chat(rows: Rows) -> bool:

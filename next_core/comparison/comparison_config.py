@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
-from next_core.config import absolute_path, make_config, recommended_blocks
+from next_core.config import absolute_path, located, make_config, recommended_blocks
 from next_core.errors import ConfigError, contradiction, invalid_value
 from next_core.run_config import DEFAULT_PREDICTOR, RunConfig
 from next_core.settings import Settings, config_error
@@ -217,7 +217,7 @@ def _absolute(raw: Values, folder: Path, where: str) -> dict[str, Any]:
         return dict(raw)
 
     def made(value: Any) -> Any:
-        return str(absolute_path(folder, value, where)) if isinstance(value, str) else value
+        return str(located(folder, value, where)) if isinstance(value, str) else value
 
     training: dict[str, Any] = dict(raw["training"])
     training |= {"model": made(training["model"])} if "model" in training else {}

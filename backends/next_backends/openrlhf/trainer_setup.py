@@ -15,6 +15,7 @@ from next_backends.openrlhf.environment import TRAINER_SIDE, variables
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_backends.openrlhf.process import TrainerProcess
 from next_backends.openrlhf.reward_server import RewardServer, special_tokens
+from next_core.config import with_model_folder
 from next_core.errors import BackendError, ConfigError
 from next_core.rewards import make_reward
 from next_core.storage.atomic import write_text
@@ -33,6 +34,7 @@ class TrainerSetup:
     """
 
     def __init__(self, run: RunConfig, config: OpenRlhfConfig, out: Path) -> None:
+        run = with_model_folder(run)
         self.run, self.config, self.folder = run, config, out / "trainer"
         self.history = HistoryFolder(out)
         self.rows = read_rows(run.training.data.train)

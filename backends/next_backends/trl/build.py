@@ -13,6 +13,7 @@ import torch
 from next_backends.data import read_rows, read_splits
 from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
+from next_core.config import with_model_folder
 from next_core.errors import CheckpointError, ConfigError, describe
 from next_core.plugins import import_object, make_chosen
 from next_core.process.optional_packages import import_optional
@@ -52,7 +53,7 @@ def build_trainer(
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
     from trl import GRPOTrainer, RLOOTrainer
 
-    training = run.training
+    training = with_model_folder(run).training
     reward = make_reward(training.reward)
     args = make_args(run, extra, output)
     check_arguments(make_chosen("predictor", run.predictor), run.schedule, run.guards, run.steps, args)

@@ -139,6 +139,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         else:
             observes = self.schedule.observes(state.global_step)
             self._shared.end_step(state.global_step, observes, self._end_step)
+        self.backend.send_weights()  # a probe may have generated before the last change
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self._watches:

@@ -368,8 +368,14 @@ class TrlBackend(Backend):
 
     def _measure(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         assert self._evaluate is not None
+        self.send_weights()
         with averaged(self._optimizer):
             return self._evaluate(self._model, split)
+
+    def send_weights(self) -> None:
+        """Let TRL send vLLM the weights before it generates next, although it has sent some at this step already."""
+        if hasattr(self.trainer, "_last_loaded_step"):
+            self.trainer._last_loaded_step = -1
 
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Write what the trainer logs, for predictors that read a metric; decisions are in the journal."""

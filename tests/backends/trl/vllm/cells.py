@@ -125,6 +125,12 @@ def rolled_back() -> Any:
     return jumps(MERGED, evaluate=lambda _: next(readings), guards={"recovery": 4}, settle=4)
 
 
+def probed() -> Any:
+    """The probe generates with vLLM: before the jump, and after it at the same step."""
+    made = jumps(MERGED, evaluate=lambda _: made.backend.trainer.evaluate()["eval_reward"], guards={"max_drop": 1.0})
+    return made
+
+
 def scaled() -> Any:
     """The run ends in a mean of its steps: each is measured as better than the last."""
     readings = count(1)
@@ -137,6 +143,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "full": (lambda: jumps(MERGED), {"lora": False}),
     "scaled": (scaled, {"steps": 16, "learning_rate": 1e-4, **EVALUATE}),
     "evaluated": (rolled_back, {"steps": 10, **EVALUATE}),
+    "probed": (probed, EVALUATE),
     "late": (lambda: Late(MERGED, **JUMP), EVALUATE),
 }
 

@@ -17,6 +17,7 @@ from next_core.storage.reading import read_text
 
 def lock_file(target: Path) -> Path:
     """Return the file that locks a folder. It is not inside: the folder itself may be replaced."""
+    target = target.absolute()
     return target.parent / f".{target.name}.lock"
 
 

@@ -61,3 +61,11 @@ def read_status(folder: Path) -> dict[str, Any]:
         "predictor": run.predictor,
         "summary": summary(run.events, run.metrics),
     }
+
+
+def show_end(folder: Path) -> None:
+    """Print what the run in a folder did, when a training has ended, and how to read more."""
+    facts, output = read_status(folder), Output(as_json=False)
+    output.console.rule(f"next-core after {facts['step']} steps")
+    for line in [*facts["summary"], f"Folder: {folder}", f"Report: next-core report {folder}"]:
+        output.print(line)

@@ -17,21 +17,19 @@ from next_backends.trl.shared_run import SharedRun
 from next_backends.trl.step_callback import checkpoint_of
 from next_backends.trl.trainer_log import trainer_of
 from next_backends.trl.trl_backend import TrlBackend
-from next_core.cli.console import Output
+from next_core.cli.status_command import show_end
 from next_core.config import recommended_of, refuse_jump_settings
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
-from next_core.cycle.summary import summary
 from next_core.diagnostics.learning_rate import run_advice
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, NextCoreError
 from next_core.live_weights.frozen_adapters import is_peft
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
 from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
 from next_core.settings import config_error
-from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.storage.locking import hold, release
 
 
@@ -88,8 +86,6 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._prompts: Any = None
         """What ``evaluate="reward"`` evaluates."""
         self._folder = None if folder is None else Path(folder)
-        self._watches = True
-        """Whether the run has room for a jump."""
         self._shared: SharedRun | None = None
         """The other processes; None in a run of one process."""
 
@@ -104,8 +100,10 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
             self._prompts = prompts_of(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.cycle, self._watches = None, self._has_room(state)
-        if not self._watches:
+        if self._shared is not None:
+            self._shared.close()  # a training that failed has left it open
+        self.cycle = self._shared = None
+        if not self._has_room(state):
             return
         self._check(args, state, kwargs["model"])
         self.backend.trainer = trainer_of(self)
@@ -116,9 +114,6 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
                     kind="config-contradiction",
                 )
             self._evaluate = reward_probe(self.backend.trainer, self._prompts)
-        if self._shared is not None:
-            self._shared.close()  # a training that failed has left it open
-            self._shared = None
         measure = None if self._evaluate is None else self._measure
         if args.world_size > 1:
             self._shared = SharedRun(args, self.backend, kwargs["model"])
@@ -132,45 +127,40 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._shared.begin(state.global_step, settings, self._begin, args, state, self._shared.bounded(self.guards))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._watches:
-            return
-        if self._shared is None:
-            self._end_step(state.global_step)
-        else:
+        if self._shared is not None:
             observes = self.schedule.observes(state.global_step)
             self._shared.end_step(state.global_step, observes, self._end_step)
+        elif self.cycle is not None:
+            self._end_step(state.global_step)
         self.backend.send_weights()  # a probe may have generated before the last change
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not self._watches:
-            return
         if self._shared is not None:
             self._shared.log(state.global_step, logs or {})
-        elif self.cycle is not None:  # otherwise the trainer evaluates before training
+        elif self.cycle is not None:  # it is not when the trainer evaluates before training
             self.backend.log(state.global_step, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._watches:
-            return
-        if self._shared is None:
-            self.backend.saved(checkpoint_of(args, state))
-        else:
+        if self._shared is not None:
             self._shared.save(state.global_step, checkpoint_of(args, state))
+        elif self.cycle is not None:
+            self.backend.saved(checkpoint_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._watches:
-            return
-        if self._shared is None:
-            self.backend.finish()
-        else:
+        if self._shared is not None:
             self._shared.end()
             self._shared = None
+        elif self.cycle is not None:
+            self.backend.finish()
         if self.cycle is not None:
             if self.journal.records[-1]["event"] != "end":  # the trainer stopped early
                 self.journal.append("end", state.global_step)
             if args.load_best_model_at_end and state.best_global_step is not None:
                 self.journal.append("best", state.global_step, loaded=state.best_global_step)
-            self._show_summary(args, state.global_step)
+            try:
+                show_end(self._folder_of(args))
+            except NextCoreError as error:  # the training has ended well all the same
+                logging.getLogger(__name__).warning("there is no summary: %s", error)
         self.backend.trainer = None
         release(self._folder_of(args))
 
@@ -242,15 +232,6 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         if step == self.cycle.total:
             journal_advice(self.cycle, run_advice, step)
             self.journal.append("end", step)
-
-    def _show_summary(self, args: Any, step: int) -> None:
-        """Print what the run did, where its files are, and how to read them."""
-        output, folder = Output(as_json=False), self._folder_of(args)
-        output.console.rule(f"next-core after {step} steps")
-        metrics = by_step(read_log(folder / METRICS))
-        lines = [*summary(self.journal.records, metrics), f"Folder: {folder}", f"Report: next-core report {folder}"]
-        for line in lines:
-            output.print(line)
 
     def _measure(self, model: Any, split: str) -> dict[str, float]:
         """Call the user's probe without a trace in training: random states and train or eval modes are put back."""

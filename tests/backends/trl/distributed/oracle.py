@@ -99,8 +99,8 @@ def _moment(parameter: Any, optimizer: Any, key: str) -> Tensor:
 
 
 def _gathered(parameter: Any) -> Tensor:
-    if not hasattr(parameter, "ds_id"):
-        return _copy(parameter)
+    if parameter.numel() == getattr(parameter, "ds_numel", parameter.numel()):
+        return _copy(parameter)  # a small one, which ZeRO-3 keeps gathered; what follows would end that
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):

@@ -44,6 +44,7 @@ COVERS: dict[str, tuple[str, ...]] = {
     ),
     "test-distributed": (
         "backends/next_backends/trl",
+        "backends/next_backends/sharding.py",
         "next_core/live_weights",
         "tests/backends/environment.py",
         "tests/backends/trl/distributed",

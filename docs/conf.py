@@ -36,7 +36,7 @@ INNER = (
     r"next_core\.history\.executor\.Result",
     r"next_core\.mathematics\.lora_trajectory\.Workspace",
     r"next_core\.interfaces\.trainer_steps",
-    r"next_core\.live_weights\.optimizer_steps",
+    r"next_core\.live_weights\.(optimizer_steps|processes)",
     r"next_core\.predictor\.(Config|Predictor|Work)",
     r"next_core\.step_predictor\.StepConfig",
     r"next_core\.sources",

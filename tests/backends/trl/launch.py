@@ -33,6 +33,7 @@ class Launch:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",
+            "PYTHONSAFEPATH": "1",  # the folder of a script here has one called vllm, which is not the package
             "HF_HUB_OFFLINE": "1",
             "XDG_CACHE_HOME": str(out / "cache"),
             **(more or {}),

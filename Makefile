@@ -54,7 +54,7 @@ openrlhf-env:  ## Make the environment of the real OpenRLHF on the CPU, outside 
 test-openrlhf: $(STAMP) openrlhf-env  ## Run the tests that train with the real OpenRLHF on the CPU (minutes)
 	$(call proof,$(BIN)/python -m pytest -m openrlhf tests/backends/openrlhf)
 
-distributed-env:  ## Make the environment of TRL under DeepSpeed on the CPU, outside the tree (1.5 GB; some 3 minutes, once)
+distributed-env:  ## Make the environment of TRL under DeepSpeed on the CPU, outside the tree (1.7 GB; some 3 minutes, once)
 	@$(PYTHON) -m tests.backends.trl.distributed.make_env "$(DISTRIBUTED_ENV)"
 
 test-distributed: $(STAMP) distributed-env  ## Train with the callback under ZeRO-1, 2, 3 and FSDP2, in two processes (minutes)

@@ -160,19 +160,22 @@ class Cells:
     def factors(self) -> Any:
         return self.go("factors", jumps(FACTORS))
 
-    def merged(self, resume: int | None = None) -> Any:
-        return self.go("merged", jumps(MERGED), resume=resume, **SAVING)
+    def merged(self) -> Any:
+        return self._judged("merged")
 
     def merged_again(self) -> Any:
-        return self.merged(resume=5)
+        return self._judged("merged", 0.1, resume=5)
 
-    def full(self, *readings: float, resume: int | None = None) -> Any:
-        """The jump is rolled back after step 6, and one step follows."""
-        made = jumps(MERGED, evaluate=Probe(*(readings or (0.5, 0.5, 0.1))), guards={"recovery": 2})
-        return self.go("full", made, steps=7, lora=False, resume=resume, **SAVING)
+    def full(self) -> Any:
+        return self._judged("full", lora=False)
 
     def full_again(self) -> Any:
-        return self.full(0.1, resume=5)
+        return self._judged("full", 0.1, lora=False, resume=5)
+
+    def _judged(self, name: str, *readings: float, **fields: Any) -> Any:
+        """The jump is rolled back after step 6, and one step follows."""
+        made = jumps(MERGED, evaluate=Probe(*(readings or (0.5, 0.5, 0.1))), guards={"recovery": 2})
+        return self.go(name, made, steps=7, **SAVING, **fields)
 
     def bf16(self) -> Any:
         """Full parameters, with gradient checkpointing."""

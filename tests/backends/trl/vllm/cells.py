@@ -42,7 +42,11 @@ EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_si
 
 
 class Late(PredictExtendCallback):
-    """Makes the jump where none may be made: in ``on_evaluate``, when vLLM has the weights of this step already."""
+    """Makes the jump in ``on_evaluate``, when vLLM has the weights of this step already, and has none sent again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.backend.send_weights = lambda: None  # type: ignore[method-assign]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != JUMP["observe"]:

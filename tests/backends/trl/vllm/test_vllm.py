@@ -99,11 +99,9 @@ def test_an_evaluation_at_the_step_of_a_jump_or_of_its_late_rollback_generates_w
 
 def test_a_probe_that_generates_with_vllm_measures_the_weights_of_its_moment(seen: Any) -> None:
     run = seen("probed")
-    [jump] = [record for record in run["journal"] if record["event"] == "jump"]
-    assert jump["accepted"]
-    assert jump["accuracy_before"] != jump["accuracy_after"]
-    assert max(run["sampling"].values()) < AGREE
-    assert run["stale"].get("5", 0.0) < 1e-6
+    assert decisions(run, "jump") == [(JUMP, True)]
+    assert max(*run["eval_sampling"].values(), *run["sampling"].values()) < AGREE
+    assert run.get("stale", {}).get("5", 0.0) < 1e-6
 
 
 def test_these_checks_fail_for_a_jump_that_comes_after_the_evaluation_of_its_step(seen: Any) -> None:

@@ -53,20 +53,24 @@ def sharded_by_dtensor(model: nn.Module) -> bool:
 class Fsdp2Weights(TrainedWeights):
     """Parameters are DTensors and the optimizer steps on them: each process has a part of each."""
 
-    space = "factors"  # TRL and PEFT cannot merge or load a whole adapter beside sharded ones
     forward_needs_all = True
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
         super().__init__(model, optimizer)
         groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         trained = [p for p in self.parameters.values() if id(p) in groups]
         self._groups = sorted(((groups[id(p)], p) for p in trained), key=lambda item: item[0])
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     @property
     def shards(self) -> Sequence[Shard]:
+        self._reshard()
         return [Shard(local(p.detach()), p, group) for group, p in self._groups]
 
     def read(self, name: str) -> Tensor:
+        self._reshard()
         parameter: Any = self.parameters[name].detach()
         whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         return whole
@@ -75,6 +79,7 @@ class Fsdp2Weights(TrainedWeights):
     def write(self, values: Mapping[str, Tensor]) -> None:
         from torch.distributed.tensor import distribute_tensor
 
+        self._reshard()
         for name, value in values.items():
             parameter: Any = self.parameters[name]
             whole = value.to(parameter.device, parameter.dtype)
@@ -85,13 +90,10 @@ class Fsdp2Weights(TrainedWeights):
     def publish(self, moments: bool = False) -> None:
         """Nothing is copied: the next forward pass gathers the shards."""
 
-    def settle(self) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.model.modules():
-            # A forward pass without a backward pass leaves the root gathered: it would use old weights.
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def _reshard(self) -> None:
+        """Undo what a forward pass without a backward pass leaves: a gathered root, which would use old weights."""
+        for module in self._modules:
+            module.reshard()
 
 
 _STAGES_1_AND_2 = ("single_partition_of_fp32_groups", "update_lp_params")
@@ -122,10 +124,8 @@ class ZeroWeights(TrainedWeights):
             )
         self._third = _REACHED[name] is _STAGE_3
         self.forward_needs_all = self._third
-        offloaded = next(
-            (name for name in ("swap_optimizer", "params_in_nvme_and_cpu") if getattr(zero, name, 0)), None
-        )
-        if offloaded is not None or getattr(zero, "partial_offload", 1.0) not in (0.0, 1.0):
+        on_disk = any(getattr(zero, part, False) for part in ("swap_optimizer", "params_in_nvme_and_cpu"))
+        if on_disk or getattr(zero, "partial_offload", 1.0) not in (0.0, 1.0):
             raise BackendError(
                 "DeepSpeed keeps a part of the weights or moments on NVMe, or the optimizer partly on the CPU "
                 "(`ratio`); offload to the CPU as a whole or not at all",

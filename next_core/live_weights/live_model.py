@@ -46,7 +46,6 @@ class LiveModel:
     @everywhere
     def read(self, *names: str) -> dict[str, Tensor]:
         """Return copies of whole trained weights on the CPU, by default of all; in the other processes nothing."""
-        self.weights.settle()
         found = {}
         for name in names or self.weights.parameters:
             value = self.weights.read(name)
@@ -57,7 +56,6 @@ class LiveModel:
     @everywhere
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Replace whole trained weights by name."""
-        self.weights.settle()
         self.weights.write(values)
 
     def keep(self) -> Kept:
@@ -69,7 +67,6 @@ class LiveModel:
 
     @everywhere
     def _keep(self, number: int, wanted: tuple[int, ...]) -> None:
-        self.weights.settle()
         self._states = {old: state for old, state in self._states.items() if old in wanted}
         self._states[number] = KeptState.of(self.weights)
 
@@ -79,7 +76,6 @@ class LiveModel:
 
     @everywhere
     def _restore(self, number: int) -> None:
-        self.weights.settle()
         self._states[number].restore(self.weights)
 
     def save_kept(self, kept: Kept, folder: Path) -> None:

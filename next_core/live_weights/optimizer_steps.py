@@ -159,7 +159,6 @@ class OptimizerSteps(TrainerSteps):
 
     @everywhere
     def keep(self, step: int) -> None:
-        self._trained.settle()
         self._kept.append((step, self._updates, KeptState.of(self._trained)))
 
     @property
@@ -171,7 +170,6 @@ class OptimizerSteps(TrainerSteps):
         while self._kept[-1][0] != step:
             self._kept.pop()
         _, self._updates, state = self._kept[-1]
-        self._trained.settle()
         state.restore(self._trained)
         self._restart_motions()
         if self._updates:
@@ -201,7 +199,6 @@ class OptimizerSteps(TrainerSteps):
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
-        self._trained.settle()
         for tensor, value in zip(self._tensors(), values, strict=True):
             tensor.copy_(value)
         self._trained.publish()

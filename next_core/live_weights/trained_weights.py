@@ -33,8 +33,6 @@ class TrainedWeights(ABC):
     trained weight once.
     """
 
-    space: ClassVar[str | None] = None
-    """The only space in which jumps can be made; None: any."""
     forward_needs_all: bool = False
     """Whether a forward pass is a collective of all processes."""
 
@@ -76,10 +74,7 @@ class TrainedWeights(ABC):
         ``moments``: the optimizer's state of the shards has changed too.
         """
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
-        """Undo what a forward pass without a backward pass leaves behind. Called before weights are read or written."""
-
-    def adapters_changed(self) -> None:  # noqa: B027
+    def adapters_changed(self) -> None:  # noqa: B027 - most have nothing to do
         """Take account of frozen adapters that were added or removed."""
 
 

@@ -26,9 +26,15 @@ class Journal:
 
     def append(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
         """Write one record durably, and return it."""
-        record = {"event": event, "step": step, **facts}
+        return self._append({"event": event, "step": step, **facts})
+
+    def append_unsynced(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
+        """Write one record without waiting for the disk, which takes milliseconds; the next durable one makes it so."""
+        return self._append({"event": event, "step": step, **facts}, durable=False)
+
+    def _append(self, record: dict[str, Any], durable: bool = True) -> dict[str, Any]:
         if self.path is not None:
-            append_json_line(self.path, record)
+            append_json_line(self.path, record, durable)
         self.records.append(record)
         return record
 

@@ -96,7 +96,8 @@ class StepScaling:
             self._return_to(0)
         steps.multiple = float(found.multiple)
         rate = steps.learning_rate * steps.multiple
-        self._journal.append(
+        # Waiting for the disk would double what step scaling costs.
+        self._journal.append_unsynced(
             "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, found=found.found,
             diagnostics=figures, **back,
         )  # fmt: skip

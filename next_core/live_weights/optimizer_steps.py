@@ -122,10 +122,11 @@ class OptimizerSteps(TrainerSteps):
     @torch.no_grad()
     def after_step(self) -> None:
         self._averaged += 1
+        tensors = self._tensors() if self._means else []
         for window, mean in self._means.items():
             # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps;
             # until there are so many steps, it is the mean of them all.
-            _foreach(torch._foreach_lerp_, mean, self._tensors(), max(2.0 / (window + 1), 1.0 / self._averaged))
+            _foreach(torch._foreach_lerp_, mean, tensors, max(2.0 / (window + 1), 1.0 / self._averaged))
         coasting, self._coasting = self._coasting, True
         if not self._stepped:  # fp16: a gradient that overflowed is skipped
             return
@@ -270,9 +271,9 @@ class OptimizerSteps(TrainerSteps):
         group = self._optimizer.param_groups[0]
         return (float(group["betas"][0]), True) if "betas" in group else (float(group.get("momentum", 0.0)), False)
 
+    @torch.no_grad()
     def _sample(self) -> Tensor:
-        pairs = zip(self._tensors(), self._places, strict=True)
-        parts = [tensor.reshape(-1)[places] for tensor, places in pairs]
+        parts = [torch.take(shard.tensor, at) for shard, at in zip(self._trained.shards, self._places, strict=True)]
         return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
 
 

@@ -27,9 +27,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a JSON object as a line with its checksum, durably. A torn last line is cut off first.
+def append_json_line(path: Path, record: Mapping[str, Any], durable: bool = True) -> None:
+    """Append a JSON object as a line with its checksum. A torn last line is cut off first.
 
+    Where ``durable``, it returns once the disk has the line; else the line survives the process, not a loss of power.
     Raises ``StorageError`` if the disk refuses; the file is then unchanged.
     """
     with atomic.disk_operation("appending to", path), path.open("ab+") as file:
@@ -45,7 +46,8 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
             atomic.failpoint("within appending to", path)
             file.write(line[len(line) // 2 :])
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), size)  # a full disk may have stored a part of the line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -214,6 +215,7 @@ def _train_with_jumps(job: _Job, backend: Backend, resumed_from: int | None) -> 
         folder=str(out),
         resumed_from=resumed_from,
         settings={"predictor": config.predictor.name, "seed": config.seed, "algorithm": config.training.algorithm},
+        date=datetime.date.today().isoformat(),
         hardware=hardware(),
         versions=versions(),
         notes=list(backend.notes),

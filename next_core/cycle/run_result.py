@@ -35,6 +35,8 @@ class RunResult:
     control: dict[str, Any] | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+    """On which the run ended, as 2026-11-30."""
     hardware: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

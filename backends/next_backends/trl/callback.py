@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from next_core.live_weights.frozen_adapters import is_peft
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
 from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
+from next_core.process.hardware import hardware, versions
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
 from next_core.settings import config_error
 from next_core.storage.locking import hold, release
@@ -121,10 +123,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self.backend.attach(kwargs["model"], self._folder_of(args), measure, processes)
         self.backend.connect(kwargs["optimizer"], args)
         if self._shared is None:
-            self._begin(args, state, self.guards)
+            self._begin(args, state, kwargs["model"], self.guards)
             return
         settings = {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
-        self._shared.begin(state.global_step, settings, self._begin, args, state, self._shared.bounded(self.guards))
+        guards = self._shared.bounded(self.guards)
+        self._shared.begin(state.global_step, settings, self._begin, args, state, kwargs["model"], guards)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._shared is not None:
@@ -194,7 +197,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         check_best_model(args, predictor, is_peft(model))
         check_reachable(model)
 
-    def _begin(self, args: Any, state: Any, guards: Guards) -> None:
+    def _begin(self, args: Any, state: Any, model: Any, guards: Guards) -> None:
         """Start or resume the history in the folder, and make the cycle."""
         folder = self._folder_of(args)
         hold(folder)
@@ -222,7 +225,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.backend.begin(state.global_step, checkpoint_of(args, state))
         if state.global_step == 0:
-            self.cycle.journal.append("start", 0, **started)
+            self.cycle.journal.append("start", 0, **started, about=_about(args, model, self.backend.trainer))
         else:
             self.cycle.resume(state.global_step)
 
@@ -243,6 +246,21 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _about(args: Any, model: Any, trainer: Any) -> dict[str, Any]:
+    """Return what a report says about a training: model, task, learning rate, rollouts a step, machine and date."""
+    dataset = getattr(getattr(getattr(trainer, "train_dataset", None), "info", None), "dataset_name", None)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "task": dataset or ", ".join(getattr(trainer, "reward_func_names", ())) or None,
+        "algorithm": type(trainer).__name__.removesuffix("Trainer").lower(),
+        "learning_rate": args.learning_rate,
+        "rollouts": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
 
 
 def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:

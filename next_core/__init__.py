@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from next_core.predictor import TrajectoryPredictor as TrajectoryPredictor
     from next_core.predictor import matrix_predictor as matrix_predictor
     from next_core.settings import Settings as Settings
+    from next_core.step_predictor import StepConfig as StepConfig
     from next_core.step_predictor import StepHistory as StepHistory
     from next_core.step_predictor import StepPredictor as StepPredictor
     from next_core.step_predictor import StepScale as StepScale
@@ -65,7 +66,7 @@ _MODULES = {
     "next_core.plugins": ["make_applier", "make_compressor", "make_predictor", "registry"],
     "next_core.predictor": ["Abstain", "PerMatrixPredictor", "TrajectoryPredictor", "matrix_predictor"],
     "next_core.settings": ["Settings"],
-    "next_core.step_predictor": ["StepHistory", "StepPredictor", "StepScale"],
+    "next_core.step_predictor": ["StepConfig", "StepHistory", "StepPredictor", "StepScale"],
     "next_predictors.adaptive_secant": ["AdaptiveSecant"],
     "next_predictors.alpharl": ["AlphaRL"],
     "next_predictors.effopd": ["EffOPD"],

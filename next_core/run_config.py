@@ -99,22 +99,19 @@ class Schedule(Settings):
         return [step for step in range(self.observe, total + 1) if self.attempts(step, total)]
 
     def check_predictor(self, predictor: TrajectoryPredictor, total: int) -> None:
-        """Raise ``ConfigError`` if the checkpoints of this schedule never suffice for the predictor."""
+        """Raise ``ConfigError`` if a run of ``total`` steps has no room for a jump, or never enough checkpoints."""
         attempts = self.attempt_steps(total)
-        reasons = [predictor.why_not(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
-        if reasons and None not in reasons:
-            raise ConfigError(
-                f"predictor '{predictor.name}' can never act on this schedule; "
-                f"after step {attempts[-1]}: {reasons[-1]}",
-                kind="config-schedule",
-            )
-
-    def check(self, total: int) -> None:
-        """Raise ``ConfigError`` if a run of ``total`` steps leaves no room for a jump."""
-        if not self.attempt_steps(total):
+        if not attempts:
             raise ConfigError(
                 f"no jump would ever happen: observe ({self.observe}) + settle ({self.settle}) exceed the run's "
                 f"{total} steps; shorten one of them or train longer",
+                kind="config-schedule",
+            )
+        reasons = [predictor.why_not(range(self.every, step + 1, self.every), self.horizon) for step in attempts]
+        if None not in reasons:
+            raise ConfigError(
+                f"predictor '{predictor.name}' can never act on this schedule; "
+                f"after step {attempts[-1]}: {reasons[-1]}",
                 kind="config-schedule",
             )
 
@@ -239,7 +236,6 @@ class RunConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _room_for_jumps(self) -> Self:
-        self.schedule.check(self.steps)
+    def _consistent(self) -> Self:
         self.guards.check(self.schedule)
         return self

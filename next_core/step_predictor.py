@@ -68,6 +68,11 @@ class StepPredictor(Predictor):
 
     config_class = StepConfig
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not issubclass(cls.config_class, StepConfig):
+            raise TypeError(f"config_class of {cls.__name__} must derive from next_core.StepConfig")
+
     @abstractmethod
     def predict(self, history: StepHistory) -> StepScale:
         """Return the multiple of the steps that follow."""

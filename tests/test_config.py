@@ -165,6 +165,14 @@ def test_a_contradiction_of_values_the_default_predictor_fills_in_is_explained(l
         load(predictor="step-scale", guards={"recovery": 10})
 
 
+def test_a_run_that_is_shorter_than_a_block_of_step_scaling_is_only_too_short_for_jumps(
+    load: Callable[..., RunConfig],
+) -> None:
+    assert load(predictor="step-scale", steps=3).steps == 3
+    with raises_kind("config-schedule", "observe (50)", "3 steps"):
+        load(predictor="secant", steps=3)
+
+
 def test_auto_means_step_scaling_where_the_backend_can_reach_the_optimizer(load: Callable[..., RunConfig]) -> None:
     assert load(predictor={"name": "auto", "decay": 0.25}).predictor.fields == {"decay": 0.25}
     assert load(predictor="auto").predictor.name == "step-scale"

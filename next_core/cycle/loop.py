@@ -61,7 +61,6 @@ class PredictExtendCycle:
         predictor = self.predictor()
         self._scaling: StepScaling | None = None
         if isinstance(predictor, TrajectoryPredictor):
-            self.schedule.check(self.total)
             self.guards.check(self.schedule)
             self.schedule.check_predictor(predictor, self.total)
             self.backend.check_jumps(predictor.space)

@@ -18,6 +18,7 @@ from next_core.cycle.scaling import scaling_records
 from next_core.errors import BackendError
 from next_core.plugins import make_predictor
 from next_core.run_config import Guards, Schedule
+from next_core.settings import Settings
 from next_core.step_predictor import StepConfig, StepHistory, StepPredictor, StepScale
 from tests.cycle.descent import Descent
 from tests.errors import raises_kind
@@ -225,3 +226,8 @@ def test_without_accuracy_the_run_ends_in_a_mean_where_motions_cancel(rate: floa
     record = made.journal.records[-1]
     assert (record["event"], record["accepted"]) == ("average", ends_in_mean)
     assert ("the mean of the last 4 steps" in record["reason"]) is ends_in_mean
+
+
+def test_a_step_predictor_needs_settings_with_a_block() -> None:
+    with pytest.raises(TypeError, match="StepConfig"):
+        type("WithoutBlock", (Given,), {"config_class": Settings})

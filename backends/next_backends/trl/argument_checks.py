@@ -43,8 +43,6 @@ def check_arguments(
         )
     if not isinstance(predictor, TrajectoryPredictor):
         return
-    schedule.check(total)
-    guards.check(schedule)
     unit = steps_of_a_generation(args)
     for step in schedule.attempt_steps(total):
         for change, what in ((step, "observe and jump_every"), (step + (guards.recovery or 0), "guards.recovery")):

@@ -32,6 +32,7 @@ from next_core.sources.hf_model import (
     ModelFiles,
     architecture_of,
 )
+from next_core.sources.layouts import SHARDS, has_any
 from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
 
@@ -171,11 +172,11 @@ def _refuse_pickles(folder: Path) -> None:
     """Raise ``CheckpointError`` for a model without safetensors files, whose layout the written model takes."""
     if any((folder / name).exists() for name in (SINGLE, INDEX)):
         return
-    for name in (PICKLE_SINGLE, PICKLE_INDEX):
-        if (folder / name).exists():
+    for name in (PICKLE_SINGLE, PICKLE_INDEX, SHARDS):
+        if has_any(folder, (name,)):
             raise CheckpointError(
                 f"{folder / name} is a pickle, and a merged model takes the layout of a safetensors backbone: load it "
-                "with transformers and save it by save_pretrained, or use the applier 'peft-adapter'",
+                "with transformers and save it by save_pretrained, or pass the base model as --backbone",
                 kind="checkpoint-pickle",
             )
 

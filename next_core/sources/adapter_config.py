@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ REPEATED_GROUP = re.compile(r"\)[*+{]")
 class AdapterConfig:
     """The part of PEFT's ``adapter_config.json`` that determines what the factors mean."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, defaults: Mapping[str, Any] | None = None) -> None:
         self.path = path
-        self.raw = read_json(path, verify=True)
+        self.raw = {**(defaults or {}), **read_json(path, verify=True)}
         self._stamp = stamp(path)
         self._refuse_unsupported()
         self.rslora = bool(self.raw.get("use_rslora"))

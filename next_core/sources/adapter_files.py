@@ -10,8 +10,9 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, not_found
 from next_core.sources.adapter_config import AdapterConfig
-from next_core.sources.adapter_tensors import AdapterModule, PlainFile, read_modules
-from next_core.sources.layouts import ADAPTER_FILES
+from next_core.sources.adapter_tensors import FACTOR, AdapterModule, PlainFile, read_modules
+from next_core.sources.fsdp_shards import ADAPTER_KEY, LORA, open_shards, shards_folder
+from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any
 from next_core.sources.tensor_files import TensorFile, open_tensors
 from next_core.types import LoraFactors
 
@@ -32,11 +33,19 @@ class AdapterFiles:
         replacement: Callable[[TensorFile], TensorFile] = lambda file: file,
     ) -> None:
         self.folder = folder
-        weights = folder / WEIGHTS_FILE
-        if not os.path.lexists(weights) and (folder / PICKLE_FILE).exists():
-            weights = folder / PICKLE_FILE
-        self.file = PlainFile(replacement(open_tensors(weights, allow_pickle)))
-        self.config = AdapterConfig(folder / CONFIG_FILE)
+        lora = shards_folder(folder) / LORA
+        if os.path.lexists(lora) and not has_any(folder, ADAPTER_FILES):
+            whole = folder / MODEL_FILES[0]
+            file = open_tensors(whole) if whole.exists() else open_shards(folder, allow_pickle)
+            self.file = PlainFile(replacement(file), ADAPTER_KEY)
+            targets = sorted({match["module"] for match in map(FACTOR.fullmatch, self.file.shapes) if match})
+            self.config = AdapterConfig(lora, {"peft_type": "LORA", "target_modules": targets})
+        else:
+            weights = folder / WEIGHTS_FILE
+            if not os.path.lexists(weights) and (folder / PICKLE_FILE).exists():
+                weights = folder / PICKLE_FILE
+            self.file = PlainFile(replacement(open_tensors(weights, allow_pickle)))
+            self.config = AdapterConfig(folder / CONFIG_FILE)
         self.modules, self.skipped = read_modules(self.file, self.config)
         self._module_of = {p.name: module for module in self.modules.values() for p in module.parameters}
         self.parameters = tuple(p for module in self.modules.values() for p in module.parameters)

@@ -23,7 +23,7 @@ from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource, check_same_shapes
 from next_core.sources.hf_model import ModelFiles
 from next_core.sources.jumps import Shift, TensorCache, jump_folders
-from next_core.sources.layouts import ADAPTER_FILES, JUMP_PREFIX
+from next_core.sources.layouts import ADAPTER_FILES, JUMP_PREFIX, LORA_FILES
 from next_core.sources.matrices import HEADS
 from next_core.sources.memory import lora_delta
 from next_core.types import LoraFactors, Parameter
@@ -47,7 +47,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
 
     name = "peft-adapter"
     config_class = PeftAdapterSourceConfig
-    FILES = ADAPTER_FILES
+    FILES = (*ADAPTER_FILES, *LORA_FILES)
 
     def __init__(self, config: PeftAdapterSourceConfig) -> None:
         super().__init__(config)

@@ -108,13 +108,14 @@ def bias_key(module: str) -> str:
 class PlainFile(TensorFile):
     """An adapter's file under the names that PEFT gives: without those of wrappers and of the adapter.
 
-    Raises ``CheckpointError`` where two tensors have the same name then.
+    ``only`` selects the tensors, where the file holds more than an adapter. Raises ``CheckpointError`` where two
+    tensors have the same name then.
     """
 
-    def __init__(self, file: TensorFile) -> None:
+    def __init__(self, file: TensorFile, only: re.Pattern[str] = re.compile("")) -> None:
         super().__init__(file.path)
         self._file = file
-        plain = {key: WRAPPERS.sub("", key).removeprefix(PARALLEL) for key in file.shapes}
+        plain = {key: WRAPPERS.sub("", key).removeprefix(PARALLEL) for key in file.shapes if only.search(key)}
         bare = not any(name.startswith("base_model.") for name in plain.values())
         self._stored: dict[str, str] = {}
         for key, name in plain.items():

@@ -16,7 +16,7 @@ from next_core.sources.backbone import refuse_quantized, require, use_names
 from next_core.sources.deepspeed import replacement
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource, check_same_shapes
 from next_core.sources.hf_model import ModelFiles
-from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
+from next_core.sources.layouts import LORA_FILES, MODEL_FILES, MODEL_PICKLES, SHARDS, contains_checkpoints
 from next_core.sources.matrices import EMBEDDINGS, HEADS, matrices_in, place_in_stack, stored_name
 from next_core.types import Parameter
 
@@ -70,7 +70,7 @@ class FullModelSource(FolderSource[ModelFiles]):
 
     name = "full-model"
     config_class = FullModelSourceConfig
-    FILES = (*MODEL_FILES, *MODEL_PICKLES)
+    FILES = (*MODEL_FILES, *MODEL_PICKLES, SHARDS)
 
     def __init__(self, config: FullModelSourceConfig) -> None:
         super().__init__(config)
@@ -80,6 +80,10 @@ class FullModelSource(FolderSource[ModelFiles]):
         self._backbone = ModelFiles(config.backbone, config.allow_pickle) if config.backbone is not None else None
         self._replacement = replacement(config.masters, config.allow_pickle)
         self.refresh()
+
+    @classmethod
+    def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
+        return super().detect(path, folders) and not contains_checkpoints(path, LORA_FILES, folders)
 
     def _open(self, folder: Path, step: int) -> ModelFiles:
         return ModelFiles(folder, self.config.allow_pickle, self._replacement(folder, step))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, damaged, not_found, unsafe_path
+from next_core.sources.fsdp_shards import LORA, has_shards, open_shards
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
 from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, open_tensors, read_json
@@ -112,16 +113,16 @@ class ModelFiles:
         if not folder.is_dir():
             raise not_found(f"the model folder {folder} does not exist")
         present = [name for name in (*MODEL_FILES, *MODEL_PICKLES) if os.path.lexists(folder / name)]
-        if not present:
+        if not present and not has_shards(folder):
             raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}, so it is no model folder")
         shard_of: dict[str, str] = {}
         self._index: tuple[Path, Stamp] | None = None
-        if present[0] in (INDEX, PICKLE_INDEX):
+        if present and present[0] in (INDEX, PICKLE_INDEX):
             self._index = folder / present[0], stamp(folder / present[0])
             shard_of = _read_index(folder / present[0])
         self.files: list[TensorFile] = [
-            replacement(open_tensors(folder / name, allow_pickle))
-            for name in sorted(set(shard_of.values())) or present[:1]
+            replacement(open_tensors(folder / name, allow_pickle) if present else open_shards(folder, allow_pickle))
+            for name in sorted(set(shard_of.values())) or present[:1] or [""]
         ]
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
         if shard_of:
@@ -130,7 +131,7 @@ class ModelFiles:
         if raw is not None:
             raise CheckpointError(
                 f"{folder} stores '{raw}': a PEFT model's state and not a model's weights; save the adapter by PEFT's "
-                "save_pretrained, or the model after merge_and_unload",
+                f"save_pretrained, or the model after merge_and_unload (verl: put back its {LORA})",
                 kind="checkpoint-unsupported-adapter",
             )
         self._unwrap()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from next_core.errors import CheckpointError, ambiguous_step, incomplete, not_found
+from next_core.errors import CheckpointError, ambiguous_step, damaged, incomplete, not_found
 from next_core.sources import hub
 from next_core.sources.checkpoint_names import LARGEST_STEP, NUMBER, REMEDY, pattern_of, steps_in_names
+from next_core.sources.fsdp_shards import LORA, has_shards
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
 from next_core.storage.manifest import MANIFEST, check_manifest
+from next_core.storage.reading import read_text
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     re.compile(r"(?:checkpoint-|step[-_])(\d+)"): ("",),  # transformers and TRL; this project; accelerate's examples
     re.compile(r"global_step(\d+)_hf"): ("",),  # OpenRLHF with --ckpt.save_hf
-    re.compile(r"global_step_(\d+)"): ("actor/lora_adapter", "actor/huggingface"),  # verl
+    re.compile(r"global_step_(\d+)"): tuple(  # verl; SkyRL, whose actor is called policy
+        f"{role}{place}" for role in ("actor", "policy") for place in ("/lora_adapter", "/huggingface", "")
+    ),
 }
 """How trainers name the folder of a step, and where in it the weights may be."""
 WRITTEN_LAST = "tokenizer_config.json"
@@ -33,6 +38,12 @@ UNFINISHED = (".", "tmp-")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 MODEL_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+LORA_FILES = (LORA, f"../{LORA}")
+"""With one of these, what looks like a model is the state of one with an adapter."""
+SHARDS = "model_world_size_W_rank_R.pt"
+"""Stands for the files of all ranks."""
+TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
+"""verl and SkyRL write the step of a checkpoint here once it is complete."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +135,13 @@ def contains_checkpoints(path: Path, files: Collection[str], listed: Sequence[Pa
         return True
 
 
-def has_any(folder: Path, files: Collection[str] = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES)) -> bool:
+def has_any(folder: Path, files: Collection[str] = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES, SHARDS)) -> bool:
     """Return whether a folder contains one of these files, broken links included."""
-    return any(os.path.lexists(folder / file) for file in files)
+    return any(os.path.lexists(folder / file) for file in files) or (SHARDS in files and has_shards(folder))
 
 
 def check_complete(folder: Path, contents: bool = False) -> None:
-    """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by OpenRLHF's order of writing.
+    """Raise ``CheckpointError`` for a folder that is incomplete by its manifest, or by its trainer's order of writing.
 
     With ``contents`` every file in the manifest is read and compared with it.
     """
@@ -138,6 +149,20 @@ def check_complete(folder: Path, contents: bool = False) -> None:
         check_manifest(folder, contents)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():
         raise incomplete(folder, "has no tokenizer, which is written last")
+    for above, tracker in itertools.product(folder.parents[:3], TRACKERS):
+        known = step_folder(above)
+        if known is not None and (above.parent / tracker).is_file():
+            _check_tracker(above.parent / tracker, *known)
+
+
+def _check_tracker(tracker: Path, step: int, folder: Path) -> None:
+    """Raise ``CheckpointError`` for a step beyond the last one that its trainer completed."""
+    try:
+        last = int(read_text(tracker))
+    except (OSError, ValueError) as error:
+        raise damaged(tracker, f"does not name a step ({error})") from None
+    if step > last:
+        raise incomplete(folder, f"is not complete, or is left from before a resume: {tracker} says step {last}")
 
 
 def _is_ours(folder: Path) -> bool:

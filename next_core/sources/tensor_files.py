@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from next_core.errors import CheckpointError, damaged, incomplete, not_found, unsafe_path
+from next_core.errors import CheckpointError, damaged, describe, incomplete, not_found, unsafe_path
 from next_core.sources.hub import BLOBS, hub_repo
 from next_core.storage.manifest import check_contents
 from next_core.storage.reading import SMALL, Stamp, parse_json, read_bytes, read_header, stamp
@@ -182,13 +182,18 @@ def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
     """
     if path.suffix != PICKLE:
         return SafetensorsFile(path)
+    refuse_pickle(path, allow_pickle)
+    return PickleFile(path)
+
+
+def refuse_pickle(path: Path, allow_pickle: bool) -> None:
+    """Raise ``CheckpointError`` for a pickle unless these are allowed."""
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, which can run code; convert it to safetensors, or allow it with allow_pickle=True "
             "(--allow-pickle), which reads only tensors from it",
             kind="checkpoint-pickle",
         )
-    return PickleFile(path)
 
 
 class PickleFile(TensorFile):
@@ -203,17 +208,25 @@ class PickleFile(TensorFile):
             raise _not_tensors(path, f"is damaged, or contains more than tensors ({reason})") from None
         if not isinstance(loaded, dict):
             raise _not_tensors(path, f"contains a {type(loaded).__name__} instead of a dict of tensors")
-        for key, value in loaded.items():
-            # A tensor larger than its storage (stride 0) would be allocated by the first computation.
-            if (
-                not isinstance(key, str)
-                or not isinstance(value, Tensor)
-                or (value.layout, value.device.type, value.is_quantized) != (torch.strided, "cpu", False)
-                or (value.numel() * value.element_size() > value.untyped_storage().nbytes())
-            ):
-                raise _not_tensors(path, f"contains {key!r}, which is not a plain tensor")
-        self._tensors: dict[str, Tensor] = {key: value.detach() for key, value in loaded.items()}
+        try:
+            self._tensors = {key: self._plain(key, value) for key, value in loaded.items()}
+        except CheckpointError:
+            raise
+        except Exception as error:  # what is missing in a tensor of another class
+            raise _not_tensors(path, f"contains a tensor that cannot be read ({describe(error)})") from None
         self.shapes = {key: tuple(value.shape) for key, value in self._tensors.items()}
+
+    def _plain(self, key: Any, value: Any) -> Tensor:
+        """Return a value that was loaded. Raises ``CheckpointError`` for anything but a plain tensor."""
+        # A tensor larger than its storage (stride 0) would be allocated by the first computation.
+        if (
+            not isinstance(key, str)
+            or not isinstance(value, Tensor)
+            or (value.layout, value.device.type, value.is_quantized) != (torch.strided, "cpu", False)
+            or (value.numel() * value.element_size() > value.untyped_storage().nbytes())
+        ):
+            raise _not_tensors(self.path, f"contains {key!r}, which is not a plain tensor")
+        return value.detach()
 
     def dtype(self, key: str) -> torch.dtype:
         return self._values(key, None).dtype

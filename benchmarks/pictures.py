@@ -8,28 +8,24 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rates import FILE, STEPS, By, by_arm
 from tables import ROOT, half_width
 from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-from next_core.diagnostics.drawing import BLUE, COLOURS, GREY, RED, Drawing, draw
+from next_core.diagnostics.drawing import Axis, Beside, Line, Lines, Panel
 from next_core.storage.atomic import write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PICTURE = ROOT / "docs" / "images" / "learning-rates.svg"
 LINES = {
-    "plain RL": ("plain", "before_average", GREY, "o", "-", 0.95),
-    "plain RL, mean at the end": ("plain", "final", RED, "s", (0, (4, 2)), 1.05),
-    "adaptive-secant": ("adaptive-secant", "final", COLOURS[2], "^", "-", 1.0),
-    "auto": ("auto", "final", BLUE, "D", "-", 1.0),
+    "plain RL": ("plain", "before_average", "walk", False),
+    "plain RL, mean at the end": ("plain", "final", "c1", True),
+    "adaptive-secant": ("adaptive-secant", "final", "c2", False),
+    "auto": ("auto", "final", "c0", False),
 }
-"""By label: arm, figure, colour, mark, dashes, and how far beside its rate it stands, so that intervals do not hide."""
-TICKS = {1e-5: "1e-5", 1e-4: "1e-4", 1e-3: "1e-3", 1e-2: "1e-2", 1e-1: "1e-1"}
+"""By label: arm, figure, colour, and whether it is dashed."""
+WIDTH = 940
 
 
 @dataclass(frozen=True)
@@ -59,51 +55,30 @@ def longer(task: str) -> Point:
     return point(1e-4, [r["curve"][-1] for r in rows if (r["task"], r["learning_rate"]) == (task, 1e-4)])
 
 
-def paint(picture: Figure, found: By) -> None:
-    """A panel for each task, all of one height."""
-    panels = picture.subplots(1, len(TASKS), sharey=True)
-    for panel, task in zip(panels, TASKS, strict=True):
-        for label, (arm, figure, colour, mark, dashes, beside) in LINES.items():
-            points = line(found, task, arm, figure)
-            at, means = [p.rate * beside for p in points], [p.mean for p in points]
-            halves = [p.half or 0.0 for p in points]
-            panel.errorbar(
-                at, means, halves, color=colour, marker=mark, ms=4, lw=1.6, ls=dashes, capsize=2.5, label=label
-            )
-            alone = [p for p in points if p.half is None]
-            panel.plot(
-                [p.rate * beside for p in alone],
-                [p.mean for p in alone],
-                mark,
-                color=colour,
-                mfc="white",
-                ms=4,
-                zorder=5,
-            )
-        more = longer(task)
-        panel.plot([more.rate], [more.mean], "*", color="black", ms=8, label="plain RL, 400 steps")
-        panel.errorbar([more.rate], [more.mean], [more.half or 0.0], color="black", lw=1.6)
-        panel.set_xscale("log")
-        panel.set_xticks(list(TICKS), list(TICKS.values()))
-        panel.minorticks_off()
-        panel.set_title(task)
-        panel.set_xlabel("learning rate")
-        panel.grid(axis="y", color="#dddddd", lw=0.6)
-    panels[0].set_ylabel(f"accuracy after {STEPS} RL steps")
-    handles, labels = panels[0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    order = [*LINES, "plain RL, 400 steps"]
-    picture.legend([by_label[label] for label in order], order, loc="outside upper left", ncols=len(order))
+def panel(found: By, task: str) -> Lines:
+    """One task: bands are 95% intervals, hollow dots one seed."""
+    lines = []
+    for label, (arm, figure, colour, dashed) in LINES.items():
+        points = line(found, task, arm, figure)
+        rates, means, halves = ([getattr(p, name) or 0.0 for p in points] for name in ("rate", "mean", "half"))
+        low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+        lines.append(Line(label, rates, means, low, high, colour, dashed, dots=True))
+        alone = [p for p in points if p.half is None]
+        hollow = [p.rate for p in alone], [p.mean for p in alone]
+        lines.append(Line(label, *hollow, colour="paper", joined=False, dots=True, size=1.5))
+    more = longer(task)
+    lines.append(Line("plain RL, 400 steps", [more.rate], [more.mean], colour="ink", joined=False, dots=True, size=4))
+    axis = Axis(f"{task}: accuracy after {STEPS} RL steps", 0, 1)
+    return Lines(task, [Panel(lines, axis)], Axis("learning rate", log=True), height=290)
 
 
-def picture() -> Drawing:
+def picture() -> Beside:
     """What the committed results say."""
-    drawn = draw("learning-rates", (9.0, 3.4), paint, by_arm(json.loads(FILE.read_text())["rows"]))
-    assert isinstance(drawn, Drawing)
-    return drawn
+    found = by_arm(json.loads(FILE.read_text())["rows"])
+    return Beside("learning-rates", [panel(found, task) for task in TASKS])
 
 
 if __name__ == "__main__":
     PICTURE.parent.mkdir(exist_ok=True)
-    write_text(PICTURE, picture().svg())
+    write_text(PICTURE, picture().svg(WIDTH))
     print(PICTURE.relative_to(ROOT))

@@ -37,7 +37,7 @@ def analyze(
     spectrum: Annotated[bool | None, Option(help="Compute all singular values; default: only of LoRA runs")] = None,
     draws: Annotated[int, Option(min=20, help="Number of random walks in each null distribution")] = 200,
     seed: Annotated[int, Option(min=0, help="Seed of the random walks")] = 0,
-    plots: Annotated[Path | None, Option(help="Write plots into this folder (extra `report`)")] = None,
+    plots: Annotated[Path | None, Option(help="Write each plot into this folder, as SVG")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how a run's weights move, and compare each figure with random walks."""
@@ -47,10 +47,10 @@ def analyze(
     if spectrum and run.compressor == "lanczos":
         raise contradiction("--compressor lanczos does not compute the spectrum; omit it or --spectrum")
     if plots is not None:
-        from next_core.diagnostics.drawing import check_drawing
+        from next_core.diagnostics.drawing import check_folder
         from next_core.diagnostics.plots import write_plots
 
-        check_drawing(plots)  # before the work
+        check_folder(plots)  # before the work
     output = Output(as_json)
     source = run.source()
     facts = show_source(run, source, output)

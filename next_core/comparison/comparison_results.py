@@ -59,11 +59,12 @@ class Interval(Bounds):
 
 
 class Line(Part):
-    """Means along a curve, with their intervals."""
+    """Means along a curve, with their intervals; ``values`` by seed."""
 
     mean: list[Number | None]
     low: list[Number | None] | None = None
     high: list[Number | None] | None = None
+    values: dict[str, list[Number | None]] = {}
 
 
 class Curve(Part):
@@ -77,7 +78,10 @@ class Curve(Part):
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         count = len(self.steps)
-        columns = [self.seconds, *(part for line in self.test.values() for part in (line.mean, line.low, line.high))]
+        columns = [
+            self.seconds,
+            *(part for line in self.test.values() for part in (line.mean, line.low, line.high, *line.values.values())),
+        ]
         if any(column is not None and len(column) != count for column in columns):
             raise ValueError(f"every column must have {count} points, as many as steps")
         return self
@@ -294,7 +298,10 @@ def _curve(seeds: Seeds) -> Curve:
 
     def line(split: str, kind: str) -> Line:
         over = [Interval.of({s: _value(p[step][split][kind]) for s, p in by_step.items()}) for step in steps]
-        return Line(mean=[p.mean for p in over], low=[p.low for p in over], high=[p.high for p in over])
+        values: dict[str, list[float | None]] = {
+            str(seed): [_value(p[step][split][kind]) for step in steps] for seed, p in by_step.items()
+        }
+        return Line(mean=[p.mean for p in over], low=[p.low for p in over], high=[p.high for p in over], values=values)
 
     validation, test = ({kind: line(split, kind) for kind in _kinds(seeds, split)} for split in SPLITS)
     seconds: list[float | None] = [statistics.mean(at[step]["seconds"] for at in by_step.values()) for step in steps]

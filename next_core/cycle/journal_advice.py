@@ -30,10 +30,9 @@ def rate_found(records: Sequence[Mapping[str, Any]]) -> str | None:
     if not found and last["multiple"] < WORTH_SAYING:
         return None
     if not found:
-        reached = f"{last['rate']:.2g}, {last['multiple']:.2g} times the configured one"
         return (
-            f"Step scaling was still raising the learning rate at the end (now {reached}): the run was too short to "
-            "find the best; train longer, or start from that rate"
+            f"Train longer, or start from learning_rate {last['rate']:.2g}. Step scaling was still raising it at the "
+            f"end (to {last['multiple']:.2g} times the configured one): the run was too short to find the best."
         )
     rates, multiple = [record["rate"] for record in found], found[0]["multiple"]
     if 1 / WORTH_SAYING < multiple < WORTH_SAYING:
@@ -41,8 +40,8 @@ def rate_found(records: Sequence[Mapping[str, Any]]) -> str | None:
     verb = "Raise" if multiple > 1 else "Lower"
     used = f"{min(rates):.2g} to {max(rates):.2g}"
     return (
-        f"{verb} learning_rate to about {rates[0]:.2g} (step scaling used {used} once it had found the rate at which "
-        "steps stop agreeing): a run at that rate saves the steps that finding it took"
+        f"{verb} learning_rate to about {rates[0]:.2g}. Step scaling used {used} once it had found the rate at which "
+        "steps stop agreeing; a run at that rate saves the steps that finding it took."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from next_core.cycle.journal import counted_records, valid_jumps
@@ -11,6 +12,7 @@ from next_core.cycle.scaling import EVENTS
 
 Record = Mapping[str, Any]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+LIST = re.compile("#(?:, #)+")
 MOST_REFUSALS = 3
 """Kinds of refusals that a summary lists."""
 
@@ -21,8 +23,8 @@ def counted(count: int, what: str) -> str:
 
 
 def without_numbers(reason: str) -> str:
-    """Return the kind of a reason: those that differ only in their numbers are alike."""
-    return NUMBER.sub("#", reason)
+    """Return the kind of a reason: those that differ only in their numbers, or in how many they list, are alike."""
+    return LIST.sub("#", NUMBER.sub("#", reason))
 
 
 def done_text(jumps: Sequence[Record], scaling: Sequence[Record]) -> str:
@@ -76,21 +78,56 @@ def summary(records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]
     lines += [average_text(record) for record in records if record["event"] == "average"]
     best = [record["loaded"] for record in records if record["event"] == "best"]
     lines += [f"load_best_model_at_end: the weights are those of step {step}" for step in best]
-    tested = [record for record in records if record["event"] == "accuracy" and record["value"] is not None]
-    figures = {
-        "Test accuracy": {record["step"]: record["value"] for record in tested},
-        "Validation accuracy": _accuracies(records),
-        "Reward": {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers},
-    }
-    for what, known in figures.items():
+    for what, known in measured(records, metrics).items():
         if len(known) > 1:
             (first, start), *_, (last, end) = sorted(known.items())
             lines.append(f"{what}: {start:.3f} after step {first}, {end:.3f} after step {last}")
-    advice = [record["text"] for record in records if record["event"] == "advice" and "text" in record]
-    return [*lines, *(f"Hint: {text}" for text in advice)]
+    return [*lines, *(f"Hint: {text}" for text in advice_texts(records))]
 
 
-def _accuracies(records: Sequence[Record]) -> dict[int, float]:
+def ends(known: Mapping[int, float], what: str) -> tuple[float, float]:
+    """Return the first and the last value; of rewards, which are noisy, the mean of the first and the last tenth."""
+    values = [known[step] for step in sorted(known)]
+    some = len(values) // 10 or 1 if what == "Reward" else 1
+    return fmean(values[:some]), fmean(values[-some:])
+
+
+def advice_texts(records: Sequence[Record]) -> list[str]:
+    """Return the advice that a run's journal has: first what to do, then why."""
+    return [record["text"] for record in records if record["event"] == "advice" and "text" in record]
+
+
+def measured(records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """Return what shows how good a run is, by step; what says most comes first."""
+    tested = [record for record in records if record["event"] == "accuracy" and record["value"] is not None]
+    return {
+        "Test accuracy": {record["step"]: record["value"] for record in tested},
+        "Validation accuracy": probed_accuracies(records),
+        "Reward": {step: numbers["reward"] for step, numbers in metrics.items() if "reward" in numbers},
+    }
+
+
+def outcome(
+    records: Sequence[Record], metrics: Mapping[int, Mapping[str, float]], steps: int, last: int, plain: float | None
+) -> str:
+    """Return how a run ended, in one sentence: what it gained in ``last`` of ``steps``, and against what."""
+    records = counted_records(records)
+    ended = any(record["event"] == "end" for record in records)
+    when = (
+        f"In {last} RL steps" if ended else f"Up to step {last} of {steps or '?'}, where the run stopped or still is,"
+    )
+    for what, known in measured(records, metrics).items():
+        if len(known) > 1:
+            start, end = ends(known, what)
+            verb = "went" if abs(end - start) < 0.0005 else "rose" if end > start else "fell"
+            against = (
+                "" if plain is None or what != "Test accuracy" else f"; plain RL with the same seed reached {plain:.3f}"
+            )
+            return f"{when} {what.lower()} {verb} from {start:.3f} to {end:.3f}{against}."
+    return f"{when} neither accuracy nor reward was measured."
+
+
+def probed_accuracies(records: Sequence[Record]) -> dict[int, float]:
     """Return the probes by step: of each step the first, which no trial had changed, and at the end the chosen mean."""
     found: dict[int, float] = {}
     for record in records:

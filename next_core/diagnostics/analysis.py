@@ -109,7 +109,7 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
             for name in FIGURES
             if name not in figures or bool(figures[name].values.isnan().all())
         },
-        learning_rate=judge(agreements, history.jump_log),
+        learning_rate=judge(history, agreements, history.jump_log),
         notes=tuple(history.source.notes),
         precision=_read_precision(history),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from next_core.diagnostics.drawing import Drawing, Drawings, drawn_or_error
+from next_core.diagnostics.drawing import Chart, Charts, drawn_or_error
 from next_core.diagnostics.figures import FIGURES, Figure, Group, number
 from next_core.diagnostics.learning_rate import LearningRate, learning_rate_advice, null_in_words
 from next_core.diagnostics.plots import draw_analysis
@@ -72,15 +72,15 @@ class Analysis:
         }
         return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
-    def draw(self) -> dict[str, Drawing | str]:
-        """Return every plot by name, or why it was not drawn. Raises ``ConfigError`` without matplotlib."""
+    def draw(self) -> dict[str, Chart | str]:
+        """Return every plot by name, or why it was not drawn."""
         return draw_analysis(self.overall, self.matrices, self.missing)
 
-    def plot(self, name: str | None = None) -> Drawing | Drawings:
+    def plot(self, name: str | None = None) -> Chart | Charts:
         """Draw all plots, or one by name. Raises ``ConfigError`` with the reason when it cannot be drawn."""
         drawn = self.draw()
         if name is None:
-            return Drawings({key: one for key, one in drawn.items() if isinstance(one, Drawing)})
+            return Charts({key: one for key, one in drawn.items() if isinstance(one, Chart)})
         return drawn_or_error(drawn.get(name, f"there is no plot '{name}'; known: {', '.join(drawn)}"))
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.drawing import WIDTH, Drawing, add_row, check_drawing, draw, drawn_or_error, label_rows
+from next_core.diagnostics.drawing import Axis, Chart, Dot, Rows, drawn_or_error
 from next_core.diagnostics.random_walks import band
 from next_core.process.optional_packages import import_optional
 
@@ -165,13 +165,18 @@ class Backtest:
         }
         return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis("predictor")
 
-    def plot(self) -> Drawing:
+    def plot(self) -> Chart:
         """Draw each predictor's skill with its 95% interval, and the 95% interval of random walks in grey.
 
         Raises ``ConfigError`` where nothing moved.
         """
-        check_drawing()
-        return drawn_or_error(draw("backtest", (WIDTH, 0.8 + 0.35 * len(self.predictors)), _skills, self))
+        known = {name: one for name, one in self.predictors.items() if one.score.skill is not None}
+        rows = {name: [Dot(one.score.skill or 0.0, one.interval)] for name, one in known.items()}
+        walks = {name: (one.null.low, one.null.mean, one.null.high) for name, one in known.items() if one.null}
+        axis = Axis(f"skill {self.horizon} steps ahead: 1 exact, 0 no jump; grey: walks")
+        return drawn_or_error(
+            Rows("backtest", rows, axis, walks) if rows else "no predictor has a skill: nothing moved"
+        )
 
     def __repr__(self) -> str:
         skills = ", ".join(f"{n} {j.score.skill:.2f}" for n, j in self.predictors.items() if j.score.skill is not None)
@@ -179,18 +184,6 @@ class Backtest:
 
     def _repr_html_(self) -> str:
         return str(self.to_frame().to_html(float_format="%.3g"))
-
-
-def _skills(picture: Any, found: Backtest) -> str | None:
-    axis, names = picture.subplots(), list[str]()
-    for name, one in found.predictors.items():
-        if one.score.skill is not None:
-            walk = None if one.null is None else (one.null.low, one.null.high)
-            add_row(axis, len(names), one.score.skill, one.interval, walk)
-            names.append(name)
-    label_rows(axis, names)
-    axis.set_xlabel(f"skill at horizon {found.horizon}: 1 is exact, 0 is no jump; grey: random walks")
-    return None if names else "no predictor has a skill: nothing moved"
 
 
 def _figures(score: Score, null: WalkNull | None) -> dict[str, Any]:

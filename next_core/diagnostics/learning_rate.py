@@ -133,11 +133,7 @@ def learning_rate_factor(
     full-parameter run whose backbone may be missing by ``with_origin``. Raises ``CheckpointError`` for what cannot be
     read.
     """
-    metrics = history.source.logged_metrics().values()
-    logged = [numbers["learning_rate"] for numbers in metrics if numbers.get("learning_rate")]
-    found = judge(measure_agreements(history, draws, seed), jumps)
-    ends = (min(logged), max(logged)) if logged else None
-    return dataclasses.replace(found, logged=ends, steps=history.newest - history.source.origin)
+    return judge(history, measure_agreements(history, draws, seed), jumps)
 
 
 def run_advice(source: CheckpointSource, jumps: Sequence[Mapping[str, Any]]) -> str | None:
@@ -162,7 +158,8 @@ def learning_rate_advice(rate: LearningRate) -> str | None:
         why += ", jumps excluded"
     low, high = rate.low / COVERS, rate.high * COVERS
     capped = rate.agreement >= STRAIGHT
-    between = f"{low:.2g} or more" if capped else f"{low:.2g} to {high:.2g}"
+    most = f"{high:.2g}" if high < 100 else f"{high:.0f}"
+    between = f"{low:.2g} or more" if capped else f"{low:.2g} to {most}"
     times = f"{'at least ' if capped else 'about '}{rate.factor:.2g} times too small ({between})"
     return f"{_action(rate)} It looks {times}: {why}{null_in_words(rate.null)}.{_doubts(rate)}"
 
@@ -192,7 +189,15 @@ def null_in_words(null: Null | None) -> str:
     return "" if null is None else f" (random walk {number(null.mean)}, 95% {number(null.low)} to {number(null.high)})"
 
 
-def judge(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
+def judge(history: History, agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
+    """Return the learning rate that agreements imply, next to the one that the trainer logged."""
+    metrics = history.source.logged_metrics().values()
+    logged = [numbers["learning_rate"] for numbers in metrics if numbers.get("learning_rate")]
+    ends = (min(logged), max(logged)) if logged else None
+    return dataclasses.replace(_factor(agreements, jumps), logged=ends, steps=history.newest - history.source.origin)
+
+
+def _factor(agreements: Agreements | str, jumps: Sequence[Mapping[str, Any]]) -> LearningRate:
     """Turn lambda, where it is above a random walk's, into a factor, times what ``adaptive-secant`` multiplied.
 
     Jumps are not in lambda, but RL ran with them: it is the lambda of the rate that they made RL act with.

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-from next_core.comparison.comparison_results import Interval
-from next_core.report import pictures
-from next_core.report.formatting import as_yaml, counted, decimal, listed, reasons, steps_text, values_text, with_span
-from next_core.report.inputs import Arm, Comparison, Jump
-from next_core.report.page import Page
+from next_core.comparison.comparison_results import Bounds, Interval
+from next_core.report import charts
+from next_core.report.formatting import (
+    NONE,
+    Format,
+    as_yaml,
+    counted,
+    decimal,
+    listed,
+    mean,
+    one_digit,
+    reasons,
+    seconds,
+    signed,
+    signed_whole,
+    span,
+    steps_text,
+    values_text,
+    whole,
+    with_span,
+)
+from next_core.report.inputs import Comparison, Jump, short_name
+from next_core.report.page import Block, Cell, Code, Facts, Page, Table, Text
 
-SECTIONS = {
-    "accuracy": "Accuracy",
-    "cost": "Savings and costs",
-    "chosen": "Choices on the validation prompts",
-    "jumps": "Jumps",
-    "setup": "Setup",
-}
 KINDS = ("sampled", "greedy")
 """Kinds of accuracy, in the order of the table."""
 MOST_REASONS = 3
@@ -26,47 +37,177 @@ MOST_REASONS = 3
 
 def compare_page(comparison: Comparison, title: str) -> Page:
     """Return everything that ``compare.json`` says."""
-    arms, rollouts = comparison.arms, comparison.rollouts_per_step
-    parts = [counted(len(arms), "arm"), f"{comparison.steps} RL steps", counted(len(comparison.seeds), "seed")]
-    parts += [f"{rollouts} rollouts per step"] if rollouts else []
-    subtitle = f"Comparison of {', '.join(parts)}"
     ends = Ends.of(comparison)
-    page = Page("compare.html", title, subtitle, _summary(comparison, ends), _tiles(comparison, ends), SECTIONS)
-    page.draw("differences", 3.0, pictures.differences, comparison, what="Differences to plain RL")
-    page.draw("curves-over-steps", 4.6, pictures.curves, comparison, "steps", what="Accuracy over RL steps")
-    over_seconds = "Accuracy over seconds of training"
-    page.draw("curves-over-seconds", 4.6, pictures.curves, comparison, "seconds", what=over_seconds)
-    page.draw("multiples", 3.4, pictures.multiples, {name: list(arm.jumps.values()) for name, arm in arms.items()})
-    jumping = {name: arm for name, arm in arms.items() if arm.jump_log}
-    chosen = {name: arm for name, arm in arms.items() if len(arm.variants) > 1}
-    if not chosen:
-        page.missing["Choices"] = "every arm ran with one setting, so there was nothing to choose"
-    if not jumping:
-        page.missing["Jumps"] = "no arm attempted one"
-    if not comparison.config:
-        page.missing["Config"] = "compare.json holds none"
-    measured = {kind for arm in arms.values() for kind in arm.test}
-    multiples = [jump.multiple or 0.0 for arm in arms.values() for jump in arm.jump_log]
-    page.facts = {
-        "comparison": comparison,
-        "metric": comparison.metric,
-        "kinds": list(dict.fromkeys(kind for kind in [*KINDS, *sorted(measured)] if kind in measured)),
-        "shown": {name: arm for name, arm in arms.items() if arm.difference is not None and arm.role != "plain"},
-        "ends": ends.accuracy,
-        "beyond": {name: arm.beyond for name, arm in arms.items() if arm.beyond},
-        "chosen": chosen,
-        "jumping": jumping,
-        "refusals": [refusal for name, arm in jumping.items() for refusal in _refusals(name, arm.jump_log)],
-        "highest_multiple": max(multiples, default=0.0),
-        "config": as_yaml(comparison.config),
-        "above": above,
-    }
+    page = Page(_title(comparison, title), _about(comparison), _summary(comparison, ends))
+    bands = (
+        " Two seeds: a line each."
+        if len(comparison.seeds) == 2
+        else " Bands: 95% intervals."
+        if comparison.seeds[2:]
+        else ""
+    )
+    means = "; ".join(f"{name} {decimal(end.mean)}" for name, end in ends.accuracy.items())
+    page.curve = page.figure(
+        "Accuracy over RL steps",
+        charts.compared(comparison, "steps"),
+        f"Accuracy ({comparison.metric}) on the test prompts.{bands} Ticks: jumps made in any seed; crosses: refused.",
+        f"Curves of test accuracy over RL steps. At the end: {means}",
+        whole=True,
+    )
+    page.sections["Accuracy"] = _accuracy(page, comparison)
+    page.sections["Savings and costs"] = _cost(page, comparison)
+    page.sections["Choices on the validation prompts"] = _choices(page, comparison)
+    page.sections["Jumps"] = _jumps(page, comparison)
+    page.sections["Setup"] = _setup(page, comparison)
     return page
 
 
-def above(arm: Arm) -> bool:
-    """Return whether an arm beats plain RL with its whole interval."""
-    return arm.difference is not None and arm.difference.low is not None and arm.difference.low > 0
+def _title(comparison: Comparison, name: str) -> str:
+    training = (
+        comparison.config.get("run", {}).get("training", {}) if isinstance(comparison.config.get("run"), dict) else {}
+    )
+    model = short_name(training.get("model")) if isinstance(training, dict) else ""
+    return f"Comparison on {model}" if model else name
+
+
+def _about(comparison: Comparison) -> list[tuple[str, str]]:
+    found = {
+        "arms": len(comparison.arms),
+        "RL steps": comparison.steps,
+        "seeds": len(comparison.seeds),
+        "rollouts a step": comparison.rollouts_per_step,
+        "hardware": comparison.hardware,
+    }
+    return [(name, str(value)) for name, value in found.items() if value]
+
+
+def _accuracy(page: Page, comparison: Comparison) -> list[Block]:
+    arms, longer, base = comparison.arms, comparison.longer, comparison.base.get("test", {})
+    measured = {kind for arm in arms.values() for kind in arm.test}
+    kinds = list(dict.fromkeys(kind for kind in [*KINDS, *sorted(measured)] if kind in measured))
+    against = [f"against plain, {steps} steps" for steps in (comparison.steps, longer) if steps is not None]
+    rows: list[list[str | Cell]] = []
+    if base:
+        rows.append(["before RL", "0", *(decimal(base.get(kind)) for kind in kinds), *(NONE for _ in against)])
+    for name, arm in arms.items():
+        differences = [_cell(arm.difference, signed, above(arm.difference)), _cell(arm.difference_longer, signed)]
+        tests = [_cell(arm.test.get(kind)) for kind in kinds]
+        rows.append([name, whole(arm.steps), *tests, *differences[: len(against)]])
+    seeds = len(comparison.seeds)
+    small = (
+        f"Small: 95% intervals, Student's t over {seeds} seeds. Bold: the whole interval is above plain RL."
+        if seeds > 1
+        else "One seed: no intervals."
+    )
+    caption = f"Accuracy on the test prompts, mean over {counted(seeds, 'seed')}"
+    note = f"Differences are of {comparison.metric} accuracy, paired by seed. {small}"
+    shown = {n: arm for n, arm in arms.items() if arm.difference is not None and arm.role != "plain"}
+    values = "; ".join(f"{name}: {with_span(arm.difference)}" for name, arm in shown.items())
+    words = f"Differences to plain RL, paired by seed.{' Bars: 95% intervals; ticks: seeds.' if seeds > 1 else ''}"
+    figure = page.figure("Differences to plain RL", charts.differences(comparison), words, f"Forest plot. {values}")
+    return [Table(caption, ["arm", "RL steps", *kinds, *against], rows, note), *figure]
+
+
+def _cost(page: Page, comparison: Comparison) -> list[Block]:
+    rows: list[list[str | Cell]] = []
+    for name, arm in comparison.arms.items():
+        bound = "≥ " if arm.beyond else ""
+        saved = None if arm.seconds_saved is None else arm.seconds_saved.mean
+        time = NONE if saved is None else f"{seconds(abs(saved))} {'less' if saved >= 0 else 'more'}"
+        row: list[str | Cell] = [
+            name,
+            whole(arm.spent_steps),
+            _cell(arm.equals_step, whole, prefix=bound),
+            _cell(arm.steps_saved, signed_whole, prefix=bound),
+            _cell(arm.seconds, seconds),
+            time,
+            _cell(arm.ours_seconds, seconds),
+            _cell(arm.icer, one_digit),
+        ]
+        rows.append(row)
+    names = ["arm", "RL steps spent", "equals plain step", "steps saved", "time", "than plain", "overhead", "ICER"]
+    notes = [
+        "RL steps spent: per seed, including the settings that were not chosen.",
+        f"Equals plain step: the step at which plain RL has the same {comparison.metric} accuracy. Steps saved: that "
+        "step minus the arm's own. Than plain: the arm's time against that of plain RL up to that step.",
+        "Overhead: seconds spent predicting, changing weights and evaluating.",
+        "ICER: RL steps per percentage point of accuracy gained over the base model; lower is cheaper.",
+    ]
+    if beyond := {name: arm.beyond for name, arm in comparison.arms.items() if arm.beyond}:
+        each = ", ".join(f"{name}: {count}" for name, count in beyond.items())
+        seeds = counted(len(comparison.seeds), "seed")
+        notes.append(
+            f"≥: better than the whole plain curve in some of {seeds} ({each}); there the curve's end is used."
+        )
+    words = "Accuracy over seconds of training, evaluation excluded."
+    figure = page.figure("Accuracy over seconds of training", charts.compared(comparison, "seconds"), words)
+    return [Table("Steps and time, mean over seeds", names, rows), *figure, Text(notes, "aside")]
+
+
+def _choices(page: Page, comparison: Comparison) -> list[Block]:
+    rows: list[list[str | Cell]] = [
+        [
+            name,
+            values_text(variant.values),
+            _cell(variant.validation, strong=variant.chosen),
+            _cell(variant.test),
+            "chosen" if variant.chosen else "",
+        ]
+        for name, arm in comparison.arms.items()
+        for variant in arm.variants
+        if len(arm.variants) > 1
+    ]
+    caption = f"Settings tried, {comparison.metric} accuracy; the choice does not use the test prompts"
+    return [Table(caption, ["arm", "setting", "validation", "test", "choice"], rows)] if rows else []
+
+
+def _jumps(page: Page, comparison: Comparison) -> list[Block]:
+    rows: list[list[str | Cell]] = []
+    refusals: list[list[str]] = []
+    for name, arm in comparison.arms.items():
+        if arm.jump_log:
+            made = [jump for jump in arm.jump_log if jump.accepted]
+            counts = [whole(len(arm.jump_log)), whole(len(made)), whole(len(arm.jump_log) - len(made))]
+            first = Cell(name, "" if arm.predictor == name else arm.predictor)
+            rows.append([first, *counts, steps_text(made), decimal(mean([jump.norm_ratio for jump in made]), 2)])
+            refusals += _refusals(name, arm.jump_log)
+    if not rows:
+        page.missing["Jumps"] = "no arm attempted one"
+        return []
+    names = ["arm", "attempted", "made", "refused", "made at steps", "mean norm"]
+    blocks: list[Block] = [
+        Table("Jumps of all seeds", names, rows, "Norm: of the jump, relative to the update just before.")
+    ]
+    multiples = charts.arm_multiples(comparison.arms)
+    if not isinstance(multiples, str):
+        blocks += page.figure(
+            "Multiples", multiples, "Multiple of the observed update that a jump aims at; 1 is no jump."
+        )
+    headings = ["arm", "times", "at steps", "reason"]
+    return [
+        *blocks,
+        Table("Why jumps were refused", headings, refusals) if refusals else Text(["No jump was refused."]),
+    ]
+
+
+def _setup(page: Page, comparison: Comparison) -> list[Block]:
+    facts: list[tuple[str, Any]] = [("seeds", ", ".join(map(str, comparison.seeds)))]
+    steps = {"RL steps run, all seeds": comparison.steps_run, "RL steps saved by sharing": comparison.steps_shared}
+    facts += [(name, whole(count)) for name, count in steps.items() if count is not None]
+    facts += sorted(comparison.versions.items())
+    if not comparison.config:
+        page.missing["Config"] = "compare.json holds none"
+        return [Facts(facts)]
+    return [Facts(facts), Code("The comparison's config with every default", as_yaml(comparison.config))]
+
+
+def _cell(value: Bounds | None, form: Format = decimal, strong: bool = False, prefix: str = "") -> Cell:
+    return Cell(NONE) if value is None else Cell(prefix + form(value.mean), span(value, form), strong)
+
+
+def above(difference: Interval | None) -> bool:
+    """Return whether a difference is above 0 with its whole interval."""
+    return difference is not None and difference.low is not None and difference.low > 0
 
 
 def paired(one: Interval, other: Interval) -> Interval | None:
@@ -104,30 +245,35 @@ class Ends(NamedTuple):
 
 
 def _summary(comparison: Comparison, ends: Ends) -> list[str]:
-    """Say which arms beat plain RL, and how the best one compares with the controls that cost more."""
+    """Say which arms beat plain RL and which the controls, and how the best one compares with those."""
     arms = {name: arm for name, arm in comparison.arms.items() if arm.role == "arm"}
-    reached = "" if ends.plain is None else f" Plain RL reaches {ends.mean(ends.plain)}."
-    one_seed = len(comparison.seeds) == 1
-    higher = [arm.difference is not None and arm.difference.mean > 0 for arm in arms.values()]
-    better = higher if one_seed else [above(arm) for arm in arms.values()]
-    ahead = [name for name, is_better in zip(arms, better, strict=True) if is_better]
-    names = f": {listed(ahead)}" if ahead else ""
+    single = len(comparison.seeds) == 1
+
+    def better(difference: Interval | None) -> bool:
+        return above(difference) or (single and difference is not None and difference.mean > 0)
+
+    reached = "" if ends.plain is None else f" plain RL reaches {ends.mean(ends.plain)}."
     if not arms:
-        found = [f"All arms are plain RL or controls.{reached}"]
-    elif one_seed:
-        found = [
-            f"{len(ahead)} of {counted(len(arms), 'arm')} {'ends' if len(ahead) == 1 else 'end'} above plain RL after "
-            f"{comparison.steps} steps{names}.{reached} One seed gives no intervals, so small differences may be noise."
-        ]
-    else:
-        found = [
-            f"{len(ahead)} of {counted(len(arms), 'arm')} {'beats' if len(ahead) == 1 else 'beat'} plain RL after "
-            f"{comparison.steps} steps with the whole 95% interval of the paired difference{names}.{reached}"
-        ]
+        return [f"All arms are plain RL or controls: after {comparison.steps} steps{reached}"]
+    ahead = [name for name, arm in arms.items() if better(arm.difference)]
+    names = f" ({listed(ahead)})" if ahead else ""
+    first = f"{len(ahead)} of {counted(len(arms), 'arm')} {'beats' if len(ahead) == 1 else 'beat'} plain RL{names}"
+    controls = {name: arm for name, arm in comparison.arms.items() if arm.role == "control" and name in ends.accuracy}
+    by_control: dict[str, list[str]] = {}
+    for control in controls:
+        wins = [n for n in arms if n in ends.accuracy and better(paired(ends.accuracy[n], ends.accuracy[control]))]
+        by_control.setdefault(listed(wins) if wins else "none", []).append(control)
+    parts = [f"{who} {'beat' if ' and ' in who else 'beats'} {listed(some)}" for who, some in by_control.items()]
+    sure = (
+        "One seed: small differences may be noise."
+        if single
+        else "An arm beats another where the whole 95% interval of their paired difference is above 0."
+    )
+    found = [f"{'; '.join([first, *parts])}.", f"After {comparison.steps} steps{reached} {sure}"]
     if ends.best is not None:
         found.append(_best(comparison, ends, ends.best))
-    beating = [name for name, arm in comparison.arms.items() if arm.role == "control" and above(arm)]
-    if beating := [name for name in beating if name != ends.tuned]:
+    beating = [name for name, arm in controls.items() if above(arm.difference) and name != ends.tuned]
+    if beating:
         found.append(f"Warning: {listed(beating)}, meant as a control, also beats plain RL.")
     return found
 
@@ -144,22 +290,9 @@ def _best(comparison: Comparison, ends: Ends, name: str) -> str:
     return f"{', '.join(parts)}."
 
 
-def _tiles(comparison: Comparison, ends: Ends) -> list[tuple[str, str]]:
-    """Return the accuracy before RL, of the plain runs, and of the best arm."""
-    before = comparison.base.get("test", {}).get(comparison.metric)
-    labels = {
-        ends.plain: f"plain RL, {comparison.steps} steps",
-        ends.longer: f"plain RL, {comparison.longer} steps",
-        ends.tuned: "plain RL, tuned",
-        ends.best: f"best arm: {ends.best}",
-    }
-    tiles = [] if before is None else [(decimal(before), "before RL")]
-    return tiles + [(ends.mean(name), label) for name, label in labels.items() if name is not None]
-
-
-def _refusals(name: str, jumps: Sequence[Jump]) -> list[dict[str, Any]]:
+def _refusals(name: str, jumps: Sequence[Jump]) -> list[list[str]]:
     """Return why an arm's jumps were refused, the most frequent reasons first."""
     found = reasons([jump for jump in jumps if not jump.accepted])
     rest = [jump for _, alike in found[MOST_REASONS:] for jump in alike]
     shown = [*found[:MOST_REASONS], *([("other reasons", rest)] if rest else [])]
-    return [{"arm": name, "count": len(alike), "steps": steps_text(alike), "reason": reason} for reason, alike in shown]
+    return [[name, str(len(alike)), steps_text(alike), reason] for reason, alike in shown]

@@ -1,7 +1,8 @@
-"""Numbers, counts and jumps as text; the templates use these functions too."""
+"""Numbers, counts and jumps as text."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,12 +36,13 @@ one_digit = partial(decimal, digits=1)
 
 
 def seconds(value: float | None) -> str:
-    """Return 12.3 s below two minutes, then minutes, then hours."""
+    """Return 12.3 s below two minutes, then minutes, then hours; what ends below 0, as an interval may, is 0."""
     if value is None or not math.isfinite(value):
         return NONE
-    size, unit = (1, "s") if abs(value) < 120 else (60, "min") if abs(value) < 7200 else (3600, "h")
+    value = max(value, 0.0)
+    size, unit = (1, "s") if value < 120 else (60, "min") if value < 7200 else (3600, "h")
     scaled = value / size
-    return f"{decimal(scaled, 2 if abs(scaled) < 1 else 1 if abs(scaled) < 100 else 0)} {unit}"
+    return f"{decimal(scaled, 2 if scaled < 1 else 1 if scaled < 100 else 0)} {unit}"
 
 
 def span(interval: Bounds | None, form: Format = decimal) -> str:
@@ -96,6 +98,16 @@ def steps_text(jumps: Sequence[Jump]) -> str:
     """Return ``50``, or ``50 to 90``; a dash without jumps."""
     steps = sorted({jump.step for jump in jumps})
     return NONE if not steps else f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
+
+
+def merged(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return rows in which equal neighbours are one; the first column, a step, becomes ``50 to 90 (5 times)``."""
+    found = []
+    for _, group in itertools.groupby(rows, key=lambda row: list(row[1:])):
+        some = list(group)
+        ends = f"{some[0][0]} to {some[-1][0]} ({len(some)} times)"
+        found.append([ends if len(some) > 1 else some[0][0], *some[0][1:]])
+    return found
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from next_core.checkpoints import open_checkpoints
 from next_core.diagnostics import FIGURES, Analysis, analyze, with_origin
 from next_core.diagnostics.backtest import backtest
-from next_core.diagnostics.backtest_results import Judged
+from next_core.diagnostics.learning_rate import LearningRate, learning_rate_advice
 from next_core.errors import CheckpointError, ConfigError, NextCoreError
 from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
-from next_core.report import pictures
+from next_core.report import charts
+from next_core.report.formatting import NONE, counted, decimal, signed
 from next_core.report.inputs import Recorded
-from next_core.report.page import Page
+from next_core.report.page import Block, Page, Table, Text
 from next_core.types import Progress
 
 CUTS = 12
 DRAWS = 5
-MOST_MATRICES = 5
-"""How many of the best matrices are listed, and how many of the worst."""
+MARKS = {"above": " ↑", "below": " ↓", None: ""}
+CAPTIONS = {
+    "figures": "Each figure against random walks with the same step lengths.",
+    "energy-ratios": "Share of the first singular triplet in a matrix's update, over the run.",
+    "skill": "Skill of a straight line: the share of the squared error of making no jump that it removes.",
+    "displacement": "Displacement over a number of steps: a random walk diffuses, a straight line keeps going.",
+    "layers": "Layers by kind of matrix, all in one scale of colours.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,70 +48,114 @@ def check_predictor(options: GeometryOptions) -> None:
         registry().make_config("predictor", options.predictor, {})
 
 
-def add_geometry(page: Page, recorded: Recorded, options: GeometryOptions, progress: Progress | None) -> None:
-    """Measure the checkpoints and add the figures, against random walks, and a predictor's skill by layer."""
-    page.facts |= {"analysis": None, "skill": None}
+def add_geometry(
+    page: Page, recorded: Recorded, options: GeometryOptions, progress: Progress | None
+) -> LearningRate | None:
+    """Measure the checkpoints and add the figures, against random walks, and a predictor's skill by layer.
+
+    Returns what the checkpoints say about the learning rate, if anything.
+    """
     if not options.wanted:
         page.missing["Geometry"] = "excluded by --no-geometry"
-    elif not recorded.checkpoints.is_dir():
+        return None
+    if not recorded.checkpoints.is_dir():
         page.missing["Geometry"] = f"there is no folder {recorded.checkpoints}"
-    else:
-        try:
-            source = with_origin(open_checkpoints(recorded.checkpoints, options.backbone or recorded.backbone))
-            analysis = _add_analysis(page, source, recorded, options, progress)
-        except (CheckpointError, ConfigError) as error:
-            page.missing["Geometry"] = error.message
-            return
-        try:
-            _add_skill(page, source, analysis, options, progress)
-        except NextCoreError as error:
-            page.missing["Skill by layer"] = error.message
+        return None
+    try:
+        source = with_origin(open_checkpoints(recorded.checkpoints, options.backbone or recorded.backbone))
+        full = all(parameter.rank is not None for parameter in source.parameters)
+        history = History(source, 1, None, progress, spectrum=full, cache=options.cache)
+        history.jump_log = recorded.records
+        analysis = analyze(history)
+    except (CheckpointError, ConfigError) as error:
+        page.missing["Geometry"] = error.message
+        return None
+    page.sections["How the weights move"] = _analysis(page, analysis, history.cache_trouble)
+    try:
+        page.sections["Which layers can be predicted"] = _skill(page, source, analysis, options, progress)
+    except NextCoreError as error:
+        page.missing["Skill by layer"] = error.message
+    return analysis.learning_rate
 
 
-def _add_analysis(
-    page: Page, source: CheckpointSource, recorded: Recorded, options: GeometryOptions, progress: Progress | None
-) -> Analysis:
-    full = all(parameter.rank is not None for parameter in source.parameters)
-    history = History(source, 1, None, progress, spectrum=full, cache=options.cache)
-    history.jump_log = recorded.records
-    analysis = analyze(history)
-    page.draw("figures", 4.4, pictures.nulls, analysis, what="Figures against random walks")
-    titles = {"energy-ratios": "Energy ratios", "skill": "Skill of a straight line", "layers": "Layers"}
+def _analysis(page: Page, analysis: Analysis, cache_trouble: str | None) -> list[Block]:
+    blocks: list[Block] = [
+        Text(
+            [
+                f"{counted(len(analysis.steps), 'checkpoint')} of steps {analysis.steps[0]} to {analysis.steps[-1]}; "
+                f"deltas count from step {analysis.origin} and exclude the jumps. {len(analysis.matrices)} matrices "
+                f"changed, {len(analysis.frozen)} did not. A random walk with the same step lengths shows "
+                "much of the same structure, so each figure is compared with one."
+            ]
+        ),
+    ]
+    found = [line for line in analysis.advice if line != learning_rate_advice(analysis.learning_rate)]
+    blocks += [Text(found)] if found else []
+    blocks += page.figure("Figures against random walks", charts.against_walks(analysis), CAPTIONS["figures"])
     for name, drawn in analysis.draw().items():
-        page.keep(name, drawn, titles.get(name, name.capitalize()))
-    missing: dict[str, list[str]] = {}
+        blocks += page.figure(name.replace("-", " ").capitalize(), drawn, CAPTIONS[name])
+    rows = [
+        [
+            FIGURES[name].heading,
+            f"{decimal(one.value)}{MARKS[one.outside]}",
+            _ends(one.quartiles),
+            NONE if one.null is None else decimal(one.null.mean),
+            NONE if one.null is None else _ends((one.null.low, one.null.high)),
+            FIGURES[name].words,
+        ]
+        for name, one in analysis.overall.figures.items()
+        if one.value is not None
+    ]
+    ahead = "" if analysis.horizon is None else f" Out-of-sample figures: {analysis.horizon} steps ahead."
+    note = f"Run: median over matrices. Random walk: mean; ↑ above, ↓ below its 95%.{ahead}"
+    names = ["figure", "run", "quartiles", "random walk", "95%", "meaning"]
+    blocks += [Table("All matrices against random walks", names, rows, note)] if rows else []
+    unmeasured: dict[str, list[str]] = {}
     for name, reason in analysis.missing.items():
-        missing.setdefault(reason, []).append(FIGURES[name].heading)
-    page.facts |= {
-        "analysis": analysis,
-        "figures": {name: figure for name, figure in analysis.overall.figures.items() if figure.value is not None},
-        "described": FIGURES,
-        "unmeasured": missing,
-        "cache_trouble": history.cache_trouble,
-    }
-    return analysis
+        unmeasured.setdefault(reason, []).append(FIGURES[name].heading)
+    page.missing |= {", ".join(some): reason for reason, some in unmeasured.items()}
+    return [*blocks, *([Text([f"{cache_trouble}."])] if cache_trouble else [])]
 
 
-def _add_skill(
+def _skill(
     page: Page, source: CheckpointSource, analysis: Analysis, options: GeometryOptions, progress: Progress | None
-) -> None:
+) -> list[Block]:
     history = History(source, 1, None, progress, cache=options.cache)
     found = backtest(history, [options.predictor], cuts=CUTS, draws=DRAWS, progress=progress)
-    judged = found.predictors[options.predictor]
-    page.facts |= {"skill": judged, "backtest": found, **_ranked(judged)}
+    judged, cuts = found.predictors[options.predictor], found.cuts
     if judged.failures:
         page.missing[judged.name] = f"failed at {len(judged.failures)} cuts, for example: {judged.failures[0].reason}"
-    if judged.acted:
-        page.draw("skill-by-layer", 3.4, pictures.skills, analysis, judged, what="Skill by layer")
-    else:
+    if not judged.acted:
         reason = next(iter(judged.reasons), "it predicted no motion")
         page.missing["Skill by layer"] = f"{judged.name} predicted nothing: {reason}"
-
-
-def _ranked(judged: Judged) -> dict[str, Any]:
-    """Return the matrices with the highest and the lowest skill, each with that of its random walks."""
-    known = [(name, score.skill, null) for name, (score, null) in judged.per_matrix.items() if score.skill is not None]
+        return []
+    score, null = judged.score.skill, judged.null
+    interval = f" (95% {_ends(judged.interval)})" if judged.interval else ""
+    walks = f"; random walks have {decimal(null.mean)} (95% {_ends((null.low, null.high))})" if null else ""
+    upto = f"step {cuts[0]}" if len(cuts) == 1 else f"{len(cuts)} steps from {cuts[0]} to {cuts[-1]}"
+    blocks: list[Block] = [
+        Text(
+            [
+                f"{judged.name} was fitted to the checkpoints up to {upto}, and its prediction {found.horizon} steps "
+                "ahead compared with what RL then did. Skill is the share of the squared error of making no jump that "
+                f"it removes: 1 is exact, below 0 a jump does harm. Over all matrices "
+                f"it is {decimal(score)}{interval}{walks}."
+            ]
+        )
+    ]
+    known = [(name, one.skill, walk) for name, (one, walk) in judged.per_matrix.items() if one.skill is not None]
     known.sort(key=lambda one: -one[1])
-    left_out = max(len(known) - 2 * MOST_MATRICES, 0)
-    shown = [*known[:MOST_MATRICES], *known[-MOST_MATRICES:]] if left_out else known
-    return {"matrices": shown, "left_out": left_out}
+    ends = (
+        f" Best: {known[0][0]} {decimal(known[0][1])}; worst: {known[-1][0]} {decimal(known[-1][1])}" if known else ""
+    )
+    chart = charts.skill_by_layer(analysis, judged)
+    caption = f"Skill of {judged.name}, {found.horizon} steps ahead; what lies below −1 has the colour of −1."
+    blocks += page.figure("Skill by layer", chart, caption, caption + ends)
+    rows = [
+        [name.removesuffix(".weight"), signed(one), signed(walk.mean) if walk else NONE] for name, one, walk in known
+    ]
+    return [*blocks, Table("Skill by matrix, best first", ["matrix", "skill", "random walk"], rows)]
+
+
+def _ends(pair: tuple[float, float] | None) -> str:
+    return NONE if pair is None else f"{decimal(pair[0])} to {decimal(pair[1])}"

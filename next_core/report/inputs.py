@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -16,6 +17,7 @@ from next_core.cycle.measurements import CURVE
 from next_core.cycle.run import CONFIG
 from next_core.cycle.run_result import RESULT
 from next_core.cycle.scaling import EVENTS
+from next_core.cycle.summary import probed_accuracies
 from next_core.errors import CheckpointError, ConfigError
 from next_core.settings import explain
 from next_core.sources.metrics import METRICS, by_step, read_log
@@ -111,6 +113,7 @@ class Result(Part):
     control: Control | None = None
     resumed_from: int | None = None
     settings: dict[str, Any] = {}
+    date: str = ""
     hardware: str = ""
     versions: dict[str, str] = {}
     notes: list[str] = []
@@ -135,7 +138,7 @@ class Recorded:
         self.result = _load(folder / RESULT, Result) if os.path.lexists(folder / RESULT) else None
         journal = folder / JOURNAL
         records = read_journal(journal) if os.path.lexists(journal) else []
-        self.events = counted_records(records)
+        self.events = counted_records(records) or self._from_result()
         self.records = valid_jumps(records)
         """The journal's records of jumps."""
         found = {
@@ -149,6 +152,17 @@ class Recorded:
         self.curve = events.points if self.result is None else self.result.curve
         self.metrics = dict(sorted(by_step(read_log(folder / METRICS)).items()))
 
+    def _from_result(self) -> list[dict[str, Any]]:
+        """Return what a result says of a run whose journal is gone."""
+        if self.result is None:
+            return []
+        steps = {"start": 0, "final": self.result.steps}
+        values = {place: self.result.accuracy.get(place) for place in steps}
+        found: list[dict[str, Any]] = [
+            {"event": "accuracy", "step": steps[place], "value": value} for place, value in values.items()
+        ]
+        return [*found, {"event": "end", "step": self.result.steps}]
+
     @property
     def predictor(self) -> str:
         """Return the predictor's name, from the result, the journal's last record that has it, or the jumps."""
@@ -158,11 +172,44 @@ class Recorded:
         return str(named or next((jump.predictor for jump in self.jumps if jump.predictor), "unknown"))
 
     @property
-    def seed(self) -> str:
-        """Return the run's seed, as far as it was recorded."""
-        named = None if self.result is None else self.result.settings.get("seed")
-        known = self.started.get("seed") if named is None else named
-        return "not recorded" if known is None else str(known)
+    def about(self) -> dict[str, Any]:
+        """Return what was trained, and where: from the config and the result, or else as the callback recorded it."""
+        values = parse_yaml(self.config or "", CONFIG)
+        training = values.get("training") if isinstance(values, dict) else None
+        recorded = self.started.get("about")
+        found = {"seed": self.started.get("seed"), **(recorded if isinstance(recorded, dict) else {})}
+        if isinstance(training, dict):
+            data = training.get("data")
+            size: list[Any] = [training.get(key) for key in ("prompts_per_step", "generations")]
+            reward = training.get("reward")
+            found |= {
+                "model": training.get("model"),
+                "task": data.get("train") if isinstance(data, dict) else reward,
+                "algorithm": training.get("algorithm"),
+                "learning_rate": training.get("learning_rate"),
+                "rollouts": math.prod(size) if all(isinstance(one, int) for one in size) else None,
+            }
+        if self.result is not None:
+            known = self.result.settings | {key: getattr(self.result, key) for key in ("date", "hardware", "versions")}
+            found |= {key: value for key, value in known.items() if value not in ("", None)}
+        return found
+
+    @property
+    def title(self) -> str:
+        """Return model and task as far as they are known, else the folder's name."""
+        model, task = (short_name(self.about.get(key)) for key in ("model", "task"))
+        return f"{model} on {task}" if model and task else model or task or self.folder.resolve().name
+
+    @property
+    def rollouts(self) -> int | None:
+        """Return how many rollouts an RL step takes, if that is known."""
+        known = self.about.get("rollouts")
+        return known if isinstance(known, int) and known > 0 else None
+
+    @property
+    def probes(self) -> dict[int, float]:
+        """Return the accuracies on the validation prompts by step."""
+        return probed_accuracies(self.events)
 
     @property
     def control(self) -> Control | None:
@@ -190,14 +237,6 @@ class Recorded:
         steps = [record["step"] for record in self.events if isinstance(record["step"], int)]
         return max([*steps, *self.metrics, 0])
 
-    def accuracy(self, milestone: str) -> float | None:
-        """Return the accuracy on the test prompts at the start, around the first jump, or at the end."""
-        if self.result is not None:
-            return self.result.accuracy.get(milestone)
-        found = [r for r in self.events if r["event"] == "accuracy" and r.get("milestone") == milestone]
-        value = found[-1].get("value") if found else None
-        return float(value) if isinstance(value, int | float) else None
-
 
 def open_folder(folder: Path) -> Comparison | Recorded:
     """Read a run or a comparison. Raises ``ConfigError`` if there is neither, ``CheckpointError`` if it is damaged."""
@@ -216,6 +255,16 @@ def open_folder(folder: Path) -> Comparison | Recorded:
         f"folder of `next-core run` or `next-core compare`, or the folder of the TRL callback{hint}",
         kind="report-unknown-folder",
     )
+
+
+def short_name(value: Any) -> str:
+    """Return ``owner/name`` for a Hub id or ``task/base`` for a path; of a data file ``task/train.jsonl`` the task."""
+    if not isinstance(value, str):
+        return ""
+    path = PurePath(value)
+    if path.suffix in (".jsonl", ".json", ".parquet", ".csv"):
+        return path.parent.name or path.stem
+    return "/".join(path.parts[-2:])
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,66 +1,154 @@
-"""A page: what its template shows, and how it becomes one self-contained HTML file."""
+"""A page: sections of text, tables and charts, and how they become one self-contained HTML file."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
 import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from typing import Any
 
-from next_core.diagnostics.drawing import WIDTH, Drawing, draw
+from next_core.diagnostics.drawing import COLOURS, DARK, LIGHT, NARROW, WIDTH, Chart, label
 from next_core.process.optional_packages import import_optional
-from next_core.report import formatting
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-SVG = "http://www.w3.org/2000/svg"
-HREF = "{http://www.w3.org/1999/xlink}href"
 UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """Characters that HTML or UTF-8 cannot hold."""
-DROPPED = (f"{{{SVG}}}metadata", f"{{{SVG}}}style")
-WIDE = 7
-"""A wider drawing, in inches, takes the whole width of the page."""
+MOST_ROWS = 10
+"""A longer table is folded."""
+MOST_SERIES = 40
+WHOLE = 1060
+"""Width in pixels of a chart that takes the whole page."""
+NUMBER = re.compile(r"[−+≥ ]*[\d.,]+%?( (s|min|h)( less| more)?| [↑↓])?|–|")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table; ``small`` stands below the text."""
+
+    text: str
+    small: str = ""
+    strong: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, or with several sentences a list."""
+
+    sentences: Sequence[str]
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the rows."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    note: str = ""
+
+    @property
+    def folded(self) -> bool:
+        return len(self.rows) > MOST_ROWS
+
+    @property
+    def words(self) -> list[bool]:
+        """Whether each column holds words rather than numbers."""
+        return [any(not NUMBER.fullmatch(str(cell)) for cell in column) for column in zip(*self.rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with a caption; ``description`` says what it shows to those who cannot see it."""
+
+    chart: Chart
+    caption: str
+    description: str = ""
+    whole: bool = False
+
+    @property
+    def drawn(self) -> Mapping[str, str]:
+        """The chart for a screen and for a phone."""
+        about = self.description or self.caption
+        width = WHOLE if self.whole else WIDTH
+        return {"screen": self.chart.svg(width, about), "phone": self.chart.svg(NARROW, about)}
+
+    @property
+    def keys(self) -> Mapping[str, Mapping[str, Any]]:
+        return {label(name, 60): {"dashed": False} | dict(look) for name, look in self.chart.keys().items()}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with values."""
+
+    pairs: Sequence[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A text shown as it is, folded where it is long."""
+
+    caption: str
+    text: str
+
+
+Block = Text | Table | Figure | Facts | Code
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do next, why, and the setting to change."""
+
+    action: str
+    why: str = ""
+    setting: str = ""
 
 
 @dataclass
 class Page:
-    """The values that a template shows; ``missing`` names what could not be made, with the reason."""
+    """What a page shows, from the top; ``missing`` says what could not be shown, with the reason."""
 
-    template: str
     title: str
-    subtitle: str
+    facts: Sequence[tuple[str, str]]
     summary: Sequence[str]
-    tiles: Sequence[tuple[str, str]]
-    """The main figures, each with its label."""
-    sections: Mapping[str, str]
-    """Ids and titles."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    drawings: dict[str, Drawing] = field(default_factory=dict)
+    curve: Sequence[Figure] = ()
+    advice: Advice | None = None
+    sections: dict[str, Sequence[Block]] = field(default_factory=dict)
+    """By title."""
     missing: dict[str, str] = field(default_factory=dict)
 
-    def draw(self, name: str, height: float, paint: Callable[..., str | None], *facts: Any, what: str = "") -> None:
-        """Draw ``paint(picture, *facts)``, or else give its reason as the one why ``what`` is missing."""
-        self.keep(name, draw(name, (WIDTH, height), paint, *facts), what)
+    def figure(
+        self, what: str, chart: Chart | str, caption: str, description: str = "", whole: bool = False
+    ) -> list[Figure]:
+        """Return a figure, or nothing where ``chart`` is the reason why ``what`` is missing."""
+        if isinstance(chart, Chart):
+            return [Figure(chart, caption, description, whole)]
+        self.missing[what] = chart
+        return []
 
-    def keep(self, name: str, drawn: Drawing | str, what: str = "") -> None:
-        """Keep a drawing, or the reason why there is none."""
-        if isinstance(drawn, Drawing):
-            self.drawings[name] = drawn
-        elif what:
-            self.missing[what] = drawn
+    def charts(self) -> Iterator[Chart]:
+        blocks = itertools.chain(self.curve, *self.sections.values())
+        return (block.chart for block in blocks if isinstance(block, Figure))
 
     def html(self) -> str:
         """Return the page. Raises ``ConfigError`` without jinja2."""
-        values = vars(self) | self.facts | {"version": version("next-core")}
-        text = make_environment().get_template(self.template).render(values)
+        script = (files("next_core.report") / "templates" / "page.js").read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        about = {"version": version("next-core"), "script": script, "digest": digest, "css": _css()}
+        text = make_environment().get_template("page.html").render(page=self, **about).strip() + "\n"
         return UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def make_environment() -> Any:
-    """Return the templates and the functions that they use. Raises ``ConfigError`` without jinja2."""
+    """Return the templates. Raises ``ConfigError`` without jinja2."""
     jinja2 = import_optional("jinja2", "report")
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("next_core.report"),
@@ -69,41 +157,13 @@ def make_environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {name: value for name, value in vars(formatting).items() if callable(value)}
-    made.globals |= {"NONE": formatting.NONE, "markup": markup}
-    made.globals["is_wide"] = lambda drawing: drawing.picture.get_figwidth() > WIDE
+    made.globals["kind"] = lambda block: type(block).__name__.lower()
     return made
 
 
-def markup(drawing: Drawing, description: str) -> Markup:
-    """Return a drawing as an element of a page; ``description`` tells what it shows to those who cannot see it."""
-    from markupsafe import Markup
-
-    return Markup(inline(drawing.svg(), drawing.name, description))
-
-
-def inline(svg: str, name: str, description: str) -> str:
-    """Return an SVG document as an element: its ids begin with ``name``, the page sets its size, it links nowhere."""
-    ET.register_namespace("", SVG)
-    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ET.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag in DROPPED]:
-            parent.remove(child)
-    used = {value[1:] for element in root.iter() if (value := element.get(HREF, "")).startswith("#")}
-    used |= {value[5:-1] for element in root.iter() for value in element.attrib.values() if value.startswith("url(#")}
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            if key == "id" and value not in used:
-                del element.attrib[key]
-            elif key == "id":
-                element.set(key, f"{name}-{value}")
-            elif key == HREF and value.startswith("#"):
-                element.set(key, f"#{name}-{value[1:]}")
-            elif value.startswith("url(#"):
-                element.set(key, f"url(#{name}-{value[5:]}")
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    root.set("role", "img")
-    root.set("aria-label", description)
-    return ET.tostring(root, encoding="unicode")
+def _css() -> str:
+    """Return the colours, and the rules by which an unticked key hides its series, also without scripts."""
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in each.items()) for each in (LIGHT, DARK))
+    swatches = "".join(f".k-{name}{{background:var(--{name})}}" for name in (*COLOURS, "walk", "soft", "ink"))
+    hidden = ",".join(f"figure:has(input[value=s{n}]:not(:checked)) svg .s{n}" for n in range(MOST_SERIES))
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{swatches}{hidden}{{display:none}}"

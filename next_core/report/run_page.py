@@ -1,28 +1,21 @@
-"""The page of a run."""
+"""The page of a run, and that of several runs side by side."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from next_core.cycle.summary import done_text
-from next_core.report import pictures
-from next_core.report.formatting import decimal, mean, reasons, seconds, steps_text
+from next_core.cycle.journal_advice import rate_found
+from next_core.cycle.summary import advice_texts, done_text, ends, measured, outcome, summary
+from next_core.diagnostics.learning_rate import LearningRate, learning_rate_advice
+from next_core.report import charts
+from next_core.report.formatting import NONE, decimal, merged, reasons, seconds, steps_text, whole
 from next_core.report.geometry import GeometryOptions, add_geometry
 from next_core.report.inputs import Jump, Recorded, Result
-from next_core.report.page import Page
+from next_core.report.page import Advice, Code, Facts, Page, Table, Text
 from next_core.types import Progress
 
-SECTIONS = {
-    "accuracy": "Accuracy",
-    "jumps": "Jumps and guards",
-    "scaling": "Learning rate",
-    "geometry": "How the weights move",
-    "layers": "Which layers can be predicted",
-    "time": "Time spent",
-    "setup": "Setup",
-}
 PARTS = {
     "setup": "starting the trainer",
     "rl": "RL steps",
@@ -32,79 +25,126 @@ PARTS = {
     "ours_probe": "next-core: evaluating",
     "measuring": "measuring accuracy",
 }
-MOST_ROWS = 30
-"""More jumps than these are shown in groups."""
-GROUPS = 12
-NAMES = ("start", "before_jump", "after_jump", "final")
+RATE = re.compile(r"learning_rate (?:from \S+ )?(?:to about )?(\d[\d.]*(?:e-?\d+)?)")
+"""The rate that an advice names."""
+KEPT = "Keep the learning rate."
 
 
-def run_page(recorded: Recorded, title: str, options: GeometryOptions, progress: Progress | None = None) -> Page:
+def run_page(recorded: Recorded, options: GeometryOptions, progress: Progress | None = None) -> Page:
     """Return everything that a run's folder says."""
-    page = Page("run.html", title, _subtitle(recorded), _summary(recorded), _tiles(recorded), SECTIONS)
-    result = recorded.result
-    _add_curves(page, recorded)
+    page = Page(recorded.title, _about(recorded), _summary(recorded))
+    page.curve = page.figure(
+        "Learning curve",
+        charts.learning_curve(recorded),
+        "Reward: mean of the rollouts. Ticks: jumps made; crosses: refused."
+        if recorded.jumps
+        else "Reward: mean of the rollouts.",
+        f"Learning curve. {page.summary[0]}",
+        whole=True,
+    )
+    page.advice = advice_of(recorded)
     if recorded.scaling:
-        _add_scaling(page, recorded)
-        left_out = {"jumps", "geometry", "layers"}
-    else:
-        _add_jumps(page, recorded)
-        add_geometry(page, recorded, options, progress)
-        left_out = {"scaling"} | ({"layers"} if "Geometry" in page.missing else set())
-    page.sections = {id_: title for id_, title in SECTIONS.items() if id_ not in left_out}
-    if result is None or not result.seconds:
-        page.missing["Time"] = "it is recorded only when a run made from a config ends"
-    if recorded.config is None:
-        page.missing["Config"] = "the folder has no config.yaml, because a script made the run"
-    schedule = recorded.started.get("schedule")
-    page.facts |= {
-        "recorded": recorded,
-        "result": result,
-        "control": recorded.control,
-        "seed": recorded.seed,
-        "steps": recorded.last_step if result is None else result.steps,
-        "accuracies": [recorded.accuracy(name) for name in NAMES],
-        "schedule": schedule if isinstance(schedule, dict) else {},
-        "parts": [] if result is None else _parts(result),
-    }
+        page.sections["Returns and refusals"] = _scaling(recorded)
+    elif recorded.jumps:
+        page.sections["Jumps"] = _jumps(recorded.jumps)
+    if not recorded.scaling:
+        rate = add_geometry(page, recorded, options, progress)
+        page.advice = page.advice or (None if rate is None else _judged(rate))
+    page.sections["Time"] = _time(page, recorded)
+    page.sections["Setup"] = _setup(page, recorded)
     return page
 
 
-def _subtitle(recorded: Recorded) -> str:
-    result = recorded.result
-    if result is None:
-        ended = any(record["event"] == "end" for record in recorded.events)
-        state = "ended" if ended else f"last known step {recorded.last_step}"
-        return f"Run without a result: {state}, predictor {recorded.predictor}"
-    algorithm = str(result.settings.get("algorithm", "RL")).upper()
-    return f"Run of {result.steps} {algorithm} steps, predictor {recorded.predictor}, seed {recorded.seed}"
+def runs_page(runs: Mapping[str, Recorded]) -> Page:
+    """Return several runs side by side: their curves over each other, what differs, and what is the same."""
+    facts = {name: dict(_about(run)) | _figures(run) for name, run in runs.items()}
+    rows = {what: [facts[name].get(what, "–") for name in runs] for one in facts.values() for what in one}
+    differ = [[what, *values] for what, values in rows.items() if len(set(values)) > 1]
+    same = [(what, values[0]) for what, values in rows.items() if len(set(values)) == 1]
+    title = f"{len(runs)} runs: {', '.join(dict.fromkeys(run.title for run in runs.values()))}"
+    page = Page(title, same, [_ranking(runs), *(f"{name}: {_summary(run)[0]}" for name, run in runs.items())])
+    page.curve = page.figure(
+        "Learning curves",
+        charts.curves_of(runs),
+        "One colour for each run. Ticks: jumps made; crosses: refused.",
+        whole=True,
+    )
+    page.sections["What differs"] = [Table("Runs side by side", ["", *runs], differ)] if differ else []
+    advice = [[name, found.action, found.why] for name, run in runs.items() if (found := advice_of(run)) is not None]
+    page.sections["Advice"] = [Table("What each run advises", ["run", "do", "why"], advice)] if advice else []
+    page.sections["Configs"] = [Code(f"config.yaml of {name}", run.config) for name, run in runs.items() if run.config]
+    return page
+
+
+def _ranking(runs: Mapping[str, Recorded]) -> str:
+    """Return how the runs ended, the best first, by what all of them measured."""
+    known = {name: measured(run.events, run.metrics) for name, run in runs.items()}
+    for what in next(iter(known.values())):
+        if all(len(by[what]) > 1 for by in known.values()):
+            last = sorted(((ends(by[what], what)[1], name) for name, by in known.items()), reverse=True)
+            return f"{what} at the end: {', '.join(f'{name} {decimal(value)}' for value, name in last)}."
+    return "The runs share no measure."
+
+
+def advice_of(recorded: Recorded) -> Advice | None:
+    """Return the advice in a run's journal; that of a run with step scaling without any is to keep the rate."""
+    texts = advice_texts(recorded.events)
+    if texts:
+        return _parsed(texts[-1])
+    scales = [record for record in recorded.events if record["event"] == "scale"]
+    if scales and rate_found(scales) is None:
+        return Advice(KEPT, "Step scaling found none that is better by more than half.")
+    return None
+
+
+def _parsed(text: str) -> Advice:
+    """Take an advice apart: what to do, why, and the setting that it names."""
+    action, _, why = text.partition(". ")
+    found = RATE.search(action)
+    setting = (
+        "" if found is None else f"training: {{learning_rate: {found[1]}}}   # or GRPOConfig(learning_rate={found[1]})"
+    )
+    return Advice(f"{action.rstrip('.')}.", why, setting)
+
+
+def _judged(rate: LearningRate) -> Advice | None:
+    """Return what checkpoints say about the learning rate, if they say anything."""
+    if text := learning_rate_advice(rate):
+        return _parsed(text)
+    if rate.factor is None or rate.agreement is None:
+        return None
+    why = f"It looks about right: consecutive {rate.span}-step updates have agreement {decimal(rate.agreement)}."
+    return Advice(KEPT, why)
+
+
+def _about(recorded: Recorded) -> list[tuple[str, str]]:
+    about, scaled = recorded.about, [one.rate for one in recorded.scaling if one.rate]
+    rate = "" if about.get("learning_rate") is None else f"{about['learning_rate']:g}"
+    found = {
+        "date": about.get("date"),
+        "algorithm": str(about.get("algorithm") or "").upper(),
+        "learning rate": rate + (f", scaled to {min(scaled):.2g} to {max(scaled):.2g}" if scaled else ""),
+        "predictor": recorded.predictor,
+        "seed": about.get("seed"),
+        "rollouts a step": recorded.rollouts,
+        "hardware": about.get("hardware"),
+    }
+    return [(name, str(value)) for name, value in found.items() if value not in (None, "")]
 
 
 def _summary(recorded: Recorded) -> list[str]:
-    result, start, end = recorded.result, recorded.accuracy("start"), recorded.accuracy("final")
-    plain = None if recorded.control is None else recorded.control.accuracy.get("final")
-    if result is None:
-        found = [
-            "There is no result: the run is still going, was stopped, or was driven by the TRL callback. This page "
-            f"shows what is known up to step {recorded.last_step}."
-        ]
-    elif start is None or end is None:
-        found = [f"The run of {result.steps} RL steps has ended; no accuracy was measured."]
-    else:
-        against = ""
-        if plain is not None:
-            against = (
-                f"; the plain run with the same seed ended at {decimal(plain)}, {decimal(abs(end - plain))} "
-                f"{'below' if end >= plain else 'above'} it. One seed says little about small differences"
-            )
-        moved = f"test accuracy went from {decimal(start)} to {decimal(end)}"
-        found = [f"In {result.steps} RL steps {moved}{against}.", *_greedy(result)]
-    jumps, scaling = ([one.model_dump() for one in some] for some in (recorded.jumps, recorded.scaling))
-    return [*found, done_text(jumps, scaling)]
+    """Return the outcome in one sentence, what was done, and what it meant beside sampled answers."""
+    control, steps = recorded.control, recorded.started.get("steps") or 0
+    plain = None if control is None else control.accuracy.get("final")
+    found = [outcome(recorded.events, recorded.metrics, steps, recorded.last_step, plain), *_greedy(recorded.result)]
+    lines = summary(recorded.events, recorded.metrics)
+    known = tuple(measured(recorded.events, recorded.metrics))
+    return found + [line for line in lines if not line.startswith((*known, "Hint:", "Refused"))]
 
 
-def _greedy(result: Result) -> list[str]:
+def _greedy(result: Result | None) -> list[str]:
     """Return the change in greedy accuracy, where it was measured: it can differ from that of sampled answers."""
-    if not result.curve or "sampled" not in result.curve[-1].test:
+    if result is None or not result.curve or "sampled" not in result.curve[-1].test:
         return []
     start, end = (result.curve[place].test.get("greedy") for place in (0, -1))
     if start is None or end is None:
@@ -112,96 +152,104 @@ def _greedy(result: Result) -> list[str]:
     curve = [] if result.control is None else result.control.curve
     plain = curve[-1].test.get("greedy") if curve else None
     against = "" if plain is None else f"; the plain run ended at {decimal(plain)}"
-    return [f"This is with sampled answers. Greedy accuracy went from {decimal(start)} to {decimal(end)}{against}."]
+    return [f"These are sampled answers. Greedy accuracy went from {decimal(start)} to {decimal(end)}{against}."]
 
 
-def _tiles(recorded: Recorded) -> list[tuple[str, str]]:
-    accuracies = {
-        "test accuracy at the start": recorded.accuracy("start"),
-        "at the end": recorded.accuracy("final"),
-        "plain run, same seed": None if recorded.control is None else recorded.control.accuracy.get("final"),
-    }
-    tiles = [(decimal(value), label) for label, value in accuracies.items() if value is not None]
-    rates = [one.rate for one in recorded.scaling if one.rate is not None]
-    if rates:
-        tiles.append((f"{max(rates):.2g}", "largest learning rate"))
-    else:
-        made = sum(jump.accepted for jump in recorded.jumps)
-        tiles.append((f"{made} of {len(recorded.jumps)}", "attempted jumps made"))
+def _figures(recorded: Recorded) -> dict[str, str]:
+    """Return a run's figures for a table."""
+    found = {"RL steps": whole(recorded.last_step)}
+    for what, by in measured(recorded.events, recorded.metrics).items():
+        if len(by) > 1:
+            start, end = ends(by, what)
+            found |= {f"{what} at the start": decimal(start), f"{what} at the end": decimal(end)}
+    jumps, scaling = ([one.model_dump() for one in some] for some in (recorded.jumps, recorded.scaling))
+    found["what was done"] = done_text(jumps, scaling)
     if recorded.result is not None and "total" in recorded.result.seconds:
-        tiles.append((seconds(recorded.result.seconds["total"]), "in total"))
-    return tiles
+        found["time"] = seconds(recorded.result.seconds["total"])
+    return found
 
 
-def _add_curves(page: Page, recorded: Recorded) -> None:
-    if all(recorded.accuracy(name) is None for name in NAMES):
-        page.missing["Accuracy on the test prompts"] = "none was measured"
-    page.draw("accuracy-over-steps", 4.3, pictures.progress, recorded, "steps", what="Accuracy along the run")
-    page.draw("accuracy-over-seconds", 4.3, pictures.progress, recorded, "seconds")
-    rewards = [numbers["reward"] for numbers in recorded.metrics.values() if "reward" in numbers]
-    if not page.drawings:
-        page.draw("reward", 3.9, pictures.reward, recorded, what="Reward along the run")
-    page.facts |= {"rewards": rewards}
+def _scaling(recorded: Recorded) -> list[Table]:
+    """Return the returns to earlier weights, and what was refused."""
+    back = [
+        [
+            whole(one.step),
+            whole(one.back_to),
+            f"the reward fell to {decimal(one.reward)} from {decimal(one.best)}"
+            if one.reward is not None
+            else "the first steps cancelled each other",
+        ]
+        for one in recorded.scaling
+        if one.back_to is not None
+    ]
+    refused = [[whole(one.step), one.reason] for one in recorded.scaling if not one.accepted]
+    tables = [Table("Returns to earlier weights", ["after step", "back to step", "why"], back)] if back else []
+    return tables + ([Table("Learning rate not changed", ["step", "why"], merged(refused))] if refused else [])
 
 
-def _add_scaling(page: Page, recorded: Recorded) -> None:
-    """Add the learning rate over the run, the returns to earlier weights, and what was refused."""
-    page.draw("learning-rate", 3.4, pictures.learning_rate, recorded.scaling)
-    page.facts |= {
-        "jumps": [],
-        "returns": [one for one in recorded.scaling if one.back_to is not None],
-        "refused": [one for one in recorded.scaling if not one.accepted],
-    }
+def _jumps(jumps: Sequence[Jump]) -> list[Table]:
+    """Return every jump, equal neighbours in one row, and the reasons of those refused."""
+    recovered = any(jump.accuracy_recovered is not None for jump in jumps)
+    rows = [
+        [
+            whole(jump.step),
+            jump.predictor or "–",
+            "–" if jump.alpha is None else f"{jump.alpha:g}",
+            decimal(jump.norm_ratio, 2),
+            decimal(jump.accuracy_before),
+            decimal(jump.accuracy_after),
+            *([decimal(jump.accuracy_recovered)] if recovered else []),
+            "made" if jump.accepted else "refused",
+        ]
+        for jump in jumps
+    ]
+    names = ["step", "predictor", "alpha", "norm", "before", "after", *(["recovered"] if recovered else []), "outcome"]
+    note = "Norm: relative to the update just before. Before, after: accuracy on the validation prompts."
+    refused = [
+        [steps_text(alike), str(len(alike)), why] for why, alike in reasons([j for j in jumps if not j.accepted])
+    ]
+    known = [place for place, column in enumerate(zip(*rows, strict=True)) if set(column) != {NONE}]
+    names, *rows = ([row[place] for place in known] for row in (names, *rows))
+    tables = [Table("Every attempted jump", names, merged(rows), note)]
+    return tables + ([Table("Why jumps were refused", ["steps", "times", "reason"], refused)] if refused else [])
 
 
-def _add_jumps(page: Page, recorded: Recorded) -> None:
-    """Add every jump, or groups of neighbours, the outcomes with their reasons, and what the jumps did."""
-    jumps = recorded.jumps
-    if not jumps:
-        page.missing["Jumps"] = "none was attempted"
-    page.draw("jump-effects", 3.4, pictures.effects, jumps)
-    page.draw("multiples", 3.4, pictures.multiples, {recorded.predictor: [jumps]})
-    outcomes = {"made": [j for j in jumps if j.accepted], "refused": [j for j in jumps if not j.accepted]}
-    page.facts |= {
-        "jumps": jumps,
-        "groups": [] if len(jumps) <= MOST_ROWS else _groups(jumps),
-        "recovered": any(jump.accuracy_recovered is not None for jump in jumps),
-        "outcomes": [
-            (outcome, len(alike), steps_text(alike), reason)
-            for outcome, some in outcomes.items()
-            for reason, alike in reasons(some)
-        ],
-        "changes": [jump.change for jump in jumps if jump.change is not None],
-        "highest_multiple": max((jump.multiple or 0.0 for jump in jumps), default=0.0),
-    }
-
-
-def _groups(jumps: Sequence[Jump]) -> list[dict[str, Any]]:
-    """Return at most ``GROUPS`` rows of neighbouring jumps."""
-    size = math.ceil(len(jumps) / GROUPS)
-    rows = []
-    for some in (jumps[first : first + size] for first in range(0, len(jumps), size)):
-        made = [jump for jump in some if jump.accepted]
-        rows.append(
-            {
-                "steps": steps_text(some),
-                "attempted": len(some),
-                "made": len(made),
-                "norm": mean([jump.norm_ratio for jump in made]),
-                "before": mean([jump.accuracy_before for jump in some]),
-                "after": mean([jump.accuracy_after for jump in some]),
-            }
-        )
-    return rows
-
-
-def _parts(result: Result) -> list[tuple[str, float, float]]:
-    """Return what took time, with its seconds and its share of the total."""
-    parts = [(label, result.seconds[part]) for part, label in PARTS.items() if part in result.seconds]
+def _time(page: Page, recorded: Recorded) -> list[Any]:
+    result = recorded.result
+    found: list[Any] = page.figure(
+        "Accuracy over seconds",
+        charts.over_seconds(recorded),
+        "Test accuracy over the seconds of training, without evaluation.",
+    )
+    if result is None or not result.seconds:
+        page.missing["Time"] = "it is recorded when a run made from a config ends"
+        return found
+    parts = [(label, max(result.seconds[part], 0.0)) for part, label in PARTS.items() if part in result.seconds]
     if result.control is not None and result.control.seconds is not None:
         parts.append(("the plain run", result.control.seconds))
-    total = result.seconds.get("total", sum(value for _, value in parts))
-    rest = total - sum(value for _, value in parts)
-    if rest > 0.005 * total:
-        parts.append(("everything else, such as starting the plain run", rest))
-    return [(label, value, min(max(value / total, 0.0), 1.0) if total > 0 else 0.0) for label, value in parts]
+    spent = sum(value for _, value in parts)
+    total = max(result.seconds.get("total", spent), spent)
+    if total - spent > 0.005 * total:
+        parts.append(("everything else, such as starting the plain run", total - spent))
+    rows = [[name, seconds(value), f"{100 * value / (total or 1):.1f}%"] for name, value in parts]
+    return [
+        *found,
+        Table("Wall-clock time of the run", ["part", "time", "share"], [*rows, ["total", seconds(total), ""]]),
+    ]
+
+
+def _setup(page: Page, recorded: Recorded) -> list[Any]:
+    result, schedule, about = recorded.result, recorded.started.get("schedule"), recorded.about
+    facts: list[tuple[str, Any]] = [("model", about["model"])] if about.get("model") else []
+    facts += [("task", about["task"])] if isinstance(about.get("task"), str) else []
+    if result is not None and result.resumed_from is not None:
+        facts.append(("resumed from step", result.resumed_from))
+    facts += sorted(about["versions"].items()) if isinstance(about.get("versions"), dict) else []
+    blocks: list[Any] = [Facts(facts)] if facts else []
+    if isinstance(schedule, dict):
+        blocks.append(Facts([(name, value) for name, value in schedule.items() if value is not None]))
+    blocks += [Text([f"Note: {note}."]) for note in (result.notes if result is not None else [])]
+    if recorded.config is None:
+        page.missing["Config"] = "the folder has no config.yaml, because a script made the run"
+        return blocks
+    return [*blocks, Code("config.yaml with every default", recorded.config)]

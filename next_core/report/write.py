@@ -1,19 +1,20 @@
-"""``write_report``: from a folder to a page."""
+"""``write_report``: from one or more folders to a page."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from next_core.diagnostics.drawing import check_drawing
-from next_core.errors import invalid_value
+from next_core.diagnostics.drawing import check_folder
+from next_core.errors import ConfigError, invalid_value
 from next_core.report.compare_page import compare_page
 from next_core.report.geometry import GeometryOptions, check_predictor
 from next_core.report.inputs import Recorded, open_folder
-from next_core.report.page import make_environment
-from next_core.report.run_page import run_page
+from next_core.report.page import Page, make_environment
+from next_core.report.run_page import run_page, runs_page
 from next_core.storage.atomic import write_text
 from next_core.types import Progress
 
@@ -23,9 +24,9 @@ SUFFIXES = (".html", ".htm")
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """The page, its summary, its plots as files, and what could not be made, with the reason."""
+    """The page, its summary, its charts as files, and what could not be made, with the reason."""
 
-    kind: Literal["run", "comparison"]
+    kind: Literal["run", "comparison", "runs"]
     out: Path
     summary: Sequence[str]
     figures: Mapping[str, str]
@@ -37,39 +38,51 @@ class WrittenReport:
 
 
 def write_report(
-    folder: Path,
+    folder: Path | Sequence[Path],
     out: Path | None = None,
     figures: Path | None = None,
     settings: GeometryOptions | None = None,
     progress: Progress | None = None,
 ) -> WrittenReport:
-    """Write the page of a run's or a comparison's folder atomically to ``out``, by default ``report/index.html`` in it.
+    """Write the page of a run's or a comparison's folder atomically to ``out``; several runs are shown side by side.
 
-    ``figures`` is a folder for each plot as PNG and SVG. Raises ``ConfigError`` for a folder that holds neither and for
-    an ``out`` that does not end in .html and without the extra ``report``, ``CheckpointError`` for a damaged file,
-    ``PluginError`` for an unknown predictor.
+    ``out`` is by default ``report/index.html`` in the folder, of several in the one that holds them all. ``figures`` is
+    a folder for each chart as SVG. Raises ``ConfigError`` for a folder that holds neither, for an ``out`` that does not
+    end in .html and without the extra ``report``, ``CheckpointError`` for a damaged file, ``PluginError`` for an
+    unknown predictor.
     """
+    folders = [folder] if isinstance(folder, Path) else list(folder)
     settings = settings or GeometryOptions()
-    out = folder / REPORT if out is None else out
+    out = Path(os.path.commonpath([one.absolute() for one in folders])) / REPORT if out is None and folders[1:] else out
+    out = folders[0] / REPORT if out is None else out
     if out.is_dir() or out.suffix.lower() not in SUFFIXES:
         raise invalid_value(f"--out must name a file that ends in .html (got {out})")
     make_environment()  # a missing package is an error before the work
-    check_drawing(figures)
-    found = open_folder(folder)
-    title = folder.resolve().name
-    kind: Literal["run", "comparison"] = "run" if isinstance(found, Recorded) else "comparison"
-    if isinstance(found, Recorded):
-        check_predictor(settings)
-        page = run_page(found, title, settings, progress)
-    else:
-        page = compare_page(found, title)
+    check_folder(figures)
+    kind, page = _page(folders, settings, progress)
     text = page.html()
-    written: dict[str, str] = {}
-    if figures is not None:
-        for drawing in page.drawings.values():
-            written[drawing.name] = str(drawing.write(figures))
-            if progress is not None:
-                progress("plots", len(written), len(page.drawings))
+    written = {} if figures is None else {chart.name: str(chart.write(figures)) for chart in page.charts()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return WrittenReport(kind, out, page.summary, written, page.missing)
+
+
+def _page(
+    folders: Sequence[Path], settings: GeometryOptions, progress: Progress | None
+) -> tuple[Literal["run", "comparison", "runs"], Page]:
+    opened = {folder: open_folder(folder) for folder in folders}
+    runs = {folder: one for folder, one in opened.items() if isinstance(one, Recorded)}
+    if len(folders) > 1:
+        if len(runs) < len(folders):
+            other = next((folder for folder in opened if folder not in runs), folders[0])
+            raise ConfigError(
+                f"{other} holds a comparison or is named twice; give it a report of its own",
+                kind="report-unknown-folder",
+            )
+        root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        return "runs", runs_page({str(folder.resolve().relative_to(root)): run for folder, run in runs.items()})
+    found = opened[folders[0]]
+    if isinstance(found, Recorded):
+        check_predictor(settings)
+        return "run", run_page(found, settings, progress)
+    return "comparison", compare_page(found, folders[0].resolve().name)

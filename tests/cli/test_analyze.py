@@ -88,7 +88,6 @@ def test_a_run_without_a_backbone_or_with_one_checkpoint_is_described_as_far_as_
 def test_plots_are_listed_and_a_wrong_place_fails_before_the_work(
     analyze: Analyze, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("plots")
     monkeypatch.setattr("next_core.diagnostics.plots.write_plots", lambda analysis, out: {"skill": str(out)})
     assert facts(analyze(walks(2), "--plots", folder, "--json"))["plots"] == {"skill": str(folder)}

@@ -1,20 +1,18 @@
-"""The pictures: there, whole, and refused with the remedy where matplotlib is not."""
+"""The charts: there, whole, and refused with a reason where there is nothing to draw."""
 
 from __future__ import annotations
 
-import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
 from next_core.diagnostics import Analysis, analyze
-from next_core.diagnostics.drawing import Drawing, check_drawing
+from next_core.diagnostics.drawing import Axis, Chart, Line, Lines, Maps, Panel, Scale, label
 from next_core.diagnostics.plots import PICTURES, write_plots
 from tests.diagnostics.runs import history, lora_walks, straight
 from tests.errors import raises_kind
 from tests.predictors.trajectories import dense_run, drift
-
-pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -22,46 +20,87 @@ def analysis() -> Analysis:
     return analyze(history(lora_walks(3)), draws=40)
 
 
-def test_every_picture_is_written_as_png_and_svg_and_nothing_else_is_left(analysis: Analysis, tmp_path: Path) -> None:
+def test_every_chart_is_written_as_a_document_of_its_own(analysis: Analysis, tmp_path: Path) -> None:
     told = write_plots(analysis.draw(), tmp_path / "new" / "plots")
-    assert told == {name: str(tmp_path / "new" / "plots" / f"{name}.png") for name in PICTURES}
-    files = sorted(path.name for path in (tmp_path / "new" / "plots").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))
-    for path in (tmp_path / "new" / "plots").glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
+    assert told == {name: str(tmp_path / "new" / "plots" / f"{name}.svg") for name in PICTURES}
+    assert sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) == sorted(f"{n}.svg" for n in PICTURES)
     text = (tmp_path / "new" / "plots" / "displacement.svg").read_text()
-    for words in ("lag, RL steps", "slope 2: straight line", "random walk, mean and 95%"):
+    for words in ("lag, RL steps", "slope 2: straight line", "random walk"):
         assert words in text
+    assert "var(" not in text  # colours that every program knows
+    assert ET.fromstring(text).get("width")
 
 
-def test_the_same_analysis_makes_the_same_pictures(analysis: Analysis) -> None:
+def test_the_same_analysis_makes_the_same_charts(analysis: Analysis) -> None:
     first, again = analysis.draw(), analysis.draw()
     for name, one in first.items():
         other = again[name]
-        assert isinstance(one, Drawing)
-        assert isinstance(other, Drawing)
+        assert isinstance(one, Chart)
+        assert isinstance(other, Chart)
         assert one.svg() == other.svg(), name
 
 
 def test_what_cannot_be_drawn_says_why() -> None:
     drawn = analyze(history(dense_run({"head.weight": drift(0)}, (10,))), draws=20).draw()
-    assert isinstance(drawn["energy-ratios"], Drawing)
+    assert isinstance(drawn["energy-ratios"], Chart)
     for name, words in (("skill", "3 checkpoints"), ("displacement", "4 checkpoints"), ("layers", "layers")):
         assert words in str(drawn[name])
 
 
-def test_a_single_straight_matrix_is_drawn_without_a_warning() -> None:
+def test_a_single_straight_matrix_is_drawn() -> None:
     drawn = analyze(history(straight()), draws=20).draw()
-    assert all(isinstance(one, Drawing) and one.svg() for one in drawn.values())
-
-
-def test_without_matplotlib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with raises_kind("config-missing-package", "next-core[report]"):
-        check_drawing(tmp_path)
+    assert all(isinstance(one, Chart) and one.svg() for one in drawn.values())
 
 
 def test_a_file_in_the_folders_place_is_refused(analysis: Analysis, tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("")
     with raises_kind("config-invalid-value", "plots"):
         write_plots(analysis.draw(), tmp_path / "plots")
+
+
+def test_lines_of_one_name_share_a_series_and_its_values_are_in_the_element() -> None:
+    line = Line("a <b>", [0, 10], [0.25, None], [0.2, None], [0.3, None])
+    chart = Lines("two", [Panel([line]), Panel([line, Line("c", [5], [1.0])])], Axis("step", 0))
+    root = ET.fromstring(chart.svg(label="what <it> shows"))
+    groups = [element for element in root.iter() if element.get("data-points")]
+    assert [group.get("class") for group in groups] == ["s0", "s0", "s1"]
+    assert '"0.25 (0.2 to 0.3)"' in str(groups[0].get("data-points"))
+    assert groups[0].get("data-name") == "a <b>"
+    assert root.get("aria-label") == "what <it> shows"
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "ticks"),
+    [
+        (Axis(low=0, high=1), [0.3], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (Axis(log=True), [1e-5, 0.1], [1e-5, 1e-4, 1e-3, 1e-2, 0.1]),
+        (Axis(), [5.0, 25.0], [5.0, 10.0, 15.0, 20.0, 25.0]),
+    ],
+)
+def test_ticks_are_round_numbers_within_the_axis(axis: Axis, values: list[float], ticks: list[float]) -> None:
+    assert Scale.of(axis, values, 0, 100).ticks(5) == pytest.approx(ticks)
+
+
+def test_every_cell_of_a_map_is_readable_on_its_colour() -> None:
+    cells = {(layer, "q_proj"): layer / 10 - 1 for layer in range(21)}
+    root = ET.fromstring(Maps("map", {"values": cells}).svg(900, "values"))
+    for group in [g for g in root.iter() if g.tag.endswith("}g")]:
+        _, box, number = group
+        light, dark = sorted((luminance(box.get("fill")), luminance(number.get("fill"))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def luminance(colour: str | None) -> float:
+    """As WCAG 2 defines it."""
+    digits = str(colour).removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\x00\x1b b\n", "a b"), ("\n", "(no name)"), ("x" * 100, "x" * 27 + "…")]
+)
+def test_names_are_made_fit_for_a_chart(name: str, shown: str) -> None:
+    assert label(name) == shown

@@ -11,8 +11,6 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -21,7 +19,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_committed_picture_is_the_one_the_results_make(pictures: Any) -> None:
-    assert pictures.PICTURE.read_text() == pictures.picture().svg(), "make pictures"
+    assert pictures.PICTURE.read_text() == pictures.picture().svg(pictures.WIDTH), "make pictures"
 
 
 def test_its_points_are_the_figures_of_the_table(pictures: Any) -> None:

@@ -32,10 +32,10 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[WrittenReport, Seen
 def test_the_summary_names_the_arms_that_beat_plain_and_compares_the_best_with_the_controls(
     usual: tuple[WrittenReport, Seen],
 ) -> None:
-    ahead, best = usual[0].summary
-    assert ahead.startswith("2 of 3 arms")
-    for words in ("250 steps", "auto and secant", "0.499"):
+    ahead, plain, best = usual[0].summary
+    for words in ("2 of 3 arms beat plain RL (auto and secant)", "none beats tuned learning rate", "beat no jump"):
         assert words in ahead
+    assert "250 steps plain RL reaches 0.499" in plain
     for words in ("auto", "0.748", "+0.248 (95% +0.203 to +0.294)", "+0.148 (95% +0.103 to +0.194)", "400 steps"):
         assert words in best
     for words in ("−0.027 (95% −0.051 to −0.003)", "training.learning_rate = 0.001"):
@@ -58,7 +58,7 @@ def test_every_arm_has_its_figures_intervals_bounds_choices_and_refusals(usual: 
 
 
 def test_every_plot_has_a_description(usual: tuple[WrittenReport, Seen]) -> None:
-    starts = ("Forest plot", "Curves of test accuracy over RL", "Curves of test accuracy over seconds", "Multiples")
+    starts = ("Curves of test accuracy over RL", "Forest plot", "Accuracy over seconds", "Multiple")
     assert [label.startswith(start) for label, start in zip(usual[1].pictures, starts, strict=True)] == [True] * 4
 
 
@@ -80,7 +80,7 @@ def test_gaps_are_dashes_and_reasons_and_not_errors(tmp_path: Path) -> None:
     written, seen = write(tmp_path / "gaps", found)
     assert seen.pictures == []
     curves = {"Differences to plain RL", "Accuracy over RL steps", "Accuracy over seconds of training"}
-    assert written.missing.keys() == {"Jumps", "Choices", "Config", *curves}
+    assert written.missing.keys() == {"Jumps", "Config", *curves}
     assert all(f"{what}: {reason}" in seen.words for what, reason in written.missing.items())
 
 
@@ -131,3 +131,12 @@ def test_paired_differences_agree_with_scipys_test() -> None:
     assert found is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert paired(Interval(mean=0.0), Interval(mean=0.0)) is None
+
+
+def test_two_seeds_are_two_lines_and_three_a_band(tmp_path: Path) -> None:
+    for seeds, lines in ((2, 2), (3, 1)):
+        found = comparison(seeds=seeds)
+        plain = found["arms"]["plain"]["curve"]["test"]["sampled"]
+        plain["values"] = {str(seed): plain["mean"] for seed in range(seeds)}
+        _, seen = write(tmp_path / str(seeds), found)
+        assert seen.page.count('data-name="plain"') == lines * 4  # two charts, each in two widths

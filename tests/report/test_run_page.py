@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from next_core.cycle.journal import read_journal
 from next_core.diagnostics import Analysis
-from next_core.report import geometry, pictures
+from next_core.report import charts, geometry
 from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded
 from next_core.report.write import write_report
@@ -21,6 +22,10 @@ from tests.errors import raises_kind
 from tests.report.conftest import read_page
 from tests.report.made import Object, jumps
 
+CONFIG = """steps: 50
+predictor: {name: auto}  # <script>
+training: {model: Qwen/Qwen2.5-0.5B, learning_rate: 0.001, data: {train: data/gsm8k/train.jsonl}}
+"""
 QUICK = GeometryOptions(wanted=False)
 
 
@@ -38,7 +43,9 @@ def ended(tmp_path: Path) -> Path:
     """A finished run without checkpoints: twelve jumps, two of them refused."""
     attempted = jumps(range(20, 44, 2), 5, "auto", multiple=True)
     start = {"event": "start", "step": 0, "steps": 50, "seed": 3}
-    journal(tmp_path, start, *({"event": "jump", **jump} for jump in attempted), {"event": "end", "step": 50})
+    made = [{"event": "jump", **jump} for jump in attempted]
+    tested = [{"event": "accuracy", "step": step, "value": value} for step, value in ((0, 0.2), (50, 0.45))]
+    journal(tmp_path, start, tested[0], *made, tested[1], {"event": "end", "step": 50})
     plain = [point(0, 0.2, 0.7), point(50, 0.3, 0.8)]
     result = {
         "steps": 50,
@@ -53,7 +60,7 @@ def ended(tmp_path: Path) -> Path:
         "curve": [point(0, 0.2, 0.7), point(25, 0.3, 0.75), point(50, 0.45, 0.6)],
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
-    (tmp_path / "config.yaml").write_text("steps: 50\npredictor: {name: auto}  # <script>\n")
+    (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
 
 
@@ -62,52 +69,85 @@ def test_a_finished_run_is_compared_with_its_plain_run(ended: Path) -> None:
     seen = read_page(written.out)
     sampled, greedy, attempted = written.summary
     for numbers, sentence in (
-        (("0.200", "0.450", "0.300", "0.150 below"), sampled),
+        (("50 RL steps", "0.200", "0.450", "0.300"), sampled),
         (("0.700", "0.600", "0.800"), greedy),
         (("12 jumps", "10 made", "2 refused"), attempted),
     ):
         assert all(number in sentence for number in numbers)
         assert sentence in seen.words
-    for words in ("with jumps 50 0.200 0.250 0.260 0.450", "accuracy fell", "# <script>", "checkpoints are fp32 <b>."):
+    for words in ("accuracy fell", "# <script>", "checkpoints are fp32 <b>.", "seed 3", "learning rate 0.001"):
         assert words in seen.words
-    for words in ("seed 3", "RL steps 7.0 s 35.0%", "next-core: predicting 0.40 s 2.0%", "the plain run 6.0 s 30.0%"):
+    assert "<h1>Qwen/Qwen2.5-0.5B on gsm8k</h1>" in seen.page
+    for words in ("RL steps 7.0 s 35.0%", "next-core: predicting 0.40 s 2.0%", "the plain run 6.0 s 30.0%"):
         assert words in seen.words
-    steps, seconds, effects, multiples = seen.pictures
-    assert "RL steps: sampled from 0.200 at step 0 to 0.450 at step 50" in steps
-    assert "seconds" in seconds
-    assert "12 evaluated jumps" in effects
-    assert "5.4" in multiples
+    starts = [label.split(" ")[0] for label in seen.pictures]
+    assert starts == ["Learning", "Test"]
+    assert 'data-name="multiple"' in seen.page
     assert written.missing.keys() == {"Geometry"}
 
 
-def test_step_scaling_shows_the_learning_rate_and_its_returns_instead_of_jumps_and_geometry(ended: Path) -> None:
+def test_step_scaling_shows_its_returns_and_the_advice_before_everything_else(ended: Path) -> None:
     rates = [(5, 1e-4), (10, 2.5e-5), (15, 5e-5)]
     scaling = [{"event": "scale", "step": s, "accepted": True, "multiple": r / 1e-4, "rate": r} for s, r in rates]
     scaling[1]["back_to"] = 0
     fall = {"event": "collapse", "step": 40, "back_to": 30, "reward": 0.1, "best": 0.5, "multiple": 0.2, "rate": 2e-5}
     refused = {"event": "scale", "step": 45, "accepted": False, "reason": "the multiple is nan", "multiple": 0.2}
-    journal(ended, {"event": "start", "step": 0, "seed": 3}, *scaling, fall, refused, {"event": "end", "step": 50})
+    advice = {"event": "advice", "step": 50, "text": "Lower learning_rate to about 5e-05. It stops agreeing there."}
+    end = {"event": "end", "step": 50}
+    journal(ended, {"event": "start", "step": 0, "seed": 3}, *scaling, fall, refused, advice, end)
     result = json.loads((ended / "result.json").read_text()) | {"jumps": [], "scaling": [*scaling, fall, refused]}
     (ended / "result.json").write_text(json.dumps(result))
     written = write_report(ended, settings=QUICK)
     seen = read_page(written.out)
     assert "at most 0.0001, 2e-05 last" in written.summary[-1]
     assert "back to step 0 after step 10, back to step 30 after step 40" in written.summary[-1]
-    assert "step scaling 50 0.200" in seen.words
     assert "10 0 the first steps cancelled each other" in seen.words
     assert "40 30 the reward fell to 0.100 from 0.500" in seen.words
-    assert "Step 45: the learning rate was not changed: the multiple is nan." in seen.words
-    assert any("Learning rate over RL steps" in picture for picture in seen.pictures)
+    assert "45 the multiple is nan" in seen.words
+    for words in ("Lower learning_rate to about 5e-05. It stops", "training: {learning_rate: 5e-05}"):
+        assert words in seen.words
+        assert seen.words.index(words) < seen.words.index("Returns to earlier weights")
     assert "Geometry" not in written.missing
-    assert "attempted jumps" not in seen.words
 
 
-def test_more_than_thirty_jumps_are_grouped(ended: Path) -> None:
+def test_a_callbacks_run_is_titled_and_its_reward_has_a_band(tmp_path: Path) -> None:
+    about = {"model": "/models/tiny", "task": "exact", "learning_rate": 1e-5, "rollouts": 64, "date": "2026-11-30"}
+    journal(tmp_path, {"event": "start", "step": 0, "steps": 30, "about": about}, {"event": "end", "step": 30})
+    lines = [json_line({"step": step, "reward": 0.2 + step / 100, "reward_std": 0.4}) for step in range(5, 31, 5)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    written = write_report(tmp_path, settings=QUICK)
+    seen = read_page(written.out)
+    assert "<h1>models/tiny on exact</h1>" in seen.page
+    assert "learning rate 1e-05" in seen.words
+    assert "from 0.250 to 0.500" in written.summary[0]
+    half = 1.96 * 1.25 * 0.4 / (64 * 5) ** 0.5
+    assert f"({0.25 - half:.3g} to {0.25 + half:.3g})" in seen.page
+
+
+def test_two_runs_are_shown_side_by_side(ended: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other") / "b"
+    shutil.copytree(ended, other)
+    records = read_journal(other / "journal.jsonl")
+    journal(other, *(record | ({"value": 0.55} if record.get("value") == 0.45 else {}) for record in records))
+    written = write_report([ended, other], out=other / "both.html")
+    seen = read_page(written.out)
+    assert written.kind == "runs"
+    assert "other0/b 0.550, " in written.summary[0]
+    assert "Test accuracy at the end 0.450 0.550" in seen.words
+    assert "Test accuracy at the start 0.200" in seen.words
+    with raises_kind("report-unknown-folder", ended):
+        write_report([ended, ended], out=other / "both.html")
+
+
+def test_equal_neighbours_are_one_row_and_a_long_table_is_folded(ended: Path) -> None:
     result = json.loads((ended / "result.json").read_text())
-    (ended / "result.json").write_text(json.dumps(result | {"jumps": jumps(range(20, 250, 2), 10), "curve": []}))
+    same = {"accepted": False, "reason": "gate: closed", "predictor": "secant"}
+    attempted = [*jumps(range(20, 44, 2), 10), *({"step": step, **same} for step in range(50, 90, 10))]
+    (ended / "result.json").write_text(json.dumps(result | {"jumps": attempted, "curve": []}))
     (ended / "journal.jsonl").unlink()
-    words = read_page(write_report(ended, settings=QUICK).out).words
-    assert "20 to 38 10 9 1 2.40 0.358" in words
+    seen = read_page(write_report(ended, settings=QUICK).out)
+    assert "50 to 80 (4 times) secant" in seen.words
+    assert "<summary>Every attempted jump (13 rows)</summary>" in seen.page
 
 
 def test_an_unfinished_run_is_described_from_its_journal_and_metrics(ended: Path) -> None:
@@ -115,11 +155,11 @@ def test_an_unfinished_run_is_described_from_its_journal_and_metrics(ended: Path
     lines = [json_line({"step": step, "reward": 0.2 + step / 100}) for step in range(0, 31, 5)]
     (ended / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 35, "rew')
     journal_lines = (ended / "journal.jsonl").read_text().splitlines()
-    (ended / "journal.jsonl").write_text("\n".join(journal_lines[:-1]) + '\n{"event": "ju')
+    (ended / "journal.jsonl").write_text("\n".join(journal_lines[:-2]) + '\n{"event": "ju')
     written = write_report(ended, settings=QUICK)
     assert "step 42" in written.summary[0]
-    assert "Reward over RL steps, from 0.200 to 0.500" in read_page(written.out).pictures
-    assert "measure_every" in written.missing["Accuracy along the run"]
+    assert "reward rose from 0.200 to 0.500" in written.summary[0]
+    assert "measure_every" in written.missing["Accuracy over seconds"]
 
 
 def test_a_journal_alone_makes_a_page_of_reasons(tmp_path: Path) -> None:
@@ -127,8 +167,7 @@ def test_a_journal_alone_makes_a_page_of_reasons(tmp_path: Path) -> None:
     written = write_report(tmp_path)
     seen = read_page(written.out)
     assert "observe 50" in seen.words
-    along = {"Accuracy on the test prompts", "Accuracy along the run", "Reward along the run"}
-    assert written.missing.keys() == {*along, "Jumps", "Geometry", "Time", "Config"}
+    assert written.missing.keys() == {"Learning curve", "Accuracy over seconds", "Geometry", "Time", "Config"}
     assert all(reason in seen.words for reason in written.missing.values())
 
 
@@ -155,7 +194,7 @@ def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_la
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing but what the weights alone need."""
     monkeypatch.setattr(Analysis, "draw", lambda self: {})
-    monkeypatch.setattr(pictures, "nulls", lambda picture, analysis: "not drawn")
+    monkeypatch.setattr(charts, "against_walks", lambda analysis: "not drawn")
 
 
 @pytest.mark.usefixtures("measured")

@@ -1,0 +1,274 @@
+"""The charts of a run and of a comparison; where one cannot be drawn, the reason."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from next_core.comparison.comparison_results import Interval
+from next_core.cycle.collapse import SPREAD
+from next_core.diagnostics import FIGURES, Analysis
+from next_core.diagnostics.backtest_results import Judged
+from next_core.diagnostics.drawing import COLOURS, Axis, Chart, Dot, Lane, Line, Lines, Panel, Rows, label
+from next_core.diagnostics.plots import layer_maps
+from next_core.report.inputs import Arm, Comparison, Jump, Point, Recorded
+
+Over = Literal["steps", "seconds"]
+X = {"steps": Axis("RL step", 0), "seconds": Axis("seconds of training, evaluation excluded", 0)}
+MOST_POINTS = 50
+"""A longer log is averaged over neighbouring records."""
+STUDENT = 1.96
+SHARES = (
+    "squared_energy_ratio_global",
+    "squared_energy_ratio_local",
+    "energy_ratio_global",
+    "energy_ratio_local",
+    "c1_r2",
+    "top_1_share",
+    "line_r2",
+    "line_skill",
+    "pinned_skill",
+    "line_r2_out",
+    "cosine_local",
+    "straightness",
+)
+"""Figures that are 1 for a straight line."""
+
+
+def learning_curve(recorded: Recorded) -> Chart | str:
+    """Draw reward and accuracy; below them, on the same axis, the multiples of the learning rate and the jumps."""
+    lines = [*reward_lines(recorded, "reward", "c0"), *_accuracies(recorded)]
+    if not lines:
+        return "neither reward nor accuracy was logged"
+    title = "reward (95% band)" if lines[0].low else "reward" if lines[0].name == "reward" else ""
+    panels = [
+        Panel(
+            lines,
+            _unit(lines, " and ".join([title] * bool(title) + ["accuracy"] * (len(lines) > bool(title)))),
+            share=2.4,
+        )
+    ]
+    if factors := multiples(recorded, "multiple", "c1"):
+        what = (
+            "learning rate, times the configured one"
+            if recorded.scaling
+            else "multiple of the update that a jump aims at"
+        )
+        panels.append(Panel([factors], Axis(what, log=True), rule=1))
+    return Lines("learning-curve", panels, X["steps"], _lanes(recorded), 300 + 110 * (len(panels) - 1))
+
+
+def curves_of(runs: Mapping[str, Recorded]) -> Chart | str:
+    """Draw the rewards, accuracies and multiples of several runs over each other."""
+    looks = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
+    rewards = [line for name, run in runs.items() for line in reward_lines(run, name, looks[name])]
+    points = {name: _milestones(run) for name, run in runs.items()}
+    measured = [
+        Line(name, list(known), list(known.values()), colour=looks[name], dots=True)
+        for name, known in points.items()
+        if len(known) > 1
+    ]
+    factors = [line for name, run in runs.items() if (line := multiples(run, name, looks[name])) is not None]
+    panels = [Panel(rewards, _unit(rewards, "reward (95% band)"), share=1.6)] if rewards else []
+    panels += [Panel(measured, _unit(measured, "test accuracy"), share=1.6)] if measured else []
+    panels += [Panel(factors, Axis("multiple of the learning rate, or of a jump", log=True), rule=1)] if factors else []
+    lanes = [Lane(name, *_jump_steps(run.jumps), looks[name]) for name, run in runs.items() if run.jumps]
+    return (
+        Lines("learning-curves", panels, X["steps"], lanes, 120 + 170 * len(panels)) if panels else "nothing was logged"
+    )
+
+
+def reward_lines(recorded: Recorded, name: str, colour: str) -> list[Line]:
+    """Return the logged reward with the 95% interval of its sampling error, where rollouts are known; or nothing.
+
+    A record covers the steps since the one before. Its error is that of a mean of as many rollouts, widened because
+    prompts differ in difficulty (``SPREAD``).
+    """
+    logged = [(step, numbers) for step, numbers in recorded.metrics.items() if "reward" in numbers]
+    if len(logged) < 2:
+        return []
+    size, rollouts = math.ceil(len(logged) / MOST_POINTS), recorded.rollouts
+    covered = [step - before for (step, _), (before, _) in zip(logged, [(0, {}), *logged], strict=False)]
+    x, y, half = list[float](), list[float](), list[float | None]()
+    for first in range(0, len(logged), size):
+        some, steps = logged[first : first + size], covered[first : first + size]
+        total = sum(steps) or 1
+        x.append(some[-1][0])
+        y.append(sum(numbers["reward"] * n for (_, numbers), n in zip(some, steps, strict=True)) / total)
+        spread = [numbers.get("reward_std") for _, numbers in some]
+        known = None not in spread and rollouts
+        variance = sum((s or 0.0) ** 2 * n for s, n in zip(spread, steps, strict=True)) / total
+        half.append(STUDENT * SPREAD * math.sqrt(variance / (rollouts * total)) if known and rollouts else None)
+    band = all(one is not None for one in half)
+    low = [mean - (one or 0.0) for mean, one in zip(y, half, strict=True)] if band else ()
+    high = [mean + (one or 0.0) for mean, one in zip(y, half, strict=True)] if band else ()
+    return [Line(name, x, y, low, high, colour, dots=len(x) <= 30)]
+
+
+def multiples(recorded: Recorded, name: str, colour: str) -> Line | None:
+    """Return the multiples that step scaling or jumps such as those of ``adaptive-secant`` chose."""
+    if recorded.scaling:
+        points = [
+            (0, 1.0),
+            *((one.step, one.multiple) for one in recorded.scaling),
+            (recorded.last_step, recorded.scaling[-1].multiple),
+        ]
+    else:
+        points = [(jump.step, jump.multiple) for jump in recorded.jumps if jump.multiple]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return (
+        Line(name, steps, values, colour=colour, stepped=bool(recorded.scaling), dots=not recorded.scaling)
+        if points
+        else None
+    )
+
+
+def _accuracies(recorded: Recorded) -> list[Line]:
+    """Return test accuracies along the run and its plain run, and those of the probe on the validation prompts."""
+    plain = [] if recorded.control is None else recorded.control.curve
+    found = [
+        *_by_kind(recorded.curve, "test accuracy", "c2"),
+        *_by_kind(plain, "plain run, same seed", "soft"),
+    ]
+    if not found and (known := _milestones(recorded)):
+        found.append(Line("test accuracy", list(known), list(known.values()), colour="c2", dots=True))
+        if recorded.control is not None and (end := recorded.control.accuracy.get("final")) is not None and 0 in known:
+            ends = [known[0], end]
+            found.append(
+                Line("plain run, same seed", [0, recorded.control.steps], ends, colour="soft", dashed=True, dots=True)
+            )
+    if probes := recorded.probes:
+        found.append(Line("validation accuracy", list(probes), list(probes.values()), colour="c3", dots=True))
+    return found
+
+
+def _by_kind(points: Sequence[Point], name: str, colour: str, over: Over = "steps") -> list[Line]:
+    kinds = list(dict.fromkeys(kind for point in points for kind in point.test))
+    x = [point.step if over == "steps" else point.seconds for point in points]
+    return [
+        Line(
+            f"{name}, {kind}", x, [point.test.get(kind) for point in points], colour=colour, dashed=place > 0, dots=True
+        )
+        for place, kind in enumerate(kinds)
+    ]
+
+
+def over_seconds(recorded: Recorded) -> Chart | str:
+    """Draw test accuracy over the seconds of training."""
+    plain = [] if recorded.control is None else recorded.control.curve
+    lines = [*_by_kind(recorded.curve, "this run", "c2", "seconds"), *_by_kind(plain, "plain run", "soft", "seconds")]
+    if not any(line.points() for line in lines):
+        return "measure_every: N in the config measures it every N steps"
+    return Lines("accuracy-over-seconds", [Panel(lines, _unit(lines, "test accuracy"))], X["seconds"], height=280)
+
+
+def _milestones(recorded: Recorded) -> dict[float, float]:
+    """Return test accuracies by step: those along the run where there are any, else those at its milestones."""
+    curve = [(point.step, next(iter(point.test.values()), None)) for point in recorded.curve]
+    found = curve or [
+        (record["step"], record.get("value")) for record in recorded.events if record["event"] == "accuracy"
+    ]
+    return {step: value for step, value in found if value is not None}
+
+
+def _unit(lines: Iterable[Line], title: str) -> Axis:
+    """Return an axis from 0 to 1 for rewards and accuracies within; noise would look like a crash if it filled one."""
+    values = [value for line in lines for value in line.y if value is not None]
+    return Axis(title, 0, 1) if values and min(values) >= 0 and 0.05 < max(values) <= 1 else Axis(title)
+
+
+def _jump_steps(jumps: Sequence[Jump]) -> tuple[list[float], list[float]]:
+    made = sorted({float(jump.step) for jump in jumps if jump.accepted})
+    return made, sorted({float(jump.step) for jump in jumps} - set(made))
+
+
+def _lanes(recorded: Recorded) -> list[Lane]:
+    lanes = [Lane("jumps", *_jump_steps(recorded.jumps))] if recorded.jumps else []
+    back = [one.step for one in recorded.scaling if one.back_to is not None]
+    return [*lanes, *([Lane("returns", [], back, "c1")] if back else [])]
+
+
+def compared(comparison: Comparison, over: Over) -> Chart | str:
+    """Draw each arm's accuracy over RL steps, with its jumps below, or over seconds. Two seeds are two lines."""
+    looks = arm_looks(comparison.arms)
+    lines, lanes = list[Line](), list[Lane]()
+    for name, arm in comparison.arms.items():
+        line = None if arm.curve is None else arm.curve.test.get(comparison.metric)
+        if arm.curve is None or line is None:
+            continue
+        x = arm.curve.steps if over == "steps" else arm.curve.seconds
+        colour, dashed = looks[name]
+        if len(line.values) == 2:
+            lines += [Line(label(name), x, y, colour=colour, dashed=dashed) for y in line.values.values()]
+        else:
+            lines.append(Line(label(name), x, line.mean, line.low or (), line.high or (), colour, dashed))
+        if arm.jump_log and over == "steps":
+            lanes.append(Lane(name, *_jump_steps(arm.jump_log), colour))
+    if not any(line.points() for line in lines):
+        return "no arm has accuracies along its run"
+    panel = Panel(lines, _unit(lines, f"test accuracy, {comparison.metric}"))
+    return Lines(f"curves-over-{over}", [panel], X[over], lanes, 330)
+
+
+def arm_looks(arms: Mapping[str, Arm]) -> dict[str, tuple[str, bool]]:
+    """Return colour and dashes: plain runs are grey, controls dashed, colours are reused with dashes."""
+    plain = itertools.chain([("ink", False), ("walk", False)], itertools.repeat(("walk", True)))
+    others = itertools.cycle([(colour, dashed) for dashed in (False, True) for colour in COLOURS])
+    return {name: next(plain if arm.role == "plain" else others) for name, arm in arms.items()}
+
+
+def differences(comparison: Comparison) -> Chart | str:
+    """Draw a forest plot of the paired differences to plain RL."""
+    rows = {}
+    for name, arm in comparison.arms.items():
+        if arm.difference is not None and arm.role != "plain":
+            known = [(arm.difference, "c0"), (arm.difference_longer, "c1")]
+            rows[name] = [_dot(interval, colour) for interval, colour in known if interval is not None]
+    if not rows:
+        return "no arm has a difference to plain RL"
+    words = {f"to plain RL, {comparison.steps} steps": "c0"}
+    words |= {f"to plain RL, {comparison.longer} steps": "c1"} if any(len(dots) > 1 for dots in rows.values()) else {}
+    return Rows("differences", rows, Axis(f"difference of {comparison.metric} accuracy"), legend=words)
+
+
+def _dot(interval: Interval, colour: str) -> Dot:
+    ends = None if interval.low is None or interval.high is None else (interval.low, interval.high)
+    seeds = [value for value in interval.values.values() if value is not None]
+    return Dot(interval.mean, ends, seeds if len(seeds) > 1 else (), colour)
+
+
+def arm_multiples(arms: Mapping[str, Arm]) -> Chart | str:
+    """Draw the multiples that predictors such as ``adaptive-secant`` report; one line for each seed."""
+    looks, lines = arm_looks(arms), list[Line]()
+    for name, arm in arms.items():
+        for jumps in arm.jumps.values():
+            points = [(jump.step, jump.multiple) for jump in jumps if jump.multiple]
+            if points:
+                steps, values = zip(*points, strict=True)
+                lines.append(Line(label(name), steps, values, colour=looks[name][0], dashed=looks[name][1]))
+    panel = Panel(lines, Axis("multiple of the observed update", log=True), rule=1)
+    return Lines("multiples", [panel], X["steps"], height=240) if lines else "no jump reports a multiple"
+
+
+def against_walks(analysis: Analysis) -> Chart | str:
+    """Draw the figures of all matrices against their random walks."""
+    figures = {name: analysis.overall.figures.get(name) for name in SHARES}
+    known = {FIGURES[name].heading: one for name, one in figures.items() if one is not None and one.value is not None}
+    rows = {name: [Dot(one.value or 0.0, one.quartiles)] for name, one in known.items()}
+    walks = {name: (one.null.low, one.null.mean, one.null.high) for name, one in known.items() if one.null is not None}
+    lowest = min((dot.value for dots in rows.values() for dot in dots), default=0.0)
+    axis = Axis(
+        f"1 for a straight line{'; lower values are drawn at −1' if lowest < -1 else ''}",
+        max(-1.0, min(lowest, -0.05)),
+        1,
+    )
+    legend = {"the run: median, quartiles": "c0", "random walk: 95%, mean": "walk"}
+    return Rows("figures", rows, axis, walks, legend) if rows else "no figure could be measured"
+
+
+def skill_by_layer(analysis: Analysis, judged: Judged) -> Chart | str:
+    """Draw a predictor's skill by layer and kind of matrix."""
+    values = {name: score.skill for name, (score, _) in judged.per_matrix.items()}
+    return layer_maps("skill-by-layer", analysis.matrices, {f"skill of {label(judged.name)}": values})

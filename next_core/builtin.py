@@ -23,6 +23,7 @@ def register_appliers(register: Register) -> None:
     register("next_core.live_weights.in_memory:InMemoryApplier", name="in-memory")
     register("next_core.appliers.adapter_applier:PeftAdapterApplier", name="peft-adapter")
     register("next_core.appliers.merged_model:MergedModelApplier", name="merged-model")
+    register("next_core.appliers.verl_applier:VerlApplier", name="verl")
 
 
 @hookimpl

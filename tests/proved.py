@@ -58,6 +58,14 @@ COVERS: dict[str, tuple[str, ...]] = {
         "tests/backends/trl/vllm",
         "tests/backends/trl/conftest.py",
     ),
+    "test-verl": (
+        "next_core/sources/fsdp_shards.py",
+        "next_core/sources/adapter_files.py",
+        "next_core/sources/hf_model.py",
+        "next_core/appliers/verl_applier.py",
+        "tests/backends/environment.py",
+        "tests/sources/verl",
+    ),
     "test-base": ("examples/arithmetic", "examples/task_kit.py"),
     "test-packaging": (
         "pyproject.toml",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -46,16 +47,19 @@ TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Models made of transformers' ``Conv1D``, as long as transformers cannot say so."""
 
 
-class MergedModelConfig(Settings):
-    backbone: Path | None = Field(None, description="The base model's folder; default: the one the run was opened with")
+class RoundingConfig(Settings):
     rounding: Rounding = Field("nearest", description="How sums are rounded to bf16 or fp16; stochastic is unbiased")
     seed: int = Field(0, description="Seed of stochastic rounding")
 
     @model_validator(mode="after")
-    def _consistent(self) -> MergedModelConfig:
+    def _consistent(self) -> Self:
         if self.seed != 0 and self.rounding == "nearest":
             raise ValueError("seed is for stochastic rounding; set rounding: stochastic, or omit seed")
         return self
+
+
+class MergedModelConfig(RoundingConfig):
+    backbone: Path | None = Field(None, description="The base model's folder; default: the one the run was opened with")
 
 
 class MergedModelApplier(FolderApplier):
@@ -99,7 +103,7 @@ class MergedModelApplier(FolderApplier):
     def write(self, prediction: Prediction, alpha: float, folder: Path) -> WrittenFolder:
         backbone = model_layout(prediction.source, self.config.backbone)
         copy_files(model_files(backbone), backbone, folder)
-        writer = _ModelWriter(self, prediction, alpha, backbone)
+        writer = ModelWriter(self, prediction, alpha, ModelFiles(backbone))
         for file in ModelFiles(backbone).files:
             writer.write_shard(file, folder / file.path.name)
         facts = facts_of(prediction, alpha, self, writer.loss) | {"from_backbone": writer.plan.from_backbone}
@@ -125,14 +129,14 @@ def model_layout(source: CheckpointSource, backbone: str | Path | None = None) -
     return newest
 
 
-class _ModelWriter:
-    """Writes the shards of a model with one prediction at one alpha."""
+class ModelWriter:
+    """Computes the tensors of a model with one prediction at one alpha, and writes its files."""
 
-    def __init__(self, applier: MergedModelApplier, prediction: Prediction, alpha: float, backbone: Path) -> None:
+    def __init__(self, applier: FolderApplier, prediction: Prediction, alpha: float, backbone: ModelFiles) -> None:
         self.loss = RoundingLoss()
         self.digests: dict[str, str] = {}
         self._applier, self._prediction, self._alpha = applier, prediction, alpha
-        self._backbone, self._done = ModelFiles(backbone), 0
+        self._backbone, self._done = backbone, 0
         self._total = sum(len(file.shapes) for file in self._backbone.files)
         self.plan = TensorPlan(prediction.source, self._backbone, prediction.step)
 
@@ -151,9 +155,10 @@ class _ModelWriter:
         if not self.plan.computes(key, dtype, shape):
             return (block.to(dtype) for block in self.plan.copied(key, shape))
         parts = self.plan.parts(key, shape).items()
-        return itertools.chain.from_iterable(self._computed(name, dtype, size) for name, size in parts)
+        return itertools.chain.from_iterable(self.computed(name, dtype, size) for name, size in parts)
 
-    def _computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
+    def computed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
+        """Yield the rows of a parameter of the run, with the jump, in blocks."""
         config, source, step = self._applier.config, self._prediction.source, self._prediction.step
         trained = None if source.stores_full_weights else source.position(name, step)
         moved = resolve(self._prediction, name, self._alpha)

@@ -48,7 +48,12 @@ class PluginOptions:
     predictor: Predictor = "secant"
     rank: Rank = 1
     applier: Annotated[
-        str | None, Option(help="peft-adapter or merged-model; default: what the run stores, adapters or models")
+        str | None,
+        Option(
+            "--applier",
+            "--as",
+            help="peft-adapter, merged-model or verl; default: what the run stores, adapters or models",
+        ),
     ] = None
     settings: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")

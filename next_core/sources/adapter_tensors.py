@@ -117,22 +117,21 @@ class PlainFile(TensorFile):
         self._file = file
         plain = {key: WRAPPERS.sub("", key).removeprefix(PARALLEL) for key in file.shapes if only.search(key)}
         bare = not any(name.startswith("base_model.") for name in plain.values())
-        self._stored: dict[str, str] = {}
+        self.stored: dict[str, str] = {}
+        """By these names the ones in the file."""
         for key, name in plain.items():
             name = (PREFIX if bare else "") + name
             name = SAVED_MODULE.sub(".", ADAPTER_NAME.sub(r".\1", name))
-            if name in self._stored:
-                raise _unsupported(
-                    file.path, f"'{key}' and '{self._stored[name]}' are of two adapters; save each alone"
-                )
-            self._stored[name] = key
-        self.shapes = {name: file.shapes[key] for name, key in self._stored.items()}
+            if name in self.stored:
+                raise _unsupported(file.path, f"'{key}' and '{self.stored[name]}' are of two adapters; save each alone")
+            self.stored[name] = key
+        self.shapes = {name: file.shapes[key] for name, key in self.stored.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._file.dtype(self._stored.get(key, key))
+        return self._file.dtype(self.stored.get(key, key))
 
     def _values(self, key: str, rows: Place | None) -> Tensor:
-        return self._file.raw(self._stored.get(key, key), rows)
+        return self._file.raw(self.stored.get(key, key), rows)
 
     def verify(self) -> None:
         pass  # the file does so itself

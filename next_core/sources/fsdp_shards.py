@@ -39,8 +39,8 @@ def has_shards(folder: Path) -> bool:
     return any(SHARD.fullmatch(path.name) for path in shards_folder(folder).glob("model_world_size_*"))
 
 
-def open_shards(folder: Path, allow_pickle: bool = False) -> ShardedFile:
-    """Open the shards of a folder as one file.
+def open_shards(folder: Path, allow_pickle: bool = False, *, writable: bool = False) -> ShardedFile:
+    """Open the shards of a folder as one file, whose ``write`` changes them if it is ``writable``.
 
     Raises ``CheckpointError`` unless pickles are allowed, for a missing shard, and for parts that do not fit together.
     """
@@ -57,7 +57,7 @@ def open_shards(folder: Path, allow_pickle: bool = False) -> ShardedFile:
     if missing is not None:
         raise incomplete(missing, f"is missing, one of {sizes[0]} shards")
     refuse_pickle(paths[0], allow_pickle)
-    return ShardedFile(paths)
+    return ShardedFile(paths, writable)
 
 
 @dataclass(frozen=True)

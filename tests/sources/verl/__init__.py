@@ -1,0 +1,1 @@
+"""Tests that read and write what the real verl saves: ``make test-verl``."""

@@ -35,6 +35,8 @@ class Backend(Plugin):
 
     scales_steps: ClassVar[bool] = False
     """Whether the trainer's optimizer can be reached, so that its steps can be multiplied."""
+    forgets: ClassVar[bool] = False
+    """Whether checkpoints can be deleted while the run goes on: ``forget`` and ``reopen`` are there."""
 
     @abstractmethod
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
@@ -91,6 +93,21 @@ class Backend(Plugin):
     @abstractmethod
     def source(self) -> CheckpointSource:
         """Return the checkpoints so far, with the jumps subtracted: what RL did, not what we did."""
+
+    def forget(self, step: int, kept: Callable[[int, Sequence[int]], Sequence[range]]) -> None:
+        """Delete checkpoints and jumps that are not needed after ``step``, without one that a crash may make needed.
+
+        ``kept(step, saves)`` returns the ranges of steps to keep, with the steps of the trainer's own checkpoints, from
+        which the run can be resumed. Those in the first range are the run's history; ``source`` does not show the
+        others.
+        """
+        raise NotImplementedError
+
+    def reopen(self, steps: range, every: int) -> None:
+        """Make these steps the history of a run that is resumed at the last of them, after ``forget``.
+
+        Raises ``CheckpointError`` if one of the checkpoints, ``every`` steps apart, was deleted.
+        """
 
     @abstractmethod
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> Applied:

@@ -18,6 +18,7 @@ import torch
 
 from next_core.appliers.merged_model import model_layout
 from next_core.config import with_model_folder
+from next_core.cycle.retention import Retention
 from next_core.errors import CheckpointError, ConfigError, contradiction, invalid_value
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import make_chosen
@@ -126,26 +127,31 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     scaling = isinstance(predictor, StepPredictor)
     attempts = [] if scaling else schedule.attempt_steps(config.steps)
     jumps = attempts if schedule.limit == float("inf") else attempts[: int(schedule.limit)]
-    checkpoints, each = config.steps // schedule.every + 1, sum(4 * _stored(p) for p in parameters)
-    checkpoints = 0 if scaling else checkpoints
+    each = sum(4 * _stored(p) for p in parameters)
+    observed, shifts = (0, 0) if scaling else (config.steps // schedule.every + 1, len(jumps))
     spans, deltas, decompose, fit = list[Span](), 0, Work(), Work()
     for jump in jumps:
         steps = range(schedule.every, jump + 1, schedule.every)
         some, *work = predictor_work(predictor, matrices, steps, schedule.horizon, config.rank)
         spans, deltas = max(spans, some, key=len), deltas + len(some) * len(parameters)
         decompose, fit = decompose + work[0], fit + work[1]
-    saves = 0 if config.save_every is None else config.steps // config.save_every
+    saves = [] if config.save_every is None else [*range(config.save_every, config.steps + 1, config.save_every)]
+    if isinstance(predictor, TrajectoryPredictor) and schedule.keep == "needed":
+        retention = Retention.of(predictor, schedule, config.guards, config.steps)
+        observed, shifts = retention.most(jumps, saves)
+        if retention.reads is None:
+            notes.append(f"keep: needed deletes nothing before the last jump: '{predictor.name}' reads all checkpoints")
     trainer = dict(make_chosen("backend", config.backend).describe(config, out))
     written = {
-        "checkpoints": checkpoints,
+        "checkpoints": observed,
         "bytes a checkpoint": each,
-        "bytes of checkpoints": checkpoints * each,
+        "bytes of checkpoints": observed * each,
         # A jump keeps what every past checkpoint moves by; a recovery window also what was there before it.
-        "bytes of jumps": len(jumps) * each * (1 if config.guards.recovery is None else 2),
-        "bytes of the trainer's": saves * (3 + KEPT_BY_STEP_SCALING * scaling) * each,
+        "bytes of jumps": shifts * each * (1 if config.guards.recovery is None else 2),
+        "bytes of the trainer's": len(saves) * (3 + KEPT_BY_STEP_SCALING * scaling) * each,
     }
     total, free = sum(value for key, value in written.items() if key.startswith("bytes of")), free_bytes(out)
-    needed = _memory(parameters, spans, checkpoints, config.rank)
+    needed = _memory(parameters, spans, observed, config.rank)
     if scaling:
         notes[-1] = "the seconds of RL are not known beforehand; scaling its steps costs no RL step"
         needed = KEPT_BY_STEP_SCALING * each  # two states with their moments, and three means

@@ -109,6 +109,14 @@ class TrajectoryPredictor(Predictor):
         """
         return None
 
+    def reads_back(self, horizon: int, every: int) -> int | None:
+        """Return how many steps before the newest checkpoint the oldest one lies that it reads; None: it reads all.
+
+        ``every`` is the distance between checkpoints. It must predict the same without older
+        ones, which a run with ``keep: needed`` deletes.
+        """
+        return None
+
     def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
         """Estimate the cost of fitting, without that of decomposing deltas, for ``next-core plan``."""
         return Work()

@@ -62,6 +62,11 @@ class Schedule(Settings):
         description="At the end, go to the mean of the checkpoints of the last so many steps, or of a half or a "
         "quarter of them, if validation accuracy rises by it",
     )
+    keep: Literal["all", "needed"] = Field(
+        "all",
+        description="Which checkpoints stay: all, for `analyze`, `backtest`, `report` and advice; or those that later "
+        "jumps, resumes, rollbacks and the mean at the end will read",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -93,6 +98,13 @@ class Schedule(Settings):
         if not self.observe <= step <= total - self.settle:
             return False
         return step == self.observe if self.jump_every is None else (step - self.observe) % self.jump_every == 0
+
+    def next_attempt(self, step: int, total: int) -> int | None:
+        """Return the first step after ``step`` at which a jump is attempted; None if there is none."""
+        later = self.observe
+        if step >= self.observe and self.jump_every is not None:
+            later = step + self.jump_every - (step - self.observe) % self.jump_every
+        return later if later > step and self.attempts(later, total) else None
 
     def attempt_steps(self, total: int) -> list[int]:
         """Return every step after which a jump is attempted."""

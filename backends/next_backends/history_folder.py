@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,17 @@ from torch import Tensor
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import ADAPTER
-from next_core.sources.jumps import CHECKPOINTS, JUMP_RECORD, JUMPS, SHIFT_FILE, UNDONE, jump_folders, jump_records
+from next_core.sources.jumps import (
+    CHECKPOINTS,
+    DELETED,
+    JUMP_RECORD,
+    JUMPS,
+    SHIFT_FILE,
+    UNDONE,
+    history_begins,
+    jump_folders,
+    jump_records,
+)
 from next_core.sources.metrics import METRICS
 from next_core.sources.tensor_files import read_json
 from next_core.storage.atomic import new_directory, remove_directory, sweep, write_text
@@ -48,15 +58,16 @@ class HistoryFolder:
     def clear(self) -> None:
         """Remove the checkpoints, jumps and metrics of an earlier run, and nothing else."""
         (self.path / METRICS).unlink(missing_ok=True)
-        for _, path in (*_numbered(self.checkpoints, "step-*"), *_numbered(self.jumps, "*")):
+        for _, path in (*numbered(self.checkpoints, "step-*"), *numbered(self.jumps, "*")):
             remove_directory(path)
+        (self.checkpoints / DELETED).unlink(missing_ok=True)
         self._sweep()
 
     def first_damaged(self) -> tuple[int, str] | None:
         """Read everything; return the first step whose checkpoint or jump is damaged, and what is wrong with it."""
-        steps = list(_numbered(self.checkpoints, "step-*"))
+        steps = list(numbered(self.checkpoints, "step-*"))
         last = 0
-        for _, path in _numbered(self.jumps, "*"):
+        for _, path in numbered(self.jumps, "*"):
             last = _jump_step(path) or last  # an unreadable jump was made after the one before it
             steps.append((last, path))
         damaged = []
@@ -72,16 +83,61 @@ class HistoryFolder:
 
         A jump whose record cannot be read is removed too: callers have checked ``first_damaged``, or all records.
         """
-        for later, path in _numbered(self.checkpoints, "step-*"):
+        for later, path in numbered(self.checkpoints, "step-*"):
             if later > step:
                 remove_directory(path)
-        for _, path in _numbered(self.jumps, "*"):
+        for _, path in numbered(self.jumps, "*"):
             made = _jump_step(path)
             if made is None or made > step:
                 remove_directory(path)
             elif (path / UNDONE).exists() and read_json(path / UNDONE)["step"] > step:
                 (path / UNDONE).unlink()  # at the resumed step the jump was not undone yet
         self._sweep()
+
+    def keep(self, kept: Sequence[range]) -> None:
+        """Delete checkpoints and jumps outside ``kept``; the first of these ranges of steps is the run's history.
+
+        Jump adapters stay, as parts of the model, and so does step 0 until a jump is deleted that moved it.
+        """
+
+        def outside(first: int, last: int) -> bool:
+            return not any(first < steps.stop and last >= steps.start for steps in kept)
+
+        begins, start = history_begins(self.checkpoints)
+        old = [
+            path
+            for path, record, undone in jump_records(self.jumps)
+            # Once undone, a jump hides the checkpoints before that.
+            if record["adapter"] is None and outside(record["step"], undone or record["step"])
+        ]
+        start = start and not old
+        checkpoints = numbered(self.checkpoints, "step-*")
+        old += [path for step, path in checkpoints if outside(step, step) and not (start and step == 0)]
+        # A checkpoint is wrong without the jumps after it: hidden before any is deleted.
+        if old or begins:
+            self._begin_at(kept[0].start, start)
+        for path in old:
+            remove_directory(path)
+
+    def reopen(self, steps: range, every: int) -> None:
+        """Begin the history at the first of these steps. Raises ``CheckpointError`` if a checkpoint was deleted."""
+        begins, start = history_begins(self.checkpoints)
+        if not begins:
+            return
+        there = {step for step, _ in numbered(self.checkpoints, "step-*")}
+        gone = [step for step in steps if step % every == 0 and step not in there]
+        if gone:
+            raise CheckpointError(
+                f"resuming needs the checkpoint of step {gone[0]} in {self.checkpoints}, and the run has deleted it: "
+                "keep: needed keeps what its own predictor reads after a resume from the checkpoints in the trainer's "
+                "folder; resume with that predictor, from the newest of these",
+                kind="checkpoint-no-history",
+            )
+        self._begin_at(steps.start, start or steps.start == 0)
+
+    def _begin_at(self, step: int, start: bool) -> None:
+        """Hide the checkpoints before ``step``; ``start`` is whether step 0 is still right."""
+        write_text(self.checkpoints / DELETED, json.dumps({"step": step, "start": start}))
 
     def next_jump(self) -> Path:
         """Return the folder for the next jump."""
@@ -152,7 +208,7 @@ class HistoryFolder:
         sweep(self.jumps)
 
 
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """Return the subfolders whose names end in a number, by number; hidden ones are incomplete."""
     found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern) if not path.name.startswith(".")]
     return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())

@@ -52,6 +52,8 @@ def journal_advice(cycle: PredictExtendCycle, advise: Advise | None, step: int) 
         if advise is None:
             return None
         source = cycle.backend.source()  # raises at the latest here if a checkpoint could not be written
+        if source.begins:
+            return None  # the learning rate is judged by motions of the whole run
     try:
         text = (
             rate_found(scaling_records(journal))

@@ -16,6 +16,7 @@ from next_core.cycle.journal import Journal
 from next_core.cycle.jump import Jump, check_origin, failure
 from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
+from next_core.cycle.retention import Retention
 from next_core.cycle.scaling import StepScaling
 from next_core.errors import BackendError, CheckpointError, GuardError
 from next_core.history.executor import Executor
@@ -64,6 +65,8 @@ class PredictExtendCycle:
             self.guards.check(self.schedule)
             self.schedule.check_predictor(predictor, self.total)
             self.backend.check_jumps(predictor.space)
+            self._retention = Retention.of(predictor, self.schedule, self.guards, self.total)
+            self._check_keep(predictor)
         self._watches = {what: Stopwatch() for what in ("observe", "predict", "extend", "probe")}
         if isinstance(predictor, StepPredictor):
             self.backend.follow_steps(self._windows)
@@ -123,6 +126,7 @@ class PredictExtendCycle:
             self._scaling.after_step(step)
         if self._averages(step):
             self._end_in_mean(step)
+        self._forget(step)
         self._decisions.show(sum(self.seconds.values()))
         if self._measures(step):
             self.milestone("curve", step)
@@ -145,6 +149,24 @@ class PredictExtendCycle:
                 self.backend.observe(step)
         if self._measures_trend(step):
             self._probes.at(step)
+
+    def _check_keep(self, predictor: TrajectoryPredictor) -> None:
+        """Raise ``BackendError`` where ``keep: needed`` cannot be had; warn where it deletes nothing."""
+        if self.schedule.keep == "all":
+            return
+        if not self.backend.forgets:
+            message = f"keep: needed is not supported by backend '{self.backend.name}'; set keep: all"
+            raise BackendError(message, kind="backend-unsupported")
+        if self._retention.reads is None:
+            message = "keep: needed deletes nothing before the last jump: '%s' reads all checkpoints"
+            logging.getLogger(__name__).warning(message, predictor.name)
+
+    def _forget(self, step: int) -> None:
+        """With ``keep: needed``, delete what will not be read again."""
+        due = self.schedule.observes(step) or step == self.total
+        if due and self._scaling is None and self.schedule.keep == "needed":
+            with self._watches["observe"]:
+                self.backend.forget(step, self._retention.kept)
 
     def _predict(self, jump: Jump) -> Jump:
         """Fit a fresh predictor and measure the size of its jump.
@@ -293,6 +315,8 @@ class PredictExtendCycle:
         if self._resumed_at is None:
             return
         step, self._resumed_at = self._resumed_at, None
+        if self._scaling is None:
+            self.backend.reopen(range(self._retention.oldest(step), step + 1), self.schedule.every)
         self.journal.append("resume", step, **self._other_predictor(step))
         jumps = [jump for jump in self.journal.jumps() if jump["accepted"]]
         self._jumps_made, self._first_jump_made = len(jumps), bool(jumps)

@@ -66,6 +66,11 @@ class CheckpointSource(Plugin):
         return 0
 
     @property
+    def begins(self) -> int:
+        """The step before which the run has deleted its checkpoints (``keep: needed``); 0 if it has deleted none."""
+        return 0
+
+    @property
     @abstractmethod
     def parameters(self) -> tuple[Parameter, ...]:
         """The weight matrices of the run; they are the same in every checkpoint."""

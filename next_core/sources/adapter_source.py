@@ -139,7 +139,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         before is far away at once.
         """
         steps, names = self.steps, [p.name for p in self.parameters[:: max(1, len(self.parameters) // SAMPLE)]]
-        if len(steps) < 2 or 0 in self._checkpoints:
+        if len(steps) < 2 or 0 in self._checkpoints or self.begins:
             return []
         spans = [(steps[0], None), *((later, before) for before, later in itertools.pairwise(steps[: 1 + SPANS]))]
         reached, *moves = (math.hypot(*(float(self.delta(name, *span).norm()) for name in names)) for span in spans)
@@ -164,7 +164,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
     def fingerprint(self, step: int | None) -> str | None:
         """Return a digest of the adapter at a step and of the jumps since; with None, of the adapter as RL began."""
         if step is None:
-            return self._digest(self._checkpoints.get(0), 0)
+            return self._digest(self._step_0(), 0)
         return self._digest(self._checkpoint(step), step)
 
     def adapter_config(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         return lora_delta(self.factors(name, step), self.factors(name, since))
 
     def start(self, name: str) -> LoraFactors | None:
-        if 0 not in self._checkpoints:
+        if self._step_0() is None:
             return None
         first = self.factors(name, 0)
         # A fresh adapter has B = 0 and adds nothing. An adapter that was trained before does, and jumps move the start.

@@ -15,7 +15,7 @@ from next_core.errors import CheckpointError, not_found, other_model
 from next_core.interfaces import CheckpointSource
 from next_core.settings import Settings
 from next_core.sources.checkpoint_names import missing_steps
-from next_core.sources.jumps import Shift, Shifts
+from next_core.sources.jumps import Shift, Shifts, history_begins
 from next_core.sources.layouts import CheckpointFolders, check_complete, contains_checkpoints, find_checkpoints
 from next_core.sources.matrices import other_vocabulary
 from next_core.sources.metrics import read_metrics
@@ -99,7 +99,7 @@ class FolderSource(CheckpointSource, Generic[T]):
     def __init__(self, config: DiskSourceConfig) -> None:
         super().__init__(config)
         self._checkpoints: dict[int, T] = {}
-        self._shifts = Shifts(config.path)
+        self._shifts, self._begins, self._start_is_right = Shifts(config.path), 0, True
         self._folders = CheckpointFolders({})
         self._skipped_folders: dict[int, str] = {}
         self._metrics: dict[int, dict[str, float]] | None = None
@@ -150,6 +150,7 @@ class FolderSource(CheckpointSource, Generic[T]):
         self._check(opened)
         stale = {step for step, before in self._checkpoints.items() if opened.get(step) is not before}
         self._checkpoints, self._folders, self._skipped_folders = opened, found, skipped
+        self._begins, self._start_is_right = history_begins(self.config.path)
         self._shifts.refresh()
         self._metrics = None
         return stale
@@ -160,15 +161,34 @@ class FolderSource(CheckpointSource, Generic[T]):
 
     @property
     def notes(self) -> Sequence[str]:
-        missing = missing_steps(tuple(self._own(self._folders.folders)), self._skipped_folders)
+        there = [step for step in self._own(self._folders.folders) if step >= self._begins]
+        missing = missing_steps(there, self._skipped_folders)
         what = f"step {missing[0]} seems" if len(missing) == 1 else f"steps {', '.join(map(str, missing))} seem"
         gap = [f"{what} to be missing"] if missing else []
-        return [*self._folders.notes, *self._skipped_folders.values(), *gap]
+        deleted = [f"{self._deleted()}; nothing is known of the motion before it"] if self._begins else []
+        return [*self._folders.notes, *self._skipped_folders.values(), *gap, *deleted]
+
+    @property
+    def begins(self) -> int:
+        return self._begins
+
+    def _deleted(self) -> str:
+        return f"the run deleted its checkpoints before step {self._begins} (keep: needed)"
+
+    def _step_0(self) -> T | None:
+        """Return the checkpoint of step 0, if any. Raises ``CheckpointError`` if a jump after it was deleted."""
+        if not self._start_is_right:
+            raise CheckpointError(
+                f"{self.config.path}: {self._deleted()}, so deltas since RL began are not known; use a predictor that "
+                "reads recent checkpoints only, such as secant, or train with keep: all",
+                kind="checkpoint-no-history",
+            )
+        return self._checkpoints.get(0)
 
     @property
     def steps(self) -> tuple[int, ...]:
         # Step 0, if it was kept, is where RL began and not an observation of it.
-        return tuple(step for step in self._checkpoints if step > 0 and step >= self._shifts.start)
+        return tuple(step for step in self._checkpoints if step > 0 and step >= max(self._shifts.start, self._begins))
 
     def logged_metrics(self) -> Mapping[int, Mapping[str, float]]:
         if self._metrics is None:

@@ -139,7 +139,7 @@ class FullModelSource(FolderSource[ModelFiles]):
     def model(self, step: int | None) -> ModelFiles:
         if step is not None:
             return self._checkpoint(step)
-        start = self._checkpoints.get(0) or self._backbone  # step 0, if it was kept, is where RL began
+        start = self._step_0() or self._backbone  # step 0, if it was kept, is where RL began
         if start is None:
             raise CheckpointError(
                 f"{self.config.path} has no backbone; pass --backbone", kind="config-missing-backbone"

@@ -49,6 +49,8 @@ CHECKPOINTS = "checkpoints"
 JUMPS = "jumps"
 JUMP_RECORD = "jump.json"
 UNDONE = "undone.json"
+DELETED = "deleted.json"
+"""Lies next to checkpoints of which a run has deleted some: at which step its history begins now."""
 SHIFT_FILE = "shift.safetensors"
 NAME = re.compile(r"[0-9]{1,9}")
 """The name of a jump's folder."""
@@ -144,6 +146,17 @@ class Shift:
             cached = (self._file.read(key),)
             self._cache.put((key, self._number), cached)
         return value + cached[0]
+
+
+def history_begins(checkpoints: Path) -> tuple[int, bool]:
+    """Return the step before which a run deleted checkpoints, 0 for none, and whether step 0 is still right.
+
+    Older checkpoints are there for resumes. They, and step 0, are wrong once a jump that moved them was deleted.
+    """
+    if not os.path.lexists(checkpoints / DELETED):
+        return 0, True
+    record = _record(checkpoints / DELETED)
+    return int(record["step"]), record.get("start") is True
 
 
 def jump_places(checkpoints: Path) -> list[Path]:

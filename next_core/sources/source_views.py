@@ -32,6 +32,10 @@ class SourceView(CheckpointSource):
         return self.inner.steps
 
     @property
+    def begins(self) -> int:
+        return self.inner.begins
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
         return self.inner.parameters
 
@@ -182,7 +186,7 @@ class RandomWalk(SourceView):
 
 
 class FromFirstCheckpoint(SourceView):
-    """A full-parameter run whose backbone cannot be read: deltas count from its first checkpoint instead.
+    """A run whose start cannot be read (no backbone, or deleted): deltas count from its first checkpoint instead.
 
     Raises ``CheckpointError`` when there is only one checkpoint.
     """
@@ -193,7 +197,8 @@ class FromFirstCheckpoint(SourceView):
         super().__init__(inner)
         if len(inner.steps) < 2:
             raise CheckpointError(
-                "one checkpoint and no backbone to compare it with; pass --backbone, or a folder with more checkpoints",
+                "one checkpoint and no start of the run to compare it with; pass --backbone, or a folder with more "
+                "checkpoints",
                 kind="checkpoint-too-few",
             )
 
@@ -207,7 +212,8 @@ class FromFirstCheckpoint(SourceView):
 
     @property
     def notes(self) -> Sequence[str]:
-        return (*self.inner.notes, f"no backbone: deltas count from the first checkpoint, step {self.origin}")
+        why = "" if self.begins else "no backbone: "
+        return (*self.inner.notes, f"{why}deltas count from the first checkpoint, step {self.origin}")
 
     @property
     def stores_full_weights(self) -> bool:
@@ -219,6 +225,9 @@ class FromFirstCheckpoint(SourceView):
     def fingerprint(self, step: int | None) -> str | None:
         return self.inner.fingerprint(self.origin if step is None else step)
 
+    def start(self, name: str) -> LoraFactors | None:
+        return self.inner.factors(name, self.origin)
+
     def delta(self, name: str, step: int, since: int | None = None) -> LowRank | Tensor:
         return self.inner.delta(name, step, self.origin if since is None else since)
 
@@ -227,19 +236,21 @@ class FromFirstCheckpoint(SourceView):
 
 
 def with_origin(source: CheckpointSource) -> CheckpointSource:
-    """Return the source, or ``FromFirstCheckpoint`` of it when its backbone cannot be read.
+    """Return the source, or ``FromFirstCheckpoint`` of it when its start was deleted or its backbone cannot be read.
 
     Raises ``CheckpointError`` when there is only one checkpoint and nothing to compare it with.
     """
-    dense = [parameter for parameter in source.parameters if parameter.rank is None] if source.steps else []
-    if not dense:
+    dense = [parameter for parameter in source.parameters if parameter.rank is None]
+    if not source.steps or not (dense or source.begins):
         return source
-    smallest = min(dense, key=lambda parameter: parameter.shape[0] * parameter.shape[1]).name
+    smallest = min(dense or source.parameters, key=lambda parameter: parameter.shape[0] * parameter.shape[1]).name
     first = source.steps[0]
     source.delta_rows(smallest, slice(0, 1), first, first)  # a damaged checkpoint raises its own error here
     try:
         source.delta_rows(smallest, slice(0, 1), first, None)
     except CheckpointError:
+        if source.begins and first == source.steps[-1]:
+            raise
         return FromFirstCheckpoint(source)
     return source
 

@@ -185,6 +185,18 @@ def updates_fit_the_run(case: PredictorCase) -> None:
 
 
 @check
+def reads_no_further_back_than_it_says(case: PredictorCase) -> None:
+    """Where `reads_back` is a number of steps, a prediction is the same bit for bit without older checkpoints."""
+    for (label, run), (variant, predictor) in itertools.product(case.runs(), list(case.variants())):
+        back = predictor.reads_back(case.horizon, case.schedule.every)
+        if back is not None:
+            oldest = case.steps[-1] - max(back, case.schedule.every)  # a history compares the last two checkpoints
+            recent = run.only([step for step in run.weights if step == 0 or step >= oldest])
+            before, after = case.predict(run, predictor), case.predict(recent, predictor)
+            expect_same(before, after, f"on {label}{variant} without checkpoints before step {oldest}", exactly=True)
+
+
+@check
 def leaves_frozen_matrices_alone(case: PredictorCase) -> None:
     """A matrix that did not move gets no update, or one of zero; where none moved, the predictor abstains."""
     for (label, run), (_, still) in zip(case.runs(), case.runs(moves=False), strict=True):

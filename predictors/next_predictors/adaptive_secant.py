@@ -69,6 +69,9 @@ class AdaptiveSecant(PerMatrixPredictor):
             return f"no two successive motions of equal length end at step {steps[-1]}; observed: {list(steps)}"
         return missing
 
+    def reads_back(self, horizon: int, every: int) -> int:
+        return max(horizon, 2 * max(int(self.config.span), every))
+
     def prepare(self, horizon: int) -> Abstain | None:
         newest = self.history.newest
         multiples, measured = self._last_measurement()

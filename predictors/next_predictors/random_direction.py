@@ -38,6 +38,9 @@ class RandomDirection(PerMatrixPredictor):
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         return no_checkpoint_before(steps, horizon)
 
+    def reads_back(self, horizon: int, every: int) -> int:
+        return horizon
+
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         newest = matrix.steps[-1]
         span = self.history.span(newest, newest - horizon)

@@ -77,6 +77,12 @@ class Secant(PerMatrixPredictor):
                 return label + reason
         return None
 
+    def reads_back(self, horizon: int, every: int) -> int | None:
+        if self.anchor == "backbone":
+            return None
+        gate = 0 if self.config.gate is None else 2 * int(self.config.gate.window)
+        return max(self._window(horizon), gate)
+
     def prepare(self, horizon: int) -> Abstain | None:
         self._update = CoefficientUpdate(self._weights(horizon), self.config.space)
         self._gate = None

@@ -25,6 +25,9 @@ class Stay(PerMatrixPredictor):
     name = "stay"
     config_class = StayConfig
 
+    def reads_back(self, horizon: int, every: int) -> int:
+        return 0
+
     def prepare(self, horizon: int) -> Abstain | None:
         return None if self.config.jump else Abstain("stay: the control makes no jump")
 

@@ -193,3 +193,45 @@ def test_no_trainer_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def numbers(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def test_what_is_not_kept_is_deleted_and_step_0_with_the_first_jump_that_moved_it(history: HistoryFolder) -> None:
+    observe(history, *range(0, 50, 5))
+    for step, adapter in ((10, "jump-1"), (20, None), (40, None)):
+        jump(history, step, adapter)
+    history.keep([range(35, 46), range(15, 21)])
+    assert numbers(history.checkpoints) == [0, 15, 20, 35, 40, 45]
+    assert numbers(history.jumps) == [1, 2, 3]
+    history.keep([range(35, 46)])
+    assert numbers(history.checkpoints) == [35, 40, 45]  # the jump after 20 moved step 0, and is gone
+    assert numbers(history.jumps) == [1, 3]  # the adapter of jump 1 is a part of the model
+    history.clear()
+    assert numbers(history.checkpoints) == []
+    history.keep([range(35, 46)])
+    assert list(history.checkpoints.iterdir()) == []
+
+
+def test_a_jump_that_was_undone_stays_while_the_history_before_that_would_be_seen(history: HistoryFolder) -> None:
+    observe(history, *range(0, 35, 5))
+    history.withdraw(jump(history, 10), 20)
+    history.keep([range(15, 31)])
+    assert numbers(history.jumps) == [1]
+    history.keep([range(25, 31), range(15, 19)])
+    assert numbers(history.jumps) == [1]
+    history.keep([range(25, 31)])
+    assert numbers(history.jumps) == []
+
+
+def test_a_resumed_run_needs_what_it_reads(history: HistoryFolder) -> None:
+    observe(history, *range(0, 50, 5))
+    history.reopen(range(0, 41), 5)  # nothing was deleted
+    history.keep([range(35, 46), range(15, 21)])
+    history.reopen(range(14, 21), 5)
+    with raises_kind("checkpoint-no-history", "step 10"):
+        history.reopen(range(10, 21), 5)
+    with raises_kind("checkpoint-no-history", "step 25"):
+        history.reopen(range(22, 31), 5)

@@ -61,6 +61,12 @@ def whole_callback(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="session")
+def whole_needed(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("needed")
+    return _whole("run", folder, small_run.needed_config(folder / "data"))
+
+
+@pytest.fixture(scope="session")
 def whole_scaling(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("scaling")
     return _whole("run", folder, small_run.scaling_config(folder / "data"))

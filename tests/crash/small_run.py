@@ -53,6 +53,12 @@ def raw_config(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
+def needed_config(folder: Path) -> dict[str, Any]:
+    """The same run, which deletes what it does not need: its trainer keeps two checkpoints to resume from."""
+    raw = raw_config(folder, schedule={"keep": "needed", "average": None})
+    return raw | {"backend": {"name": "trl", "args": LOGGED | {"save_total_limit": 2}}}
+
+
 def scaling_config(folder: Path) -> dict[str, Any]:
     """The same run with steps that are scaled: they are too large at first, which is undone."""
     raw = raw_config(folder, training={"learning_rate": 2e-2})

@@ -24,6 +24,10 @@ TELLING = [
     Point("before renaming", "run/trainer/checkpoint-9/manifest.json", 1),
     Point("before renaming", "run/result.json", 1),
 ]
+DELETING = [
+    Point("before renaming", "run/checkpoints/deleted.json", 1),
+    Point("after removing", "run/jumps/0001", 1),
+]
 BEFORE_ANYTHING_IS_SAVED = Point("within appending to", "run/journal.jsonl", 3)
 PAST_MUCH_THAT_IS_FORGOTTEN = Point("before renaming", "run/trainer/checkpoint-12/manifest.json", 1)
 BETWEEN_TWO_RENAMES = Point("between two renames", "run", 1)
@@ -79,8 +83,29 @@ def test_a_run_killed_at_a_write_goes_on_to_the_same_end_bit_for_bit(
     killed_and_begun_again(whole_run, [point], tmp_path / "run")
 
 
+def test_a_run_that_deletes_what_it_does_not_need_ends_as_one_that_keeps_all(
+    whole_needed: Whole, tmp_path: Path
+) -> None:
+    raw = whole_needed.raw | {"schedule": whole_needed.raw["schedule"] | {"keep": "all"}}
+    outcome = call(work.go, "run", raw, tmp_path / "run")
+    assert outcome.code == 0, outcome.error
+    differ = {name for name in differences(facts(tmp_path / "run"), whole_needed.facts) if ".safetensors" in name}
+    assert differ == {
+        *(f"checkpoints/step-00000{step}/adapter_model.safetensors" for step in range(0, 10, 2)),
+        *(f"jumps/0001/{name}.safetensors" for name in ("shift", "before")),
+    }
+    assert not differ & set(whole_needed.facts)
+
+
+@pytest.mark.parametrize("point", DELETING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
+def test_a_run_killed_while_it_deletes_goes_on_to_the_same_end_bit_for_bit(
+    whole_needed: Whole, point: Point, tmp_path: Path
+) -> None:
+    killed_and_begun_again(whole_needed, [point], tmp_path / "run")
+
+
 @pytest.mark.crash
-@pytest.mark.parametrize("way", ["run", "callback", "scaling"])
+@pytest.mark.parametrize("way", ["run", "callback", "scaling", "needed"])
 def test_killed_at_every_kind_of_write_a_run_ends_the_same(
     way: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ class Descent(Backend):
 
     name = "descent"
     in_process: ClassVar[bool] = True
+    forgets = True
 
     def __init__(self, lr: float = 0.01, accuracy: Callable[[float], float] | None = None) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class Descent(Backend):
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.step, self.calls = 0, 0
         self.checkpoints: dict[int, Any] = {}
+        self.forgotten: list[int] = []
         self.shift = torch.zeros(4, 6)
         self.kept: dict[int, InMemoryApplied] = {}
         self._stopped = False
@@ -73,6 +75,12 @@ class Descent(Backend):
 
     def source(self) -> MemorySource:
         return MemorySource(self.checkpoints, backbone={"weight": self.backbone})
+
+    def forget(self, step: int, kept: Callable[[int, Sequence[int]], Sequence[range]]) -> None:
+        gone = [at for at in self.checkpoints if not any(at in steps for steps in kept(step, ()))]
+        self.forgotten += gone
+        for at in gone:
+            del self.checkpoints[at]
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> InMemoryApplied:
         before = self.model.weight.detach().clone()

@@ -145,6 +145,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
             "_in_factor_space": lambda self, name, update, confidence: (update, confidence),
         },
     ),
+    (
+        "reads_no_further_back_than_it_says",
+        {"reads_back": lambda *_: 10, "factor": lambda self, matrix, _: 1.0 + float(matrix.gram().sum())},
+    ),
     ("leaves_frozen_matrices_alone", {"predict": with_changes(move_the_frozen_matrix)}),
     ("leaves_frozen_matrices_alone", {"fit": fit_that(lambda _, history: raise_if(not history.names))}),
     ("is_deterministic", {"factor": lambda *_: 1.0 + (torch.initial_seed() == 1)}),

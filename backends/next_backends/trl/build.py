@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from next_backends.data import read_rows, read_splits
+from next_backends.history_folder import numbered
 from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.config import with_model_folder
@@ -170,9 +171,8 @@ def last_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | Non
     A checkpoint is complete if it was sealed and its files are still the same. ``before`` restricts the search to
     earlier steps. Returns (None, 0, notes) where there is none.
     """
-    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
     notes: list[str] = []
-    for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True):
+    for number, path in reversed(numbered(folder, "checkpoint-*")):
         if not (path / MANIFEST).exists() or (before is not None and number >= before):
             continue  # not sealed: the process was killed while writing it
         try:

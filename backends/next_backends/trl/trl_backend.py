@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import nn
 
-from next_backends.history_folder import HistoryFolder, JumpAdapter
+from next_backends.history_folder import HistoryFolder, JumpAdapter, numbered
 from next_backends.sharding import sharded_by_dtensor, trained_weights
 from next_backends.trl.applied_jump import TrlApplied
 from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
@@ -67,6 +68,7 @@ class TrlBackend(Backend):
     config_class = TrlConfig
     exact_resume = True
     scales_steps = True
+    forgets = True
 
     def __init__(self, config: TrlConfig | None = None) -> None:
         super().__init__(config)
@@ -88,6 +90,8 @@ class TrlBackend(Backend):
         self._rewards = LoggedRewards()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
+        self._forget: Callable[[], None] | None = None
+        """Deletes what is not needed after the last checkpoint."""
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build model, LoRA, data, reward and trainer. Returns the step to resume at. Raises ``ConfigError``."""
@@ -139,6 +143,7 @@ class TrlBackend(Backend):
         """
         self._model, self._history, self._source = model, HistoryFolder(folder), None
         self._writing = None  # what an earlier training failed to write is that training's error
+        self._forget = None
         self._evaluate = evaluate or self._evaluate
         self._live, self.processes = None, processes
         if processes is not None:
@@ -295,6 +300,8 @@ class TrlBackend(Backend):
         if self._steps is not None:
             self._steps.save(checkpoint)
         self.flush()
+        if self._forget is not None:
+            self._forget()  # the trainer may have deleted an older checkpoint
         self._writing = self._writer.submit(_seal, checkpoint)
 
     def finish(self) -> None:
@@ -320,6 +327,14 @@ class TrlBackend(Backend):
         if is_peft(self._model):
             return PeftAdapterSource(PeftAdapterSourceConfig(path=self._history.checkpoints))
         return FullModelSource(FullModelSourceConfig(path=self._history.checkpoints))
+
+    def forget(self, step: int, kept: Callable[[int, Sequence[int]], Sequence[range]]) -> None:
+        self._forget = partial(self.forget, step, kept)
+        saves = [at for at, _ in numbered(Path(self._args.output_dir), "checkpoint-*")]
+        self._history.keep(kept(step, saves))
+
+    def reopen(self, steps: range, every: int) -> None:
+        self._history.reopen(steps, every)
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
         folder = self._history.next_jump()  # a damaged history is found before anything moves
@@ -398,8 +413,8 @@ class TrlBackend(Backend):
 
 
 def _seal(checkpoint: Path) -> None:
-    for partial in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into this folder
-        partial.unlink(missing_ok=True)
+    for scrap in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into this folder
+        scrap.unlink(missing_ok=True)
     try:
         seal(checkpoint)
     except OSError:

@@ -11,7 +11,7 @@ export OPENRLHF_ENV DISTRIBUTED_ENV VLLM_ENV VERL_ENV
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-processes test-base test-packaging test-crash openrlhf-env test-openrlhf distributed-env test-distributed vllm-env test-vllm verl-env test-verl fuzz bench-speed tables pictures docs lint setup clean help
+.PHONY: quickstart test test-processes test-base test-packaging test-crash openrlhf-env test-openrlhf distributed-env test-distributed vllm-env test-vllm verl-env test-verl test-pages fuzz bench-speed tables pictures docs lint setup clean help
 
 # A proof that takes minutes: the hash of what it covers is recorded when it passes, and .ci/run looks at the records.
 define proof
@@ -72,6 +72,9 @@ verl-env:  ## Make the environment of verl's checkpoint manager on the CPU, outs
 
 test-verl: $(STAMP) verl-env  ## Read what the real verl saves in two processes, and let it load what we write (minutes)
 	$(call proof,$(BIN)/python -m pytest -m verl tests/sources/verl)
+
+test-pages: $(STAMP)  ## Look at reports in Chromium, light and dark, wide and narrow (a minute; needs chromium)
+	$(call proof,$(BIN)/python -m pytest -m pages tests/report)
 
 fuzz: $(STAMP)  ## Read 100,000 damaged files, extrapolate 500 random adapters, write every layout with every predictor (minutes)
 	$(call proof,$(BIN)/python -m tests.fuzz && $(BIN)/python -m tests.fuzz.adapters && $(BIN)/python -m tests.appliers.matrix --check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -128,6 +129,8 @@ class Comparison(Part):
 
     versions: dict[str, str] = {}
     hardware: str = ""
+    about: dict[str, Any] = {}
+    """What was trained: date, model, task, algorithm and learning rate of the plain runs."""
     config: dict[str, Any] = {}
     steps: int
     longer: int | None = None
@@ -171,6 +174,13 @@ def collect(
     return Comparison(
         versions=versions(),
         hardware=hardware(),
+        about={
+            "date": datetime.date.today().isoformat(),
+            "model": training.model,
+            "task": str(training.data.train),
+            "algorithm": training.algorithm,
+            "learning_rate": training.learning_rate,
+        },
         config=config.model_dump(mode="json"),
         steps=config.steps,
         longer=config.longer,

@@ -204,7 +204,7 @@ def compared(comparison: Comparison, over: Over) -> Chart | str:
             lines += [Line(label(name), x, y, colour=colour, dashed=dashed) for y in line.values.values()]
         else:
             lines.append(Line(label(name), x, line.mean, line.low or (), line.high or (), colour, dashed))
-        if arm.jump_log and over == "steps":
+        if arm.tries and over == "steps":
             lanes.append(Lane(name, *_jump_steps(arm.jump_log), colour))
     if not any(line.points() for line in lines):
         return "no arm has accuracies along its run"
@@ -213,10 +213,10 @@ def compared(comparison: Comparison, over: Over) -> Chart | str:
 
 
 def arm_looks(arms: Mapping[str, Arm]) -> dict[str, tuple[str, bool]]:
-    """Return colour and dashes: plain runs are grey, controls dashed, colours are reused with dashes."""
+    """Return colour and dashes: plain runs are grey, controls dashed, others have colours of their own, up to six."""
     plain = itertools.chain([("ink", False), ("walk", False)], itertools.repeat(("walk", True)))
-    others = itertools.cycle([(colour, dashed) for dashed in (False, True) for colour in COLOURS])
-    return {name: next(plain if arm.role == "plain" else others) for name, arm in arms.items()}
+    others = itertools.cycle(COLOURS)
+    return {n: next(plain) if arm.role == "plain" else (next(others), arm.role == "control") for n, arm in arms.items()}
 
 
 def differences(comparison: Comparison) -> Chart | str:

@@ -26,7 +26,7 @@ from next_core.report.formatting import (
     whole,
     with_span,
 )
-from next_core.report.inputs import Comparison, Jump, short_name
+from next_core.report.inputs import Comparison, Jump, title_of
 from next_core.report.page import Block, Cell, Code, Facts, Page, Table, Text
 
 KINDS = ("sampled", "greedy")
@@ -38,7 +38,7 @@ MOST_REASONS = 3
 def compare_page(comparison: Comparison, title: str) -> Page:
     """Return everything that ``compare.json`` says."""
     ends = Ends.of(comparison)
-    page = Page(_title(comparison, title), _about(comparison), _summary(comparison, ends))
+    page = Page(title_of(comparison.about) or title, _about(comparison), _summary(comparison, ends))
     bands = (
         " Two seeds: a line each."
         if len(comparison.seeds) == 2
@@ -62,17 +62,12 @@ def compare_page(comparison: Comparison, title: str) -> Page:
     return page
 
 
-def _title(comparison: Comparison, name: str) -> str:
-    training = (
-        comparison.config.get("run", {}).get("training", {}) if isinstance(comparison.config.get("run"), dict) else {}
-    )
-    model = short_name(training.get("model")) if isinstance(training, dict) else ""
-    return f"Comparison on {model}" if model else name
-
-
 def _about(comparison: Comparison) -> list[tuple[str, str]]:
+    about = comparison.about
     found = {
-        "arms": len(comparison.arms),
+        "date": about.get("date"),
+        "algorithm": str(about.get("algorithm") or "").upper(),
+        "learning rate": about.get("learning_rate"),
         "RL steps": comparison.steps,
         "seeds": len(comparison.seeds),
         "rollouts a step": comparison.rollouts_per_step,
@@ -113,7 +108,13 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
     for name, arm in comparison.arms.items():
         bound = "≥ " if arm.beyond else ""
         saved = None if arm.seconds_saved is None else arm.seconds_saved.mean
-        time = NONE if saved is None else f"{seconds(abs(saved))} {'less' if saved >= 0 else 'more'}"
+        time = (
+            NONE
+            if saved is None
+            else "same"
+            if round(saved, 1) == 0
+            else f"{seconds(abs(saved))} {'less' if saved > 0 else 'more'}"
+        )
         row: list[str | Cell] = [
             name,
             whole(arm.spent_steps),
@@ -165,7 +166,7 @@ def _jumps(page: Page, comparison: Comparison) -> list[Block]:
     rows: list[list[str | Cell]] = []
     refusals: list[list[str]] = []
     for name, arm in comparison.arms.items():
-        if arm.jump_log:
+        if arm.tries:
             made = [jump for jump in arm.jump_log if jump.accepted]
             counts = [whole(len(arm.jump_log)), whole(len(made)), whole(len(arm.jump_log) - len(made))]
             first = Cell(name, "" if arm.predictor == name else arm.predictor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -77,6 +78,11 @@ class Arm(ArmResult):
     def jump_log(self) -> list[Jump]:
         """Return the jumps of all seeds."""
         return [jump for jumps in self.jumps.values() for jump in jumps]
+
+    @property
+    def tries(self) -> bool:
+        """Return whether it tries to jump; plain runs only seem to, by a predictor that never does."""
+        return any(jump.accepted or self.predictor != "stay" for jump in self.jump_log)
 
 
 class Comparison(comparison_results.Comparison):
@@ -197,8 +203,7 @@ class Recorded:
     @property
     def title(self) -> str:
         """Return model and task as far as they are known, else the folder's name."""
-        model, task = (short_name(self.about.get(key)) for key in ("model", "task"))
-        return f"{model} on {task}" if model and task else model or task or self.folder.resolve().name
+        return title_of(self.about) or self.folder.resolve().name
 
     @property
     def rollouts(self) -> int | None:
@@ -257,7 +262,12 @@ def open_folder(folder: Path) -> Comparison | Recorded:
     )
 
 
-def short_name(value: Any) -> str:
+def title_of(about: Mapping[str, Any]) -> str:
+    """Return model and task as far as they are known."""
+    return " on ".join(filter(None, (_short_name(about.get(key)) for key in ("model", "task"))))
+
+
+def _short_name(value: Any) -> str:
     """Return ``owner/name`` for a Hub id or ``task/base`` for a path; of a data file ``task/train.jsonl`` the task."""
     if not isinstance(value, str):
         return ""

@@ -13,6 +13,7 @@ from next_core.report.formatting import (
     as_yaml,
     counted,
     decimal,
+    less_or_more,
     listed,
     mean,
     one_digit,
@@ -107,21 +108,13 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
     rows: list[list[str | Cell]] = []
     for name, arm in comparison.arms.items():
         bound = "≥ " if arm.beyond else ""
-        saved = None if arm.seconds_saved is None else arm.seconds_saved.mean
-        time = (
-            NONE
-            if saved is None
-            else "same"
-            if round(saved, 1) == 0
-            else f"{seconds(abs(saved))} {'less' if saved > 0 else 'more'}"
-        )
         row: list[str | Cell] = [
             name,
             whole(arm.spent_steps),
             _cell(arm.equals_step, whole, prefix=bound),
             _cell(arm.steps_saved, signed_whole, prefix=bound),
             _cell(arm.seconds, seconds),
-            time,
+            less_or_more(arm.seconds_saved),
             _cell(arm.ours_seconds, seconds),
             _cell(arm.icer, one_digit),
         ]

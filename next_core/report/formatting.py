@@ -45,6 +45,13 @@ def seconds(value: float | None) -> str:
     return f"{decimal(scaled, 2 if scaled < 1 else 1 if scaled < 100 else 0)} {unit}"
 
 
+def less_or_more(saved: Bounds | None) -> str:
+    """Return seconds saved as ``12.3 s less`` or ``12.3 s more``."""
+    if saved is None:
+        return NONE
+    return "same" if abs(saved.mean) < 0.05 else f"{seconds(abs(saved.mean))} {'less' if saved.mean > 0 else 'more'}"
+
+
 def span(interval: Bounds | None, form: Format = decimal) -> str:
     """Return ``0.71 to 0.78`` or ``0.71 or more``; nothing where a single seed gives no interval."""
     if interval is None or interval.low is None:

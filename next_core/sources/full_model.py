@@ -14,9 +14,17 @@ from next_core.errors import CheckpointError
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.backbone import refuse_quantized, require, use_names
 from next_core.sources.deepspeed import replacement
+from next_core.sources.distributed_files import DISTRIBUTED
 from next_core.sources.folder_source import DiskSourceConfig, FolderSource, check_same_shapes
 from next_core.sources.hf_model import ModelFiles
-from next_core.sources.layouts import LORA_FILES, MODEL_FILES, MODEL_PICKLES, SHARDS, contains_checkpoints
+from next_core.sources.layouts import (
+    ADAPTER_FILES,
+    LORA_FILES,
+    MODEL_FILES,
+    MODEL_PICKLES,
+    SHARDS,
+    contains_checkpoints,
+)
 from next_core.sources.matrices import EMBEDDINGS, HEADS, matrices_in, place_in_stack, stored_name
 from next_core.types import Parameter
 
@@ -83,7 +91,10 @@ class FullModelSource(FolderSource[ModelFiles]):
 
     @classmethod
     def detect(cls, path: Path, folders: Sequence[Path] = ()) -> bool:
-        return super().detect(path, folders) and not contains_checkpoints(path, LORA_FILES, folders)
+        found = contains_checkpoints(path, cls.FILES, folders) or (
+            contains_checkpoints(path, DISTRIBUTED, folders) and not contains_checkpoints(path, ADAPTER_FILES, folders)
+        )
+        return found and not contains_checkpoints(path, LORA_FILES, folders)
 
     def _open(self, folder: Path, step: int) -> ModelFiles:
         return ModelFiles(folder, self.config.allow_pickle, self._replacement(folder, step))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, damaged, not_found, unsafe_path
+from next_core.sources.distributed_files import DISTRIBUTED, open_distributed
 from next_core.sources.fsdp_shards import LORA, has_shards, open_shards
-from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES
+from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, has_any
 from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
 from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, open_tensors, read_json
 from next_core.storage.reading import LARGE, Stamp, stamp
@@ -113,7 +114,8 @@ class ModelFiles:
         if not folder.is_dir():
             raise not_found(f"the model folder {folder} does not exist")
         present = [name for name in (*MODEL_FILES, *MODEL_PICKLES) if os.path.lexists(folder / name)]
-        if not present and not has_shards(folder):
+        distributed = not present and has_any(folder, DISTRIBUTED)
+        if not present and not distributed and not has_shards(folder):
             raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}, so it is no model folder")
         shard_of: dict[str, str] = {}
         self._index: tuple[Path, Stamp] | None = None
@@ -121,9 +123,12 @@ class ModelFiles:
             self._index = folder / present[0], stamp(folder / present[0])
             shard_of = _read_index(folder / present[0])
         self.files: list[TensorFile] = [
-            replacement(open_tensors(folder / name, allow_pickle) if present else open_shards(folder, allow_pickle))
-            for name in sorted(set(shard_of.values())) or present[:1] or [""]
+            replacement(open_tensors(folder / name, allow_pickle))
+            for name in sorted(set(shard_of.values())) or present[:1]
         ]
+        if not present:
+            open_them = open_distributed if distributed else open_shards
+            self.files = [replacement(open_them(folder, allow_pickle))]
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
         if shard_of:
             self._where = self._follow_index(shard_of)

@@ -12,13 +12,15 @@ from pathlib import Path
 from next_core.errors import CheckpointError, ambiguous_step, damaged, incomplete, not_found
 from next_core.sources import hub
 from next_core.sources.checkpoint_names import LARGEST_STEP, NUMBER, REMEDY, pattern_of, steps_in_names
+from next_core.sources.distributed_files import DISTRIBUTED
 from next_core.sources.fsdp_shards import LORA, has_shards
 from next_core.sources.jumps import CHECKPOINTS, JUMPS, jump_places
 from next_core.storage.manifest import MANIFEST, check_manifest
 from next_core.storage.reading import read_text
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
-    re.compile(r"(?:checkpoint-|step[-_])(\d+)"): ("",),  # transformers and TRL; this project; accelerate's examples
+    # transformers and TRL; this project; accelerate's examples; prime-rl's weights; NeMo-RL; prime-rl's own state
+    re.compile(r"(?:checkpoint-|step[-_])(\d+)"): ("", "policy/weights/model", "policy/weights", "trainer"),
     re.compile(r"global_step(\d+)_hf"): ("",),  # OpenRLHF with --ckpt.save_hf
     re.compile(r"global_step_(\d+)"): tuple(  # verl; SkyRL, whose actor is called policy
         f"{role}{place}" for role in ("actor", "policy") for place in ("/lora_adapter", "/huggingface", "")
@@ -42,6 +44,7 @@ LORA_FILES = (LORA, f"../{LORA}")
 """With one of these, what looks like a model is the state of one with an adapter."""
 SHARDS = "model_world_size_W_rank_R.pt"
 """Stands for the files of all ranks."""
+WEIGHTS = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES, SHARDS, *DISTRIBUTED)
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 """verl and SkyRL write the step of a checkpoint here once it is complete."""
 
@@ -104,8 +107,8 @@ def step_folder(path: Path) -> tuple[int, Path] | None:
     for pattern, places in LAYOUTS.items():
         match = pattern.fullmatch(path.name)
         if match is not None and (path.is_dir() or (path.is_symlink() and not path.exists())):
-            inside = [path / place for place in places]
-            return int(match[1]), _weights_in(next((folder for folder in inside if folder.is_dir()), inside[0]))
+            inside = [folder for place in places if (folder := path / place).is_dir()] or [path / places[0]]
+            return int(match[1]), _weights_in(next(filter(has_any, inside), inside[0]))
     return None
 
 
@@ -135,7 +138,7 @@ def contains_checkpoints(path: Path, files: Collection[str], listed: Sequence[Pa
         return True
 
 
-def has_any(folder: Path, files: Collection[str] = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES, SHARDS)) -> bool:
+def has_any(folder: Path, files: Collection[str] = WEIGHTS) -> bool:
     """Return whether a folder contains one of these files, broken links included."""
     return any(os.path.lexists(folder / file) for file in files) or (SHARDS in files and has_shards(folder))
 

@@ -10,6 +10,7 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError, PluginError, invalid_value, not_found
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
+from next_core.sources.foreign_layouts import foreign_layout
 from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
 
 DEEPEST = 3
@@ -85,6 +86,9 @@ def _absolute(path: Path) -> Path:
 
 def _why_nothing_fits(folder: Path, folders: Sequence[Path], layouts: Mapping[str, type[CheckpointSource]]) -> str:
     known = ", ".join(layouts)
+    foreign = next(filter(None, map(foreign_layout, folders or [folder])), None)
+    if foreign is not None:
+        return foreign
     if folders:
         return f"none of the {len(folders)} folders contains an adapter or a model of a known layout ({known})"
     fitting = [

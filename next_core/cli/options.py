@@ -88,7 +88,9 @@ class SourceOptions:
     start: Annotated[Path | None, Option(help="Adapter that RL began from, if there is no checkpoint-0")] = None
     layout: Annotated[str | None, Option(help="Read this layout instead of detecting it")] = None
     skip_damaged: Annotated[bool, Option("--skip-damaged", help="Skip damaged checkpoints instead of failing")] = False
-    allow_pickle: Annotated[bool, Option("--allow-pickle", help="Also read tensors in .bin files; run no code")] = False
+    allow_pickle: Annotated[
+        bool, Option("--allow-pickle", help="Also read tensors in pickles (.bin, .pt); run no code")
+    ] = False
     masters: Annotated[bool, Option("--masters", help="Read DeepSpeed's fp32 masters; .bin ones may run code")] = False
 
     def source(self) -> CheckpointSource:

@@ -68,7 +68,7 @@ class DiskSourceConfig(Settings):
     folders: tuple[Path, ...] = Field((), description="The checkpoints' own folders, where path only contains them")
     start: Path | None = Field(None, description="The adapter or model that RL began from, instead of a checkpoint-0")
     skip_damaged: bool = Field(False, description="Skip folders that are incomplete or damaged")
-    allow_pickle: bool = Field(False, description="Read weights from .bin files too, as tensors only")
+    allow_pickle: bool = Field(False, description="Read weights from pickles too, as tensors only")
     masters: bool = Field(False, description="fp32 masters from DeepSpeed's optimizer states, which can run code")
 
 

@@ -20,7 +20,9 @@ from next_core.storage.reading import read_text
 
 LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     # transformers and TRL; this project; accelerate's examples; prime-rl's weights; NeMo-RL; prime-rl's own state
-    re.compile(r"(?:checkpoint-|step[-_])(\d+)"): ("", "policy/weights/model", "policy/weights", "trainer"),
+    re.compile(r"(?:checkpoint-|step[-_])(\d+)"): (
+        *("", "policy/weights/model/consolidated", "policy/weights/model", "policy/weights", "trainer"),
+    ),
     re.compile(r"global_step(\d+)_hf"): ("",),  # OpenRLHF with --ckpt.save_hf
     re.compile(r"global_step_(\d+)"): tuple(  # verl; SkyRL, whose actor is called policy
         f"{role}{place}" for role in ("actor", "policy") for place in ("/lora_adapter", "/huggingface", "")
@@ -45,6 +47,8 @@ LORA_FILES = (LORA, f"../{LORA}")
 SHARDS = "model_world_size_W_rank_R.pt"
 """Stands for the files of all ranks."""
 WEIGHTS = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES, SHARDS, *DISTRIBUTED)
+STABLE = "STABLE"
+"""prime-rl marks a step's weights by this file once they are complete."""
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 """verl and SkyRL write the step of a checkpoint here once it is complete."""
 
@@ -152,6 +156,12 @@ def check_complete(folder: Path, contents: bool = False) -> None:
         check_manifest(folder, contents)
     if folder.name.endswith("_hf") and not (folder / WRITTEN_LAST).exists():
         raise incomplete(folder, "has no tokenizer, which is written last")
+    if (
+        folder.name.startswith("step_")
+        and not (folder / STABLE).exists()
+        and any(folder.parent.glob(f"step_*/{STABLE}"))
+    ):
+        raise incomplete(folder, f"has no {STABLE}, which is written last")
     for above, tracker in itertools.product(folder.parents[:3], TRACKERS):
         known = step_folder(above)
         if known is not None and (above.parent / tracker).is_file():

@@ -126,3 +126,41 @@ def test_the_run_below_a_folder_is_suggested(tmp_path: Path) -> None:
         adapter(tmp_path / f"a/out/checkpoint-{step}", step)
     with raises_kind("checkpoint-unknown-layout", f"did you mean {tmp_path / 'a/out'}?"):
         open_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("global_step_10/actor/dist_ckpt/common.pt", "--local_dir {}/global_step_10/actor --target_dir"),
+        ("global_step_10/actor/model/dist_ckpt/common.pt", "--local_dir {}/global_step_10/actor --target_dir"),
+        ("checkpoint-10/global_step10/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py {}/checkpoint-10 "),
+        ("checkpoint-10/pytorch_model_fsdp_0_rank0.bin", "SHARDED_STATE_DICT"),
+        ("step_10/policy/weights/model/shard-00001-model-00001-of-00001.safetensors", "save_consolidated"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_other_trainers_save_is_refused_by_name(tmp_path: Path, place: str, remedy: str, listed: bool) -> None:
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_bytes(b"")
+    step = tmp_path / place.split("/")[0]
+    with raises_kind("checkpoint-unknown-layout", step, remedy.format(tmp_path)):
+        open_checkpoints([step] if listed else tmp_path)
+
+
+@pytest.mark.parametrize("place", ["policy/weights/model", "policy/weights/model/consolidated"])
+def test_what_nemo_rl_exports_is_read(lora_run: LoraRun, tmp_path: Path, place: str) -> None:
+    for step in STEPS:
+        shutil.copytree(lora_run.folder(step), tmp_path / f"step_{step}" / place)
+        (tmp_path / f"step_{step}" / "policy" / "tokenizer").mkdir()
+    source = open_checkpoints(tmp_path)
+    assert (source.naming, source.steps) == (f"step_N/{place}", tuple(STEPS))
+
+
+def test_a_step_of_prime_rl_is_complete_once_it_is_stable(lora_run: LoraRun, tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = Path(shutil.copytree(lora_run.folder(step), tmp_path / "weights" / f"step_{step}"))
+        if step < STEPS[-1]:
+            (folder / "STABLE").touch()
+    with raises_kind("checkpoint-incomplete", f"step_{STEPS[-1]}", "STABLE"):
+        open_checkpoints(tmp_path / "weights")
+    assert open_checkpoints(tmp_path / "weights", skip_damaged=True).steps == tuple(STEPS[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 
@@ -31,6 +33,7 @@ from next_core.storage.json_lines import json_line
 from next_core.storage.manifest import check_contents, check_manifest
 from tests.fuzz import mutations
 from tests.report.made import arm, comparison
+from tests.sources.fsdp import save_shards
 from tests.sources.models import adapter, adapter_tensors
 
 Mutate = Callable[[Random, bytes], bytes]
@@ -60,7 +63,7 @@ def adapter_files(file: Path) -> None:
 
 
 def model_files(file: Path) -> None:
-    opened = ModelFiles(file.parent)
+    opened = ModelFiles(file.parent, allow_pickle=True)
     for key in opened.shapes:
         opened.read(key)
 
@@ -77,7 +80,7 @@ def steps(file: Path) -> None:
 
 def recorded(file: Path) -> None:
     run = Recorded(file.parent)
-    _ = run.predictor, run.backbone, run.started, run.last_step, [run.accuracy(way) for way in ("start", "final")]
+    _ = run.predictor, run.backbone, run.started, run.last_step, run.title, run.rollouts, run.probes, run.control
 
 
 def result(file: Path) -> None:
@@ -101,6 +104,8 @@ TARGETS = {
     "adapter-weights": Target("plain/adapter_model.safetensors", mutations.of_safetensors, adapter_files, 0.1),
     "adapter-config": Target("plain/adapter_config.json", mutations.of_json, adapter_files, 0.1),
     "index": Target("model/model.safetensors.index.json", mutations.of_json, model_files, 0.12),
+    "fsdp-shard": Target("sharded/model_world_size_2_rank_1.pt", mutations.of_bytes, model_files, 0.02),
+    "distributed": Target("dcp/.metadata", mutations.of_bytes, model_files, 0.02),
     "manifest": Target("run/checkpoints/step-20/manifest.json", mutations.of_checked, sealed, 0.08),
     "checkpoint": Target("run/checkpoints/step-20/adapter_model.safetensors", mutations.of_safetensors, steps, 0.04),
     "journal": Target("run/journal.jsonl", mutations.of_lines, recorded, 0.08),
@@ -175,6 +180,10 @@ def write_examples(folder: Path) -> Path:
     (folder / "run" / "metrics.jsonl").write_bytes(b"".join(map(json_line, logged)))
     several = {"a": torch.ones(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.ones(2).int()}
     save_file(several, folder / "plain" / "x.safetensors")
+    save_shards(folder / "sharded", {"w": torch.ones(5, 2), "b": torch.ones(3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process saves alone
+        dcp.save({"model": {"w": torch.ones(5, 2), "b": torch.ones(3)}}, checkpoint_id=folder / "dcp", no_dist=True)
     for shard in "12":
         save_file({f"w{shard}": torch.ones(2, 2)}, folder / "model" / f"{shard}.safetensors")
     shift = {key: value * 0 for key, value in adapter_tensors(1).items()}

@@ -13,6 +13,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
+import next_core
 from docs.extensions import api_reference, cli_reference, config_reference
 
 RELATED = {
@@ -28,6 +29,36 @@ PREDICTORS = ["TrajectoryPredictor", "PerMatrixPredictor", "CoefficientConfig"]
 INTERFACES = ["types", "settings", "interfaces", "backend"]
 DIAGNOSTICS = ["analyze", "Analysis", "Group", "Figure", "Null", "Series", "with_origin", "learning_rate_factor"]
 DIAGNOSTICS += ["LearningRate", "Precision"]
+TASKS = {
+    "read": ["open_run", "open_checkpoints", "RecordedRun", "History", "MatrixHistory"],
+    "measure": ["analyze", "backtest"],
+    "extrapolate": [
+        "extrapolate",
+        "make_predictor",
+        "make_applier",
+        "make_compressor",
+        "Prediction",
+        "LowRank",
+        "LowRankUpdate",
+        "Factors",
+        "generate_extrapolated",
+    ],
+    "extend": [
+        "matrix_predictor",
+        "PerMatrixPredictor",
+        "TrajectoryPredictor",
+        "CoefficientUpdate",
+        "Abstain",
+        "StepPredictor",
+        "StepConfig",
+        "StepHistory",
+        "StepScale",
+        "Settings",
+        "registry",
+        "load_config",
+    ],
+}
+"""Public names by what they are for; the others are predictors."""
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>\.\.?/[^)#:\s]+)(#[^)\s]*)?\)")
 PARTS: dict[str, Callable[[], str]] = {
     "run-config": config_reference.run_config,
@@ -35,7 +66,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "plugin-configs": config_reference.plugins,
     "commands": cli_reference.commands,
     "exit-codes": cli_reference.exit_codes,
-    "api-next-core": lambda: api_reference.module("next_core"),
+    **{f"api-{task}": lambda names=names: api_reference.module("next_core", names) for task, names in TASKS.items()},
+    "api-predictors": lambda: api_reference.module("next_core", _rest()),
     "api-errors": lambda: api_reference.module("next_core.errors"),
     "api-interfaces": lambda: "\n\n".join(api_reference.module(f"next_core.{name}") for name in INTERFACES),
     "api-per-matrix": lambda: api_reference.module("next_core.predictor", PREDICTORS),
@@ -44,6 +76,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "api-testing": lambda: api_reference.module("next_core.testing"),
     "api-trl": lambda: api_reference.module("next_backends.trl"),
 }
+
+
+def _rest() -> list[str]:
+    grouped = {name for names in TASKS.values() for name in names}
+    return [name for name in next_core.__all__ if name not in grouped]
 
 
 def write(app: Sphinx) -> None:

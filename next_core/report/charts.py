@@ -258,12 +258,10 @@ def against_walks(analysis: Analysis) -> Chart | str:
     known = {FIGURES[name].heading: one for name, one in figures.items() if one is not None and one.value is not None}
     rows = {name: [Dot(one.value or 0.0, one.quartiles)] for name, one in known.items()}
     walks = {name: (one.null.low, one.null.mean, one.null.high) for name, one in known.items() if one.null is not None}
-    lowest = min((dot.value for dots in rows.values() for dot in dots), default=0.0)
-    axis = Axis(
-        f"1 for a straight line{'; lower values are drawn at −1' if lowest < -1 else ''}",
-        max(-1.0, min(lowest, -0.05)),
-        1,
-    )
+    shown = [x for dots in rows.values() for dot in dots for x in (dot.value, *(dot.ends or ()))]
+    lowest = min([*shown, *(walk[0] for walk in walks.values())], default=0.0)
+    cut = "; lower values are drawn at −1" if lowest < -1 else ""
+    axis = Axis(f"1 for a straight line{cut}", max(-1.0, min(lowest, -0.05)), 1)
     legend = {"the run: median, quartiles": "c0", "random walk: 95%, mean": "walk"}
     return Rows("figures", rows, axis, walks, legend) if rows else "no figure could be measured"
 

@@ -353,7 +353,8 @@ class PredictExtendCycle:
         """Whether a trainer that is launched in segments has to pause after ``step``."""
         recovery = self.guards.recovery
         return (
-            self.schedule.observes(step)
+            self.scales_steps
+            or self.schedule.observes(step)
             or self.schedule.attempts(step, self.total)
             or (recovery is not None and self.schedule.attempts(step - recovery, self.total))
             or self._measures_trend(step)

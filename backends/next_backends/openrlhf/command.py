@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from next_core.errors import ConfigError
+from next_core.plugins import make_chosen
 from next_core.sources.tensor_files import read_json
+from next_core.step_predictor import StepPredictor
 
 if TYPE_CHECKING:
     from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
@@ -118,8 +120,18 @@ def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
     return config.gpus + reference + config.vllm.engines * config.vllm.tensor_parallel
 
 
+def scales_steps(run: RunConfig) -> bool:
+    """Whether the run's predictor scales steps, so that there are no jumps."""
+    return isinstance(make_chosen("predictor", run.predictor), StepPredictor)
+
+
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
     """Raise ``ConfigError`` for a run that this backend does not support."""
+    if config.jump == "restart" and scales_steps(run):
+        raise _unsupported(
+            f"backend.jump: restart begins a trainer at each jump, and predictor '{run.predictor.name}' makes none: it "
+            "scales the steps of one trainer; use swap, or a predictor that jumps, such as adaptive-secant"
+        )
     jumps = min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
     if run.training.evaluation == "likelihood" and _ring(config) > 1:
         raise _unsupported("training.evaluation: likelihood is not computed on rings; use generate")

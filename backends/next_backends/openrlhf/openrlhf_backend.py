@@ -14,16 +14,18 @@ from next_backends.history_folder import JumpAdapter
 from next_backends.openrlhf.command import check_run
 from next_backends.openrlhf.environment import parse
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+from next_backends.openrlhf.remote_steps import RemoteSteps
 from next_backends.openrlhf.saved_states import LATEST, newest_state, remove_old_models
 from next_backends.openrlhf.trainer import Trainer
 from next_backends.openrlhf.trainer_setup import TrainerSetup
 from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
-from next_core.backend import Backend
+from next_core.backend import Backend, LoggedReward
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import BackendError, describe
 from next_core.interfaces import Applied, Prediction
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
+from next_core.live_weights.live_model import kept_file
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.adapter_tensors import shift_keys
@@ -34,9 +36,6 @@ from next_core.storage.atomic import new_directory, remove_directory, write_text
 
 if TYPE_CHECKING:
     from next_core.run_config import RunConfig
-
-MOMENTS_FILE = "moments.safetensors"
-"""In a jump's folder: the optimizer's moments from before it."""
 
 
 class OpenRlhfBackend(Backend):
@@ -49,6 +48,7 @@ class OpenRlhfBackend(Backend):
     name = "openrlhf"
     config_class = OpenRlhfConfig
     in_process = False
+    scales_steps = True
 
     def __init__(self, config: OpenRlhfConfig) -> None:
         super().__init__(config)
@@ -58,6 +58,7 @@ class OpenRlhfBackend(Backend):
         self._resumed: tuple[int, int] | None = None
         """Where the trainer began that is resumed, and the step to resume at."""
         self._at = 0
+        self._steps: RemoteSteps | None = None
         self._open = contextlib.ExitStack()
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
@@ -77,6 +78,7 @@ class OpenRlhfBackend(Backend):
         if self._resumed is not None:
             self._at = self._resumed[1]
             setup.history.forget_after(self._at)
+            setup.read_rewards(self._at)
         return self._at
 
     def start(self) -> None:
@@ -84,8 +86,9 @@ class OpenRlhfBackend(Backend):
         if self._resumed is None:
             self._setup.write_prompts(0)
             self._trainer = Trainer(self._setup, 0)
-            self.observe(0)
-            self.source()  # raises now, and not at the first jump, if it cannot be read back
+            if not self._setup.scales:
+                self.observe(0)
+                self.source()  # raises now, and not at the first jump, if it cannot be read back
             return
         begun, step = self._resumed
         if begun == step:
@@ -97,6 +100,26 @@ class OpenRlhfBackend(Backend):
         if self._trainer.step != step:
             raise BackendError(f"the trainer resumed from step {self._trainer.step}, not {step}", kind="backend-failed")
         self._trainer.ask("load", folder=None, shifts=[], adapters=self._adapters())
+
+    def follow_steps(self, windows: Sequence[int]) -> None:
+        if self._setup.updates > 1:
+            raise BackendError(
+                f"an RL step makes {self._setup.updates} optimizer steps, and step scaling compares single ones; leave "
+                "--train.max_epochs out of backend.extra_args, or choose a predictor that jumps, such as "
+                "'adaptive-secant'",
+                kind="backend-unsupported",
+            )
+        begun, step = self._resumed or (0, 0)
+        state = self._setup.states(begun) / "_actor" / f"global_step{step}" if step else None
+        self._steps = RemoteSteps(self._running, windows, state)
+
+    @property
+    def steps(self) -> RemoteSteps:
+        assert self._steps is not None  # follow_steps was called before training began
+        return self._steps
+
+    def rewards(self) -> Sequence[LoggedReward]:
+        return self._setup.logged
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         self._setup.step_ended = step_ended
@@ -127,8 +150,7 @@ class OpenRlhfBackend(Backend):
         if frozen:
             settings = adapter_settings(frozen) | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
             adapter = JumpAdapter(f"{JUMP_PREFIX}{int(folder.name)}", json.dumps(settings), adapter_tensors(frozen))
-        more = self._save_moments if keep else None
-        history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=more)
+        history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=self._keep if keep else None)
         try:
             if self.config.jump == "restart" and step < self._setup.run.steps:
                 self._restart(step)
@@ -150,9 +172,12 @@ class OpenRlhfBackend(Backend):
         A trainer that was restarted for the jump continues with its fresh moments if no step has ended since.
         """
         assert isinstance(applied, JumpApplied)
-        moments = applied.folder / MOMENTS_FILE
+        kept = step != applied.step and kept_file(applied.folder, 0).exists()
         self._setup.history.withdraw(applied.folder, step)
-        self._load(applied.step, moments if step != applied.step and moments.exists() else None)
+        if kept:
+            self._running.ask("restore", folder=str(applied.folder), adapters=self._adapters())
+        else:
+            self._load(applied.step)
 
     @property
     def step(self) -> int:
@@ -161,7 +186,7 @@ class OpenRlhfBackend(Backend):
 
     def active_jump(self, step: int) -> Applied | None:
         found = self._setup.history.jump_at(step)
-        return JumpApplied(self, found[0], step) if found and (found[0] / MOMENTS_FILE).exists() else None
+        return JumpApplied(self, found[0], step) if found and kept_file(found[0], 0).exists() else None
 
     def evaluate(self, split: str = "validation") -> float | None:
         rows = self._setup.splits.get(split)
@@ -218,7 +243,7 @@ class OpenRlhfBackend(Backend):
         self._trainer = Trainer(self._setup, step)
         self._load(step, schedule=step * self._setup.updates)
 
-    def _load(self, step: int, moments: Path | None = None, schedule: int | None = None) -> None:
+    def _load(self, step: int, schedule: int = 0) -> None:
         """Load a checkpoint and the jumps made at its step into the trainer."""
         jumps = (path / SHIFT_FILE for path, jump in jump_folders(self._setup.history.jumps) if jump["step"] == step)
         self._running.ask(
@@ -226,7 +251,6 @@ class OpenRlhfBackend(Backend):
             folder=str(self._setup.history.checkpoint(step)),
             shifts=[str(file) for file in jumps if file.exists()],
             adapters=self._adapters(),
-            moments=None if moments is None else str(moments),
             schedule=schedule,
         )
 
@@ -234,8 +258,8 @@ class OpenRlhfBackend(Backend):
         """Return the adapters of the active jumps."""
         return [str(path / ADAPTER) for path, jump in jump_folders(self._setup.history.jumps) if jump["adapter"]]
 
-    def _save_moments(self, folder: Path) -> None:
-        self._running.ask("save_moments", file=str(folder / MOMENTS_FILE))
+    def _keep(self, folder: Path) -> None:
+        self._running.ask("keep", folder=str(folder))
 
     def _abandon(self) -> None:
         """End the trainer; nothing continues from its weights."""

@@ -4,19 +4,97 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import BackendError, CheckpointError, describe
-from next_core.rewards import RewardFunction
+from next_core.errors import BackendError, CheckpointError, NextCoreError, describe
+from next_core.rewards import RewardFunction, make_reward
+from next_core.run_config import TrainingSettings
+
+TICK = 0.05
+"""Seconds between looks at whether next-core has ended."""
 
 CUT = 20
 """Characters of a prompt that must be found in a query whose prompt was cut from the left."""
+
+
+class RewardProcess:
+    """A process of its own that serves the run config's reward: no request waits for the rest of next-core.
+
+    Raises the error of a reward that cannot be made. The process ends with this one, even by SIGKILL.
+    """
+
+    def __init__(self, training: TrainingSettings) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        """Readable when the reward has failed; see ``check``."""
+        # Not multiprocessing's own process, which would run the main module, perhaps a user's script, again.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+        theirs.close()
+        try:
+            self.connection.send(training)
+            self.url: str = self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        """Raise ``BackendError`` if the reward has failed, or the process ended."""
+        if self.connection.poll():
+            self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            received = self.connection.recv()
+        except (EOFError, OSError):
+            raise BackendError(
+                f"the process that serves rewards has ended with status {self._process.wait()}; its output says why",
+                kind="backend-process-lost",
+            ) from None
+        if isinstance(received, NextCoreError):
+            raise received
+        return received
+
+    def close(self) -> None:
+        """End the process; pending requests get an error."""
+        self.connection.close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:  # in the middle of a reward
+            self._process.kill()
+            self._process.wait()
+
+
+def main(descriptor: int) -> None:
+    """Serve the reward of the training settings that come first, until the other end of the pipe is closed."""
+    with contextlib.suppress(EOFError, ConnectionError), Connection(descriptor) as connection:  # next-core ended
+        training: TrainingSettings = connection.recv()
+        try:
+            server = RewardServer(make_reward(training.reward), special_tokens(training.model))
+        except NextCoreError as error:
+            connection.send(error)
+            return
+        connection.send(server.url)
+        while not connection.poll():
+            try:
+                server.serve(TICK)
+            except BackendError as error:
+                connection.send(error)
+        server.close()
 
 
 class RewardServer:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ LONGEST = 2**20
 
 
 class Trainer:
-    """A trainer process, which calls us through a Unix socket. While we wait for it, its rewards are served.
+    """A trainer process, which calls us through a Unix socket.
 
     Only processes of the same user reach the socket, as its folder is closed to others. Messages are JSON, framed by
     multiprocessing and never unpickled. Any call raises ``BackendError`` with the trainer's last lines when it fails.
@@ -74,7 +74,7 @@ class Trainer:
         answer = self._message()
         while answer.get("number") != self._requests:  # answers an earlier request that failed on our side
             answer = self._message()
-        self._new_weights = self._new_weights or what == "load"
+        self._new_weights = self._new_weights or what in ("load", "restore", "move")
         if "error" in answer:
             raise BackendError(f"the trainer failed to do '{what}': {answer['error']}", kind="backend-failed")
         return answer.get("value")
@@ -96,12 +96,12 @@ class Trainer:
             if self._caller is not None:
                 self._caller.close()
 
-    def _wait(self) -> None:
-        """Serve rewards for a moment."""
-        if self._setup.rewards is not None:
-            self._setup.rewards.serve(TICK)
-        else:
-            time.sleep(TICK)
+    def _wait(self, *sources: Any) -> None:
+        """Wait a moment, or until a source can be read. Raises ``BackendError`` if the reward has failed."""
+        rewards = self._setup.rewards
+        wait([*sources, *([] if rewards is None else [rewards.connection])], TICK)
+        if rewards is not None:
+            rewards.check()
 
     def _wait_for_end(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -138,7 +138,7 @@ class Trainer:
                 raise BackendError(
                     f"the trainer was not ready in time; its log: {self.process.log}", kind="backend-process-lost"
                 )
-            self._wait()
+            self._wait(self._caller or self._listener)
 
     def _receive(self) -> dict[str, Any] | None:
         """Return the next message, or None if there is none yet. The first caller is the trainer."""

@@ -38,6 +38,7 @@ class Trainer:
         self.options, self.lora, self.step = options, "--ds.lora.rank" in options, 0
         self.states = Path(options["--ckpt.path"])
         self.every = int(options["--ckpt.save_steps"])
+        self.steps: Steps | None = None
         self.weights = load_file(Path(options["--actor.model_name_or_path"]) / "model.safetensors")
         if self.lora:
             names = [name.removesuffix(".weight") for name in self.weights]
@@ -51,7 +52,8 @@ class Trainer:
 
     def train(self) -> None:
         self.step += 1
-        self.weights = {name: value + np.float32(0.01 / self.step) for name, value in self.weights.items()}
+        rate = 0.01 / self.step * (1 if self.steps is None else self.steps.multiple)
+        self.weights = {name: value + np.float32(rate) for name, value in self.weights.items()}
         if PLAN.get("dies_in_step") == self.step:
             sys.exit("out of luck")
 
@@ -64,6 +66,8 @@ class Trainer:
         for name in ("mp_rank_00_model_states.pt", OPTIMIZER):
             with zipfile.ZipFile(state / name, "w") as file:
                 file.writestr("weights", save(self.weights))
+        if self.steps is not None:
+            (state / "steps").write_text(str(self.steps.multiple))
         (self.states / "_actor" / "latest").write_text(tag)
         if "--ckpt.save_hf" in self.options:
             self.export(self.states / f"{tag}_hf")
@@ -80,6 +84,40 @@ class Trainer:
         shutil.copyfile(
             Path(self.options["--actor.model_name_or_path"]) / "tokenizer_config.json", folder / "tokenizer_config.json"
         )
+
+
+class Steps:
+    """What ``Policy.on_steps`` is asked of."""
+
+    def __init__(self, trainer: Trainer, multiple: float) -> None:
+        self.trainer, self.multiple, self.seen, self.kept = trainer, multiple, [trainer.weights], {}
+
+    def after_step(self) -> None:
+        self.seen.append(self.trainer.weights)
+
+    def set_multiple(self, multiple: float) -> None:
+        self.multiple = multiple
+
+    def end_block(self) -> None:
+        pass
+
+    def products(self) -> list[list[float]]:
+        return [[1.0, 0.5], [0.5, 1.0]]
+
+    def keep(self, step: int) -> None:
+        self.kept[step] = self.trainer.weights
+
+    def undo(self, step: int) -> None:
+        self.trainer.weights = self.kept[step]
+
+    def apply_mean(self, window: int) -> None:
+        self.before = self.trainer.weights
+        self.trainer.weights = {
+            name: sum(one[name] for one in self.seen) / np.float32(len(self.seen)) for name in self.before
+        }
+
+    def replace_back(self) -> None:
+        self.trainer.weights = self.before
 
 
 class Controlled(ControlClient):  # type: ignore[misc]
@@ -104,7 +142,9 @@ class Controlled(ControlClient):  # type: ignore[misc]
         while not self.ended:
             self.trainer.train()
             kl = PLAN.get("kl", {}).get(str(self.trainer.step), 0.001)
-            self.report(self.trainer.step, {"reward": self.trainer.step / 100, "vllm_kl": kl})
+            reward = {"reward_mean": self.trainer.step / 100, "reward_std": 0.5, "num_samples": 4.0}
+            found = {f"rollout/{name}": value for name, value in reward.items()}
+            self.report(self.trainer.step, {"reward": self.trainer.step / 100, "vllm_kl": kl, **found})
             if self.trainer.step >= self.until:
                 self.pause(self.trainer.step + PLAN.get("miscounts", 0))
             self.trainer.keep()
@@ -116,10 +156,25 @@ class Controlled(ControlClient):  # type: ignore[misc]
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))
 
-    def save_moments(self, file: str) -> None:
-        if "save_moments" in PLAN.get("cannot", []):
+    def keep(self, folder: str) -> None:
+        if "keep" in PLAN.get("cannot", []):
             raise ValueError("no such thing")
-        save_file({"exp_avg/x": np.ones(1, "f4")}, file)
+        save_file(self.trainer.weights, Path(folder) / "before.safetensors")
+
+    def restore(self, folder: str, adapters: list[str]) -> None:
+        self.trainer.weights = load_file(Path(folder) / "before.safetensors")
+
+    def follow_steps(self, windows: list[int], folder: str | None) -> None:
+        multiple = 1.0 if folder is None else float((Path(folder) / "steps").read_text())
+        self.trainer.steps = Steps(self.trainer, multiple)
+        self.trainer.steps.keep(self.trainer.step)
+
+    def steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:
+        steps = self.trainer.steps
+        value = getattr(steps, method)(*arguments)
+        return {"value": value, "multiple": steps.multiple, "learning_rate": 0.01, "kept": list(steps.kept)}
+
+    move = steps
 
     def load(self, folder: str | None, shifts: list[str], **_: Any) -> None:
         if folder is not None:

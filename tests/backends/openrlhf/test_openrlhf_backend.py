@@ -61,11 +61,10 @@ def test_a_rollback_restores_the_checkpoint_and_later_the_moments_too(pretence: 
     jump = pretence.jump(backend, 3, keep=True)
     backend.train(3 + later, lambda _: None)
     jump.rollback()
-    load = pretence.asked("load")[-1]
-    assert load["folder"].endswith("step-000003")
-    moments = str(pretence.out / "jumps" / "0001" / "moments.safetensors")
-    assert load["moments"] == (moments if later else None)
-    assert (load["shifts"], load["adapters"]) == ([], [])
+    asked = pretence.asked("load", "restore")[-1]
+    expected = pretence.out / ("jumps/0001" if later else "checkpoints/step-000003")
+    assert (asked["do"], asked["folder"]) == ("restore" if later else "load", str(expected))
+    assert asked["adapters"] == []
     torch.testing.assert_close(pretence.observe(backend, 4 + later)[B], before[B] + motion(3 + later, 4 + later))
 
 
@@ -196,9 +195,9 @@ def test_after_a_failed_restart_no_trainer_runs_and_the_jump_is_gone(pretence: P
 
 
 def test_a_request_that_fails_is_an_error_and_the_trainer_runs_on(pretence: Pretence) -> None:
-    backend = pretence.started({"cannot": ["save_moments"]})
+    backend = pretence.started({"cannot": ["keep"]})
     pretence.observe(backend, 3)
-    with raises_kind("backend-failed", "save_moments", "ValueError: no such thing"):
+    with raises_kind("backend-failed", "'keep'", "ValueError: no such thing"):
         pretence.jump(backend, 3, keep=True)
     assert list(pretence.out.glob("jumps/*")) == []
     pretence.observe(backend, 4)
@@ -280,3 +279,37 @@ def test_an_evaluation_that_failed_on_our_side_does_not_mix_up_the_answers(prete
     with raises_kind("backend-failed", "LookupError: no reward for that"):
         backend.evaluate("validation")
     pretence.observe(backend, 1)
+
+
+SCALING = {"predictor": "step-scale", "schedule": {"observe": 5, "every": 5}}
+
+
+def test_a_resumed_run_of_scaled_steps_continues_with_its_multiple_and_its_rewards(pretence: Pretence) -> None:
+    backend = pretence.started(**SCALING)
+    backend.follow_steps([4])
+    for step in range(1, 6):
+        backend.train(step, lambda _: None)
+        backend.steps.after_step()
+        backend.steps.multiple = 1.0 + step
+    pretence.kill_trainer()
+    backend.close()
+    backend = pretence.started(step=4, **SCALING)
+    backend.follow_steps([4])
+    asked = pretence.asked("follow_steps")[-1]
+    assert (asked["windows"], asked["folder"]) == ([4], str(pretence.trainer / "ckpt-000000/_actor/global_step4"))
+    assert backend.steps.multiple == 5.0
+    assert [(reward.step, reward.steps) for reward in backend.rewards()] == [(step, 1) for step in range(1, 5)]
+    first = backend.rewards()[0]
+    assert (first.mean, first.error) == (0.01, 0.25)
+    assert pretence.asked("save") == []  # no checkpoints of ours
+
+
+def test_several_optimizer_steps_in_one_rl_step_cannot_be_scaled(pretence: Pretence) -> None:
+    backend = pretence.started({"epochs": 2}, **SCALING)
+    with raises_kind("backend-unsupported", "2 optimizer steps", "--train.max_epochs"):
+        backend.follow_steps([4])
+
+
+def test_restart_cannot_scale_steps(pretence: Pretence) -> None:
+    with raises_kind("backend-unsupported", "backend.jump: restart", "step-scale", "swap"):
+        pretence.prepared(backend=RESTART, **SCALING)

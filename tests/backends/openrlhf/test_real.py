@@ -173,15 +173,13 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
     assert all(abs(record["vllm_kl"]) < 5e-3 for record in metrics(out).values())
 
 
-def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
-    """A full-parameter run by swap: its trainer is killed after step 5, and a new one resumes from step 4."""
-    out = tmp_path / "run"
-    settings = config(training={"lora": None, "learning_rate": 1e-4})
+def run_until_killed(settings: RunConfig, out: Path, step: int) -> None:
+    """Run, and kill the trainer when it has paused after ``step``."""
     real = Trainer.train
 
     def train(self: Trainer, until: int) -> None:
         real(self, until)
-        if until == 5:
+        if until == step:
             family = psutil.Process(self.process._supervisor.pid).children(recursive=True)
             next(p for p in family if "launch.py" in " ".join(p.cmdline())).kill()
 
@@ -189,6 +187,13 @@ def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Confi
         patch.setattr(Trainer, "train", train)
         with raises_kind("backend-process-lost", "SIGKILL", out / "trainer" / "trainer.log"):
             run(settings, out)
+
+
+def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
+    """A full-parameter run by swap: its trainer is killed after step 5, and a new one resumes from step 4."""
+    out = tmp_path / "run"
+    settings = config(training={"lora": None, "learning_rate": 1e-4})
+    run_until_killed(settings, out, 5)
     before = weights(out, 4)
     result = run(settings, out)
     assert result.resumed_from == 4
@@ -202,6 +207,61 @@ def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Confi
     first, second = between(weights(out, 4), landed), between(weights(out, 5), weights(out, 4))
     assert 0 < second < 3 * first  # one step's length, from where it was, and not from the start
     assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_restarted_trainer_resumes_with_all_models_on_one_gpu(config: Config, tmp_path: Path) -> None:
+    """Restarted at the jump after step 3, killed after step 5, resumed from its own state of step 4."""
+    out = tmp_path / "run"
+    backend = {"jump": "restart", "colocate": "all", "deepspeed": {"adam_offload": True}}
+    settings = config(backend=backend, training={"beta": 0.01})
+    run_until_killed(settings, out, 5)
+    before = weights(out, 4)
+    result = run(settings, out)
+    assert result.resumed_from == 4
+    assert (out / "trainer" / "ckpt-000003" / "_actor" / "global_step6").exists()
+    after = weights(out, 4)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    check_jump(result, out)
+
+
+SCALING: dict[str, Any] = {"predictor": "auto", "schedule": {}, "guards": {}}
+
+
+def test_auto_scales_the_steps_of_one_trainer(config: Config, tmp_path: Path, tokens: list[str]) -> None:
+    out = tmp_path / "run"
+    result = run(config(steps=12, training={"learning_rate": 1e-4}, save_every=10, **SCALING), out)
+    assert len(tokens) == 1
+    assert not (out / "checkpoints").exists()
+    first, second = result.scaling
+    assert (first["step"], first["multiple"], second["step"]) == (5, 1.0, 10)
+    assert second["diagnostics"]["agreement"] > 0.1  # at such a small rate gradients agree
+    assert second["multiple"] > 1
+    assert second["rate"] == pytest.approx(1e-4 * second["multiple"])
+    found = metrics(out)
+    assert all(record["actor_lr"] == pytest.approx(1e-4) for record in found.values())  # the scheduler sees nothing
+    assert all(abs(record["vllm_kl"]) < 5e-3 for record in found.values()), found
+    assert result.average is not None
+    assert sorted(result.average["tried"]) == ["20", "40", "80"]
+
+
+def test_a_rate_that_is_far_too_large_is_undone_and_the_run_resumed(config: Config, tmp_path: Path) -> None:
+    """Killed after step 12, it resumes from the state of step 10, in which the first steps are undone."""
+    out = tmp_path / "run"
+    settings = config(steps=15, training={"learning_rate": 0.1}, save_every=10, **SCALING)
+    run_until_killed(settings, out, 12)
+    result = run(settings, out)
+    assert result.resumed_from == 10
+    undone = next(record for record in result.scaling if record.get("back_to") == 0)
+    back = undone["step"]
+    assert back <= 10
+    assert undone["multiple"] <= 0.25
+    assert result.scaling[-1]["step"] == 15
+    found = metrics(out)
+    assert sorted(found) == list(range(1, 16))
+    # The first weights again, in the engines too: what the steps at this rate destroyed is back.
+    assert found[back]["rollout/reward_mean"] < 0.1 < found[back + 1]["rollout/reward_mean"]
+    assert all(abs(found[step]["vllm_kl"]) < 5e-3 for step in (back + 1, 11))
+    assert result.accuracy["final"] is not None
 
 
 def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path, tokens: list[str]) -> None:

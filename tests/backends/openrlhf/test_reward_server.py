@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from next_backends.openrlhf.reward_server import RewardServer, special_tokens
+from next_backends.openrlhf.reward_server import RewardProcess, RewardServer, special_tokens
 from next_core.rewards import MathVerifyReward
+from next_core.run_config import TrainingSettings
 from tests.errors import raises_kind
 
 Served = Callable[..., RewardServer]
@@ -37,7 +38,10 @@ def served() -> Iterator[Served]:
         server.close()
 
 
-def post(server: RewardServer, body: bytes) -> tuple[int, Any]:
+Serving = RewardServer | RewardProcess
+
+
+def post(server: Serving, body: bytes) -> tuple[int, Any]:
     url = urlsplit(server.url)
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)
     try:
@@ -48,7 +52,9 @@ def post(server: RewardServer, body: bytes) -> tuple[int, Any]:
         connection.close()
 
 
-def ask(server: RewardServer, queries: list[str], prompts: list[str], labels: list[Any] | None = None) -> Any:
+def ask(
+    server: RewardServer | RewardProcess, queries: list[str], prompts: list[str], labels: list[Any] | None = None
+) -> Any:
     asked = {"query": queries, "prompts": prompts, "labels": labels or [""] * len(queries)}
     return post(server, json.dumps(asked).encode())
 
@@ -174,6 +180,43 @@ def test_closing_answers_pending_requests_with_an_error() -> None:
             time.sleep(0.01)
         server.close()
         assert asked.result()[0] == 500
+
+
+def training(tmp_path: Path, reward: str) -> TrainingSettings:
+    return TrainingSettings.model_validate({"model": tmp_path, "data": {"train": tmp_path}, "reward": reward})
+
+
+def test_a_process_serves_rewards_while_this_one_is_busy(tmp_path: Path) -> None:
+    server = RewardProcess(training(tmp_path, f"{__name__}:lengths"))
+    try:
+        with ThreadPoolExecutor(64) as clients:
+            asked = [clients.submit(ask, server, ["a=" + "x" * number], ["a="]) for number in range(64)]
+            assert [future.result()[1]["rewards"] for future in asked] == list(range(64))
+        server.check()
+    finally:
+        server.close()
+    assert server._process.returncode is not None
+
+
+def test_a_reward_that_fails_in_its_process_is_reported_here_and_others_are_served(tmp_path: Path) -> None:
+    server = RewardProcess(training(tmp_path, f"{__name__}:lengths"))
+    try:
+        assert ask(server, ["something else"], ["1+1="])[0] == 500
+        assert server.connection.poll(60.0)
+        with raises_kind("backend-failed", "'something else'", "backend.reward_file"):
+            server.check()
+        assert ask(server, ["a=1"], ["a="])[1]["rewards"] == 1.0
+        server._process.kill()
+        server._process.wait()
+        with raises_kind("backend-process-lost", "status -9"):
+            server.check()
+    finally:
+        server.close()
+
+
+def test_a_reward_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with raises_kind("plugin-unknown", "no-such-reward"):
+        RewardProcess(training(tmp_path, "no-such-reward"))
 
 
 def test_rewards_are_computed_in_the_main_thread_where_alarms_work(

@@ -90,7 +90,10 @@ def test_a_trainer_gets_its_own_environment_and_ray(pretence: Pretence, monkeypa
     backend = pretence.started(backend={"ray": {"num_gpus": 4, "num_cpus": 8, "object_store_mib": 100}})
     (start,) = pretence.asked("start")
     seen, ray = start["seen"], start["ray"]
-    assert (seen["VIRTUAL_ENV"], seen["PYTHONPATH"], seen["PYTHONHOME"]) == (None, None, None)
+    assert (seen["VIRTUAL_ENV"], seen["PYTHONHOME"]) == (None, None)
+    modules = Path(seen["PYTHONPATH"])  # of ours, and nothing else of this environment
+    assert sorted(path.name for path in modules.rglob("*")) == ["next_backends", "next_core", "sharding.py"]
+    assert seen["PYTHONPATH"] == start["env"]["PYTHONPATH"]
     assert seen["PATH"].startswith(f"{pretence.python.parent}{os.pathsep}/ours/bin{os.pathsep}")
     assert "PRETEND_RECORD" in start["env"]
     assert (ray["num_gpus"], ray["num_cpus"], ray["object_store_memory"]) == (4, 8, 100 * 2**20)

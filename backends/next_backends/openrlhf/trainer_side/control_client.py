@@ -35,7 +35,8 @@ class ControlClient:
             try:
                 answer = {"value": getattr(self, what)(**request)}
             except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
+                cause = getattr(error, "cause", None) or error  # Ray's own error holds a whole traceback
+                answer = {"error": f"{type(cause).__name__}: {cause}"}
             self._send({**answer, "number": number})
 
     def report(self, step: int, metrics: dict[str, float]) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import ray
 import torch
 from control_client import ControlClient
-from likelihood import right_answers
-from policy import load, save, save_moments
+from policy import on_policy
 
 
 def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
@@ -47,29 +46,40 @@ class Controller(ControlClient):  # type: ignore[misc]
         self.trainer.samples_generator.generate_samples = lambda **_: ([], None, 0, True)
 
     def save(self, folder: str) -> None:
-        """Write the trained weights, in fp32 if the optimizer keeps masters."""
-        self._on_policy(save, folder)
+        """Write the trained weights, in fp32."""
+        self._on_policy("save", folder)
 
-    def save_moments(self, file: str) -> None:
-        """Write the optimizer's moments of the trained weights."""
-        self._on_policy(save_moments, file)
+    def keep(self, folder: str) -> None:
+        """Write the trained weights and the optimizer's moments, for ``restore``."""
+        self._on_policy("keep", folder)
 
-    def load(
-        self,
-        folder: str | None,
-        shifts: list[str],
-        adapters: list[str],
-        moments: str | None = None,
-        schedule: int | None = None,
-    ) -> None:
-        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters`` to the model."""
-        self._on_policy(load, folder, shifts, adapters, moments, schedule)
+    def restore(self, folder: str, adapters: list[str]) -> None:
+        """Restore what ``keep`` wrote, with these frozen adapters."""
+        self._on_policy("restore", folder, adapters)
         self.trainer.broadcast_to_vllm()
 
-    def likelihood(self, pairs: list[list[str]]) -> float:
-        """Return the mean probability of sampling exactly the answer and the end token."""
-        found: float = self._on_policy(right_answers, pairs)
+    def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
+        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters`` to the model."""
+        self._on_policy("load", folder, shifts, adapters, schedule)
+        self.trainer.broadcast_to_vllm()
+
+    def follow_steps(self, windows: list[int], folder: str | None) -> None:
+        """Follow the optimizer's steps, from the start or from the state in ``folder``."""
+        self._on_policy("follow_steps", windows, folder)
+
+    def steps(self, method: str, arguments: list[Any]) -> Any:
+        """Call a method of the followed steps that leaves the weights as they are."""
+        return self._on_policy("on_steps", method, *arguments)
+
+    def move(self, method: str, arguments: list[Any]) -> Any:
+        """Call a method of the followed steps that changes the weights."""
+        found = self._on_policy("on_steps", method, *arguments)
+        self.trainer.broadcast_to_vllm()
         return found
+
+    def likelihood(self, pairs: list[list[str]]) -> Any:
+        """Return the mean probability of sampling exactly the answer and the end token."""
+        return self._on_policy("likelihood", pairs)
 
     def greedy(self, pairs: list[list[Any]]) -> float:
         """Return the mean reward of greedy completions."""
@@ -89,13 +99,13 @@ class Controller(ControlClient):  # type: ignore[misc]
         rewards = [float(sample.rewards.mean()) for sample in samples]
         return sum(rewards) / len(rewards)
 
-    def _on_policy(self, function: Any, *args: Any) -> Any:
-        """Call a function of the policy's actor on every rank, as weights are sharded; return rank 0's result."""
+    def _on_policy(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the policy on every rank, as weights are sharded; return its answer."""
         group = self.trainer.actor_model_group
         sleeps = self.trainer.args.ds.enable_sleep
         if sleeps:
             ray.get(group.async_run_method("reload_states"))
-        found = ray.get([actor.__ray_call__.remote(function, *args) for actor in group._actor_handlers])
+        found = ray.get([actor.__ray_call__.remote(on_policy, method, *arguments) for actor in group._actor_handlers])
         if sleeps:
             ray.get(group.async_run_method("offload_states"))
         return found[0]

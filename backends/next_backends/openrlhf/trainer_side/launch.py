@@ -1,6 +1,6 @@
 """Start OpenRLHF's own command line in a Ray of its own, with hooks: ``launch.py SETTINGS.json OPTION...``.
 
-Runs in OpenRLHF's environment and imports nothing of next-core.
+Runs in OpenRLHF's environment. Of next-core it imports the access to live weights, which needs nothing else of ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CLI = "openrlhf.cli.train_ppo_ray"
 
 
 def install(control: dict[str, Any]) -> None:
-    """Let next-core pause the run, and send merged LoRA weights to vLLM.
+    """Let next-core pause the run, save its state with OpenRLHF's, and send merged LoRA weights to vLLM.
 
     OpenRLHF has no callbacks. Ray sends the classes ``modified_class`` to workers by value, so changing them in the
     process that starts the run is enough, and none of OpenRLHF's files changes.
@@ -32,7 +32,9 @@ def install(control: dict[str, Any]) -> None:
     pickling: Any = ray.cloudpickle
     for module in (control_client, controller, likelihood, lora, policy):
         pickling.register_pickle_by_value(module)
-    PolicyModelActor.__ray_metadata__.modified_class.broadcast_to_vllm = lora.broadcast_to_vllm
+    actor: Any = PolicyModelActor.__ray_metadata__.modified_class
+    actor.broadcast_to_vllm = lora.broadcast_to_vllm
+    actor.save_checkpoint = policy.saving_steps(actor.save_checkpoint)
     controller.take_over(PPOTrainer.__ray_metadata__.modified_class, control)
 
 

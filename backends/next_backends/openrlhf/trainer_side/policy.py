@@ -1,4 +1,4 @@
-"""Weights out of and into a policy that DeepSpeed trains. Runs in every rank of ``PolicyModelActor``.
+"""A policy that DeepSpeed trains: its weights in and out, and its optimizer's steps. Runs in ``PolicyModelActor``.
 
 DeepSpeed trains fp32 masters and keeps the model in half precision; we read the masters and write both.
 """
@@ -6,108 +6,194 @@ DeepSpeed trains fp32 masters and keeps the model in half precision; we read the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import safetensors
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from likelihood import right_answers
 from lora import freeze_adapters, in_parts
 from safetensors.torch import save_file
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SHARD = 2**31
+from next_backends.sharding import ZeroWeights
+from next_core.errors import BackendError
+from next_core.live_weights.live_model import LiveModel
+from next_core.live_weights.optimizer_steps import OptimizerSteps
+from next_core.live_weights.processes import Processes, everywhere
+
+FILE = 2**31
 """Bytes of one file of a full model."""
+TIMEOUT = 3600.0
+"""Seconds that a rank waits for the others: rank 0 may write a large model meanwhile."""
 
 
-def save(actor: Any, folder: str) -> None:
-    """Write the trained weights as fp32 safetensors: an adapter in PEFT's format, or a model in shards."""
-    module = actor.actor.model.module
-    lora = hasattr(module, "peft_config")
-    if lora and _first():
-        module.peft_config["default"].save_pretrained(folder)
-    masters = ((name, _master(parameter)) for name, parameter in _trained(module))
-    _write(Path(folder), masters, "adapter_model" if lora else "model")
+def on_policy(actor: Any, method: str, *arguments: Any) -> Any:
+    """Call a method of the actor's ``Policy``. All ranks call this; rank 0 acts, and all get its answer or error."""
+    if not hasattr(actor, "next_core"):
+        actor.next_core = Policy(actor)
+    return actor.next_core.lead(method, *arguments)
 
 
-def save_moments(actor: Any, file: str) -> None:
-    """Write Adam's moments of the trained weights."""
-    _link_moments(actor.actor_optim)
-    found: dict[str, Tensor] = {}
-    for name, parameter in _trained(actor.actor.model.module):
-        for key in MOMENTS:
-            value = safe_get_full_optimizer_state(parameter, key)
-            if value is not None and _first():
-                found[f"{key}/{name}"] = value.cpu().contiguous()
-    if _first():
-        save_file(found, file)
+def saving_steps(save_checkpoint: Any) -> Any:
+    """Return ``PolicyModelActor.save_checkpoint`` as one that also saves the state of step scaling.
 
-
-@torch.no_grad()
-def load(
-    actor: Any, folder: str | None, shifts: list[str], adapters: list[str], moments: str | None, schedule: int | None
-) -> None:
-    """Replace the trained weights, the moments if there are any, and the frozen adapters.
-
-    ``folder`` None keeps the weights. ``schedule`` advances a fresh learning-rate schedule by so many optimizer steps.
-    Raises ``RuntimeError`` if a master, or the half-precision weight on some rank, does not hold what was written.
+    That comes first: a state counts once DeepSpeed's files are there, so no run resumes from one without it.
     """
-    module = actor.actor.model.module
-    for _ in range(schedule or 0):
-        actor.actor_scheduler.step()
-    if hasattr(module, "peft_config"):
-        freeze_adapters(module, [Path(path) for path in adapters])
-    if folder is None:
-        return
-    refused: list[str] = []
-    stored, added = _Files(Path(folder).glob("*.safetensors")), [_Files([Path(path)]) for path in shifts]
-    kept = _Files([Path(moments)]) if moments is not None else None
-    if kept is not None:
-        _link_moments(actor.actor_optim)
-    for name, parameter in _trained(module):
-        value, key = stored[name], _shift_key(name)
-        for shift in added:
-            if key in shift.keys:
-                value = value + shift[key]
+
+    def save(actor: Any, tag: str, *args: Any, **kwargs: Any) -> None:
+        if getattr(actor, "next_core", None) is not None and actor.next_core.steps is not None:
+            on_policy(actor, "save_steps", str(Path(actor.strategy.args.ckpt.path) / "_actor" / tag))
+        save_checkpoint(actor, tag, *args, **kwargs)
+
+    return save
+
+
+class Policy:
+    """One rank's part of the policy. Methods run in rank 0, and those marked ``everywhere`` in all ranks."""
+
+    def __init__(self, actor: Any) -> None:
+        rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.actor, self.model = actor, actor.actor.model.module
+        self.processes = Processes(rank, count, TIMEOUT) if count > 1 else None
+        self.weights = ZeroWeights(self.model, actor.actor_optim)
+        self.steps: Steps | None = None
+        self.live: LiveModel
+
+    def lead(self, method: str, *arguments: Any) -> Any:
+        self.live = LiveModel(self.model, self.weights, self.processes)  # a new one keeps no earlier state in memory
+        act = getattr(self, method)
+        if self.processes is None:
+            return act(*arguments)
+        self.processes.register(self)
+        return self.processes.lead(f"in '{method}'", act, *arguments)
+
+    def save(self, folder: str) -> None:
+        """Write the trained weights as fp32 safetensors: an adapter in PEFT's format, or a model in several files."""
+        lora = hasattr(self.model, "peft_config")
+        if lora:
+            self.model.peft_config["default"].save_pretrained(folder)
+        masters = ((_stored(name), self.live.read(name)[name].contiguous()) for name in self.weights.parameters)
+        _write(Path(folder), masters, "adapter_model" if lora else "model")
+
+    @everywhere
+    def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
+        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters``.
+
+        ``folder`` None keeps the weights. ``schedule`` advances a new learning-rate schedule by so many optimizer
+        steps. Raises ``BackendError`` unless the masters and each rank's half-precision weights hold what was written.
+        """
+        for _ in range(schedule):
+            self.actor.actor_scheduler.step()
+        if hasattr(self.model, "peft_config"):
+            freeze_adapters(self.model, [Path(path) for path in adapters])
+        if folder is None:
+            return
+        wanted = _Shifted(self.weights.parameters, Path(folder), shifts)
+        self.weights.write(wanted)
+        refused = [name for name, value in wanted.items() if not self._holds(name, value)]
+        found = [refused] if self.processes is None else self.processes.gather(refused, "in 'load'")
+        places = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(found) if names]
+        if places:
+            raise BackendError(f"DeepSpeed did not take the new weights of {', '.join(places)}", kind="backend-failed")
+
+    def _holds(self, name: str, value: Tensor) -> bool:
+        master, parameter = self.weights.read(name), self.weights.parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter]):
+            half = parameter.data
+            return torch.equal(master, value.to(master)) and torch.equal(half, value.to(half))
+
+    def keep(self, folder: str) -> None:
+        """Write the trained weights and the optimizer's moments: a file for each rank."""
+        self.live.save_kept(self.live.keep(), Path(folder))
+
+    def restore(self, folder: str, adapters: list[str]) -> None:
+        """Restore what ``keep`` wrote, with these frozen ``adapters``."""
+        self.live.restore_saved(Path(folder))
+        self.load(None, [], adapters)
+
+    @everywhere
+    def likelihood(self, pairs: list[list[str]]) -> float:
+        found: float = right_answers(self.actor, pairs)
+        return found
+
+    @everywhere
+    def follow_steps(self, windows: list[int], folder: str | None) -> None:
+        """Follow the optimizer's steps, from the start or from the state in ``folder``."""
+        self.steps = Steps(self.weights, windows, self.processes)
+        if folder is None:
+            self.steps.keep(0)
+        else:
+            self.steps.load(Path(folder))
+
+    def on_steps(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method of the followed steps. Returns its answer as JSON holds it, and what they are at."""
+        steps = self.steps
+        assert steps is not None
+        answer = getattr(steps, method)(*arguments)
+        value = answer.tolist() if isinstance(answer, Tensor) else None
+        return {
+            "value": value,
+            "multiple": steps.multiple,
+            "learning_rate": steps.learning_rate,
+            "kept": list(steps.kept),
+        }
+
+    def save_steps(self, folder: str) -> None:
+        assert self.steps is not None
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.steps.save(Path(folder))
+
+
+class Steps(OptimizerSteps):
+    """``OptimizerSteps`` whose every change is made by rank 0, in all ranks."""
+
+    @everywhere
+    def after_step(self) -> None:
+        super().after_step()
+
+    @everywhere
+    def set_multiple(self, multiple: float) -> None:
+        self.multiple = multiple
+
+
+class _Shifted(Mapping[str, Tensor]):
+    """The weights of a checkpoint plus shifts, by the model's names, in fp32: one in memory at a time."""
+
+    def __init__(self, names: Mapping[str, Any], folder: Path, shifts: Sequence[str]) -> None:
+        self._names, self._stored = names, _opened(sorted(folder.glob("*.safetensors")))
+        self._shifts = [_opened([Path(path)]) for path in shifts]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = _stored(name)
+        value: Tensor = self._stored[stored].get_tensor(stored).float()
+        key = _shift_key(stored)
+        for shift in self._shifts:
+            if key in shift:
+                value = value + shift[key].get_tensor(key)
             for index in range(len(value) if value.dim() == 3 else 0):  # experts move one by one
-                if f"{key}[{index}]" in shift.keys:
-                    value[index] += shift[f"{key}[{index}]"]
-        _set(parameter, value)
-        if not _holds(parameter, value):
-            refused.append(name)
-        if kept is not None:
-            for moment in MOMENTS:
-                _set_state(parameter, kept[f"{moment}/{name}"], moment)
-    _raise_everywhere(refused)
+                if f"{key}[{index}]" in shift:
+                    value[index] += shift[f"{key}[{index}]"].get_tensor(f"{key}[{index}]")
+        return value
 
 
-class _Files:
-    """The tensors of safetensors files by name, in fp32."""
-
-    def __init__(self, paths: Any) -> None:
-        opened: list[Any] = [safetensors.safe_open(path, "pt") for path in paths]
-        self.keys = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - a file, not a dict
-
-    def __getitem__(self, key: str) -> Tensor:
-        value: Tensor = self.keys[key].get_tensor(key)
-        return value.float()
+def _opened(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return, for each tensor in safetensors files, the open file that holds it."""
+    opened: list[Any] = [safetensors.safe_open(path, "pt") for path in paths]
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - a file, not a dict
 
 
-def _trained(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the trained parameters by their names in a checkpoint."""
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            yield name.replace(".default.weight", ".weight") if ".lora_" in name else name, parameter
+def _stored(name: str) -> str:
+    """Return the name of a trained parameter in a checkpoint."""
+    return name.replace(".default.weight", ".weight") if ".lora_" in name else name
 
 
 def _shift_key(name: str) -> str:
@@ -118,78 +204,17 @@ def _shift_key(name: str) -> str:
     return f"{module}.weight.{side}"
 
 
-def _master(parameter: Any) -> Tensor:
-    """Return the whole weight in fp32; collective. Raises ``RuntimeError`` if DeepSpeed keeps no master."""
-    found: Tensor | None = safe_get_full_fp32_param(parameter)
-    if found is None:
-        raise RuntimeError("DeepSpeed keeps no fp32 masters of the trained weights; use ZeRO")
-    return found
-
-
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], stem: str) -> None:
-    """Write shards, one in memory at a time, with an index if there are several. Collective; rank 0 writes."""
-    held = ((name, value.cpu().contiguous() if _first() else value[:0]) for name, value in tensors)
+    """Write files of limited size, one in memory at a time, with an index if there are several."""
     files: dict[str, str] = {}
     size = 0
-    for number, part in enumerate(in_parts(held, SHARD), start=1):
-        if _first():
-            file = f"{stem}-{number:05d}.safetensors"
-            save_file(dict(part), folder / file, metadata={"format": "pt"})
-            files |= dict.fromkeys((name for name, _ in part), file)
-            size += sum(value.numel() * value.element_size() for _, value in part)
-    shards = sorted(set(files.values()))
-    if len(shards) == 1:
-        (folder / shards[0]).rename(folder / f"{stem}.safetensors")
-    elif shards:
+    for number, part in enumerate(in_parts(tensors, FILE), start=1):
+        file = f"{stem}-{number:05d}.safetensors"
+        save_file(dict(part), folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys((name for name, _ in part), file)
+        size += sum(value.nbytes for _, value in part)
+    if len(names := sorted(set(files.values()))) == 1:
+        (folder / names[0]).rename(folder / f"{stem}.safetensors")
+    elif names:
         index = {"metadata": {"total_size": size}, "weight_map": files}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def _set(parameter: Any, value: Tensor) -> None:
-    """Write the half-precision weight and the master."""
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.data.copy_(value)
-    _set_state(parameter, value, None)
-
-
-def _holds(parameter: Any, value: Tensor) -> bool:
-    """Whether the master, and the weight of a forward pass on this rank, are ``value``; collective."""
-    master = _master(parameter)
-    with deepspeed.zero.GatheredParameters([parameter]):
-        half = parameter.data
-        return torch.equal(master, value.to(master.device)) and torch.equal(half, value.to(half))
-
-
-def _raise_everywhere(refused: list[str]) -> None:
-    """Raise ``RuntimeError`` on all ranks if one refused a weight: alone it would leave the others waiting."""
-    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everywhere, refused)
-    found = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(everywhere) if names]
-    if found:
-        raise RuntimeError(f"DeepSpeed did not take the new weights of {', '.join(found)}")
-
-
-def _set_state(parameter: Any, value: Tensor, key: str | None) -> None:
-    """Write the master (``key`` None) or a moment, of which each rank may hold a part."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        part = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
-        count, rank = part.numel(), torch.distributed.get_rank(parameter.ds_process_group)
-        own = value.flatten()[rank * count : (rank + 1) * count].to(part.device)
-        own = torch.nn.functional.pad(own, (0, count - own.numel())).view_as(part)  # the last rank's is padded
-        if key is None:
-            safe_set_local_fp32_param(parameter, own)
-        else:
-            safe_set_local_optimizer_state(parameter, own, key)
-    elif getattr(parameter, "_hp_mapping", None) is not None:
-        parameter.set_full_hp_param(value.to(parameter.device), key)
-
-
-def _link_moments(optimizer: Any) -> None:
-    """Let DeepSpeed find each parameter's moments: offloaded states come back unlinked (0.19)."""
-    if hasattr(optimizer, "_hp_optimizer_states_linked"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _first() -> bool:
-    return bool(torch.distributed.get_rank() == 0)

@@ -1,12 +1,12 @@
-"""What our hooks write into DeepSpeed and read from it, as one of two ranks: two_ranks.py STAGE FOLDER.
+"""What our hooks write into DeepSpeed and read from it, as one of two ranks: two_ranks.py STAGE OFFLOAD FOLDER.
 
-Runs in OpenRLHF's environment, without OpenRLHF, Ray and vLLM. One matrix is so much larger than the others that what
-does not wait for it is sure to read it too early.
+Runs in OpenRLHF's environment, without Ray and vLLM. One matrix is so much larger than the others that what does not
+wait for it is sure to read it too early. OFFLOAD is "adam" (the optimizer is on the CPU), "sleep" (states leave the GPU
+between our calls, as with `vllm.sleep`) or "none".
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,13 @@ import deepspeed  # noqa: E402
 import lora  # noqa: E402
 import policy  # noqa: E402
 import torch  # noqa: E402
+from openrlhf.utils.deepspeed.deepspeed_utils import offload_deepspeed_states, reload_deepspeed_states  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+
+from next_backends.sharding import ZeroWeights  # noqa: E402
+from next_core.errors import BackendError  # noqa: E402
+from next_core.live_weights.live_model import kept_file  # noqa: E402
 
 SIZES = {"large": (2048, 2049), "small": (7, 2048), "odd": (3, 7)}
 """Shapes; parts of the last two are padded."""
@@ -39,109 +44,163 @@ class Net(torch.nn.Module):
         return x
 
 
-def make(stage: int) -> Any:
+def make(stage: int, offload: str) -> Any:
     """What our hooks are called with."""
     torch.manual_seed(0)
     settings = LoraConfig(r=2, lora_alpha=4, target_modules=list(SIZES), init_lora_weights=False)
     model = get_peft_model(Net(), settings).bfloat16()
+    place = {"device": "cpu" if offload == "adam" else "none"}
     config = {
         "train_batch_size": torch.distributed.get_world_size(),
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "offload_optimizer": place},
         "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
     }
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
     return SimpleNamespace(actor=SimpleNamespace(model=engine), actor_optim=optimizer)
 
 
-def train(actor: Any) -> None:
-    engine = actor.actor.model
-    x = torch.randn(4, SIZES["large"][1], dtype=torch.bfloat16)
-    engine.backward(engine(x).float().square().mean())
-    engine.step()
+class Rank:
+    """This rank's policy, asked and trained as OpenRLHF does."""
+
+    def __init__(self, stage: int, offload: str) -> None:
+        self.actor, self.sleeps = make(stage, offload), offload == "sleep"
+        self.fall_asleep()
+
+    def fall_asleep(self) -> None:
+        if self.sleeps:
+            offload_deepspeed_states(self.actor.actor.model)
+
+    def wake(self) -> None:
+        if self.sleeps:
+            reload_deepspeed_states(self.actor.actor.model)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.wake()
+        try:
+            return policy.on_policy(self.actor, method, *arguments)
+        finally:
+            self.fall_asleep()
+
+    def train(self, seed: int) -> None:
+        self.wake()
+        engine = self.actor.actor.model
+        torch.manual_seed(10 * seed + torch.distributed.get_rank())
+        x = torch.randn(4, SIZES["large"][1], dtype=torch.bfloat16)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+        self.fall_asleep()
+
+    def state(self, folder: Path) -> dict[str, torch.Tensor]:
+        """This rank's masters, moments and step counts."""
+        folder.mkdir(exist_ok=True)
+        torch.distributed.barrier()
+        self.ask("keep", str(folder))
+        return load_file(kept_file(folder, torch.distributed.get_rank()))
+
+    def check_engines(self, base: dict[str, torch.Tensor], folder: Path) -> None:
+        """What the engines get is what the checkpoint in ``folder`` holds."""
+        merged = lora._merged(self.actor.actor.model.module)
+        found = {name: weight.detach().clone() for name, weight in merged if "bias" not in name}
+        saved = load_file(folder / "adapter_model.safetensors").items()
+        stored = {key: value.bfloat16().float() for key, value in saved}
+        for name in SIZES:
+            A, B = (stored[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+            expected = base[f"{name}.weight"] + SCALING * B @ A
+            torch.testing.assert_close(found[f"{name}.weight"].float(), expected, rtol=2**-6, atol=2**-6, msg=name)
 
 
-def masters(actor: Any) -> dict[str, torch.Tensor]:
-    return {name: policy._master(p).clone() for name, p in policy._trained(actor.actor.model.module)}
+def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not different, different
 
 
-def merged(actor: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: weight.detach().clone() for name, weight in lora._merged(actor.actor.model.module) if "bias" not in name
-    }
-
-
-def expected(base: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the engines, from the files alone."""
-    found = {}
-    stored = {key: value.bfloat16().float() for key, value in load_file(folder / "adapter_model.safetensors").items()}
-    for name in SIZES:
-        A, B = (stored[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        found[f"{name}.weight"] = base[f"{name}.weight"] + SCALING * B @ A
-    return found
-
-
-def check_engines(actor: Any, base: dict[str, torch.Tensor], folder: Path) -> None:
-    found = merged(actor)
-    for name, value in expected(base, folder).items():
-        torch.testing.assert_close(found[name].float(), value, rtol=2**-6, atol=2**-6, msg=name)
-
-
-def main(stage: int, folder: Path) -> None:
-    deepspeed.init_distributed("gloo", verbose=False)
-    rank = torch.distributed.get_rank()
+def check_jumps(rank: Rank, folder: Path) -> None:
+    """Weights are saved, loaded, and restored with their moments."""
     torch.manual_seed(0)
     base = {key: value.bfloat16().float() for key, value in Net().state_dict().items()}
-    actor = make(stage)
-    torch.manual_seed(rank)
-    train(actor)
-    first, other = folder / "first", folder / "other"
-    first.mkdir(exist_ok=True)
-    other.mkdir(exist_ok=True)
-    before = masters(actor)
-    policy.save(actor, str(first))
-    policy.save_moments(actor, str(folder / "moments.safetensors"))
-    torch.distributed.barrier()
-    check_engines(actor, base, first)
-    for _ in range(2):
-        train(actor)
-    policy.save(actor, str(other))
-    torch.distributed.barrier()
-    check_engines(actor, base, other)
+    first, other, kept = (folder / name for name in ("first", "other", "kept"))
+    for path in (first, other):
+        path.mkdir(exist_ok=True)
+    rank.train(1)
+    rank.ask("save", str(first))
+    before = rank.state(kept)
+    rank.check_engines(base, first)
+    for seed in (2, 3):
+        rank.train(seed)
+    rank.ask("save", str(other))
+    rank.check_engines(base, other)
     for source in (first, other) * 3:
-        policy.load(actor, str(source), [], [], None, None)
-        check_engines(actor, base, source)
-    policy.load(actor, str(first), [], [], str(folder / "moments.safetensors"), None)
-    after = masters(actor)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    policy.save_moments(actor, str(folder / "again.safetensors"))
-    torch.distributed.barrier()
-    again, kept = (load_file(folder / f"{name}.safetensors") for name in ("again", "moments"))
-    assert again.keys() == kept.keys()
-    assert all(torch.equal(again[key], value) for key, value in kept.items())
-    train(actor)
+        rank.ask("load", str(source), [], [])
+        rank.check_engines(base, source)
+    rank.ask("restore", str(kept), [])
+    rank.check_engines(base, first)
+    check_same(rank.state(folder / "restored"), before)
 
-    real = policy._set
 
-    def half_way(parameter: Any, value: torch.Tensor) -> None:
-        """One rank's half-precision weights are not what is trained."""
-        real(parameter, value)
-        if rank == 1:
-            (parameter.ds_tensor if stage == 3 else parameter.data).add_(1)
+def check_steps(rank: Rank, folder: Path) -> None:
+    """A multiplied step is as many times the plain one; what was kept is restored, moments included."""
+    rank.ask("follow_steps", [2], None)
+    start = rank.state(folder / "start")
+    moves = []
+    for multiple in (1.0, 4.0):
+        assert rank.ask("on_steps", "set_multiple", multiple)["multiple"] == multiple
+        rank.train(4)
+        rank.ask("on_steps", "after_step")
+        after = rank.state(folder / "after")
+        moves.append({name: after[name] - start[name] for name in start if name.endswith("/weight")})
+        rank.ask("on_steps", "undo", 0)
+        check_same(rank.state(folder / "undone"), start)
+    for name, plain in moves[0].items():
+        # A weight below 4 holds its move to within 2**-22; that of the plain step is multiplied.
+        torch.testing.assert_close(moves[1][name], 4 * plain, rtol=1e-6, atol=5 * 2**-22, msg=name)
+    assert any(bool(plain.abs().max() > 1e-3) for plain in moves[0].values())
+    rank.train(5)
+    found = rank.ask("on_steps", "after_step")
+    rank.ask("on_steps", "keep", 1)
+    before = rank.state(folder / "last")
+    rank.ask("on_steps", "apply_mean", 2)
+    rank.ask("on_steps", "replace_back")
+    check_same(rank.state(folder / "back"), before)
+    state = folder / "steps"
+    rank.ask("save_steps", str(state))
+    rank.ask("follow_steps", [2], str(state))
+    resumed = rank.ask("on_steps", "products")
+    assert (resumed["multiple"], resumed["kept"], found["kept"]) == (4.0, [0, 1], [0])
+    rank.train(6)
+    rank.ask("on_steps", "undo", 1)
+    check_same(rank.state(folder / "resumed"), before)
 
-    policy._set = half_way
-    ranks = "rank 0, .* on rank 1" if stage == 3 else "rank 1"
+
+def check_refusal(rank: Rank, folder: Path) -> None:
+    """One rank's half-precision weights are not what is trained: all ranks fail."""
+    number, real = torch.distributed.get_rank(), ZeroWeights.publish
+
+    def half_way(weights: Any, moments: bool = False) -> None:
+        real(weights, moments)
+        if number == 1:
+            next(iter(weights.parameters.values())).data.add_(1)  # ZeRO-3 keeps small weights gathered
+
+    ZeroWeights.publish = half_way
     try:
-        policy.load(actor, str(first), [], [], None, None)
+        rank.ask("load", str(folder / "first"), [], [])
         said = ""
-    except RuntimeError as error:
+    except BackendError as error:
         said = str(error)
-    assert re.search(f"'base_model.model.large.lora_A.weight' on {ranks}$", said), said
-    policy._set = real
-    policy.load(actor, str(first), [], [], None, None)
-    check_engines(actor, base, first)
+    ZeroWeights.publish = real
+    assert "of 'base_model.model.large.lora_A.default.weight' on rank 1" in said, said
+    rank.ask("load", str(folder / "first"), [], [])
+
+
+def main(stage: int, offload: str, folder: Path) -> None:
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank = Rank(stage, offload)
+    check_jumps(rank, folder)
+    check_steps(rank, folder)
+    check_refusal(rank, folder)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
     print("all is well", flush=True)

@@ -1,0 +1,80 @@
+"""The optimizer steps of a trainer in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from next_backends.openrlhf.trainer import Trainer
+from next_core.interfaces import Applied
+from next_core.interfaces.trainer_steps import TrainerSteps
+
+
+class RemoteSteps(TrainerSteps):
+    """``OptimizerSteps`` in the trainer's processes: each call is a request to the paused ``trainer``."""
+
+    def __init__(self, trainer: Trainer, windows: Sequence[int], state: Path | None) -> None:
+        """Follow the steps from now on; ``state`` is the trainer's state that a resumed run has loaded."""
+        self._trainer = trainer
+        self._now: dict[str, Any] = {}
+        """What the trainer answered last."""
+        trainer.ask("follow_steps", windows=list(windows), folder=None if state is None else str(state))
+        self.products()
+
+    @property
+    def multiple(self) -> float:
+        return float(self._now["multiple"])
+
+    @multiple.setter
+    def multiple(self, value: float) -> None:
+        self._ask("steps", "set_multiple", value)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._now["learning_rate"])
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return [int(step) for step in self._now["kept"]]
+
+    def after_step(self) -> None:
+        self._ask("steps", "after_step")
+
+    def end_block(self) -> None:
+        self._ask("steps", "end_block")
+
+    def products(self) -> Tensor:
+        rows = self._ask("steps", "products")
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(rows))
+
+    def keep(self, step: int) -> None:
+        self._ask("steps", "keep", step)
+
+    def undo(self, step: int) -> None:
+        self._ask("move", "undo", step)
+
+    def apply_mean(self, window: int) -> Applied:
+        self._ask("move", "apply_mean", window)
+        return _Mean(self)
+
+    def replace_back(self) -> None:
+        """Undo ``apply_mean``."""
+        self._ask("move", "replace_back")
+
+    def _ask(self, what: str, method: str, *arguments: float) -> Any:
+        self._now = self._trainer.ask(what, method=method, arguments=arguments)
+        return self._now["value"]
+
+
+class _Mean(Applied):
+    """Weights that were replaced by their mean."""
+
+    def __init__(self, steps: RemoteSteps) -> None:
+        self._steps = steps
+
+    def rollback(self) -> None:
+        self._steps.replace_back()

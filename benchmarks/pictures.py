@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rates import FILE, STEPS, By, by_arm
 from tables import ROOT, half_width
 from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-from next_core.diagnostics.drawing import Axis, Beside, Line, Lines, Panel
+from next_core.diagnostics.drawing import Axis, Chart, Line, Lines, Panel
 from next_core.storage.atomic import write_text
 
 PICTURE = ROOT / "docs" / "images" / "learning-rates.svg"
@@ -53,6 +55,22 @@ def longer(task: str) -> Point:
     """Plain runs of 400 steps at 1e-4."""
     rows = json.loads(TASK_RESULTS.read_text())["rows"]
     return point(1e-4, [r["curve"][-1] for r in rows if (r["task"], r["learning_rate"]) == (task, 1e-4)])
+
+
+@dataclass(frozen=True)
+class Beside(Chart):
+    """Charts side by side, with the legend of the first."""
+
+    charts: Sequence[Chart]
+
+    def keys(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.charts[0].keys()
+
+    def paint(self, width: int) -> tuple[float, list[str]]:
+        each = width // len(self.charts)
+        painted = [chart.paint(each - 12) for chart in self.charts]
+        parts = [f'<g transform="translate({each * at} 0)">{"".join(one)}</g>' for at, (_, one) in enumerate(painted)]
+        return max(height for height, _ in painted), parts
 
 
 def panel(found: By, task: str) -> Lines:

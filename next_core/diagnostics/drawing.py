@@ -21,32 +21,15 @@ from next_core.storage.atomic import write_text
 Values = Sequence[float | None]
 Pairs = Sequence[tuple[float, float]]
 
-LIGHT = {
-    "paper": "#ffffff",
-    "ink": "#1b1f24",
-    "soft": "#57606a",
-    "line": "#d5dae0",
-    "walk": "#8b949e",
-    "c0": "#0072b2",
-    "c1": "#c44e00",
-    "c2": "#00815f",
-    "c3": "#a9437e",
-    "c4": "#946200",
-    "c5": "#6a51a3",
-}
-DARK = {
-    "paper": "#12161b",
-    "ink": "#e6e9ec",
-    "soft": "#9ea7b1",
-    "line": "#343b44",
-    "walk": "#8b949e",
-    "c0": "#58b6ec",
-    "c1": "#ff9256",
-    "c2": "#35c79a",
-    "c3": "#e79ac6",
-    "c4": "#e8b339",
-    "c5": "#b7a5ff",
-}
+NAMES = ("paper", "ink", "soft", "line", "walk", "c0", "c1", "c2", "c3", "c4", "c5")
+
+
+def _palette(colours: str) -> dict[str, str]:
+    return dict(zip(NAMES, colours.split(), strict=True))
+
+
+LIGHT = _palette("#ffffff #1b1f24 #57606a #d5dae0 #8b949e #0072b2 #c44e00 #00815f #a9437e #946200 #6a51a3")
+DARK = _palette("#12161b #e6e9ec #9ea7b1 #343b44 #8b949e #58b6ec #ff9256 #35c79a #e79ac6 #e8b339 #b7a5ff")
 """Okabe and Ito's hues, which colour-blind readers can tell apart, dark or light enough for thin lines."""
 COLOURS = tuple(f"c{index}" for index in range(6))
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif"
@@ -231,7 +214,8 @@ class Rows(Chart):
             parts.append(_path([(across(0), top), (across(0), bottom)], "soft", 1.2))
         for index, (name, dots) in enumerate(self.rows.items()):
             y = top + step * index + step / 2 + (7 if above else 0)
-            parts.append(_text(0 if above else left - 10, y - (16 if above else -4), label(name), anchor=None if above else "end", fill="ink"))  # fmt: skip  # noqa: E501
+            x, anchor = (0.0, None) if above else (left - 10, "end")
+            parts.append(_text(x, y - (16 if above else -4), label(name), anchor, fill="ink"))
             if (walk := self.walks.get(name)) is not None:
                 ends, mean = [(across(walk[place]), y) for place in (0, 2)], across(walk[1])
                 parts.append(_path(ends, "walk", 9, opacity=0.4) + _path([(mean, y - 6), (mean, y + 6)], "walk", 1.5))
@@ -269,25 +253,10 @@ class Maps(Chart):
             top += 28
         parts.append(_text(left - 8, top + 2, "layer", anchor="end"))
         for index in range(41):  # the key of the colours
-            parts.append(_tag("rect", x=left + 4 * index, y=top + 8, width=4.2, height=10, fill=_colours(index / 20 - 1)[0]))  # fmt: skip  # noqa: E501
+            fill, _ = _colours(index / 20 - 1)
+            parts.append(_tag("rect", x=left + 4 * index, y=top + 8, width=4.2, height=10, fill=fill))
         parts += [_text(left + 82 * (end + 1), top + 32, str(end), anchor="middle") for end in (-1, 0, 1)]
         return top + 38, parts
-
-
-@dataclass(frozen=True)
-class Beside(Chart):
-    """Charts side by side, with the legend of the first."""
-
-    charts: Sequence[Chart]
-
-    def keys(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.charts[0].keys()
-
-    def paint(self, width: int) -> tuple[float, list[str]]:
-        each = width // len(self.charts)
-        painted = [chart.paint(each - 12) for chart in self.charts]
-        parts = [f'<g transform="translate({each * at} 0)">{"".join(one)}</g>' for at, (_, one) in enumerate(painted)]
-        return max(height for height, _ in painted), parts
 
 
 class Scale:
@@ -309,8 +278,9 @@ class Scale:
         return cls(low - 0.05 * span * (axis.low is None), high + 0.05 * span * (axis.high is None), first, last)
 
     def __call__(self, value: float) -> float:
-        inside = min(max(value, self.low), self.high)
-        low, high, inside = (math.log(x) for x in (self.low, self.high, inside)) if self._log else (self.low, self.high, inside)  # fmt: skip  # noqa: E501
+        low, high, inside = self.low, self.high, min(max(value, self.low), self.high)
+        if self._log:
+            low, high, inside = math.log(low), math.log(high), math.log(inside)
         return round(self._first + (self._last - self._first) * (inside - low) / (high - low), 1)
 
     def ticks(self, most: int) -> list[float]:
@@ -378,14 +348,8 @@ def _lane(lane: Lane, across: Scale, left: float, y: float) -> list[str]:
     parts = [_text(left - 6, middle + 4, label(lane.name), anchor="end")]
     made = "".join(f"M{across(step)} {y:g}v12" for step in lane.made)
     refused = "".join(f"M{across(step) - 3:g} {middle - 3:g}l6 6m0 -6l-6 6" for step in lane.refused)
-    for d, width, words in (
-        (made, 1.6, f"jumps made: {len(lane.made)}"),
-        (refused, 1.2, f"refused: {len(lane.refused)}"),
-    ):
-        if d:
-            mark = _tag("path", d=d, stroke=f"var(--{lane.colour})", stroke_width=width, fill="none")
-            parts.append(f"<g><title>{words}</title>{mark}</g>")
-    return parts
+    look = {"stroke": f"var(--{lane.colour})", "fill": "none"}
+    return parts + [_tag("path", d=d, stroke_width=width, **look) for d, width in ((made, 1.6), (refused, 1.2)) if d]
 
 
 def _dot(dot: Dot, across: Scale, y: float, name: str) -> str:
@@ -401,9 +365,8 @@ def _dot(dot: Dot, across: Scale, y: float, name: str) -> str:
 def _cell(x: float, y: float, side: float, value: float, where: str) -> str:
     fill, ink = _colours(value)
     box = _tag("rect", x=f"{x:.1f}", y=y, width=f"{side - 1.5:.1f}", height=20.5, fill=fill)
-    number = (
-        _text(x + side / 2, y + 14.5, f"{value:.2f}".replace("-", "−"), anchor="middle", fill=ink) if side >= 36 else ""
-    )
+    words = f"{value:.2f}".replace("-", "−") if side >= 36 else ""
+    number = _text(x + side / 2, y + 14.5, words, anchor="middle", fill=ink)
     return f"<g><title>{html.escape(where)}: {value:.3f}</title>{box}{number}</g>"
 
 
@@ -423,7 +386,8 @@ def _legend(keys: Mapping[str, Mapping[str, Any]], width: int) -> tuple[float, l
         size = 34 + GLYPH * len(label(name))
         if x > 4 and x + size > width:
             x, y = 4.0, y + 18
-        parts += [_path([(x, y - 4), (x + 20, y - 4)], look["colour"], 2.4, dashed=look.get("dashed", False)), _text(x + 26, y, label(name), fill="ink")]  # fmt: skip  # noqa: E501
+        parts.append(_path([(x, y - 4), (x + 20, y - 4)], look["colour"], 2.4, dashed=look.get("dashed", False)))
+        parts.append(_text(x + 26, y, label(name), fill="ink"))
         x += size + 10
     return (y + 6 if keys else 0.0), parts
 

@@ -42,21 +42,12 @@ def learning_curve(recorded: Recorded) -> Chart | str:
     lines = [*reward_lines(recorded, "reward", "c0"), *_accuracies(recorded)]
     if not lines:
         return "neither reward nor accuracy was logged"
-    title = "reward (95% band)" if lines[0].low else "reward" if lines[0].name == "reward" else ""
-    panels = [
-        Panel(
-            lines,
-            _unit(lines, " and ".join([title] * bool(title) + ["accuracy"] * (len(lines) > bool(title)))),
-            share=2.4,
-        )
-    ]
+    names = ["reward (95% band)" if line.low else "reward" for line in lines if line.name == "reward"]
+    title = " and ".join([*names, "accuracy"] if len(lines) > len(names) else names)
+    panels = [Panel(lines, _unit(lines, title), share=2.4)]
     if factors := multiples(recorded, "multiple", "c1"):
-        what = (
-            "learning rate, times the configured one"
-            if recorded.scaling
-            else "multiple of the update that a jump aims at"
-        )
-        panels.append(Panel([factors], Axis(what, log=True), rule=1))
+        what = "learning rate, times the configured one" if recorded.scaling else "multiple that a jump aims at"
+        panels.append(Panel(factors, Axis(what, log=True), rule=1))
     return Lines("learning-curve", panels, X["steps"], _lanes(recorded), 300 + 110 * (len(panels) - 1))
 
 
@@ -70,14 +61,13 @@ def curves_of(runs: Mapping[str, Recorded]) -> Chart | str:
         for name, known in points.items()
         if len(known) > 1
     ]
-    factors = [line for name, run in runs.items() if (line := multiples(run, name, looks[name])) is not None]
+    factors = [line for name, run in runs.items() for line in multiples(run, name, looks[name])]
     panels = [Panel(rewards, _unit(rewards, "reward (95% band)"), share=1.6)] if rewards else []
     panels += [Panel(measured, _unit(measured, "test accuracy"), share=1.6)] if measured else []
     panels += [Panel(factors, Axis("multiple of the learning rate, or of a jump", log=True), rule=1)] if factors else []
     lanes = [Lane(name, *_jump_steps(run.jumps), looks[name]) for name, run in runs.items() if run.jumps]
-    return (
-        Lines("learning-curves", panels, X["steps"], lanes, 120 + 170 * len(panels)) if panels else "nothing was logged"
-    )
+    size = 120 + 170 * len(panels)
+    return Lines("learning-curves", panels, X["steps"], lanes, size) if panels else "nothing was logged"
 
 
 def reward_lines(recorded: Recorded, name: str, colour: str) -> list[Line]:
@@ -107,38 +97,26 @@ def reward_lines(recorded: Recorded, name: str, colour: str) -> list[Line]:
     return [Line(name, x, y, low, high, colour, dots=len(x) <= 30)]
 
 
-def multiples(recorded: Recorded, name: str, colour: str) -> Line | None:
-    """Return the multiples that step scaling or jumps such as those of ``adaptive-secant`` chose."""
-    if recorded.scaling:
-        points = [
-            (0, 1.0),
-            *((one.step, one.multiple) for one in recorded.scaling),
-            (recorded.last_step, recorded.scaling[-1].multiple),
-        ]
-    else:
-        points = [(jump.step, jump.multiple) for jump in recorded.jumps if jump.multiple]
-    steps, values = zip(*points, strict=True) if points else ((), ())
-    return (
-        Line(name, steps, values, colour=colour, stepped=bool(recorded.scaling), dots=not recorded.scaling)
-        if points
-        else None
-    )
+def multiples(recorded: Recorded, name: str, colour: str) -> list[Line]:
+    """Return the multiples that step scaling or jumps such as those of ``adaptive-secant`` chose; or nothing."""
+    points: list[tuple[float, float]] = [(jump.step, jump.multiple) for jump in recorded.jumps if jump.multiple]
+    scaled = [(one.step, one.multiple) for one in recorded.scaling]
+    if scaled:
+        points = [(0, 1.0), *scaled, (recorded.last_step, scaled[-1][1])]
+    x, y = [step for step, _ in points], [multiple for _, multiple in points]
+    return [Line(name, x, y, colour=colour, stepped=bool(scaled), dots=not scaled)] if points else []
 
 
 def _accuracies(recorded: Recorded) -> list[Line]:
     """Return test accuracies along the run and its plain run, and those of the probe on the validation prompts."""
     plain = [] if recorded.control is None else recorded.control.curve
-    found = [
-        *_by_kind(recorded.curve, "test accuracy", "c2"),
-        *_by_kind(plain, "plain run, same seed", "soft"),
-    ]
+    name = "plain run, same seed"
+    found = [*_by_kind(recorded.curve, "test accuracy", "c2"), *_by_kind(plain, name, "soft")]
     if not found and (known := _milestones(recorded)):
         found.append(Line("test accuracy", list(known), list(known.values()), colour="c2", dots=True))
         if recorded.control is not None and (end := recorded.control.accuracy.get("final")) is not None and 0 in known:
-            ends = [known[0], end]
-            found.append(
-                Line("plain run, same seed", [0, recorded.control.steps], ends, colour="soft", dashed=True, dots=True)
-            )
+            steps, ends = [0, recorded.control.steps], [known[0], end]
+            found.append(Line(name, steps, ends, colour="soft", dashed=True, dots=True))
     if probes := recorded.probes:
         found.append(Line("validation accuracy", list(probes), list(probes.values()), colour="c3", dots=True))
     return found
@@ -147,11 +125,9 @@ def _accuracies(recorded: Recorded) -> list[Line]:
 def _by_kind(points: Sequence[Point], name: str, colour: str, over: Over = "steps") -> list[Line]:
     kinds = list(dict.fromkeys(kind for point in points for kind in point.test))
     x = [point.step if over == "steps" else point.seconds for point in points]
+    values = {kind: [point.test.get(kind) for point in points] for kind in kinds}
     return [
-        Line(
-            f"{name}, {kind}", x, [point.test.get(kind) for point in points], colour=colour, dashed=place > 0, dots=True
-        )
-        for place, kind in enumerate(kinds)
+        Line(f"{name}, {kind}", x, y, colour=colour, dashed=kind != kinds[0], dots=True) for kind, y in values.items()
     ]
 
 
@@ -167,10 +143,8 @@ def over_seconds(recorded: Recorded) -> Chart | str:
 def _milestones(recorded: Recorded) -> dict[float, float]:
     """Return test accuracies by step: those along the run where there are any, else those at its milestones."""
     curve = [(point.step, next(iter(point.test.values()), None)) for point in recorded.curve]
-    found = curve or [
-        (record["step"], record.get("value")) for record in recorded.events if record["event"] == "accuracy"
-    ]
-    return {step: value for step, value in found if value is not None}
+    tested = [(one["step"], one.get("value")) for one in recorded.events if one["event"] == "accuracy"]
+    return {step: value for step, value in curve or tested if value is not None}
 
 
 def _unit(lines: Iterable[Line], title: str) -> Axis:

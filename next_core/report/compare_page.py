@@ -7,26 +7,8 @@ from typing import Any, NamedTuple, Self
 
 from next_core.comparison.comparison_results import Bounds, Interval
 from next_core.report import charts
-from next_core.report.formatting import (
-    NONE,
-    Format,
-    as_yaml,
-    counted,
-    decimal,
-    less_or_more,
-    listed,
-    mean,
-    one_digit,
-    reasons,
-    seconds,
-    signed,
-    signed_whole,
-    span,
-    steps_text,
-    values_text,
-    whole,
-    with_span,
-)
+from next_core.report import formatting as form
+from next_core.report.formatting import NONE, Format, counted, decimal, seconds, signed, whole
 from next_core.report.inputs import Comparison, Jump, title_of
 from next_core.report.page import Block, Cell, Code, Facts, Page, Table, Text
 
@@ -40,13 +22,7 @@ def compare_page(comparison: Comparison, title: str) -> Page:
     """Return everything that ``compare.json`` says."""
     ends = Ends.of(comparison)
     page = Page(title_of(comparison.about) or title, _about(comparison), _summary(comparison, ends))
-    bands = (
-        " Two seeds: a line each."
-        if len(comparison.seeds) == 2
-        else " Bands: 95% intervals."
-        if comparison.seeds[2:]
-        else ""
-    )
+    bands = {1: "", 2: " Two seeds: a line each."}.get(len(comparison.seeds), " Bands: 95% intervals.")
     means = "; ".join(f"{name} {decimal(end.mean)}" for name, end in ends.accuracy.items())
     page.curve = page.figure(
         "Accuracy over RL steps",
@@ -98,7 +74,7 @@ def _accuracy(page: Page, comparison: Comparison) -> list[Block]:
     caption = f"Accuracy on the test prompts, mean over {counted(seeds, 'seed')}"
     note = f"Differences are of {comparison.metric} accuracy, paired by seed. {small}"
     shown = {n: arm for n, arm in arms.items() if arm.difference is not None and arm.role != "plain"}
-    values = "; ".join(f"{name}: {with_span(arm.difference)}" for name, arm in shown.items())
+    values = "; ".join(f"{name}: {form.with_span(arm.difference)}" for name, arm in shown.items())
     words = f"Differences to plain RL, paired by seed.{' Bars: 95% intervals; ticks: seeds.' if seeds > 1 else ''}"
     figure = page.figure("Differences to plain RL", charts.differences(comparison), words, f"Forest plot. {values}")
     return [Table(caption, ["arm", "RL steps", *kinds, *against], rows, note), *figure]
@@ -112,11 +88,11 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
             name,
             whole(arm.spent_steps),
             _cell(arm.equals_step, whole, prefix=bound),
-            _cell(arm.steps_saved, signed_whole, prefix=bound),
+            _cell(arm.steps_saved, form.signed_whole, prefix=bound),
             _cell(arm.seconds, seconds),
-            less_or_more(arm.seconds_saved),
+            form.less_or_more(arm.seconds_saved),
             _cell(arm.ours_seconds, seconds),
-            _cell(arm.icer, one_digit),
+            _cell(arm.icer, form.one_digit),
         ]
         rows.append(row)
     names = ["arm", "RL steps spent", "equals plain step", "steps saved", "time", "than plain", "overhead", "ICER"]
@@ -142,7 +118,7 @@ def _choices(page: Page, comparison: Comparison) -> list[Block]:
     rows: list[list[str | Cell]] = [
         [
             name,
-            values_text(variant.values),
+            form.values_text(variant.values),
             _cell(variant.validation, strong=variant.chosen),
             _cell(variant.test),
             "chosen" if variant.chosen else "",
@@ -163,7 +139,9 @@ def _jumps(page: Page, comparison: Comparison) -> list[Block]:
             made = [jump for jump in arm.jump_log if jump.accepted]
             counts = [whole(len(arm.jump_log)), whole(len(made)), whole(len(arm.jump_log) - len(made))]
             first = Cell(name, "" if arm.predictor == name else arm.predictor)
-            rows.append([first, *counts, steps_text(made), decimal(mean([jump.norm_ratio for jump in made]), 2)])
+            rows.append(
+                [first, *counts, form.steps_text(made), decimal(form.mean([jump.norm_ratio for jump in made]), 2)]
+            )
             refusals += _refusals(name, arm.jump_log)
     if not rows:
         page.missing["Jumps"] = "no arm attempted one"
@@ -192,11 +170,11 @@ def _setup(page: Page, comparison: Comparison) -> list[Block]:
     if not comparison.config:
         page.missing["Config"] = "compare.json holds none"
         return [Facts(facts)]
-    return [Facts(facts), Code("The comparison's config with every default", as_yaml(comparison.config))]
+    return [Facts(facts), Code("The comparison's config with every default", form.as_yaml(comparison.config))]
 
 
-def _cell(value: Bounds | None, form: Format = decimal, strong: bool = False, prefix: str = "") -> Cell:
-    return Cell(NONE) if value is None else Cell(prefix + form(value.mean), span(value, form), strong)
+def _cell(value: Bounds | None, shape: Format = decimal, strong: bool = False, prefix: str = "") -> Cell:
+    return Cell(NONE) if value is None else Cell(prefix + shape(value.mean), form.span(value, shape), strong)
 
 
 def above(difference: Interval | None) -> bool:
@@ -246,47 +224,44 @@ def _summary(comparison: Comparison, ends: Ends) -> list[str]:
     def better(difference: Interval | None) -> bool:
         return above(difference) or (single and difference is not None and difference.mean > 0)
 
-    reached = "" if ends.plain is None else f" plain RL reaches {ends.mean(ends.plain)}."
+    reached = "." if ends.plain is None else f" plain RL reaches {ends.mean(ends.plain)}."
     if not arms:
         return [f"All arms are plain RL or controls: after {comparison.steps} steps{reached}"]
     ahead = [name for name, arm in arms.items() if better(arm.difference)]
-    names = f" ({listed(ahead)})" if ahead else ""
+    names = f" ({form.listed(ahead)})" if ahead else ""
     first = f"{len(ahead)} of {counted(len(arms), 'arm')} {'beats' if len(ahead) == 1 else 'beat'} plain RL{names}"
     controls = {name: arm for name, arm in comparison.arms.items() if arm.role == "control" and name in ends.accuracy}
     by_control: dict[str, list[str]] = {}
     for control in controls:
         wins = [n for n in arms if n in ends.accuracy and better(paired(ends.accuracy[n], ends.accuracy[control]))]
-        by_control.setdefault(listed(wins) if wins else "none", []).append(control)
-    parts = [f"{who} {'beat' if ' and ' in who else 'beats'} {listed(some)}" for who, some in by_control.items()]
-    sure = (
-        "One seed: small differences may be noise."
-        if single
-        else "An arm beats another where the whole 95% interval of their paired difference is above 0."
-    )
+        by_control.setdefault(form.listed(wins) if wins else "none", []).append(control)
+    parts = [f"{who} {'beat' if ' and ' in who else 'beats'} {form.listed(some)}" for who, some in by_control.items()]
+    sure = "An arm beats another where the whole 95% interval of their paired difference is above 0."
+    sure = "One seed: small differences may be noise." if single else sure
     found = [f"{'; '.join([first, *parts])}.", f"After {comparison.steps} steps{reached} {sure}"]
     if ends.best is not None:
         found.append(_best(comparison, ends, ends.best))
     beating = [name for name, arm in controls.items() if above(arm.difference) and name != ends.tuned]
     if beating:
-        found.append(f"Warning: {listed(beating)}, meant as a control, also beats plain RL.")
+        found.append(f"Warning: {form.listed(beating)}, meant as a control, also beats plain RL.")
     return found
 
 
 def _best(comparison: Comparison, ends: Ends, name: str) -> str:
     arm = comparison.arms[name]
-    parts = [f"The best arm, {name}, reaches {ends.mean(name)}: {with_span(arm.difference)} against plain RL"]
+    parts = [f"The best arm, {name}, reaches {ends.mean(name)}: {form.with_span(arm.difference)} against plain RL"]
     if arm.difference_longer is not None and comparison.longer is not None:
-        parts.append(f"{with_span(arm.difference_longer)} against plain RL of {comparison.longer} steps")
+        parts.append(f"{form.with_span(arm.difference_longer)} against plain RL of {comparison.longer} steps")
     if ends.tuned is not None:
         difference = paired(ends.accuracy[name], ends.accuracy[ends.tuned])
-        values = values_text(comparison.arms[ends.tuned].chosen)
-        parts.append(f"{with_span(difference)} against plain RL tuned on the validation prompts ({values})")
+        values = form.values_text(comparison.arms[ends.tuned].chosen)
+        parts.append(f"{form.with_span(difference)} against plain RL tuned on the validation prompts ({values})")
     return f"{', '.join(parts)}."
 
 
 def _refusals(name: str, jumps: Sequence[Jump]) -> list[list[str]]:
     """Return why an arm's jumps were refused, the most frequent reasons first."""
-    found = reasons([jump for jump in jumps if not jump.accepted])
+    found = form.reasons([jump for jump in jumps if not jump.accepted])
     rest = [jump for _, alike in found[MOST_REASONS:] for jump in alike]
     shown = [*found[:MOST_REASONS], *([("other reasons", rest)] if rest else [])]
-    return [[name, str(len(alike)), steps_text(alike), reason] for reason, alike in shown]
+    return [[name, str(len(alike)), form.steps_text(alike), reason] for reason, alike in shown]

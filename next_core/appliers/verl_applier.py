@@ -5,9 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, checked_target
 from next_core.appliers.folder_contents import CARD, WEIGHT_SUFFIXES, facts_of, record_texts, write_texts
 from next_core.appliers.merged_model import ModelWriter, RoundingConfig
@@ -40,7 +37,7 @@ class VerlApplier(FolderApplier):
 
     def check_source(self, source: CheckpointSource, out: str | Path, dry_run: bool = False) -> Path:
         target = checked_target(source, out, dry_run=dry_run)
-        actor = actor_folder(source, source.steps[-1])
+        actor = actor_folder(source, max(source.steps, default=0))
         file = open_shards(actor, getattr(source.config, "allow_pickle", False))
         if isinstance(source, PeftAdapterSource):
             shards = PlainFile(file, ADAPTER_KEY)
@@ -97,7 +94,7 @@ class VerlApplier(FolderApplier):
             for key, value, delta in zip(module.keys, (now.A, now.B), steps, strict=True):
                 rounder = Rounder(self.config.rounding, plain.dtype(key), self.config.seed, key)
                 blocks = jumped_blocks(key, tuple(value.shape), value.__getitem__, None, delta, rounder, loss)
-                shards.write(plain.stored[key], torch.cat(list(blocks)))
+                shards.write(plain.stored[key], blocks)
             self.report_progress("write shards", done, len(moving))
         return loss
 
@@ -113,8 +110,8 @@ class VerlApplier(FolderApplier):
         for done, (key, shape) in enumerate(shards.shapes.items(), 1):
             if writer.plan.computes(key, shards.dtype(key), shape):
                 for name, size in writer.plan.parts(key, shape).items():
-                    value: Tensor = torch.cat(list(writer.computed(name, shards.dtype(key), size)))
-                    shards.write(key, value, place_in_stack(name))
+                    blocks = writer.computed(name, shards.dtype(key), size)
+                    shards.write(key, blocks, place_in_stack(name))
             self.report_progress("write shards", done, len(shards.shapes))
         return writer.loss
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,14 @@ class ShardedFile(TensorFile):
             at += size
         return cut or [[part[:0] for part in copies[0]]], dim
 
-    def write(self, key: str, value: Tensor, index: int | None = None) -> None:
-        """Overwrite a tensor on disk, or one matrix of a stack, in every copy of its parts."""
-        parts, dim = self._rows(key, None if index is None else slice(index, index + 1))
-        whole, at = value if index is None else value[None], 0
-        for same in parts:
-            size = same[0].shape[dim]
-            for part in same:
-                part.copy_(whole.narrow(dim, at, size))
-            at += size
+    def write(self, key: str, blocks: Iterable[Tensor], index: int | None = None) -> None:
+        """Overwrite a tensor on disk by blocks of its rows, in every copy; with ``index`` one matrix of a stack."""
+        at = index or 0
+        for block in blocks if index is None else [torch.cat(list(blocks))[None]]:
+            parts, dim = self._rows(key, slice(at, at + len(block)))
+            at, begin = at + len(block), 0
+            for same in parts:
+                size = same[0].shape[dim]
+                for part in same:
+                    part.copy_(block.narrow(dim, begin, size))
+                begin += size

@@ -1,0 +1,246 @@
+"""What watching and jumping cost next to training, by model size: bytes on disk, memory, seconds per step.
+
+    python benchmarks/footprint.py [--scratch DIR]    # writes benchmarks/results/footprint.json and prints its tables
+    python benchmarks/footprint.py grpo               # adds a step of TRL's GRPO at 0.5B shapes, for comparison
+
+Models are Qwen2.5's shapes. A LoRA run has real adapters on a base that holds no numbers; a full-parameter run has some
+of the 0.5B model's layers. AdamW steps along fixed random gradients, since the cost depends on shapes alone. Each case
+runs in a process of its own; its memory is the most that it ever held, less that of the same steps without next-core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.speed.clock import apart  # noqa: E402
+from benchmarks.speed.synthetic import QWEN_05B, QWEN_7B, QWEN_15B, Shapes  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "footprint.json"
+STEPS, SAVE_EVERY, SAVES_KEPT = 50, 25, 2
+RANK = 16
+SECANT = {"observe": 20, "every": 5, "horizon": 10, "jump_every": 10}
+MODES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "auto": ("step-scale", {"every": 5, "average": 80}),
+    "secant, keep all": ({"name": "secant", "window": 10}, SECANT | {"keep": "all"}),
+    "secant, keep needed": ({"name": "secant", "window": 10}, SECANT | {"keep": "needed"}),
+}
+MODELS: dict[str, tuple[Shapes, bool]] = {
+    "0.5B, LoRA r16": (QWEN_05B, True),
+    "1.5B, LoRA r16": (QWEN_15B, True),
+    "7B, LoRA r16": (QWEN_7B, True),
+    "0.5B, 2 of 24 layers, full": (replace(QWEN_05B, layers=2), False),
+    "0.5B, 8 of 24 layers, full": (replace(QWEN_05B, layers=8), False),
+}
+
+
+def make_model(shapes: Shapes, lora: bool) -> nn.Module:
+    """Return linear layers of these shapes; with ``lora`` without numbers, under adapters that have them."""
+    model = nn.Module()
+    for name, (rows, columns) in shapes.matrices().items():
+        *path, last = name.removesuffix(".weight").split(".")
+        parent = model
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        device = "meta" if lora else "cpu"
+        parent.add_module(last, nn.Linear(columns, rows, bias=False, device=device))
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = sorted({name.split(".")[-2] for name in shapes.matrices()})
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
+    for name, module in model.named_modules():
+        if ".lora_A." in name or ".lora_B." in name:
+            module.to_empty(device="cpu")
+            nn.init.normal_(module.weight, std=0.02 if ".lora_A." in name else 0.0)
+    return model
+
+
+def watch(shapes: Shapes, lora: bool, mode: str, folder: Path) -> dict[str, float]:
+    """Take the steps of one case. Returns seconds of the training thread and of others, and bytes on disk."""
+    from next_backends.trl.trl_backend import TrlBackend
+    from next_core.cycle.journal import Journal
+    from next_core.cycle.loop import PredictExtendCycle
+    from next_core.plugins import resolve_any_predictor
+    from next_core.run_config import Guards, Schedule
+
+    torch.manual_seed(0)
+    model = make_model(shapes, lora)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    predictor, schedule = MODES[mode]
+    cycle, backend, run, output = None, TrlBackend(), folder / "next-core", folder / "trainer"
+    if predictor is not None:
+        args = SimpleNamespace(output_dir=str(output), gradient_accumulation_steps=1)
+        backend.attach(model, run)
+        backend.connect(optimizer, args)
+        guards, made = Guards(probe=False, max_norm_ratio=None), resolve_any_predictor(predictor)
+        cycle = PredictExtendCycle(backend, made, Schedule(**schedule), guards, STEPS, Journal())
+        backend.begin(0, output)
+    blocking, worst, most, started = 0.0, 0.0, 0, time.process_time()
+    plain = 0.0
+    for step in range(1, STEPS + 1):
+        begun = time.thread_time()
+        optimizer.step()
+        plain += time.thread_time() - begun
+        begun = time.thread_time()
+        if cycle is not None:
+            cycle.after_step(step)
+        if step % SAVE_EVERY == 0:
+            plain += save(output / f"checkpoint-{step}", trained, optimizer)
+            begun = time.thread_time() if cycle is None else begun
+            if cycle is not None:
+                backend.saved(output / f"checkpoint-{step}")
+        spent = time.thread_time() - begun
+        blocking, worst = blocking + spent, max(worst, spent)
+        most = max(most, size(run))
+    backend.finish()
+    return {
+        "trained": sum(parameter.nbytes for parameter in trained),
+        "blocking_ms": 1e3 * blocking / STEPS,
+        "worst_ms": 1e3 * worst,
+        "background_ms": 1e3 * max(0.0, time.process_time() - started - blocking - plain) / STEPS,
+        "history": size(run / "checkpoints") + size(run / "jumps"),
+        "most": max(most, size(run)),
+        "a_save": size(output / f"checkpoint-{STEPS}"),
+        "saves": size(output),
+    }
+
+
+def save(folder: Path, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+    """Write what a trainer's checkpoint holds of these weights, and keep the newest few. Returns its seconds."""
+    begun = time.thread_time()
+    folder.mkdir(parents=True)
+    torch.save([parameter.detach() for parameter in trained], folder / "model.pt")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    for old in sorted(folder.parent.iterdir())[:-SAVES_KEPT]:
+        shutil.rmtree(old)
+    return time.thread_time() - begun
+
+
+def size(folder: Path) -> int:
+    total = 0
+    for path, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # of a checkpoint that is being renamed
+                total += (Path(path) / name).stat().st_size
+    return total
+
+
+def measure(shapes: Shapes, lora: bool, scratch: Path, fresh: bool = True) -> dict[str, dict[str, float]]:
+    """Run all modes of one model. Memory is that above the plain mode's."""
+    rows: dict[str, dict[str, float]] = {}
+    for mode in MODES:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            row, memory = apart(watch, shapes, lora, mode, Path(folder), fresh=fresh)
+        rows[mode] = row | {"memory_gib": memory.get("own_gib", 0.0)}
+    plain = rows["plain"]["memory_gib"]
+    for row in rows.values():
+        row["added_gib"] = round(row["memory_gib"] - plain, 3)
+    return rows
+
+
+def grpo(scratch: Path, steps: int = 6) -> dict[str, float]:
+    """Train Qwen2.5-0.5B's shapes, with random weights, by TRL's GRPO under the default predictor."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from next_backends.trl import PredictExtendCallback
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "arithmetic" / "base")
+    s = QWEN_05B
+    config = Qwen2Config(
+        hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=s.vocab, tie_word_embeddings=True,
+    )  # fmt: skip
+    from peft import LoraConfig
+
+    callback = PredictExtendCallback(every=1)
+    trainer = GRPOTrainer(
+        Qwen2ForCausalLM(config),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(
+            output_dir=str(scratch / "grpo"), max_steps=steps, per_device_train_batch_size=8, num_generations=8,
+            max_completion_length=16, report_to="none", use_cpu=True, bf16=False, save_strategy="no", beta=0.0,
+            gradient_checkpointing=False, disable_tqdm=True, logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(10, 20) for b in range(10, 20)]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )  # fmt: skip
+    begun = time.perf_counter()
+    trainer.train()
+    whole = time.perf_counter() - begun
+    assert callback.cycle is not None
+    ours = sum(callback.cycle.seconds.values())
+    return {"s_per_step": round(whole / steps, 2), "ours_ms": round(1e3 * ours / steps, 1), "share": ours / whole}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Return the committed figures as a table."""
+    lines = [
+        "| model | predictor | trained, MB | history, MB | most at a time, MB | added to a trainer's checkpoint | "
+        "memory added, MB | ms per step (worst) | in the background |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, rows in facts["models"].items():
+        for mode, row in rows.items():
+            if mode == "plain":
+                continue
+            extra = row["a_save"] / rows["plain"]["a_save"] - 1
+            lines.append(
+                f"| {model} | {mode} | {row['trained'] / 1e6:.0f} | {row['history'] / 1e6:,.0f} | "
+                f"{row['most'] / 1e6:,.0f} | {extra:+.0%} | {row['added_gib'] * 2**30 / 1e6:,.0f} | "
+                f"{row['blocking_ms']:.1f} ({row['worst_ms']:,.0f}) | {row['background_ms']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from benchmarks.speed.machine import hardware
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["all", "grpo", "table"], default="all")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="8 GB are written here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    facts["hardware"] = hardware()
+    if arguments.what == "grpo":
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+            facts["grpo"] = grpo(Path(folder))
+    for name, (shapes, lora) in MODELS.items() if arguments.what == "all" else ():
+        facts["models"][name] = measure(shapes, lora, arguments.scratch)
+        print(name, json.dumps(facts["models"][name]), flush=True)
+        RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+    print(table(facts))
+
+
+if __name__ == "__main__":
+    main()

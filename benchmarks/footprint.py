@@ -33,7 +33,7 @@ from benchmarks.speed.clock import apart  # noqa: E402
 from benchmarks.speed.synthetic import QWEN_05B, QWEN_7B, QWEN_15B, Shapes  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "footprint.json"
-STEPS, SAVE_EVERY, SAVES_KEPT = 50, 25, 2
+STEPS, SAVE_EVERY, SAVES_KEPT = 40, 20, 2
 RANK = 16
 SECANT = {"observe": 20, "every": 5, "horizon": 10, "jump_every": 10}
 MODES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[Shapes, bool]] = {
     "1.5B, LoRA r16": (QWEN_15B, True),
     "7B, LoRA r16": (QWEN_7B, True),
     "0.5B, 2 of 24 layers, full": (replace(QWEN_05B, layers=2), False),
-    "0.5B, 8 of 24 layers, full": (replace(QWEN_05B, layers=8), False),
+    "0.5B, 4 of 24 layers, full": (replace(QWEN_05B, layers=4), False),
 }
 
 

@@ -129,6 +129,11 @@ class Backend(Plugin):
         """Return the jump made after ``step``, for a resumed run; None if it was not kept."""
         return None
 
+    @property
+    def measures(self) -> bool:
+        """Whether ``evaluate`` may return an accuracy. Where it never does, no mean is compared at the end."""
+        return True
+
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         """Return the accuracy in [0, 1] on held-out prompts; None without such prompts."""
         return None

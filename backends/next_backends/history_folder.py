@@ -65,6 +65,7 @@ class HistoryFolder:
 
     def first_damaged(self) -> tuple[int, str] | None:
         """Read everything; return the first step whose checkpoint or jump is damaged, and what is wrong with it."""
+        self._sweep()  # what a killed process was writing is not damage
         steps = list(numbered(self.checkpoints, "step-*"))
         last = 0
         for _, path in numbered(self.jumps, "*"):

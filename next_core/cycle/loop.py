@@ -65,7 +65,8 @@ class PredictExtendCycle:
             self.guards.check(self.schedule)
             self.schedule.check_predictor(predictor, self.total)
             self.backend.check_jumps(predictor.space)
-            self._retention = Retention.of(predictor, self.schedule, self.guards, self.total)
+            means = self.schedule if self.backend.measures else self.schedule.model_copy(update={"average": None})
+            self._retention = Retention.of(predictor, means, self.guards, self.total)
             self._check_keep(predictor)
         self._watches = {what: Stopwatch() for what in ("observe", "predict", "extend", "probe")}
         if isinstance(predictor, StepPredictor):
@@ -302,9 +303,10 @@ class PredictExtendCycle:
 
     @property
     def _windows(self) -> list[int]:
-        """The windows of the means to try at the end."""
+        """The windows of the means to try at the end; only the middle one where they cannot be compared."""
         average = self.schedule.average
-        return [] if average is None else windows(average, self.schedule.every)
+        found = [] if average is None else windows(average, self.schedule.every)
+        return found if self.backend.measures else found[len(found) // 2 :][:1]
 
     def resume(self, step: int) -> None:
         """Continue a run from ``step``. Its journal is read when the backend ends its first step."""

@@ -11,7 +11,7 @@ import torch
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.retention import Retention
-from next_core.plugins import make_predictor
+from next_core.plugins import make_predictor, resolve_any_predictor
 from next_core.run_config import Guards, Schedule
 from tests.cycle.descent import Descent
 from tests.errors import raises_kind
@@ -75,3 +75,24 @@ def test_a_backend_that_cannot_delete_is_refused_before_the_run() -> None:
     schedule = Schedule(**SCHEDULE, keep="needed")
     with raises_kind("backend-unsupported", "descent", "keep: all"):
         PredictExtendCycle(backend, lambda: make_predictor("secant"), schedule, Guards(), 60, Journal())
+
+
+class Blind(Descent):
+    """A trainer without anything to measure accuracy on."""
+
+    measures = False
+
+    def evaluate(self, split: Any = "validation") -> None:
+        return None
+
+    def follow_steps(self, windows: Any) -> None:
+        self.windows = windows
+        super().follow_steps(windows)
+
+
+def test_where_no_mean_can_be_compared_none_keeps_checkpoints_and_one_is_kept_of_scaled_steps() -> None:
+    backend, schedule = Blind(), Schedule(**SCHEDULE, average=40, keep="needed")
+    PredictExtendCycle(backend, lambda: make_predictor("secant", window=10), schedule, Guards(), 60, Journal()).run()
+    assert list(backend.checkpoints) == [60]
+    PredictExtendCycle(backend, resolve_any_predictor("step-scale"), schedule, Guards(), 60, Journal())
+    assert backend.windows == [20]

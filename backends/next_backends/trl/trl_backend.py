@@ -5,48 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import nn
 
-from next_backends.history_folder import HistoryFolder, JumpAdapter, numbered
+from next_backends.history_folder import numbered
 from next_backends.sharding import sharded_by_dtensor, trained_weights
-from next_backends.trl.applied_jump import TrlApplied
 from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
 from next_backends.trl.evaluate import averaged
+from next_backends.trl.live_history import LiveHistory, TrlApplied
 from next_backends.trl.logged_rewards import LoggedRewards
-from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
 from next_core.backend import Backend, LoggedReward
 from next_core.cycle.decisions import PREFIX
-from next_core.errors import BackendError, CheckpointError
+from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction
-from next_core.live_weights.frozen_adapters import (
-    FACTORS_INSTEAD,
-    activate_jumps,
-    add_saved_adapter,
-    is_peft,
-    jump_adapters,
-    rehearse_adapter,
-    trained_adapter,
-)
-from next_core.live_weights.in_memory import InMemoryApplier
-from next_core.live_weights.live_model import LiveModel, kept_file
+from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft, rehearse_adapter
+from next_core.live_weights.live_model import LiveModel
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.run_config import Choice, RunConfig
 from next_core.settings import Settings
-from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
-from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.sources.adapter_source import PeftAdapterSource
+from next_core.sources.full_model import FullModelSource
 from next_core.sources.metrics import METRICS, by_step, read_log
-from next_core.sources.tensor_files import read_json
-from next_core.storage.atomic import seal, sweep
 from next_core.types import Space
 
 
@@ -78,8 +61,7 @@ class TrlBackend(Backend):
         self._model: Any = None
         self._optimizer: Any = None
         self._live: LiveModel | None = None
-        self._history = HistoryFolder(Path())
-        self._source: PeftAdapterSource | FullModelSource | None = None
+        self._history = LiveHistory(None, Path())
         self._evaluate: Callable[[Any, str], Mapping[str, float]] | None = None
         self._resume_from: Path | None = None
         self._stopping = False
@@ -88,10 +70,6 @@ class TrlBackend(Backend):
         self._steps: OptimizerSteps | None = None
         self._args: Any = None
         self._rewards = LoggedRewards()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
-        self._writing: Future[None] | None = None
-        self._forget: Callable[[], None] | None = None
-        """Deletes what is not needed after the last checkpoint."""
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Build model, LoRA, data, reward and trainer. Returns the step to resume at. Raises ``ConfigError``."""
@@ -101,12 +79,10 @@ class TrlBackend(Backend):
         self.attach(self.trainer.model, out)
         if not resume:
             return 0
-        for folder in (self._history.checkpoints, self._history.jumps):
-            sweep(folder)  # what a killed process was writing is not damage
-        broken = self._history.first_damaged()
+        broken = self._history.folder.first_damaged()
         self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
         if broken is not None:
-            self._history.forget_after(step)
+            self._history.folder.forget_after(step)
             self._notes.append(f"{broken[1]}; the run was resumed at step {step}, before it")
         return step
 
@@ -141,9 +117,7 @@ class TrlBackend(Backend):
 
         Every one of several ``processes`` has a backend, and process 0's is driven.
         """
-        self._model, self._history, self._source = model, HistoryFolder(folder), None
-        self._writing = None  # what an earlier training failed to write is that training's error
-        self._forget = None
+        self._model, self._history = model, LiveHistory(model, folder)
         self._evaluate = evaluate or self._evaluate
         self._live, self.processes = None, processes
         if processes is not None:
@@ -173,7 +147,7 @@ class TrlBackend(Backend):
         if note is not None:
             self._notes.append(note)
             logging.getLogger(__name__).warning(note)
-        self._live = LiveModel(self._model, weights, self.processes)
+        self._live = self._history.live = LiveModel(self._model, weights, self.processes)
 
     def begin(self, step: int, checkpoint: Path) -> None:
         """Keep the starting point of a training that begins, or the history of one that is resumed.
@@ -184,29 +158,17 @@ class TrlBackend(Backend):
         if self._windows is not None:
             self._begin_steps(step, checkpoint)
             return
-        if step > 0:
-            self._check_resume(step)
-            self._history.forget_after(step)
-            self._source = None
-        elif is_peft(self._model) and jump_adapters(self._model):
-            raise BackendError(
-                "the model holds jump adapters of an earlier training; make a new model, or resume from a checkpoint",
-                kind="backend-unsupported",
-            )
-        else:
-            self._history.clear()
-            self.observe(0)
-        self.source()  # what cannot be read back (DoRA, no linear layer) fails now, not at the first jump
+        self._history.begin(step)
 
     def _begin_steps(self, step: int, checkpoint: Path) -> None:
         """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""
         self._follow(tuple(self._windows or ()), checkpoint if step > 0 else None)
         if step > 0:
-            for logged, numbers in sorted(by_step(read_log(self._history.path / METRICS)).items()):
+            for logged, numbers in sorted(by_step(read_log(self._history.folder.path / METRICS)).items()):
                 if logged <= step:
                     self._rewards.add(logged, numbers, self._args)
         else:
-            self._history.clear()
+            self._history.folder.clear()
             self.steps.keep(0)
 
     @everywhere
@@ -227,41 +189,6 @@ class TrlBackend(Backend):
         if self._steps is not None:
             self._steps.close()
             self._steps = None
-
-    def _check_resume(self, step: int) -> None:
-        """Raise ``CheckpointError`` unless the trainer's checkpoint and this folder are of one run."""
-        folder = self._history.path
-        if not self._history.checkpoints.is_dir():
-            raise CheckpointError(
-                f"{folder} holds no history: this run was not observed from its start; resume it without jumps",
-                kind="checkpoint-no-history",
-            )
-        self._restore_adapters(step)
-        if not self._history.checkpoint(step).is_dir():
-            return
-        source = self._open()
-        for name, live in live_tensors(self.live).items():
-            stored = source.stored(name, step)
-            if stored.shape != live.shape or not torch.allclose(live.float(), stored, atol=1e-6, rtol=1e-5):
-                raise CheckpointError(
-                    f"resuming at step {step}: '{name}' differs from what {folder} holds for that step; the trainer's "
-                    "checkpoint is of another run",
-                    kind="checkpoint-other-model",
-                )
-
-    def _restore_adapters(self, step: int) -> None:
-        """Make the jump adapters of ``step`` active. DeepSpeed brings none back: they are read from our folder."""
-        expected = self._history.active_adapters(step)
-        found = self.live.change_adapters(activate_jumps) if is_peft(self._model) else []
-        if found != [*expected] and (found or self.live.weights.resumes_adapters):
-            raise CheckpointError(
-                f"resuming at step {step}: {self._history.path} records the jump adapters {[*expected]}, but the "
-                f"trainer's checkpoint holds {found or 'none'}; resume from a checkpoint of this run",
-                kind="checkpoint-other-model",
-            )
-        for name in expected if not found else ():
-            config, tensors = read_json(expected[name] / CONFIG_FILE), load_file(expected[name] / WEIGHTS_FILE)
-            self.live.change_adapters(add_saved_adapter, name, config, tensors)
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
         from next_backends.trl.step_callback import RunIsOver, StepCallback
@@ -287,22 +214,13 @@ class TrlBackend(Backend):
         return self._stopping and step % steps_of_a_generation(args) == 0
 
     def observe(self, step: int) -> None:
-        """Copy the trained tensors now, and write them while training goes on."""
-        config = adapter_config(self._model, trained_adapter(self._model)) if is_peft(self._model) else None
-        tensors = {name: value.contiguous() for name, value in live_tensors(self.live).items()}
-        self.flush()
-        self._writing = self._writer.submit(write_checkpoint, self._history.checkpoint(step), tensors, config)
-        if isinstance(self._source, PeftAdapterSource):
-            self._source.remember(step, tensors)
+        self._history.observe(step)
 
     def saved(self, checkpoint: Path) -> None:
-        """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
+        """Complete a checkpoint that the trainer has written."""
         if self._steps is not None:
             self._steps.save(checkpoint)
-        self.flush()
-        if self._forget is not None:
-            self._forget()  # the trainer may have deleted an older checkpoint
-        self._writing = self._writer.submit(_seal, checkpoint)
+        self._history.seal(checkpoint)
 
     def finish(self) -> None:
         """Leave the optimizer as it was, and wait for what is being written. Raises its error."""
@@ -311,62 +229,32 @@ class TrlBackend(Backend):
 
     def flush(self) -> None:
         """Wait for the checkpoint that is being written or sealed. Raises its error."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._history.flush()
 
     def source(self) -> PeftAdapterSource | FullModelSource:
-        self.flush()
-        if self._source is None:
-            self._source = self._open()
-        else:
-            self._source.refresh()
-        return self._source
-
-    def _open(self) -> PeftAdapterSource | FullModelSource:
-        if is_peft(self._model):
-            return PeftAdapterSource(PeftAdapterSourceConfig(path=self._history.checkpoints))
-        return FullModelSource(FullModelSourceConfig(path=self._history.checkpoints))
+        return self._history.source()
 
     def forget(self, step: int, kept: Callable[[int, Sequence[int]], Sequence[range]]) -> None:
-        self._forget = partial(self.forget, step, kept)
-        saves = [at for at, _ in numbered(Path(self._args.output_dir), "checkpoint-*")]
-        self._history.keep(kept(step, saves))
+        output = Path(self._args.output_dir)
+        self._history.forget(lambda: kept(step, [at for at, _ in numbered(output, "checkpoint-*")]))
 
     def reopen(self, steps: range, every: int) -> None:
-        self._history.reopen(steps, every)
+        self._history.folder.reopen(steps, every)
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
-        folder = self._history.next_jump()  # a damaged history is found before anything moves
-        made = InMemoryApplier().apply(prediction, alpha, out=self.live)
-        try:
-            self._history.write_jump(
-                folder,
-                prediction.step,
-                alpha,
-                shift=made.shift,
-                adapter=None if made.adapter is None else self._jump_adapter(made.adapter),
-                more=(lambda there: self.live.save_kept(made.kept, there)) if keep else None,
-            )
-        except BaseException:
-            made.rollback()
-            raise
-        return TrlApplied(self.live, folder, made, made.adapter)
-
-    def _jump_adapter(self, name: str) -> JumpAdapter:
-        tensors = {key: value.cpu().contiguous() for key, value in jump_tensors(self._model, name).items()}
-        return JumpAdapter(name, adapter_config(self._model, name), tensors)
+        return self._history.apply(prediction, alpha, keep)
 
     def rollback(self, applied: Applied, step: int) -> None:
         assert isinstance(applied, TrlApplied)
         applied.rollback()
-        self._history.withdraw(applied.folder, step)
+        self._history.folder.withdraw(applied.folder, step)
 
     def active_jump(self, step: int) -> Applied | None:
-        made = self._history.jump_at(step)
-        if made is None or not kept_file(made[0], 0).exists():
-            return None
-        return TrlApplied(self.live, made[0], None, made[1]["adapter"])
+        return self._history.made_at(step)
+
+    @property
+    def measures(self) -> bool:
+        return self._evaluate is not None
 
     def evaluate(self, split: Literal["validation", "test"] = "validation") -> float | None:
         return next(iter(self.accuracies(split).values()), None)
@@ -396,7 +284,7 @@ class TrlBackend(Backend):
         """Write what the trainer logs, for predictors that read a metric; decisions are in the journal."""
         if any(key.startswith(PREFIX) for key in logs):
             return
-        self._history.log(step, logs)
+        self._history.folder.log(step, logs)
         self._rewards.add(step, logs, self._args)
 
     def show(self, figures: Mapping[str, float]) -> None:
@@ -410,13 +298,3 @@ class TrlBackend(Backend):
 
     def takes_weights(self, step: int) -> bool:
         return step % steps_of_a_generation(self._args) == 0
-
-
-def _seal(checkpoint: Path) -> None:
-    for scrap in checkpoint.glob(".tmp*"):  # of a process that was killed while safetensors wrote into this folder
-        scrap.unlink(missing_ok=True)
-    try:
-        seal(checkpoint)
-    except OSError:
-        if checkpoint.is_dir():  # otherwise the trainer, which keeps only the newest, has removed it
-            raise

@@ -1,7 +1,7 @@
 """What watching and jumping cost next to training, by model size: bytes on disk, memory, seconds per step.
 
     python benchmarks/footprint.py [--scratch DIR]    # writes benchmarks/results/footprint.json and prints its tables
-    python benchmarks/footprint.py grpo               # adds a step of TRL's GRPO at 0.5B shapes, for comparison
+    python benchmarks/footprint.py table              # prints them again
 
 Models are Qwen2.5's shapes. A LoRA run has real adapters on a base that holds no numbers; a full-parameter run has some
 of the 0.5B model's layers. AdamW steps along fixed random gradients, since the cost depends on shapes alone. Each case
@@ -162,45 +162,6 @@ def measure(shapes: Shapes, lora: bool, scratch: Path, fresh: bool = True) -> di
     return rows
 
 
-def grpo(scratch: Path, steps: int = 6) -> dict[str, float]:
-    """Train Qwen2.5-0.5B's shapes, with random weights, by TRL's GRPO under the default predictor."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
-
-    from next_backends.trl import PredictExtendCallback
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "arithmetic" / "base")
-    s = QWEN_05B
-    config = Qwen2Config(
-        hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers, num_attention_heads=14,
-        num_key_value_heads=2, vocab_size=s.vocab, tie_word_embeddings=True,
-    )  # fmt: skip
-    from peft import LoraConfig
-
-    callback = PredictExtendCallback(every=1)
-    trainer = GRPOTrainer(
-        Qwen2ForCausalLM(config),
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(
-            output_dir=str(scratch / "grpo"), max_steps=steps, per_device_train_batch_size=8, num_generations=8,
-            max_completion_length=16, report_to="none", use_cpu=True, bf16=False, save_strategy="no", beta=0.0,
-            gradient_checkpointing=False, disable_tqdm=True, logging_steps=1,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(10, 20) for b in range(10, 20)]),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[callback],
-    )  # fmt: skip
-    begun = time.perf_counter()
-    trainer.train()
-    whole = time.perf_counter() - begun
-    assert callback.cycle is not None
-    ours = sum(callback.cycle.seconds.values())
-    return {"s_per_step": round(whole / steps, 2), "ours_ms": round(1e3 * ours / steps, 1), "share": ours / whole}
-
-
 def table(facts: dict[str, Any]) -> str:
     """Return the committed figures as a table."""
     lines = [
@@ -225,20 +186,15 @@ def main() -> None:
     from benchmarks.speed.machine import hardware
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "grpo", "table"], default="all")
+    parser.add_argument("what", nargs="?", choices=["all", "table"], default="all")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="8 GB are written here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-    facts["hardware"] = hardware()
-    if arguments.what == "grpo":
-        with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-            facts["grpo"] = grpo(Path(folder))
     for name, (shapes, lora) in MODELS.items() if arguments.what == "all" else ():
         facts["models"][name] = measure(shapes, lora, arguments.scratch)
-        print(name, json.dumps(facts["models"][name]), flush=True)
+        facts["hardware"] = f"{hardware()}, one thread"
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
-    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     print(table(facts))
 
 

@@ -77,7 +77,7 @@ def _accuracy(page: Page, comparison: Comparison) -> list[Block]:
     values = "; ".join(f"{name}: {form.with_span(arm.difference)}" for name, arm in shown.items())
     words = f"Differences to plain RL, paired by seed.{' Bars: 95% intervals; ticks: seeds.' if seeds > 1 else ''}"
     figure = page.figure("Differences to plain RL", charts.differences(comparison), words, f"Forest plot. {values}")
-    return [Table(caption, ["arm", "RL steps", *kinds, *against], rows, note), *figure]
+    return [Table(caption, ["arm", "RL steps", *kinds, *against], rows, note, main=True), *figure]
 
 
 def _cost(page: Page, comparison: Comparison) -> list[Block]:

@@ -53,10 +53,12 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     note: str = ""
+    main: bool = False
+    """Whether it is never folded."""
 
     @property
     def folded(self) -> bool:
-        return len(self.rows) > MOST_ROWS
+        return len(self.rows) > MOST_ROWS and not self.main
 
     @property
     def words(self) -> list[bool]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, damaged, describe, incomplete, unsafe_path
-from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, refuse_pickle
+from next_core.sources.tensor_files import Place, TensorFile, check_file, is_unchanged, refuse_pickle
 from next_core.storage.manifest import check_contents
 from next_core.storage.reading import LARGE, read_bytes, stamp
 
@@ -87,8 +87,9 @@ class DistributedFile(TensorFile):
             file = self.path.parent / info.relative_path
             if PurePosixPath(info.relative_path).name != info.relative_path:
                 raise unsafe_path(f"{self.path} names a file outside its folder: {info.relative_path!r}")
-            if not file.is_file() or file.stat().st_size < info.offset + info.length:
-                raise incomplete(file, "is missing or truncated")
+            check_file(file)
+            if file.stat().st_size < info.offset + info.length:
+                raise incomplete(file, "is truncated")
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(
                     f"{file} is compressed ({info.transform_descriptors}); save it without extensions",

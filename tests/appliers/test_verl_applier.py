@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from next_core.interfaces import CheckpointSource, Prediction
 from next_core.sources.fsdp_shards import open_shards
 from next_core.storage import atomic
 from next_core.storage.manifest import check_manifest
+from tests.conftest import Outcome
 from tests.errors import raises_kind
 from tests.sources.fsdp import lora_state, verl
 from tests.sources.models import model
@@ -146,3 +148,14 @@ def test_a_jump_is_rounded_to_the_precision_of_the_shards(tmp_path: Path) -> Non
     written = make_applier("verl").apply(secant(source), alpha=0.01, out=tmp_path / "out")
     assert written.share == 0.0  # a hundredth of 1/16 is less than half of bf16's spacing
     assert written.record["rounding"] == "nearest"
+
+
+def test_the_command_writes_it_as_verl(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    run(tmp_path / "run")
+    where = ("--checkpoints", tmp_path / "run", "--horizon", 10, "--out", tmp_path / "out", "--as", "verl")
+    assert cli("extrapolate", *where).code == 3  # pickles are not allowed
+    outcome = cli("extrapolate", *where, "--allow-pickle")
+    assert outcome.code == 0, outcome.err
+    assert "(verl)" in outcome.out
+    actor = tmp_path / "out" / "global_step_30" / "actor"
+    assert torch.equal(open_shards(actor, allow_pickle=True).read("rows"), whole(40)["rows"])

@@ -85,6 +85,8 @@ COVERS: dict[str, tuple[str, ...]] = {
     ),
     "test-openrlhf": (
         "backends/next_backends/openrlhf",
+        "backends/next_backends/sharding.py",
+        "next_core/live_weights",
         HISTORY,
         "next_core/cycle",
         "tests/backends/environment.py",

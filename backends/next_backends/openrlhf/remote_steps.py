@@ -31,7 +31,7 @@ class RemoteSteps(TrainerSteps):
 
     @multiple.setter
     def multiple(self, value: float) -> None:
-        self._ask("steps", "set_multiple", value)
+        self._ask("on_steps", "set_multiple", value)
 
     @property
     def learning_rate(self) -> float:
@@ -42,17 +42,17 @@ class RemoteSteps(TrainerSteps):
         return [int(step) for step in self._now["kept"]]
 
     def after_step(self) -> None:
-        self._ask("steps", "after_step")
+        self._ask("on_steps", "after_step")
 
     def end_block(self) -> None:
-        self._ask("steps", "end_block")
+        self._ask("on_steps", "end_block")
 
     def products(self) -> Tensor:
-        rows = self._ask("steps", "products")
+        rows = self._ask("on_steps", "products")
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(rows))
 
     def keep(self, step: int) -> None:
-        self._ask("steps", "keep", step)
+        self._ask("on_steps", "keep", step)
 
     def undo(self, step: int) -> None:
         self._ask("move", "undo", step)

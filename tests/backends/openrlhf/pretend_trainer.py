@@ -156,6 +156,9 @@ class Controlled(ControlClient):  # type: ignore[misc]
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))
 
+    def answer(self, what: str, request: dict[str, Any]) -> Any:
+        return getattr(self, what)(**request)
+
     def keep(self, folder: str) -> None:
         if "keep" in PLAN.get("cannot", []):
             raise ValueError("no such thing")
@@ -169,12 +172,12 @@ class Controlled(ControlClient):  # type: ignore[misc]
         self.trainer.steps = Steps(self.trainer, multiple)
         self.trainer.steps.keep(self.trainer.step)
 
-    def steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:
+    def on_steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:
         steps = self.trainer.steps
         value = getattr(steps, method)(*arguments)
         return {"value": value, "multiple": steps.multiple, "learning_rate": 0.01, "kept": list(steps.kept)}
 
-    move = steps
+    move = on_steps
 
     def load(self, folder: str | None, shifts: list[str], **_: Any) -> None:
         if folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from next_backends.openrlhf import trainer
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
+from next_core.cycle.run import run
 from next_core.testing import BackendCase, Check, checks_of
 from tests.backends.openrlhf.pretence import Pretence, motion
 from tests.errors import raises_kind
@@ -302,6 +304,16 @@ def test_a_resumed_run_of_scaled_steps_continues_with_its_multiple_and_its_rewar
     first = backend.rewards()[0]
     assert (first.mean, first.error) == (0.01, 0.25)
     assert pretence.asked("save") == []  # no checkpoints of ours
+
+
+def test_the_cycle_scales_steps_and_pauses_after_each(pretence: Pretence) -> None:
+    block = {"name": "openrlhf", **pretence.config().model_dump(mode="json")}
+    result = run(pretence.run(backend=block, **SCALING), pretence.out)
+    assert [request["until"] for request in pretence.asked("train")] == [1, 2, 3, 4, 5, 6]
+    methods = [request["method"] for request in pretence.asked("on_steps")]
+    assert methods.count("after_step") == 6
+    (scaled,) = result.scaling
+    assert (scaled["step"], scaled["multiple"]) == (5, pytest.approx(math.exp(0.8 * 0.5)))
 
 
 def test_several_optimizer_steps_in_one_rl_step_cannot_be_scaled(pretence: Pretence) -> None:

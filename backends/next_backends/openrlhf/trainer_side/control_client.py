@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ControlClient:
-    """Answers each request with the method of its name; ``until`` is the step after which to pause again."""
+    """Answers requests; ``until`` is the step after which to pause again."""
 
     def __init__(self, address: str) -> None:
         self.until = 0
@@ -33,11 +33,15 @@ class ControlClient:
                 self.end_run()
                 return
             try:
-                answer = {"value": getattr(self, what)(**request)}
+                answer = {"value": self.answer(what, request)}
             except Exception as error:
                 cause = getattr(error, "cause", None) or error  # Ray's own error holds a whole traceback
                 answer = {"error": f"{type(cause).__name__}: {cause}"}
             self._send({**answer, "number": number})
+
+    def answer(self, what: str, request: dict[str, Any]) -> Any:
+        """Do what was asked, and return a value that JSON can hold."""
+        raise NotImplementedError
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Send the metrics of a step that ended."""

@@ -9,6 +9,9 @@ import torch
 from control_client import ControlClient
 from policy import on_policy
 
+MOVES = ("load", "restore", "move")
+"""Methods of ``Policy`` after which the engines need its weights."""
+
 
 def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
     """Let ``Controller`` act before the first step and after each one, and count the steps as next-core does."""
@@ -35,7 +38,7 @@ def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:
 
 
 class Controller(ControlClient):  # type: ignore[misc]
-    """What next-core can ask of a paused ``PPOTrainer``."""
+    """What next-core can ask of a paused ``PPOTrainer``: ``greedy``, and the methods of ``Policy``."""
 
     def __init__(self, trainer: Any, address: str) -> None:
         self.trainer = trainer
@@ -45,41 +48,13 @@ class Controller(ControlClient):  # type: ignore[misc]
         # The loop ends when there are no rollouts; the model is then saved as at any end.
         self.trainer.samples_generator.generate_samples = lambda **_: ([], None, 0, True)
 
-    def save(self, folder: str) -> None:
-        """Write the trained weights, in fp32."""
-        self._on_policy("save", folder)
-
-    def keep(self, folder: str) -> None:
-        """Write the trained weights and the optimizer's moments, for ``restore``."""
-        self._on_policy("keep", folder)
-
-    def restore(self, folder: str, adapters: list[str]) -> None:
-        """Restore what ``keep`` wrote, with these frozen adapters."""
-        self._on_policy("restore", folder, adapters)
-        self.trainer.broadcast_to_vllm()
-
-    def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
-        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters`` to the model."""
-        self._on_policy("load", folder, shifts, adapters, schedule)
-        self.trainer.broadcast_to_vllm()
-
-    def follow_steps(self, windows: list[int], folder: str | None) -> None:
-        """Follow the optimizer's steps, from the start or from the state in ``folder``."""
-        self._on_policy("follow_steps", windows, folder)
-
-    def steps(self, method: str, arguments: list[Any]) -> Any:
-        """Call a method of the followed steps that leaves the weights as they are."""
-        return self._on_policy("on_steps", method, *arguments)
-
-    def move(self, method: str, arguments: list[Any]) -> Any:
-        """Call a method of the followed steps that changes the weights."""
-        found = self._on_policy("on_steps", method, *arguments)
-        self.trainer.broadcast_to_vllm()
+    def answer(self, what: str, request: dict[str, Any]) -> Any:
+        if what == "greedy":
+            return self.greedy(**request)
+        found = self._on_policy(what, *request.values())  # in the order of the method's parameters
+        if what in MOVES:
+            self.trainer.broadcast_to_vllm()
         return found
-
-    def likelihood(self, pairs: list[list[str]]) -> Any:
-        """Return the mean probability of sampling exactly the answer and the end token."""
-        return self._on_policy("likelihood", pairs)
 
     def greedy(self, pairs: list[list[Any]]) -> float:
         """Return the mean reward of greedy completions."""

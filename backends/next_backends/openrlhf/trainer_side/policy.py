@@ -128,22 +128,18 @@ class Policy:
         else:
             self.steps.load(Path(folder))
 
-    def on_steps(self, method: str, *arguments: Any) -> dict[str, Any]:
+    def on_steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:
         """Call a method of the followed steps. Returns its answer as JSON holds it, and what they are at."""
-        steps = self.steps
-        assert steps is not None
-        answer = getattr(steps, method)(*arguments)
-        value = answer.tolist() if isinstance(answer, Tensor) else None
-        return {
-            "value": value,
-            "multiple": steps.multiple,
-            "learning_rate": steps.learning_rate,
-            "kept": list(steps.kept),
-        }
+        answer = getattr(self.steps, method)(*arguments)
+        found = {name: getattr(self.steps, name) for name in ("multiple", "learning_rate", "kept")}
+        return {"value": answer.tolist() if isinstance(answer, Tensor) else None, **found}
+
+    move = on_steps
+    """The same for methods that change the weights."""
 
     def save_steps(self, folder: str) -> None:
-        assert self.steps is not None
         Path(folder).mkdir(parents=True, exist_ok=True)
+        assert self.steps is not None
         self.steps.save(Path(folder))
 
 

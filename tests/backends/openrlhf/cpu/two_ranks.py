@@ -145,31 +145,31 @@ def check_steps(rank: Rank, folder: Path) -> None:
     start = rank.state(folder / "start")
     moves = []
     for multiple in (1.0, 4.0):
-        assert rank.ask("on_steps", "set_multiple", multiple)["multiple"] == multiple
+        assert rank.ask("on_steps", "set_multiple", [multiple])["multiple"] == multiple
         rank.train(4)
-        rank.ask("on_steps", "after_step")
+        rank.ask("on_steps", "after_step", [])
         after = rank.state(folder / "after")
         moves.append({name: after[name] - start[name] for name in start if name.endswith("/weight")})
-        rank.ask("on_steps", "undo", 0)
+        rank.ask("on_steps", "undo", [0])
         check_same(rank.state(folder / "undone"), start)
     for name, plain in moves[0].items():
         # A weight below 4 holds its move to within 2**-22; that of the plain step is multiplied.
         torch.testing.assert_close(moves[1][name], 4 * plain, rtol=1e-6, atol=5 * 2**-22, msg=name)
     assert any(bool(plain.abs().max() > 1e-3) for plain in moves[0].values())
     rank.train(5)
-    found = rank.ask("on_steps", "after_step")
-    rank.ask("on_steps", "keep", 1)
+    found = rank.ask("on_steps", "after_step", [])
+    rank.ask("on_steps", "keep", [1])
     before = rank.state(folder / "last")
-    rank.ask("on_steps", "apply_mean", 2)
-    rank.ask("on_steps", "replace_back")
+    rank.ask("on_steps", "apply_mean", [2])
+    rank.ask("on_steps", "replace_back", [])
     check_same(rank.state(folder / "back"), before)
     state = folder / "steps"
     rank.ask("save_steps", str(state))
     rank.ask("follow_steps", [2], str(state))
-    resumed = rank.ask("on_steps", "products")
+    resumed = rank.ask("on_steps", "products", [])
     assert (resumed["multiple"], resumed["kept"], found["kept"]) == (4.0, [0, 1], [0])
     rank.train(6)
-    rank.ask("on_steps", "undo", 1)
+    rank.ask("on_steps", "undo", [1])
     check_same(rank.state(folder / "resumed"), before)
 
 

@@ -188,6 +188,10 @@ class OpenRlhfBackend(Backend):
         found = self._setup.history.jump_at(step)
         return JumpApplied(self, found[0], step) if found and kept_file(found[0], 0).exists() else None
 
+    @property
+    def measures(self) -> bool:
+        return self._setup.splits.get("validation") is not None
+
     def evaluate(self, split: str = "validation") -> float | None:
         rows = self._setup.splits.get(split)
         if rows is None:

@@ -119,7 +119,8 @@ def _judged(rate: LearningRate) -> Advice | None:
 
 def _about(recorded: Recorded) -> list[tuple[str, str]]:
     about, scaled = recorded.about, [one.rate for one in recorded.scaling if one.rate]
-    rate = "" if about.get("learning_rate") is None else f"{about['learning_rate']:g}"
+    known = about.get("learning_rate")
+    rate = f"{known:g}" if isinstance(known, int | float) else str(known or "")
     found = {
         "date": about.get("date"),
         "algorithm": str(about.get("algorithm") or "").upper(),

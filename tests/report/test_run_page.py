@@ -118,7 +118,7 @@ def test_a_callbacks_run_is_titled_and_its_reward_has_a_band(tmp_path: Path) -> 
     written = write_report(tmp_path, settings=QUICK)
     seen = read_page(written.out)
     assert "<h1>models/tiny on exact</h1>" in seen.page
-    (tmp_path / "config.yaml").write_text("training: {learning_rate: 1e-4}")  # text, in YAML 1.1
+    (tmp_path / "config.yaml").write_text("training: {learning_rate: '1e-4'}")  # text
     assert "learning rate 1e-4" in read_page(write_report(tmp_path, settings=QUICK).out).words
     assert "learning rate 1e-05" in seen.words
     assert "from 0.250 to 0.500" in written.summary[0]

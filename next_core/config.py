@@ -182,10 +182,10 @@ def absolute_path(base: Path, path: str | Path, where: str) -> Path:
 
 
 def located(base: Path, path: str | Path, where: str) -> Path:
-    """Return the absolute path; what does not exist and has the form of a name on the Hub is returned as it is."""
+    """Return the absolute path; a name of the form that the Hub has is returned as it is, unless it begins a path."""
     found = absolute_path(base, path, where)
     named = NAME.fullmatch(str(path)) and found.suffix not in DATA_FILES
-    return Path(path) if named and not found.exists() else found
+    return Path(path) if named and not found.parent.exists() else found
 
 
 def _absolute(config: RunConfig, base: Path, where: str) -> RunConfig:

@@ -177,7 +177,7 @@ def test_auto_means_step_scaling_where_the_backend_can_reach_the_optimizer(load:
     assert load(predictor={"name": "auto", "decay": 0.25}).predictor.fields == {"decay": 0.25}
     assert load(predictor="auto").predictor.name == "step-scale"
     launched = {"name": "openrlhf", "python": sys.executable}
-    assert load(predictor="auto", backend=launched).predictor.name == "adaptive-secant"
+    assert load(predictor="auto", backend=launched).predictor.name == "step-scale"
     resolved = yaml.safe_load(dump_yaml(load()))
     assert dump_yaml(load(text=yaml.safe_dump(resolved))) == dump_yaml(load())
     assert load(predictor="adaptive-secant", schedule={"settle": 20}).schedule.settle == 20

@@ -160,6 +160,8 @@ class OptimizerSteps(TrainerSteps):
 
     @everywhere
     def keep(self, step: int) -> None:
+        if len(self._kept) == KEPT:
+            self._kept.popleft()  # now, not by ``append``: both copies would be in memory at a time
         self._kept.append((step, self._updates, KeptState.of(self._trained)))
 
     @property

@@ -46,7 +46,7 @@ ARM_RATES = {
     "linear": (1e-3, 2e-3),
     "per matrix": (1e-3, 1e-4),
 }
-ARM_SEEDS = {"auto": 3, "linear": 3, "per matrix": 2}
+ARM_SEEDS = {"per matrix": 2}
 """Where fewer than the others'."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "4 prompts a step": {"prompts_per_step": 4},

@@ -19,9 +19,8 @@ def test_a_history_is_counted_in_trained_weights(lora: bool, tmp_path: Path) -> 
     assert own == pytest.approx(3 * trained, rel=0.3)
     assert rows["plain"]["history"] == rows["auto"]["history"] == 0
     everything, needed = rows["secant, keep all"], rows["secant, keep needed"]
-    assert (
-        15 * trained < everything["history"] < 25 * trained
-    )  # 11 checkpoints and 4 jumps, with small tensors' headers
+    # 9 checkpoints and 3 jumps, with the headers of small tensors.
+    assert 12 * trained < everything["history"] < 16 * trained
     assert needed["history"] < 0.4 * everything["history"]
     assert needed["a_save"] == everything["a_save"] == pytest.approx(own, rel=0.2)
     assert list(tmp_path.iterdir()) == []

@@ -176,7 +176,7 @@ def collect(
         hardware=hardware(),
         about={
             "date": datetime.date.today().isoformat(),
-            "model": training.model,
+            "model": str(training.model),
             "task": str(training.data.train),
             "algorithm": training.algorithm,
             "learning_rate": training.learning_rate,

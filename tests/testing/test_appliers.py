@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from next_core import make_applier, open_checkpoints, registry
 from next_core.mathematics.low_rank import dense
+from next_core.sources.fsdp_shards import open_shards
 from next_core.testing import ApplierCase, Check, checks_of, dense_run, write_lora_run
 from tests.conftest import STEPS, LoraRun
+from tests.sources.fsdp import verl
 from tests.testing.helpers import write_model_run
 
 Make = Callable[[Path, LoraRun], ApplierCase]
@@ -98,12 +100,28 @@ def merged_models(folder: Path, run: LoraRun) -> ApplierCase:
     return merged(folder)
 
 
+def verl_shards(folder: Path, run: LoraRun) -> ApplierCase:
+    """A whole model that two processes of verl shard."""
+    made = write_model_run(folder / "full")
+    for step, weights in made.weights.items():
+        verl(folder / "checkpoints", step, weights)
+    base, last = load_file(folder / "base" / "model.safetensors"), made.steps[-1]
+
+    def read(out: Path) -> Mapping[str, Tensor]:
+        shards = open_shards(out / f"global_step_{last}" / "actor", allow_pickle=True)
+        return {name: shards.read(name).double() - base[name] for name in shards.shapes}
+
+    source = open_checkpoints(folder / "checkpoints", backbone=folder / "base", allow_pickle=True)
+    return ApplierCase(make_applier("verl"), source, fresh(folder), read)
+
+
 CASES: dict[str, tuple[str, Make]] = {
     "live, LoRA": ("in-memory", live_adapter),
     "live, full": ("in-memory", live_model),
     "peft-adapter": ("peft-adapter", adapter_folder),
     "merged-model, LoRA": ("merged-model", merged_adapters),
     "merged-model, full": ("merged-model", merged_models),
+    "verl, full": ("verl", verl_shards),
 }
 
 

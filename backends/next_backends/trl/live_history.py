@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
 from next_core.errors import BackendError, CheckpointError
-from next_core.interfaces import Applied, Prediction
+from next_core.interfaces import Applied
 from next_core.live_weights.frozen_adapters import (
     activate_jumps,
     add_saved_adapter,
@@ -23,7 +23,7 @@ from next_core.live_weights.frozen_adapters import (
     remove_adapter,
     trained_adapter,
 )
-from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
+from next_core.live_weights.in_memory import InMemoryApplied
 from next_core.live_weights.live_model import LiveModel, kept_file
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
@@ -162,14 +162,15 @@ class LiveHistory:
             return PeftAdapterSource(PeftAdapterSourceConfig(path=self.folder.checkpoints))
         return FullModelSource(FullModelSourceConfig(path=self.folder.checkpoints))
 
-    def apply(self, prediction: Prediction, alpha: float, keep: bool) -> TrlApplied:
-        """Make a jump, with ``keep`` so that another process can undo it."""
-        folder = self.folder.next_jump()  # a damaged history is found before anything moves
-        made = InMemoryApplier().apply(prediction, alpha, out=self.live)
+    def record(self, folder: Path, step: int, alpha: float, made: InMemoryApplied, keep: bool) -> TrlApplied:
+        """Write the folder of a jump that was made, with ``keep`` so that another process can undo it.
+
+        A jump that cannot be written is undone.
+        """
         try:
             self.folder.write_jump(
                 folder,
-                prediction.step,
+                step,
                 alpha,
                 shift=made.shift,
                 adapter=None if made.adapter is None else self._jump_adapter(made.adapter),

@@ -22,6 +22,7 @@ from next_core.cycle.decisions import PREFIX
 from next_core.errors import BackendError
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft, rehearse_adapter
+from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.live_weights.live_model import LiveModel
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
@@ -242,7 +243,9 @@ class TrlBackend(Backend):
         self._history.folder.reopen(steps, every)
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> TrlApplied:
-        return self._history.apply(prediction, alpha, keep)
+        folder = self._history.folder.next_jump()  # a damaged history is found before anything moves
+        made = InMemoryApplier().apply(prediction, alpha, out=self._history.live)
+        return self._history.record(folder, prediction.step, alpha, made, keep)
 
     def rollback(self, applied: Applied, step: int) -> None:
         assert isinstance(applied, TrlApplied)

@@ -103,8 +103,9 @@ class MergedModelApplier(FolderApplier):
     def write(self, prediction: Prediction, alpha: float, folder: Path) -> WrittenFolder:
         backbone = model_layout(prediction.source, self.config.backbone)
         copy_files(model_files(backbone), backbone, folder)
-        writer = ModelWriter(self, prediction, alpha, ModelFiles(backbone))
-        for file in ModelFiles(backbone).files:
+        layout = ModelFiles(backbone)
+        writer = ModelWriter(self, prediction, alpha, layout)
+        for file in layout.files:
             writer.write_shard(file, folder / file.path.name)
         facts = facts_of(prediction, alpha, self, writer.loss) | {"from_backbone": writer.plan.from_backbone}
         write_texts(folder, record_texts(facts, backbone / CARD, LIBRARY))

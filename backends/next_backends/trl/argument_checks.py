@@ -43,6 +43,12 @@ def check_arguments(
         )
     if not isinstance(predictor, TrajectoryPredictor):
         return
+    if getattr(args, "max_staleness", None):
+        raise BackendError(
+            f"this trainer generates while it trains (max_staleness {args.max_staleness}): after a jump it would go on "
+            "with roll-outs of the weights from before it; use predictor='auto', which makes no jumps",
+            kind="backend-unsupported",
+        )
     unit = steps_of_a_generation(args)
     for step in schedule.attempt_steps(total):
         for change, what in ((step, "observe and jump_every"), (step + (guards.recovery or 0), "guards.recovery")):
@@ -54,18 +60,21 @@ def check_arguments(
                 )
 
 
-def check_best_model(args: Any, predictor: Predictor, lora: bool) -> None:
-    """Raise ``ConfigError`` if ``load_best_model_at_end`` would leave weights that never were together.
+def check_jump_adapters(args: Any, predictor: Predictor, lora: bool) -> None:
+    """Raise ``ConfigError`` or ``BackendError`` where the trainer would not keep frozen jump adapters active.
 
-    It loads the trained weights of an evaluated step. They contain the jumps in full weights and in factors made until
-    then, and at the last step the mean, but frozen jump adapters stay as they are at the end.
+    ``load_best_model_at_end`` loads the trained weights of an evaluated step. They contain the jumps in full weights
+    and in factors made until then, and at the last step the mean, but frozen jump adapters stay as they are at the end.
     """
-    if (
-        args.load_best_model_at_end
-        and lora
-        and isinstance(predictor, TrajectoryPredictor)
-        and predictor.space != "factors"
-    ):
+    if not lora or not isinstance(predictor, TrajectoryPredictor) or predictor.space == "factors":
+        return
+    if getattr(args, "teacher_model_kind", None) == "ema":
+        raise BackendError(
+            "this trainer switches to its teacher's adapter and back at each step, which deactivates jump adapters; "
+            "use a coefficient predictor with space: factors, or another teacher_model_kind",
+            kind="backend-unsupported",
+        )
+    if args.load_best_model_at_end:
         raise ConfigError(
             "load_best_model_at_end would undo training, but not the jumps next to the trained adapter: set it to "
             "False, or the predictor's space to factors, which makes none",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
-from next_backends.trl.argument_checks import check_arguments, check_best_model, check_reachable
+from next_backends.trl.argument_checks import check_arguments, check_jump_adapters, check_reachable
 from next_backends.trl.earlier_run import make_room
 from next_backends.trl.reward_probe import prompts_of, reward_probe
 from next_backends.trl.shared_run import SharedRun
@@ -194,7 +194,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         check_arguments(predictor, self.schedule, self.guards, state.max_steps, args, several=True)
         if isinstance(predictor, TrajectoryPredictor):
             self.schedule.check_predictor(predictor, state.max_steps)
-        check_best_model(args, predictor, is_peft(model))
+        check_jump_adapters(args, predictor, is_peft(model))
         check_reachable(model)
 
     def _begin(self, args: Any, state: Any, model: Any, guards: Guards) -> None:

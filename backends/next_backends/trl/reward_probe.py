@@ -76,7 +76,8 @@ def reward_probe(trainer: Any, data: Any) -> Callable[[Any], float]:
     def probe(model: Any) -> float:
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         template = getattr(trainer, "chat_template_kwargs", None) or {}
-        return greedy_accuracy(model, tokenizer, data, reward, trainer.args.max_completion_length, **template)
+        longest = getattr(trainer.args, "max_completion_length", None) or trainer.args.max_new_tokens  # online DPO
+        return greedy_accuracy(model, tokenizer, data, reward, longest, **template)
 
     return probe
 

@@ -1,8 +1,9 @@
-"""The callback in trainers that do not generate: SFT, DPO and transformers' own. A step is then the unit."""
+"""The callback in trainers other than GRPO's and RLOO's. A step is then the unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,30 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from next_backends.trl import PredictExtendCallback
-from tests.backends.trl.conftest import BASE, FACTORS, SMALL_RUN
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, SMALL_RUN, exact
+from tests.errors import raises_kind
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore:.*experimental")]
 OF_GENERATION = {"num_generations", "max_completion_length", "beta"}
 SETTINGS = {key: value for key, value in SMALL_RUN.items() if key not in OF_GENERATION} | {
     "max_steps": 10,
@@ -32,16 +50,31 @@ def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
 
 
-def sft(tokenizer: Any, out: Path, callback: Any) -> Any:
-    data = Dataset.from_list([{"text": prompt + answer} for prompt, answer in SUMS])
-    more = {"train_dataset": data, "processing_class": tokenizer, "peft_config": LORA, "callbacks": [callback]}
-    return SFTTrainer(model(), args=SFTConfig(str(out), **SETTINGS), **more)
+def online_dpo(tokenizer: Any, out: Path, callback: Any, **fields: Any) -> Any:
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    args = OnlineDPOConfig(str(out), max_new_tokens=4, **SETTINGS | fields)
+    more = {"processing_class": tokenizer, "peft_config": LORA, "callbacks": [callback]}
+    data = Dataset.from_list([{"prompt": prompt, "answer": answer} for prompt, answer in SUMS])
+    return OnlineDPOTrainer(model(), reward_funcs=exact, args=args, train_dataset=data, **more)
 
 
-def dpo(tokenizer: Any, out: Path, callback: Any) -> Any:
-    data = Dataset.from_list([{"prompt": prompt, "chosen": answer, "rejected": "1"} for prompt, answer in SUMS])
-    more = {"train_dataset": data, "processing_class": tokenizer, "peft_config": LORA, "callbacks": [callback]}
-    return DPOTrainer(model(), args=DPOConfig(str(out), **SETTINGS), **more)
+def supervised(trainer: Any, config: Any, row: Callable[[str, str], dict[str, Any]], make: Any = model) -> Any:
+    """Return what makes a trainer of a TRL class, with a row for each sum."""
+
+    def build(tokenizer: Any, out: Path, callback: Any) -> Any:
+        data = Dataset.from_list([row(prompt, answer) for prompt, answer in SUMS])
+        started = make()
+        lora = LORA if make is model else replace(LORA, task_type="SEQ_CLS")
+        more = {"train_dataset": data, "processing_class": tokenizer, "peft_config": lora, "callbacks": [callback]}
+        return trainer(started, args=config(str(out), **SETTINGS), **more)
+
+    return build
+
+
+def classifier() -> Any:
+    set_seed(3)
+    return AutoModelForSequenceClassification.from_pretrained(BASE, dtype=torch.float32, num_labels=1)
 
 
 def plain(tokenizer: Any, out: Path, callback: Any) -> Any:
@@ -50,15 +83,52 @@ def plain(tokenizer: Any, out: Path, callback: Any) -> Any:
     return Trainer(model(), TrainingArguments(str(out), **SETTINGS), collate, data, callbacks=[callback])
 
 
-@pytest.mark.parametrize("make", [sft, dpo, plain])
-def test_steps_are_scaled_and_jumps_made_in_a_trainer_that_does_not_generate(
-    make: Callable[..., Any], tokenizer: Any, tmp_path: Path
-) -> None:
+MAKERS = {
+    "sft": supervised(SFTTrainer, SFTConfig, lambda prompt, answer: {"text": prompt + answer}),
+    "dpo": supervised(DPOTrainer, DPOConfig, lambda p, a: {"prompt": p, "chosen": a, "rejected": "1"}),
+    "kto": supervised(KTOTrainer, KTOConfig, lambda p, a: {"prompt": p, "completion": a, "label": a < "30"}),
+    "reward": supervised(RewardTrainer, RewardConfig, lambda p, a: {"chosen": p + a, "rejected": p + "1"}, classifier),
+    "plain": plain,
+    "online_dpo": online_dpo,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_steps_are_scaled_and_jumps_made_in_any_trainer(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    make = MAKERS[kind]
     scaling = PredictExtendCallback("auto")
     make(tokenizer, tmp_path / "scaling", scaling).train()
     multiples = [record["multiple"] for record in scaling.journal.records if record["event"] == "scale"]
     assert len(multiples) == 2
-    assert multiples[-1] > 1.3  # supervised losses on easy sums go straight on
+    assert multiples[-1] > 1.3 or kind == "online_dpo"  # supervised losses on easy sums go straight on
     jumping = PredictExtendCallback(FACTORS, observe=6, every=3, horizon=3, settle=3)
     make(tokenizer, tmp_path / "jumping", jumping).train()
     assert [(jump["step"], jump["accepted"]) for jump in jumping.journal.jumps()] == [(6, True)]
+
+
+def test_the_reward_of_online_dpo_is_the_probe_and_a_resumed_run_ends_alike(
+    tokenizer: Any, tmp_path: Path, trained: Any
+) -> None:
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-7")):
+        callback = PredictExtendCallback(MERGED, observe=6, every=3, horizon=3, settle=3, evaluate="reward")
+        trainer = online_dpo(tokenizer, tmp_path, callback, save_steps=7, save_strategy="steps")
+        trainer.train(resume_from_checkpoint=resume)
+        (jump,) = callback.journal.jumps()
+        assert 0 < jump["accuracy_after"] <= 1
+        ends.append(trained(trainer.model))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"), [("max_staleness", 4, "max_staleness"), ("teacher_model_kind", "ema", "factors")]
+)
+def test_jumps_are_refused_where_roll_outs_or_a_teacher_would_miss_them(
+    make_trainer: Any, field: str, value: Any, name: str
+) -> None:
+    """The two fields are those of TRL's AsyncGRPOConfig, which needs GPUs, and of SDPOConfig and SDFTConfig."""
+    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])
+    setattr(trainer.args, field, value)
+    with raises_kind("backend-unsupported", name):
+        trainer.train()

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from next_backends.trl import PredictExtendCallback
-from next_backends.trl.argument_checks import check_best_model
+from next_backends.trl.argument_checks import check_jump_adapters
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.live_weights.frozen_adapters import jump_adapters
@@ -291,8 +291,8 @@ def test_loading_the_best_model_at_the_end_is_refused_where_jump_adapters_would_
     args = GRPOConfig(str(tmp_path), load_best_model_at_end=True, use_cpu=True, bf16=False, **steps)
     chosen = resolve_predictor(predictor)()
     with raises_kind("config-contradiction", "space to factors") if refused else contextlib.nullcontext():
-        check_best_model(args, chosen, lora)
-    check_best_model(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), chosen, lora)
+        check_jump_adapters(args, chosen, lora)
+    check_jump_adapters(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), chosen, lora)
 
 
 def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:

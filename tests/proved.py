@@ -84,12 +84,14 @@ COVERS: dict[str, tuple[str, ...]] = {
         "tests/report",
     ),
     "test-openrlhf": (
+        "backends/next_backends/external",
         "backends/next_backends/openrlhf",
         "backends/next_backends/sharding.py",
         "next_core/live_weights",
         HISTORY,
         "next_core/cycle",
         "tests/backends/environment.py",
+        "tests/backends/external",
         "tests/backends/openrlhf",
     ),
 }

@@ -8,10 +8,9 @@ from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from next_backends.external.trainer_setup import scales_steps
 from next_core.errors import ConfigError
-from next_core.plugins import make_chosen
 from next_core.sources.tensor_files import read_json
-from next_core.step_predictor import StepPredictor
 
 if TYPE_CHECKING:
     from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
@@ -118,11 +117,6 @@ def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
         return config.gpus
     reference = config.gpus if run.training.beta > 0 and config.colocate == "none" else 0
     return config.gpus + reference + config.vllm.engines * config.vllm.tensor_parallel
-
-
-def scales_steps(run: RunConfig) -> bool:
-    """Whether the run's predictor scales steps, so that there are no jumps."""
-    return isinstance(make_chosen("predictor", run.predictor), StepPredictor)
 
 
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:

@@ -1,44 +1,28 @@
-"""The real OpenRLHF as a backend: a trainer in its own environment, which pauses and takes new weights."""
+"""The real OpenRLHF as a backend."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from next_backends.history_folder import JumpAdapter
+from next_backends.external.external_backend import ExternalBackend
+from next_backends.external.trainer import Trainer
 from next_backends.openrlhf.command import check_run
 from next_backends.openrlhf.environment import parse
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-from next_backends.openrlhf.remote_steps import RemoteSteps
+from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
 from next_backends.openrlhf.saved_states import LATEST, newest_state, remove_old_models
-from next_backends.openrlhf.trainer import Trainer
-from next_backends.openrlhf.trainer_setup import TrainerSetup
-from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
-from next_core.backend import Backend, LoggedReward
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
-from next_core.errors import BackendError, describe
-from next_core.interfaces import Applied, Prediction
-from next_core.interfaces.prediction import weight_deltas
-from next_core.interfaces.weight_delta import FactorStep
-from next_core.live_weights.live_model import kept_file
-from next_core.mathematics.low_rank import LowRank, dense
-from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
-from next_core.sources.adapter_tensors import shift_keys
-from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
-from next_core.sources.jumps import SHIFT_FILE, jump_folders
-from next_core.sources.layouts import JUMP_PREFIX
-from next_core.storage.atomic import new_directory, remove_directory, write_text
+from next_core.errors import BackendError
+from next_core.sources.jumps import jump_folders
+from next_core.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from next_core.run_config import RunConfig
 
 
-class OpenRlhfBackend(Backend):
+class OpenRlhfBackend(ExternalBackend):
     """Drives OpenRLHF 0.11.2 in the environment of ``python``; nothing of it is imported here.
 
     With ``jump: swap`` one trainer gets new weights at each jump; with ``jump: restart`` a new trainer, with fresh
@@ -47,58 +31,23 @@ class OpenRlhfBackend(Backend):
 
     name = "openrlhf"
     config_class = OpenRlhfConfig
-    in_process = False
-    scales_steps = True
 
-    def __init__(self, config: OpenRlhfConfig) -> None:
-        super().__init__(config)
-        self._setup: TrainerSetup
-        self._trainer: Trainer | None = None
-        self._source: PeftAdapterSource | FullModelSource | None = None
-        self._resumed: tuple[int, int] | None = None
-        """Where the trainer began that is resumed, and the step to resume at."""
-        self._at = 0
-        self._steps: RemoteSteps | None = None
-        self._open = contextlib.ExitStack()
-
-    def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
-        """Check all that needs no GPU, by OpenRLHF's own parser too. The trainer starts later."""
+    def make_setup(self, run: RunConfig, out: Path) -> OpenRlhfSetup:
         check_run(run, self.config)
-        self._setup = setup = TrainerSetup(run, self.config, out)
-        self._open.callback(setup.close)
-        self._open.callback(self._end)
-        setup.serve_rewards()
-        args = parse(self.config, setup.options(0))
-        batch = args["rollout"]["batch_size"] * args["rollout"]["n_samples_per_prompt"]
-        setup.updates = max(1, batch // args["train"]["batch_size"]) * args["train"]["max_epochs"]
-        if not resume:
-            setup.history.clear()
-            return 0
-        self._resumed = self._resume_point(out / JOURNAL)
-        if self._resumed is not None:
-            self._at = self._resumed[1]
-            setup.history.forget_after(self._at)
-            setup.read_rewards(self._at)
-        return self._at
+        return OpenRlhfSetup(run, self.config, out)
 
-    def start(self) -> None:
-        """Start the trainer: a new one, whose initial weights are kept, or one that resumes."""
-        if self._resumed is None:
-            self._setup.write_prompts(0)
-            self._trainer = Trainer(self._setup, 0)
-            if not self._setup.scales:
-                self.observe(0)
-                self.source()  # raises now, and not at the first jump, if it cannot be read back
-            return
-        begun, step = self._resumed
+    def check_options(self) -> None:
+        args = parse(self.config, self._setup.options(0))
+        batch = args["rollout"]["batch_size"] * args["rollout"]["n_samples_per_prompt"]
+        self._setup.updates = max(1, batch // args["train"]["batch_size"]) * args["train"]["max_epochs"]
+
+    def continue_from(self, begun: int, step: int) -> None:
         if begun == step:
             self._restart(step)
             return
         self._setup.write_prompts(begun)
         write_text(self._setup.states(begun) / "_actor" / LATEST, f"global_step{step}")  # it may name another state
         self._trainer = Trainer(self._setup, begun, load=True)
-        if self._trainer.step != step:
-            raise BackendError(f"the trainer resumed from step {self._trainer.step}, not {step}", kind="backend-failed")
         self._trainer.ask("load", folder=None, shifts=[], adapters=self._adapters())
 
     def follow_steps(self, windows: Sequence[int]) -> None:
@@ -109,100 +58,24 @@ class OpenRlhfBackend(Backend):
                 "'adaptive-secant'",
                 kind="backend-unsupported",
             )
-        begun, step = self._resumed or (0, 0)
-        state = self._setup.states(begun) / "_actor" / f"global_step{step}" if step else None
-        self._steps = RemoteSteps(self._running, windows, state)
+        super().follow_steps(windows)
 
-    @property
-    def steps(self) -> RemoteSteps:
-        assert self._steps is not None  # follow_steps was called before training began
-        return self._steps
-
-    def rewards(self) -> Sequence[LoggedReward]:
-        return self._setup.logged
+    def state_of(self, begun: int, step: int) -> Path:
+        return self._setup.states(begun) / "_actor" / f"global_step{step}"
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        self._setup.step_ended = step_ended
-        if self._running.step < until:
-            self._running.train(until)
+        super().train(until, step_ended)
         remove_old_models(self._setup.folder, self.config.keep_hf)
-        self._at = until
 
-    def observe(self, step: int) -> None:
-        with new_directory(self._setup.history.checkpoint(step), overwrite=True) as folder:
-            self._running.ask("save", folder=str(folder))
-
-    def source(self) -> PeftAdapterSource | FullModelSource:
-        path = self._setup.history.checkpoints
-        if self._source is not None:
-            self._source.refresh()
-        elif self._setup.run.training.lora is not None:
-            self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=path))
+    def continue_with_jump(self, step: int) -> None:
+        if self.config.jump == "restart" and step < self._setup.run.steps:
+            self._restart(step)
         else:
-            self._source = FullModelSource(FullModelSourceConfig(path=path))
-        return self._source
+            self._load(step)
 
-    def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> JumpApplied:
-        step, history = prediction.step, self._setup.history
-        folder = history.next_jump()
-        shift, frozen = split_updates(prediction, alpha, lora=self._setup.run.training.lora is not None)
-        adapter = None
-        if frozen:
-            settings = adapter_settings(frozen) | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
-            adapter = JumpAdapter(f"{JUMP_PREFIX}{int(folder.name)}", json.dumps(settings), adapter_tensors(frozen))
-        history.write_jump(folder, step, alpha, shift=shift, adapter=adapter, more=self._keep if keep else None)
-        try:
-            if self.config.jump == "restart" and step < self._setup.run.steps:
-                self._restart(step)
-            else:
-                self._load(step)
-        except BaseException as error:
-            remove_directory(folder)
-            try:
-                self._load(step)
-            except Exception as again:
-                error.add_note(f"the weights from before the jump could not be restored either: {describe(again)}")
-                self._abandon()
-            raise
-        return JumpApplied(self, folder, step)
-
-    def rollback(self, applied: Applied, step: int) -> None:
-        """Restore the weights, and after further steps the moments if they were kept.
-
-        A trainer that was restarted for the jump continues with its fresh moments if no step has ended since.
-        """
-        assert isinstance(applied, JumpApplied)
-        kept = step != applied.step and kept_file(applied.folder, 0).exists()
-        self._setup.history.withdraw(applied.folder, step)
-        if kept:
-            self._running.ask("restore", folder=str(applied.folder), adapters=self._adapters())
-        else:
-            self._load(applied.step)
-
-    @property
-    def step(self) -> int:
-        """The last step that ended."""
-        return self._at
-
-    def active_jump(self, step: int) -> Applied | None:
-        found = self._setup.history.jump_at(step)
-        return JumpApplied(self, found[0], step) if found and kept_file(found[0], 0).exists() else None
-
-    @property
-    def measures(self) -> bool:
-        return self._setup.splits.get("validation") is not None
-
-    def evaluate(self, split: str = "validation") -> float | None:
-        rows = self._setup.splits.get(split)
-        if rows is None:
-            return None
-        how = "likelihood" if self._setup.run.training.evaluation == "likelihood" else "greedy"
-        return float(self._running.ask(how, pairs=[[row["prompt"], str(row["answer"])] for row in rows]))
-
-    def accuracies(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
-        found = self.evaluate(split)
-        sampled = self._setup.run.training.evaluation == "likelihood"
-        return {} if found is None else {"sampled" if sampled else "greedy": found}
+    def generated(self, split: str) -> float:
+        pairs = [[row["prompt"], str(row["answer"])] for row in self._setup.splits[split]]
+        return float(self._running.ask("greedy", pairs=pairs))
 
     @property
     def notes(self) -> Sequence[str]:
@@ -211,27 +84,19 @@ class OpenRlhfBackend(Backend):
             notes.append("each restart began with fresh Adam moments; the plain run did not restart")
         return notes
 
-    def close(self) -> None:
-        self._open.close()
-
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
         check_run(run, self.config)
-        options = TrainerSetup(run, self.config, out).options(0)
+        options = OpenRlhfSetup(run, self.config, out).options(0)
         return {"command line": ["openrlhf.cli.train_ppo_ray", *options]}
 
-    @property
-    def _running(self) -> Trainer:
-        if self._trainer is None:
-            raise BackendError("no trainer is running: it was ended or has failed", kind="backend-process-lost")
-        return self._trainer
-
-    def _resume_point(self, journal: Path) -> tuple[int, int] | None:
+    def resume_point(self) -> tuple[int, int] | None:
         """Return where the trainer to resume began and the step to resume at; None if nothing was saved.
 
         ``restart`` prefers the newest jump to a trainer's state that is no newer: its checkpoint and shift are enough.
         A jump that is missing in the journal was interrupted.
         """
         state, history = newest_state(self._setup.folder), self._setup.history
+        journal = history.path / JOURNAL
         if self.config.jump == "restart" and journal.exists():
             known = {jump["step"] for jump in valid_jumps(read_journal(journal)) if jump["accepted"]}
             made = known & {jump["step"] for _, jump in jump_folders(history.jumps)}
@@ -246,67 +111,3 @@ class OpenRlhfBackend(Backend):
         self._setup.write_prompts(step)
         self._trainer = Trainer(self._setup, step)
         self._load(step, schedule=step * self._setup.updates)
-
-    def _load(self, step: int, schedule: int = 0) -> None:
-        """Load a checkpoint and the jumps made at its step into the trainer."""
-        jumps = (path / SHIFT_FILE for path, jump in jump_folders(self._setup.history.jumps) if jump["step"] == step)
-        self._running.ask(
-            "load",
-            folder=str(self._setup.history.checkpoint(step)),
-            shifts=[str(file) for file in jumps if file.exists()],
-            adapters=self._adapters(),
-            schedule=schedule,
-        )
-
-    def _adapters(self) -> list[str]:
-        """Return the adapters of the active jumps."""
-        return [str(path / ADAPTER) for path, jump in jump_folders(self._setup.history.jumps) if jump["adapter"]]
-
-    def _keep(self, folder: Path) -> None:
-        self._running.ask("keep", folder=str(folder))
-
-    def _abandon(self) -> None:
-        """End the trainer; nothing continues from its weights."""
-        trainer, self._trainer = self._trainer, None
-        if trainer is not None:
-            trainer.kill()
-
-    def _end(self) -> None:
-        """End the trainer. At the end of the run it saves its model first."""
-        trainer = self._trainer
-        if trainer is not None and trainer.paused and trainer.step == self._setup.run.steps:
-            self._trainer = None
-            trainer.finish()
-        self._abandon()
-
-
-class JumpApplied(Applied):
-    """A jump that can be rolled back from the files in the run folder."""
-
-    def __init__(self, backend: OpenRlhfBackend, folder: Path, step: int) -> None:
-        self._backend, self.folder, self.step = backend, folder, step
-
-    def rollback(self) -> None:
-        self._backend.rollback(self, self._backend.step)
-
-
-def split_updates(prediction: Prediction, alpha: float, lora: bool) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
-    """Return the shift of the trained tensors (fp32, by the names of a shift file) and what a frozen adapter holds."""
-    shift: dict[str, Tensor] = {}
-    frozen: dict[str, LowRank] = {}
-    for name, delta in weight_deltas(prediction, alpha):
-        if isinstance(delta, FactorStep):
-            keys = shift_keys(delta.at.module)
-            for key, factor, step in zip(keys, (delta.at.A, delta.at.B), (delta.dA, delta.dB), strict=True):
-                # What fp32 factors really move by, rounding included.
-                shift[key] = ((factor.double() + step).float() - factor.float()).contiguous()
-        elif not lora:
-            shift[name] = dense(delta).float().contiguous()
-        elif isinstance(delta, LowRank):
-            frozen[name] = delta
-        else:
-            raise BackendError(
-                f"the jump of '{name}' is dense, which a LoRA run cannot hold; use a predictor of low rank",
-                kind="backend-unsupported",
-            )
-    return shift, frozen

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from next_backends.external.external_config import FilePath, RaySettings
 from next_core.settings import Settings
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()  # not resolved: a virtual environment's python is a link
-
-
-FilePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class VllmSettings(Settings):
@@ -39,14 +32,6 @@ class DeepSpeedSettings(Settings):
     attention: str = Field("flash_attention_2", description="Attention, as transformers names it")
     adam_offload: bool = Field(False, description="Keep the optimizer in CPU memory")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
-
-
-class RaySettings(Settings):
-    """The local Ray that the trainer starts."""
-
-    num_gpus: int | None = Field(None, ge=0, description="GPUs to declare; none: those that Ray finds")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs to declare; none: those that Ray finds")
-    object_store_mib: int | None = Field(None, ge=80, description="Size of the object store; none: Ray's default")
 
 
 class OpenRlhfConfig(Settings):

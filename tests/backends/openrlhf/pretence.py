@@ -21,7 +21,7 @@ from next_core.cycle.journal import JOURNAL, Journal
 from next_core.interfaces import Applied, CoefficientUpdate, Prediction
 from next_core.run_config import RunConfig
 from next_core.sources.metrics import METRICS, read_log
-from tests.backends.openrlhf.processes import begun_since, children
+from tests.backends.external.processes import begun_since, children
 
 SCRIPT = Path(__file__).with_name("pretend_trainer.py")
 LAYERS = ("first", "second", "third")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, load_file, save, save_file
 
-sys.path.insert(0, str(Path(sys.argv[1]).parent))  # trainer_side: its end of the connection is the real one
+# Its end of the connection is the real one.
+sys.path.insert(0, str(Path(sys.argv[1]).parents[2] / "external" / "trainer_side"))
 from control_client import ControlClient
 
 PLAN: dict[str, Any] = json.loads(os.environ.get("PRETEND", "{}"))
@@ -213,7 +214,7 @@ def main() -> None:
     if Path(script).name == "parse.py":
         step = {name: int(options[f"--rollout.{name}"]) for name in ("batch_size", "n_samples_per_prompt")}
         train = {"batch_size": int(options["--train.batch_size"]), "max_epochs": PLAN.get("epochs", 1)}
-        print(f"openrlhf parser: {json.dumps({'rollout': step, 'train': train})}")
+        print(f"next-core answer: {json.dumps({'rollout': step, 'train': train})}")
         return
     settings = json.loads(Path(first).read_text())
     seen = {name: os.environ.get(name) for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")}

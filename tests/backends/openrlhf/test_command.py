@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from next_backends.external import environment as external_environment
 from next_backends.openrlhf import environment
 from next_backends.openrlhf.command import FIELDS, REFUSED, Options, check_run, make_command
 from next_backends.openrlhf.environment import parse
@@ -28,7 +29,7 @@ RING = ["--ds.ring_attn_size", "2", "--ds.packing_samples"]
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Options:
-    """The options of one trainer process, which ``TrainerSetup`` adds."""
+    """The options of one trainer process, which ``OpenRlhfSetup`` adds."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"max_position_embeddings": 32768}')
@@ -292,7 +293,7 @@ def stand_in(tmp_path: Path, script: str, **env: str) -> OpenRlhfConfig:
 
 
 def test_the_parsers_answer_is_found_among_other_lines(tmp_path: Path) -> None:
-    config = stand_in(tmp_path, f"""echo noise; echo '{environment.ANSWER}{{"a": 1}}'; echo more""")
+    config = stand_in(tmp_path, f"""echo noise; echo '{external_environment.ANSWER}{{"a": 1}}'; echo more""")
     assert parse(config, []) == {"a": 1}
 
 
@@ -309,7 +310,7 @@ def test_a_parser_that_does_not_answer_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, kind: str, name: str
 ) -> None:
     if "sleep" in script:
-        monkeypatch.setattr(environment, "TIMEOUT", 0.5)
+        monkeypatch.setattr(external_environment, "TIMEOUT", 0.5)
     with raises_kind(kind, name):
         parse(stand_in(tmp_path, script), [])
 

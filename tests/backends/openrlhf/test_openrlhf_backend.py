@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from next_backends.openrlhf import trainer
+from next_backends.external import trainer
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 from next_core.cycle.run import run
 from next_core.testing import BackendCase, Check, checks_of

@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from next_backends.openrlhf import trainer_setup
-from next_backends.openrlhf.process import TrainerProcess, leftovers
-from next_backends.openrlhf.supervisor import TOKEN
-from next_backends.openrlhf.trainer import Trainer
+from next_backends.external.process import TrainerProcess, leftovers
+from next_backends.external.supervisor import TOKEN
+from next_backends.external.trainer import Trainer
+from next_backends.openrlhf import openrlhf_setup
 from next_core.config import make_config
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import run
@@ -294,9 +294,9 @@ def test_lora_without_the_hook_still_fails_upstream(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook is no longer needed."""
-    bare = shutil.copytree(trainer_setup.TRAINER_SIDE, tmp_path / "trainer_side")
+    bare = shutil.copytree(openrlhf_setup.TRAINER_SIDE, tmp_path / "trainer_side")
     with (bare / "lora.py").open("a") as file:
         file.write("\n\ndef broadcast_to_vllm(actor):\n    actor.trainer.broadcast_to_vllm()\n")
-    monkeypatch.setattr(trainer_setup, "TRAINER_SIDE", bare)
+    monkeypatch.setattr(openrlhf_setup, "TRAINER_SIDE", bare)
     with raises_kind("backend-process-lost", "no module or parameter named 'base_model'"):
         run(config(), tmp_path / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from next_backends.openrlhf.trainer_setup import shared_modules
+from next_backends.external.trainer_setup import shared_modules
 
 pytestmark = pytest.mark.openrlhf
 

@@ -6,11 +6,8 @@ from typing import Any
 
 import ray
 import torch
-from control_client import ControlClient
-from policy import on_policy
-
-MOVES = ("load", "restore", "move")
-"""Methods of ``Policy`` after which the engines need its weights."""
+from control_client import MOVES, ControlClient
+from zero_policy import on_policy
 
 
 def take_over(trainer_class: Any, settings: dict[str, Any]) -> None:

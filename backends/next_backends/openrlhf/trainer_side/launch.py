@@ -26,15 +26,16 @@ def install(control: dict[str, Any]) -> None:
     import lora
     import policy
     import ray.cloudpickle
+    import zero_policy
     from openrlhf.trainer.ppo_trainer import PPOTrainer
     from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 
     pickling: Any = ray.cloudpickle
-    for module in (control_client, controller, likelihood, lora, policy):
+    for module in (control_client, controller, likelihood, lora, policy, zero_policy):
         pickling.register_pickle_by_value(module)
     actor: Any = PolicyModelActor.__ray_metadata__.modified_class
     actor.broadcast_to_vllm = lora.broadcast_to_vllm
-    actor.save_checkpoint = policy.saving_steps(actor.save_checkpoint)
+    actor.save_checkpoint = zero_policy.saving_steps(actor.save_checkpoint)
     controller.take_over(PPOTrainer.__ray_metadata__.modified_class, control)
 
 

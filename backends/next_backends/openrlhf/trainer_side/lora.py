@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from peft.tuners.lora import LoraLayer
+from policy import in_parts
 from safetensors.torch import load_file
 
 FROZEN = "next_core_frozen_adapters"
@@ -69,21 +70,6 @@ def freeze_adapters(model: Any, folders: list[Path]) -> None:
 
 def _lora_layers(base: Any) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-
-
-def in_parts(tensors: Iterator[tuple[str, Any]], most: int) -> Iterator[list[tuple[str, Any]]]:
-    """Yield named tensors in lists of about ``most`` bytes, one in memory at a time: each is emptied after use."""
-    part: list[tuple[str, Any]] = []
-    size = 0
-    for name, tensor in tensors:
-        part.append((name, tensor))
-        size += tensor.numel() * tensor.element_size()
-        if size >= most:
-            yield part
-            part.clear()
-            size = 0
-    if part:
-        yield part
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest import mock
 
-ANSWER = "openrlhf parser: "
+ANSWER = "next-core answer: "
 
 
 class Found(BaseException):

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[4]
-sys.path.insert(0, str(ROOT / "backends" / "next_backends" / "openrlhf" / "trainer_side"))
+for room in ("openrlhf", "external"):
+    sys.path.insert(0, str(ROOT / "backends" / "next_backends" / room / "trainer_side"))
 
 import deepspeed  # noqa: E402
 import lora  # noqa: E402
-import policy  # noqa: E402
 import torch  # noqa: E402
+import zero_policy  # noqa: E402
 from openrlhf.utils.deepspeed.deepspeed_utils import offload_deepspeed_states, reload_deepspeed_states  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -78,7 +79,7 @@ class Rank:
     def ask(self, method: str, *arguments: Any) -> Any:
         self.wake()
         try:
-            return policy.on_policy(self.actor, method, *arguments)
+            return zero_policy.on_policy(self.actor, method, *arguments)
         finally:
             self.fall_asleep()
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from next_backends.openrlhf.process import TrainerProcess, leftovers
-from tests.backends.openrlhf.processes import begun_since, children
+from next_backends.external.process import TrainerProcess, leftovers
+from tests.backends.external.processes import begun_since, children
 from tests.errors import raises_kind
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
@@ -49,7 +49,7 @@ sys.exit(int(status))
 OUR_SIDE = """
 import os, sys, time
 from pathlib import Path
-from next_backends.openrlhf.process import TrainerProcess
+from next_backends.external.process import TrainerProcess
 folder, *command = sys.argv[1:]
 folder = Path(folder)
 trainer = TrainerProcess(command, os.environ, folder / "trainer.log", folder / "scratch", grace=0.3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from next_backends.openrlhf.log import excerpt, tail
+from next_backends.external.log import excerpt, tail
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from next_backends.openrlhf.reward_server import RewardProcess, RewardServer, special_tokens
+from next_backends.external.reward_server import RewardProcess, RewardServer, special_tokens
 from next_core.rewards import MathVerifyReward
 from next_core.run_config import TrainingSettings
 from tests.errors import raises_kind

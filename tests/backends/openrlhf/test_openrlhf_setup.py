@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from next_backends.openrlhf.trainer_setup import TrainerSetup
+from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
 from tests.backends.openrlhf.cpu import recorded_options
 from tests.backends.openrlhf.pretence import Pretence
 from tests.errors import raises_kind
 
 
-def setup(pretence: Pretence, backend: dict[str, Any] | None = None, **run: Any) -> TrainerSetup:
-    return TrainerSetup(pretence.run(**run), pretence.config(**(backend or {})), pretence.out)
+def setup(pretence: Pretence, backend: dict[str, Any] | None = None, **run: Any) -> OpenRlhfSetup:
+    return OpenRlhfSetup(pretence.run(**run), pretence.config(**(backend or {})), pretence.out)
 
 
-def options(setup: TrainerSetup, *names: str, start: int = 0, load: bool = False) -> tuple[Any, ...]:
+def options(setup: OpenRlhfSetup, *names: str, start: int = 0, load: bool = False) -> tuple[Any, ...]:
     """The values of these options; None where one is left out."""
     found = recorded_options.parse(setup.options(start, load))
     return tuple(found.get(name) for name in names)

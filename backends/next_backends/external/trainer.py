@@ -1,4 +1,4 @@
-"""One running OpenRLHF, which trains until it is to pause, and then takes requests."""
+"""One running trainer, which trains until it is to pause, and then takes requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from next_backends.openrlhf.trainer_setup import TrainerSetup
+from next_backends.external.trainer_setup import TrainerSetup
 from next_core.errors import BackendError
 
 TICK = 0.05

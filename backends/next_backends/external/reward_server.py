@@ -1,4 +1,4 @@
-"""The run config's reward, served to OpenRLHF over HTTP."""
+"""The run config's reward, served to trainers over HTTP."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def main(descriptor: int) -> None:
 
 
 class RewardServer:
-    """Receives OpenRLHF's requests in threads and answers them in ``serve``, as a reward may need the main thread.
+    """Receives requests in threads and answers them in ``serve``, as a reward may need the main thread.
 
     ``special`` are the texts of special tokens, which are removed from completions.
     """

@@ -10,23 +10,22 @@ BATCH = 64
 
 
 @torch.no_grad()
-def right_answers(actor: Any, pairs: list[list[str]]) -> float:
+def right_answers(forward: Any, model: Any, tokenizer: Any, pairs: list[list[str]]) -> float:
     """Return the mean probability that the policy answers exactly ``answer`` and the end token, over all
-    (prompt, answer) pairs.
+    (prompt, answer) pairs. ``forward`` calls ``model``.
     """
-    engine, tokenizer = actor.actor.model, actor.tokenizer
-    training = engine.module.training
-    engine.module.eval()
+    training = model.training
+    model.eval()
     total = 0.0
     try:
         for start in range(0, len(pairs), BATCH):
-            total += float(_log_probabilities(engine, tokenizer, pairs[start : start + BATCH]).exp().sum())
+            total += float(_log_probabilities(forward, model, tokenizer, pairs[start : start + BATCH]).exp().sum())
     finally:
-        engine.module.train(training)
+        model.train(training)
     return total / max(1, len(pairs))
 
 
-def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> torch.Tensor:
+def _log_probabilities(forward: Any, model: Any, tokenizer: Any, pairs: list[list[str]]) -> torch.Tensor:
     """Return log P(answer, end | prompt), (N,)."""
     asked = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt, _ in pairs]
     right = [
@@ -40,10 +39,10 @@ def _log_probabilities(engine: Any, tokenizer: Any, pairs: list[list[str]]) -> t
         ids[row, width - len(a) - len(r) :] = torch.tensor([*a, *r])
         seen[row, width - len(a) - len(r) :] = 1
         answer[row, width - len(r) :] = True
-    device = next(engine.module.parameters()).device
+    device = next(model.parameters()).device
     ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
     positions = (seen.cumsum(-1) - 1).clamp_min(0)
-    output = engine(ids, attention_mask=seen, position_ids=positions, logits_to_keep=longest + 1)
+    output = forward(ids, attention_mask=seen, position_ids=positions, logits_to_keep=longest + 1)
     # The logits at one position predict the token at the next.
     found = output["logits"][:, -longest - 1 : -1].float().log_softmax(-1).gather(2, ids[:, -longest:, None])[..., 0]
     total: torch.Tensor = (found * answer[:, -longest:]).sum(1)

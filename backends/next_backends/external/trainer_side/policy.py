@@ -1,28 +1,21 @@
-"""A policy that DeepSpeed trains: its weights in and out, and its optimizer's steps. Runs in ``PolicyModelActor``.
-
-DeepSpeed trains fp32 masters and keeps the model in half precision; we read the masters and write both.
-"""
+"""A policy in training: its weights in and out, and its optimizer's steps. Runs in every rank of the trainer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import safetensors
 import torch
-from likelihood import right_answers
-from lora import freeze_adapters, in_parts
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_backends.sharding import ZeroWeights
-from next_core.errors import BackendError
 from next_core.live_weights.live_model import LiveModel
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
+from next_core.live_weights.trained_weights import TrainedWeights
 
 FILE = 2**31
 """Bytes of one file of a full model."""
@@ -30,35 +23,14 @@ TIMEOUT = 3600.0
 """Seconds that a rank waits for the others: rank 0 may write a large model meanwhile."""
 
 
-def on_policy(actor: Any, method: str, *arguments: Any) -> Any:
-    """Call a method of the actor's ``Policy``. All ranks call this; rank 0 acts, and all get its answer or error."""
-    if not hasattr(actor, "next_core"):
-        actor.next_core = Policy(actor)
-    return actor.next_core.lead(method, *arguments)
-
-
-def saving_steps(save_checkpoint: Any) -> Any:
-    """Return ``PolicyModelActor.save_checkpoint`` as one that also saves the state of step scaling.
-
-    That comes first: a state counts once DeepSpeed's files are there, so no run resumes from one without it.
-    """
-
-    def save(actor: Any, tag: str, *args: Any, **kwargs: Any) -> None:
-        if getattr(actor, "next_core", None) is not None and actor.next_core.steps is not None:
-            on_policy(actor, "save_steps", str(Path(actor.strategy.args.ckpt.path) / "_actor" / tag))
-        save_checkpoint(actor, tag, *args, **kwargs)
-
-    return save
-
-
 class Policy:
     """One rank's part of the policy. Methods run in rank 0, and those marked ``everywhere`` in all ranks."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, model: Any, weights: Callable[[Processes | None], TrainedWeights]) -> None:
         rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.actor, self.model = actor, actor.actor.model.module
+        self.model = model
         self.processes = Processes(rank, count, TIMEOUT) if count > 1 else None
-        self.weights = ZeroWeights(self.model, actor.actor_optim)
+        self.weights = weights(self.processes)
         self.steps: Steps | None = None
         self.live: LiveModel
 
@@ -78,46 +50,26 @@ class Policy:
         masters = ((_stored(name), self.live.read(name)[name].contiguous()) for name in self.weights.parameters)
         _write(Path(folder), masters, "adapter_model" if lora else "model")
 
-    @everywhere
+    def keep(self, folder: str) -> None:
+        """Write the trained weights and the optimizer's moments: a file for each rank."""
+        self.live.save_kept(self.live.keep(), Path(folder))
+
     def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
         """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters``.
 
         ``folder`` None keeps the weights. ``schedule`` advances a new learning-rate schedule by so many optimizer
-        steps. Raises ``BackendError`` unless the masters and each rank's half-precision weights hold what was written.
+        steps.
         """
-        for _ in range(schedule):
-            self.actor.actor_scheduler.step()
-        if hasattr(self.model, "peft_config"):
-            freeze_adapters(self.model, [Path(path) for path in adapters])
-        if folder is None:
-            return
-        wanted = _Shifted(self.weights.parameters, Path(folder), shifts)
-        self.weights.write(wanted)
-        refused = [name for name, value in wanted.items() if not self._holds(name, value)]
-        found = [refused] if self.processes is None else self.processes.gather(refused, "in 'load'")
-        places = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(found) if names]
-        if places:
-            raise BackendError(f"DeepSpeed did not take the new weights of {', '.join(places)}", kind="backend-failed")
+        raise NotImplementedError
 
-    def _holds(self, name: str, value: Tensor) -> bool:
-        master, parameter = self.weights.read(name), self.weights.parameters[name]
-        with deepspeed.zero.GatheredParameters([parameter]):
-            half = parameter.data
-            return torch.equal(master, value.to(master)) and torch.equal(half, value.to(half))
-
-    def keep(self, folder: str) -> None:
-        """Write the trained weights and the optimizer's moments: a file for each rank."""
-        self.live.save_kept(self.live.keep(), Path(folder))
+    def likelihood(self, pairs: list[list[str]]) -> float:
+        """Return the mean probability of sampling exactly the answer and the end token."""
+        raise NotImplementedError
 
     def restore(self, folder: str, adapters: list[str]) -> None:
         """Restore what ``keep`` wrote, with these frozen ``adapters``."""
         self.live.restore_saved(Path(folder))
         self.load(None, [], adapters)
-
-    @everywhere
-    def likelihood(self, pairs: list[list[str]]) -> float:
-        found: float = right_answers(self.actor, pairs)
-        return found
 
     @everywhere
     def follow_steps(self, windows: list[int], folder: str | None) -> None:
@@ -155,7 +107,7 @@ class Steps(OptimizerSteps):
         self.multiple = multiple
 
 
-class _Shifted(Mapping[str, Tensor]):
+class Shifted(Mapping[str, Tensor]):
     """The weights of a checkpoint plus shifts, by the model's names, in fp32: one in memory at a time."""
 
     def __init__(self, names: Mapping[str, Any], folder: Path, shifts: Sequence[str]) -> None:
@@ -198,6 +150,21 @@ def _shift_key(name: str) -> str:
         return name
     module, _, side = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
     return f"{module}.weight.{side}"
+
+
+def in_parts(tensors: Iterator[tuple[str, Any]], most: int) -> Iterator[list[tuple[str, Any]]]:
+    """Yield named tensors in lists of about ``most`` bytes, one in memory at a time: each is emptied after use."""
+    part: list[tuple[str, Any]] = []
+    size = 0
+    for name, tensor in tensors:
+        part.append((name, tensor))
+        size += tensor.numel() * tensor.element_size()
+        if size >= most:
+            yield part
+            part.clear()
+            size = 0
+    if part:
+        yield part
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], stem: str) -> None:

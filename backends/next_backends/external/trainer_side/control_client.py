@@ -1,6 +1,6 @@
 """The trainer's end of the connection to next-core: it pauses, and answers requests until training is to continue.
 
-Needs the standard library only, so next-core's tests run it without OpenRLHF.
+Needs the standard library only, so next-core's tests run it without a trainer.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 from multiprocessing.connection import Client
 from typing import Any
+
+MOVES = ("load", "restore", "move")
+"""Methods of ``Policy`` after which the engines need its weights."""
 
 
 class ControlClient:

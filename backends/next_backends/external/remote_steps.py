@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_backends.openrlhf.trainer import Trainer
+from next_backends.external.trainer import Trainer
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import TrainerSteps
 

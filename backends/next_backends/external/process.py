@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from next_backends.openrlhf import supervisor
-from next_backends.openrlhf.log import excerpt
+from next_backends.external import supervisor
+from next_backends.external.log import excerpt
 from next_core.errors import BackendError
 
 GRACE = 10.0

@@ -1,0 +1,144 @@
+"""What all trainer processes of one run share: prompts, rewards, options, launch settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import next_core
+from next_backends import sharding
+from next_backends.data import read_rows, read_splits
+from next_backends.external.environment import variables
+from next_backends.external.external_config import RaySettings
+from next_backends.external.process import TrainerProcess
+from next_backends.external.reward_server import RewardProcess
+from next_backends.history_folder import HistoryFolder
+from next_core.backend import LoggedReward
+from next_core.config import with_model_folder
+from next_core.errors import ConfigError
+from next_core.plugins import make_chosen
+from next_core.sources.metrics import METRICS, by_step, read_log
+from next_core.step_predictor import StepPredictor
+
+if TYPE_CHECKING:
+    from next_core.run_config import RunConfig
+
+LOG = "trainer.log"
+SHARED_SIDE = Path(__file__).parent / "trainer_side"
+"""What every ``trainer_side`` imports."""
+
+
+class TrainerSetup(ABC):
+    """Prepares the trainers of a run, which work in ``folder``.
+
+    Raises ``ConfigError`` for data that cannot be read or is too little.
+    """
+
+    def __init__(self, run: RunConfig, config: Any, out: Path) -> None:
+        run = with_model_folder(run)
+        self.run, self.config, self.folder = run, config, out / "trainer"
+        self.history = HistoryFolder(out)
+        self.rows = read_rows(run.training.data.train)
+        self.splits = read_splits(run.training)
+        if len(self.rows) < run.training.prompts_per_step:
+            raise ConfigError(
+                f"{run.training.data.train} has {len(self.rows)} prompts, but one step needs "
+                f"{run.training.prompts_per_step}; add prompts or lower training.prompts_per_step",
+                kind="config-invalid-value",
+            )
+        self.rewards: RewardProcess | None = None
+        self.updates = 1
+        """Optimizer steps in one RL step."""
+        self.step_ended: Callable[[int], None] = lambda step: None
+        self.scales = scales_steps(run)
+        self.logged: list[LoggedReward] = []
+        """The rewards of the steps so far."""
+
+    @abstractmethod
+    def options(self, start: int, load: bool = False) -> list[str]:
+        """Return the options of a trainer that begins at ``start``, or resumes there with ``load``."""
+
+    @abstractmethod
+    def write_prompts(self, start: int) -> None:
+        """Write the prompts that a trainer which begins at ``start`` reads."""
+
+    @abstractmethod
+    def states(self, start: int) -> Path:
+        """Return the folder of the checkpoints of a trainer that began at ``start``."""
+
+    @abstractmethod
+    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
+        """Start a trainer that connects to the socket ``control``.
+
+        ``scratch``, closed to other users, is for files that end with it.
+        """
+
+    def serve_rewards(self) -> None:
+        """Serve the reward of the run config."""
+        self.rewards = RewardProcess(self.run.training)
+
+    def start_script(
+        self, script: Path, scratch: Path, env: dict[str, str], settings: Mapping[str, Any], options: list[str]
+    ) -> TrainerProcess:
+        """Start a script of a ``trainer_side``, which imports from there and what is shared."""
+        path = scratch / "launch.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        return TrainerProcess(
+            [str(self.config.python), str(script), str(path), *options], env, self.folder / LOG, scratch
+        )
+
+    def environment(self, scratch: Path, trainer_side: Path) -> dict[str, str]:
+        """Return the variables of a trainer's processes, with what they import of ours."""
+        env = variables(self.config)
+        paths = (shared_modules(scratch), str(trainer_side), str(SHARED_SIDE), env.get("PYTHONPATH"))
+        return env | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
+        """Record the metrics of a step; ``check`` is whether the engines got weights since the one before."""
+        self.history.log(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
+        self._add_reward(step, metrics)
+        self.step_ended(step)
+
+    def read_rewards(self, until: int) -> None:
+        """Read the rewards of the steps up to ``until``, at which a run is resumed."""
+        for step, metrics in sorted(by_step(read_log(self.history.path / METRICS)).items()):
+            if step <= until:
+                self._add_reward(step, metrics)
+
+    def _add_reward(self, step: int, metrics: Mapping[str, Any]) -> None:
+        mean, spread, count = (metrics.get(f"rollout/{name}") for name in ("reward_mean", "reward_std", "num_samples"))
+        if mean is not None and spread is not None and count:
+            self.logged.append(LoggedReward(step, 1, mean, spread / math.sqrt(count)))
+
+    def close(self) -> None:
+        """Stop serving rewards."""
+        if self.rewards is not None:
+            self.rewards.close()
+            self.rewards = None
+
+
+def shared_modules(scratch: Path) -> str:
+    """Return a folder with what ``trainer_side`` imports of ours, and nothing else of this environment."""
+    folder = scratch / "modules"
+    (folder / "next_backends").mkdir(parents=True)
+    (folder / "next_core").symlink_to(Path(next_core.__file__).parent)
+    (folder / "next_backends" / "sharding.py").symlink_to(sharding.__file__)
+    return str(folder)
+
+
+def scales_steps(run: RunConfig) -> bool:
+    """Whether the run's predictor scales steps, so that there are no jumps."""
+    return isinstance(make_chosen("predictor", run.predictor), StepPredictor)
+
+
+def local_ray(ray: RaySettings, folder: Path) -> dict[str, Any]:
+    """Return the arguments of ``ray.init`` for a Ray of the trainer's own in ``folder``."""
+    memory = None if ray.object_store_mib is None else ray.object_store_mib * 2**20
+    limits = {"num_gpus": ray.num_gpus, "num_cpus": ray.num_cpus, "object_store_memory": memory}
+    local = {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
+    return local | {key: value for key, value in limits.items() if value is not None}

@@ -1,0 +1,88 @@
+"""What all OpenRLHF processes of one run share: prompts, rewards, command line, launch settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from next_backends.data import is_chat
+from next_backends.external.process import TrainerProcess
+from next_backends.external.trainer_setup import TrainerSetup, local_ray
+from next_backends.openrlhf.command import gpus_needed, make_command
+from next_backends.openrlhf.environment import TRAINER_SIDE
+from next_core.errors import BackendError
+from next_core.storage.atomic import write_text
+
+PROMPTS = "prompts.jsonl"
+
+
+class OpenRlhfSetup(TrainerSetup):
+    """Prepares the trainers of a run, which work in ``folder``."""
+
+    def serve_rewards(self) -> None:
+        """Serve the reward of the run config, unless the config names a reward file for OpenRLHF."""
+        if self.config.reward_file is None:
+            super().serve_rewards()
+
+    def states(self, start: int) -> Path:
+        """Return the folder of the checkpoints of a trainer that began at ``start``."""
+        return self.folder / f"ckpt-{start:06d}"
+
+    def options(self, start: int, load: bool = False) -> list[str]:
+        """Return OpenRLHF's options for a trainer that begins at ``start``, or resumes with ``load``."""
+        run, batch = self.run, self.run.training.prompts_per_step
+        reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
+        options = {
+            "--actor.model_name_or_path": ("training.model", run.training.model),
+            "--ckpt.load_enable": ("`next-core run`", load),
+            # Step scaling saves first, into the state's folder: OpenRLHF counts it when it makes room for that state.
+            "--ckpt.max_num": ("save_every", 4 if self.scales else 3),
+            "--ckpt.output_dir": ("`next-core run --out`", self.folder / "final"),
+            "--ckpt.path": ("`next-core run --out`", self.states(start)),
+            "--ckpt.save_hf": ("backend.save_hf", self.config.save_hf),
+            "--ckpt.save_steps": ("save_every", -1 if run.save_every is None else run.save_every),
+            "--data.apply_chat_template": ("training.data", is_chat(self.rows)),
+            "--data.max_samples": ("steps", len(self.rows) // batch * batch),
+            "--data.prompt_dataset": ("training.data.train", self.folder / PROMPTS),
+            "--reward.remote_url": ("training.reward", reward),
+            "--train.num_episodes": ("steps", run.steps),  # more than enough: the run ends when its steps are done
+            "--train.seed": ("seed", run.seed + start),  # a new trainer draws other samples, in another order
+        }
+        return make_command(run, self.config, options)
+
+    def write_prompts(self, start: int) -> None:
+        """Write the training prompts, those of step ``start`` first."""
+        first = start * self.run.training.prompts_per_step % len(self.rows)
+        rows = self.rows[first:] + self.rows[:first]
+        lines = (json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / PROMPTS, "".join(lines))
+
+    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
+        env = self.environment(scratch, TRAINER_SIDE)
+        workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+        settings = {
+            "ray": local_ray(self.config.ray, scratch / "ray"),
+            "env": workers | self.config.env | {"PYTHONPATH": env["PYTHONPATH"]},
+            "gpus": gpus_needed(self.run, self.config),
+            "control": {
+                "address": control,
+                "start": start,
+                "seed": self.run.seed + start,
+                "scheduler_steps": self.run.steps * self.updates,
+            },
+        }
+        return self.start_script(TRAINER_SIDE / "launch.py", scratch, env, settings, self.options(start, load))
+
+    def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
+        """Record the metrics of a step. Raises ``BackendError`` if the engines should be ``check``-ed and sample from
+        other weights than the actor's.
+        """
+        super().step_logged(step, metrics, check)
+        bound, found = self.config.max_vllm_kl, metrics.get("vllm_kl")
+        if check and bound is not None and found is not None and not abs(found) <= bound:
+            raise BackendError(
+                f"step {step}: vllm_kl is {found:.2g}, above the bound {bound:g}: the engines sample from other "
+                "weights than the actor's. If the cause is their precision, raise backend.max_vllm_kl",
+                kind="backend-failed",
+            )

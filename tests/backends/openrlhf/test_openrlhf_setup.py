@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+import next_backends
 from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
 from tests.backends.openrlhf.cpu import recorded_options
 from tests.backends.openrlhf.pretence import Pretence
 from tests.errors import raises_kind
+
+BACKENDS = Path(next_backends.__file__).parent
 
 
 def setup(pretence: Pretence, backend: dict[str, Any] | None = None, **run: Any) -> OpenRlhfSetup:
@@ -91,8 +94,12 @@ def test_a_trainer_gets_its_own_environment_and_ray(pretence: Pretence, monkeypa
     (start,) = pretence.asked("start")
     seen, ray = start["seen"], start["ray"]
     assert (seen["VIRTUAL_ENV"], seen["PYTHONHOME"]) == (None, None)
-    modules = Path(seen["PYTHONPATH"])  # of ours, and nothing else of this environment
+    modules, *scripts = map(Path, seen["PYTHONPATH"].split(os.pathsep))  # of ours, and nothing else of this environment
     assert sorted(path.name for path in modules.rglob("*")) == ["next_backends", "next_core", "sharding.py"]
+    assert [path.relative_to(BACKENDS).parts for path in scripts] == [
+        ("openrlhf", "trainer_side"),
+        ("external", "trainer_side"),
+    ]
     assert seen["PYTHONPATH"] == start["env"]["PYTHONPATH"]
     assert seen["PATH"].startswith(f"{pretence.python.parent}{os.pathsep}/ours/bin{os.pathsep}")
     assert "PRETEND_RECORD" in start["env"]

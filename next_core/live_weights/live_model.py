@@ -124,6 +124,6 @@ class LiveModel:
         return found
 
 
-def kept_file(folder: Path, rank: int) -> Path:
+def kept_file(folder: Path, rank: int, name: str = "before") -> Path:
     """Return the file of one process in a folder of kept weights."""
-    return folder / ("before.safetensors" if rank == 0 else f"before-{rank}.safetensors")
+    return folder / (f"{name}.safetensors" if rank == 0 else f"{name}-{rank}.safetensors")

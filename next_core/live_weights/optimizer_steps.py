@@ -17,6 +17,7 @@ from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import TrainerSteps
 from next_core.live_weights.kept_state import KeptState, local
+from next_core.live_weights.live_model import kept_file
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights
 
@@ -261,7 +262,7 @@ class OptimizerSteps(TrainerSteps):
 
     def _file(self, folder: Path) -> Path:
         rank = 0 if self.processes is None else self.processes.index
-        return folder / ("next-core.safetensors" if rank == 0 else f"next-core-{rank}.safetensors")
+        return kept_file(folder, rank, "next-core")
 
     def _restart_motions(self) -> None:
         self._weights = self._sample()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from next_core.errors import BackendError, NextCoreError, describe
 
@@ -22,18 +24,19 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True)
 class _Call:
-    """What process 0 asks of the others: a method of the object that they hold under this name."""
+    """What process 0 asks of the others: a method of the object that they registered as this one."""
 
-    owner: str
+    owner: int
     method: str
     arguments: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 class Processes:
     """This process among the ``count`` processes of a run.
 
     Process 0 acts in ``lead``, and the others wait there. A method marked ``everywhere`` that it calls meanwhile runs
-    in all of them, on the object of that class that each has registered.
+    in all of them, on the object that each has registered in its place: all register theirs in the same order.
 
     They talk over a gloo group of their own: waiting for a long probe keeps no GPU busy and none of the trainer's
     collectives open. Tensors on a GPU go over the trainer's group. A process that waits longer than ``timeout``
@@ -42,7 +45,8 @@ class Processes:
 
     def __init__(self, index: int, count: int, timeout: float) -> None:
         self.index, self.count, self.timeout = index, count, timeout
-        self._owners: dict[str, Any] = {}
+        self._owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
         self._where, self._acting = "when training began", False
         self._broken: BackendError | None = None
         with self._waiting(self._where):
@@ -54,8 +58,12 @@ class Processes:
         return self.index == 0
 
     def register(self, owner: Any) -> None:
-        """Make an object known whose methods process 0 may call everywhere; it replaces one of the same class."""
-        self._owners[type(owner).__name__] = owner
+        """Make an object known whose methods process 0 may call everywhere."""
+        if self._number(owner) is None:
+            self._owners[next(self._numbers)] = owner
+
+    def _number(self, owner: Any) -> int | None:
+        return next((number for number, one in self._owners.items() if one is owner), None)
 
     def lead(self, where: str, act: Callable[..., Answer], *arguments: Any) -> Answer:
         """Call ``act`` in process 0; the others carry out what it calls everywhere. All return or raise as it does.
@@ -76,7 +84,7 @@ class Processes:
         while isinstance(received := self.share(None), _Call):
             method = getattr(self._owners[received.owner], received.method)
             try:
-                self._together(method, received.arguments)
+                self._together(functools.partial(method, *received.arguments, **received.named))
             except BackendError as error:
                 if error is not self._broken:  # otherwise process 0 says what becomes of the run
                     raise
@@ -84,28 +92,30 @@ class Processes:
             raise received
         return cast(Answer, received)
 
-    def call(self, owner: Any, method: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer:
+    def call(self, owner: Any, method: Callable[..., Answer], *arguments: Any, **named: Any) -> Answer:
         """Call a method of ``owner`` in every process, from process 0. Returns what it returned here.
 
         Raises what it raised here. If it failed in another process alone, the processes may differ: ``BackendError``
         is raised here and, whatever becomes of that, at the end of ``lead``.
         """
-        own = functools.partial(method, owner)
+        act = functools.partial(method, owner, *arguments, **named)
         if self._acting or not self.leads:  # it was called as a part of another one
-            return own(*arguments)
-        self.share(_Call(type(owner).__name__, method.__name__, arguments))
-        return self._together(own, arguments)
+            return act()
+        number = self._number(owner)
+        assert number is not None  # whatever has methods marked ``everywhere`` registers itself
+        self.share(_Call(number, method.__name__, arguments, named))
+        return self._together(act)
 
-    def _together(self, method: Callable[..., Answer], arguments: tuple[Any, ...]) -> Answer:
+    def _together(self, act: Callable[[], Answer]) -> Answer:
         """Run this process's part of a call, and learn how the others fared."""
         self._acting, failed, answer = True, None, None
         try:
-            answer = method(*arguments)
+            answer = act()
         except Exception as error:
             failed = error
         finally:
             self._acting = False
-        problems = self.gather(None if failed is None else describe(failed), self._where)
+        problems = self.gather(None if failed is None else describe(failed))
         if failed is not None and self.leads:
             raise failed
         for other, problem in enumerate(problems):
@@ -134,20 +144,16 @@ class Processes:
             dist.all_reduce(numbers, group=self._group)
         return numbers
 
-    def barrier(self, where: str) -> None:
-        """Wait until all processes are here."""
-        self.gather(None, where)
-
-    def gather(self, message: Any, where: str) -> list[Any]:
-        """Return every process's message, in the order of the processes."""
+    def gather(self, message: Any, where: str | None = None) -> list[Any]:
+        """Return every process's message, in the order of the processes: all wait until they are here."""
         box: list[Any] = [None] * self.count
-        with self._waiting(where):
+        with self._waiting(where or self._where):
             dist.all_gather_object(box, message, group=self._group)
         return box
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise ``BackendError`` where processes have different settings: they would act at different steps."""
-        given = self.gather(dict(settings), "when training began")
+        given = self.gather(dict(settings))
         for other, theirs in enumerate(given):
             for name, value in theirs.items():
                 if value != given[0].get(name):
@@ -169,6 +175,42 @@ class Processes:
                 work.wait()
                 if whole is not tensor:
                     tensor.copy_(whole)
+
+    @contextlib.contextmanager
+    def in_step(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Let a forward pass of ``modules`` begin in every process or in none: it may wait for all of them.
+
+        Where one process has raised an error, or is done, the others raise ``BackendError`` before their next pass.
+        """
+        begins, ends = "begins a forward pass", "makes no more forward passes"
+        parted = False
+
+        def meet(state: str) -> None:
+            nonlocal parted
+            states = self.gather(state)
+            parted = len(set(states)) > 1 or state not in (begins, ends)
+            if parted and state in (begins, ends):
+                other = next(number for number, theirs in enumerate(states) if theirs != state)
+                raise BackendError(
+                    f"{self._where}, process {other} {states[other]} while process {self.index} {state}; an `evaluate` "
+                    "has to do the same in every process",
+                    kind="backend-processes-differ",
+                )
+
+        def before(*_: Any) -> None:
+            meet(begins)
+
+        hooks = [module.register_forward_pre_hook(before, prepend=True) for module in modules]
+        try:
+            yield
+            meet(ends)
+        except Exception as error:
+            if not parted:
+                meet(f"fails ({describe(error)})")
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def close(self) -> None:
         """Destroy the group."""
@@ -201,7 +243,7 @@ def everywhere(
 ) -> Callable[Concatenate[Owner, Arguments], Answer]:
     """Mark a method that every process of a run takes part in: called in process 0, it runs in all of them.
 
-    Its object has ``processes``, None in a run of one process. It takes positional arguments that can be pickled.
+    Its object has ``processes``, None in a run of one process, and is registered there. Arguments are pickled.
     """
 
     @functools.wraps(method)
@@ -209,7 +251,7 @@ def everywhere(
         processes: Processes | None = owner.processes  # type: ignore[attr-defined]
         if processes is None:
             return method(owner, *arguments, **named)
-        return processes.call(owner, method, arguments)
+        return processes.call(owner, method, *arguments, **named)
 
     return call
 

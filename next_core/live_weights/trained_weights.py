@@ -74,6 +74,9 @@ class TrainedWeights(ABC):
         ``moments``: the optimizer's state of the shards has changed too.
         """
 
+    def measured(self) -> None:  # noqa: B027 - most have nothing to do
+        """Undo what forward passes without a backward pass leave."""
+
     def adapters_changed(self) -> None:  # noqa: B027 - most have nothing to do
         """Take account of frozen adapters that were added or removed."""
 

@@ -72,7 +72,7 @@ class SharedRun:
     def save(self, step: int, checkpoint: Path) -> None:
         """Seal the trainer's checkpoint when every process has written its part."""
         where = f"at the checkpoint of step {step}"
-        self.processes.barrier(where)
+        self.processes.gather(None, where)
         self.processes.lead(where, self._unless_late, self._backend.saved, checkpoint)
 
     def end(self) -> None:

@@ -270,7 +270,12 @@ class TrlBackend(Backend):
 
     @everywhere
     def _measure_together(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
-        return self._measure(split)
+        inner = [self._model.get_base_model()] if is_peft(self._model) else []  # what generates
+        try:
+            with self.processes.in_step([self._model, *inner]) if self.processes else contextlib.nullcontext():
+                return self._measure(split)
+        finally:
+            self.live.weights.measured()
 
     def _measure(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         assert self._evaluate is not None

@@ -217,6 +217,21 @@ class Cells:
     def scaled_again(self) -> Any:
         return self.scaled(resume=13)
 
+    def reward(self) -> Any:
+        """The probe is the trainer's own reward of prompts that it holds back: the processes generate together."""
+        return self.go("reward", jumps(FACTORS, evaluate="reward", guards={"max_drop": 1.0}))
+
+    def raises(self) -> Any:
+        """In process 1 the probe after the jump fails before its forward pass, which process 0 begins."""
+        probe, count = Probe(0.5, 0.5, 0.5), iter(range(3))
+
+        def failing(model: Any) -> float:
+            if next(count) == 1 and RANK == 1:
+                raise ValueError("no such file")
+            return probe(model)
+
+        return self.go("raises", jumps(FACTORS, evaluate=failing))
+
     def dies(self) -> Any:
         """Process 1, while process 0 goes on to the jump."""
 

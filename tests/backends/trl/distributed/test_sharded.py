@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from next_backends.trl.evaluate import greedy_accuracy
+from tests.backends.trl.conftest import BASE
 from tests.backends.trl.distributed import oracle
-from tests.backends.trl.distributed.cells import JUMP, LORA, make_base
+from tests.backends.trl.distributed.cells import JUMP, LORA, low_digits, make_base
 from tests.backends.trl.launch import ROOT, Launch
 
 pytestmark = pytest.mark.distributed
@@ -28,6 +31,8 @@ CELLS = {
     "unwritten": (),
     "scaled": (),
     "scaled_again": ("scaled",),
+    "reward": (),
+    "raises": (),
     "dies": (),
 }
 """In the order they are run, with those whose checkpoints they resume from."""
@@ -103,8 +108,8 @@ def merged_move(seen: Seen) -> Weights:
     return moves
 
 
-def whole_logits(base: Path, weights: Weights, moves: Weights, half: bool) -> Tensor:
-    """Logits of one unsharded model with these trained weights, and ``moves`` added to its matrices."""
+def unsharded(base: Path, weights: Weights, moves: Weights) -> Any:
+    """One model with these trained weights, and ``moves`` added to its matrices."""
     model: Any = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, move in moves.items():
         model.get_parameter(name).data += move
@@ -112,6 +117,11 @@ def whole_logits(base: Path, weights: Weights, moves: Weights, half: bool) -> Te
         model = get_peft_model(model, LoraConfig(**LORA))
     left = model.load_state_dict(weights, strict=False)
     assert not left.unexpected_keys
+    return model
+
+
+def whole_logits(base: Path, weights: Weights, moves: Weights, half: bool) -> Tensor:
+    model = unsharded(base, weights, moves)
     return oracle.logits(model.bfloat16() if half else model)
 
 
@@ -232,6 +242,33 @@ def test_a_collapse_is_undone_with_its_moments_and_the_run_ends_in_the_mean(seen
         mean = {name: torch.stack([weights[name] for weights in steps]).mean(0) for name in steps[0]}
         check_close(rank["after"][24]["masters"], mean)
         check_close(rank["after"][24]["forward"], mean)
+
+
+@each("reward", modes=["zero3", "fsdp2"])
+def test_the_reward_is_probed_by_all_processes_together(seen: Any, out: Path, mode: str, cell: str) -> None:
+    ranks = seen(mode, cell)
+    assert [rank["error"] for rank in ranks] == [None, None]
+    (jump,) = (record for record in ranks[0]["journal"] if record["event"] == "jump")
+    data = Dataset.from_list([{"prompt": f"{a}+10="} for a in range(10, 20)])
+    tokenizer: Any = AutoTokenizer.from_pretrained(BASE)
+    for key, weights in (("accuracy_before", ranks[0]["before"][4]["masters"]), ("accuracy_after", jumped(ranks[0]))):
+        model = unsharded(out / "base", weights, {})
+        assert jump[key] == pytest.approx(greedy_accuracy(model, tokenizer, data, low_digits, 4)), key
+    assert jump["accuracy_before"] != jump["accuracy_after"]
+    for rank in ranks:
+        check_step(jumped(rank), rank["before"][5], 5)
+
+
+@each("raises", modes=["zero3", "fsdp2"])
+def test_a_jump_whose_probe_fails_in_one_process_is_rolled_back_in_all(seen: Any, mode: str, cell: str) -> None:
+    ranks = seen(mode, cell)
+    (failed,) = (record for record in ranks[0]["journal"] if record["event"] == "probe" and "problem" in record)
+    assert "process 1" in failed["problem"]
+    assert "no such file" in failed["problem"]
+    for rank in ranks:
+        assert rank["error"] is None
+        assert same(rank["after"][4]["masters"], rank["before"][4]["masters"])
+        check_step(rank["before"][4]["masters"], rank["before"][5], 5)
 
 
 @each("dies")

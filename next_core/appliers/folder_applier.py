@@ -27,7 +27,7 @@ class WrittenFolder(Applied):
     shares: Mapping[str, float] = field(default_factory=dict)
     """By parameter the share of the jump that is left after rounding; empty where nothing is rounded."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """The sha256 of the files that were hashed while they were written, by name."""
+    """The digests of the files that were hashed while they were written, by name."""
 
     @property
     def share(self) -> float | None:

@@ -19,7 +19,7 @@ from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import CheckpointError, ConfigError
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.interfaces.prediction import resolve
-from next_core.interfaces.weight_delta import transposed
+from next_core.interfaces.weight_delta import LazyDelta, transposed
 from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import BASE_LAYER, PREFIX, is_expert
@@ -150,7 +150,7 @@ class ModelWriter:
                     writer.write(block)
                 self._done += 1
                 self._applier.report_progress("write model", self._done, self._total)
-        self.digests[file.path.name] = writer.sha256 or ""
+        self.digests[file.path.name] = writer.digest or ""
 
     def _blocks(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         if not self.plan.computes(key, dtype, shape):
@@ -167,11 +167,16 @@ class ModelWriter:
             trained, moved = None if trained is None else trained.T, transposed(moved)
 
         def read(rows: slice) -> Tensor:
-            return source.weight(name, step, rows) if trained is None else self._backbone.read(name, rows)
+            return source.weight_as_stored(name, step, rows) if trained is None else self._backbone.read(name, rows)
+
+        def check(rows: slice) -> None:
+            since = (step, *(moved.weights if isinstance(moved, LazyDelta) else ())) if trained is None else ()
+            for each in since:
+                source.weight(name, each, rows)
 
         # A tied head is written under the embedding's name: the same random draws, and counted once.
         rounder = Rounder(config.rounding, dtype, config.seed, name)
-        return jumped_blocks(name, shape, read, trained, moved, rounder, self.loss)
+        return jumped_blocks(name, shape, read, trained, moved, rounder, self.loss, check)
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -18,7 +18,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
-from next_core.mathematics.row_blocks import row_blocks
+from next_core.mathematics.row_blocks import keep_freed_memory, row_blocks
 from next_core.sources.backbone import use_names
 from next_core.sources.hf_model import ModelFiles, architecture_of
 from next_core.sources.matrices import matrices_in, stored_name
@@ -145,22 +145,24 @@ def jumped_blocks(
     moved: Resolved | None,
     rounder: Rounder,
     losses: RoundingLoss,
+    check: Callable[[slice], object] = lambda rows: None,
 ) -> Iterator[Tensor]:
     """Yield the rows of a parameter, what ``read`` gives + trained + moved, in order and rounded.
 
     ``read`` gives stored rows of the newest checkpoint, or of the backbone, to which ``trained`` (m, n) is added first:
     the LoRA update so far. Sums are in fp32, or in fp64 where that is stored. What rounding lost goes into ``losses``.
-    Raises ``GuardError`` for values that are not finite or beyond the range of the precision.
+    Raises ``GuardError`` for values that are not finite or beyond the range of the precision, unless ``check`` raises
+    for rows that are stored so.
     """
     trained_rows, moved_rows = _rows_of(trained), _rows_of(moved)
+    keep_freed_memory()
     has_product = isinstance(trained, LowRank) or isinstance(moved, LowRank)
     loss = losses.parameters[name] = ParameterLoss(math.prod(shape))
     for rows in row_blocks(shape, GEMM_BLOCK if has_product else BLOCK):
-        stored = read(rows)
-        work = torch.float64 if torch.float64 in (stored.dtype, rounder.dtype) else torch.float32
-        stored = stored.to(work)
+        raw = read(rows)
+        work = torch.float64 if torch.float64 in (raw.dtype, rounder.dtype) else torch.float32
         update = jump = None
-        start = stored
+        start = stored = raw.to(work)
         if trained_rows is not None:
             update = trained_rows(rows, None).to(work)
             start = stored + update
@@ -169,17 +171,24 @@ def jumped_blocks(
             jump = moved_rows(rows, stored if trained is None else None).to(work)
             total = start + jump
         rounded = rounder(total)
-        written = rounded.to(work)
-        if not math.isfinite(written.sum()) and not bool(torch.isfinite(written).all()):
+        # In place, where the sum is a new tensor and no longer needed: memory traffic is most of the cost here.
+        written = total.copy_(rounded) if jump is not None and rounded.dtype is not work else rounded.to(work)
+        if update is not None:
+            loss.update.add(written - stored, update if jump is None else update + jump)
+        if jump is None:
+            finite = math.isfinite(written.sum())
+        else:
+            # The jump moves the value from what would be stored without it.
+            before = start if raw.dtype is rounder.dtype and update is None else start.to(rounder.dtype).to(work)
+            loss.add_jump(written - before if written is rounded else written.sub_(before), jump)
+            # These sums of products are finite only if every value is, which spares three more passes.
+            finite = math.isfinite(loss.jump.along + loss.jump.wanted)
+        if not finite and not bool(torch.isfinite(rounded).all()):
+            check(rows)
             raise GuardError(
                 f"'{name}' overflows {_name(rounder.dtype)} after the jump; use a smaller alpha or a float32 backbone",
                 kind="numbers-overflow",
             )
-        if update is not None:
-            loss.update.add(written - stored, update if jump is None else update + jump)
-        if jump is not None:
-            # The jump moves the value from what would be stored without it.
-            loss.add_jump(written - start.to(rounder.dtype).to(work), jump)
         yield rounded
 
 

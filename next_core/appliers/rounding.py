@@ -94,7 +94,8 @@ class ParameterLoss:
     def add_jump(self, moved: Tensor, wanted: Tensor) -> None:
         """Count a block of the jump."""
         self.jump.add(moved, wanted)
-        self.changed += int(np.count_nonzero(moved.numpy()))  # several times faster than torch's
+        # As integers, and by numpy: ten times faster. No value is -0, for x - x is +0.
+        self.changed += int(np.count_nonzero(moved.numpy().view(f"i{moved.itemsize}")))
 
 
 @dataclass

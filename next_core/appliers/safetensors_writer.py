@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import mmap
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import xxhash
 from torch import Tensor
 
 from next_core.errors import wrong_shape
@@ -59,7 +59,7 @@ class TensorWriter:
     """A new safetensors file, filled tensor by tensor: ``with TensorWriter(...) as writer``.
 
     With ``entries`` (all tensors, in order) the header comes first, ``write`` takes the tensors' bytes in blocks, and
-    ``sha256`` is the digest of the closed file. Without them, ``add`` takes whole tensors of any shape, the header is
+    ``digest`` is that of the closed file. Without them, ``add`` takes whole tensors of any shape, the header is
     written last into ``room`` bytes kept free for it, and there is no digest.
 
     Making the file durable is left to the caller. A write that fails raises ``OSError`` with the file's name.
@@ -67,9 +67,9 @@ class TensorWriter:
 
     def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None, room: int = 0) -> None:
         self.path = path
-        self.sha256: str | None = None
+        self.digest: str | None = None
         self._entries: dict[str, Entry] = dict(entries or {})
-        self._hash = None if entries is None else hashlib.sha256()
+        self._hash = None if entries is None else xxhash.xxh3_128()
         header = bytes(8 + -(-room // 8) * 8) if entries is None else encoded_header(entries)
         self._header, self._written = len(header), 0
         self._file = path.open("xb", buffering=0)
@@ -134,7 +134,7 @@ class TensorWriter:
             self._direct = self._set_direct(False)
             os.pwrite(self._file.fileno(), header, 0)
         else:
-            self.sha256 = self._hash.hexdigest()
+            self.digest = self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self

@@ -15,8 +15,9 @@ from next_core.compressors.lanczos import LanczosCompressor
 from next_core.errors import CheckpointError, contradiction, invalid_value
 from next_core.history.delta_cache import DeltaCache, cache_key, compression_settings
 from next_core.history.executor import Executor, Task
-from next_core.history.matrix_tasks import BLOCK_BYTES, Compress, InnerProducts
+from next_core.history.matrix_tasks import Compress, InnerProducts
 from next_core.interfaces import CheckpointSource, Compressor
+from next_core.interfaces.weight_delta import BLOCK
 from next_core.mathematics.agreement import factor_motion_gram
 from next_core.mathematics.low_rank import Factors, align_signs, concatenate_batches
 from next_core.mathematics.row_blocks import row_blocks
@@ -226,7 +227,7 @@ class History:
         """Whether a matrix has the same stored values at two steps; ``before`` None is where RL began."""
         now = self.source.factors(name, step)
         if now is None:
-            blocks = row_blocks(self.shapes[name], BLOCK_BYTES // 8)  # a matrix that moves shows it in the first block
+            blocks = row_blocks(self.shapes[name], BLOCK)  # a matrix that moves shows it in the first block
             return not any(bool(self.source.delta_rows(name, rows, step, before).any()) for rows in blocks)
         then = self.source.start(name) if before is None else self.source.factors(name, before)
         if before is None and then is None:

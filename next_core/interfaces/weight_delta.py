@@ -15,7 +15,7 @@ from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.types import LoraFactors
 
-BLOCK = 2**17
+BLOCK = 2**18
 """Values in a block of rows: small enough to stay in the processor's cache during several passes."""
 
 
@@ -50,7 +50,8 @@ class LazyDelta:
     def rows(self, rows: slice, newest: Tensor | None = None) -> Tensor:
         """Return some rows, in at least fp32.
 
-        ``newest``, the same rows of W_T of a source that stores full weights, saves reading them for each term.
+        ``newest``, the same rows of W_T of a source that stores full weights, saves reading them for each term; the
+        result is then not checked for NaN.
         """
         terms = [self._term(rows, since, weight, newest) for since, weight in self.weights.items()]
         if self.matrix is not None:
@@ -63,7 +64,8 @@ class LazyDelta:
     def _term(self, rows: slice, since: int | None, weight: float, newest: Tensor | None) -> Tensor:
         if newest is None:
             return self.source.delta_rows(self.name, rows, self.step, since).mul(-weight)
-        return (self.source.weight(self.name, since, rows) - newest).mul_(weight)
+        stored = self.source.weight_as_stored(self.name, since, rows)
+        return (stored.to(torch.promote_types(stored.dtype, newest.dtype)) - newest).mul_(weight)
 
     def dense(self) -> Tensor:
         """Return the whole matrix in fp32, or in fp64 where the source reads fp64."""

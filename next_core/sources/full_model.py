@@ -170,6 +170,10 @@ class FullModelSource(FolderSource[ModelFiles]):
             value = shift.added(value, name, rows)
         return value
 
+    def weight_as_stored(self, name: str, step: int | None, rows: slice | None = None) -> Tensor:
+        jumped = self._shifts.since(step or 0)
+        return self.weight(name, step, rows) if jumped else self.model(step).raw(name, rows)
+
     def delta_rows(self, name: str, rows: slice, step: int, since: int | None = None) -> Tensor:
         return self.weight(name, step, rows) - self.weight(name, since, rows)
 

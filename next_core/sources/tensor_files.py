@@ -155,6 +155,7 @@ class SafetensorsFile(TensorFile):
             entries = read_header(path)
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise damaged(path, f"is truncated or not a safetensors file ({error})") from None
+        self._last: tuple[str, Tensor] = "", torch.empty(0)
         self.shapes = {name: entry.shape for name, entry in entries.items()}
         self._stored = {name: entry.dtype for name, entry in entries.items()}
 
@@ -168,8 +169,9 @@ class SafetensorsFile(TensorFile):
 
     def _values(self, key: str, rows: Place | None) -> Tensor:
         self.dtype(key)  # raises for an unknown name or precision
-        tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
-        return tensor
+        if self._last[0] != key:  # a view of the mapped file, which is made once for all blocks of rows
+            self._last = key, self._file.get_tensor(key)
+        return self._last[1] if rows is None else self._last[1][rows]
 
 
 PICKLE = ".bin"

@@ -73,9 +73,9 @@ def new_directory(
     """Yield a temporary sibling of ``target`` to write into; it becomes ``target`` on success and is removed otherwise.
 
     A manifest is written last, unless ``manifest`` is false because the folder will grow. ``digests`` maps paths in the
-    folder to their sha256; the body may fill it while it writes, and those files are not read again. Raises
-    ``ConfigError`` if ``target`` exists and ``overwrite`` is false, ``StorageError`` if the disk refuses, and whatever
-    the body raises.
+    folder to their digests (``manifest.digest_of``); the body may fill it while it writes, and those files are not read
+    again. Raises ``ConfigError`` if ``target`` exists and ``overwrite`` is false, ``StorageError`` if the disk refuses,
+    and whatever the body raises.
     """
     if target.exists() and not overwrite:
         raise ConfigError(

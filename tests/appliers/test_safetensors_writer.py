@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from next_core.appliers import safetensors_writer
 from next_core.appliers.safetensors_writer import TensorWriter, encoded_header, entry_of, header_room
 from next_core.errors import NextCoreError
+from next_core.storage.manifest import digest_of
 from next_core.storage.reading import Entry, read_header
 from tests.conftest import noise
 
@@ -68,7 +68,7 @@ def test_the_library_reads_back_the_same_tensors(
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert writer.digest == digest_of(path)
 
 
 def test_in_the_librarys_order_it_is_the_librarys_bytes(tensors: dict[str, Tensor], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_without_entries_the_header_is_written_last(tensors: dict[str, Tensor], 
             writer.add(name, tensor)
     found = load_file(path)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert writer.sha256 is None
+    assert writer.digest is None
 
 
 def test_the_room_for_a_header_is_enough_for_any_size(tmp_path: Path) -> None:

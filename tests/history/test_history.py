@@ -174,7 +174,7 @@ def test_with_one_checkpoint_what_is_at_the_backbone_is_frozen() -> None:
 
 
 def test_one_entry_that_moves_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("next_core.history.history.BLOCK_BYTES", 1)  # a block for each row
+    monkeypatch.setattr("next_core.history.history.BLOCK", 1)  # a block for each row
     still = torch.zeros(6, 5)
     moving = still.clone()
     moving[5, 4] = 1

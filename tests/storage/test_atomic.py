@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from next_core.errors import StorageError
 from next_core.storage import atomic, manifest
@@ -43,7 +43,7 @@ def test_a_directory_appears_complete_with_a_manifest(tmp_path: Path) -> None:
     assert names(target.parent) == ["target"]
     files = json.loads((target / "manifest.json").read_text())["files"]
     assert set(files) == {"a.txt", "sub/b.txt"}
-    assert files["a.txt"] == {"sha256": hashlib.sha256(b"text").hexdigest(), "size": 4}
+    assert files["a.txt"] == {"xxh3_128": xxhash.xxh3_128(b"text").hexdigest(), "size": 4}
     check_manifest(target)
 
 
@@ -103,13 +103,13 @@ def test_files_hashed_while_they_were_written_are_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = manifest.sha256
-    monkeypatch.setattr(manifest, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    real = manifest.digest_of
+    monkeypatch.setattr(manifest, "digest_of", lambda path, *more: (read.append(path.name), real(path, *more))[1])
     digests: dict[str, str] = {}
     with new_directory(tmp_path / "target", digests=digests) as folder:
         (folder / "a.txt").write_text("a")
         (folder / "b.txt").write_text("b")
-        digests["a.txt"] = hashlib.sha256(b"a").hexdigest()
+        digests["a.txt"] = xxhash.xxh3_128(b"a").hexdigest()
     assert read == ["b.txt"]
     check_manifest(tmp_path / "target", contents=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from next_core.storage import manifest
-from next_core.storage.manifest import check_contents, check_manifest, file_digest, manifest_text, sha256
+from next_core.storage.manifest import check_contents, check_manifest, digest_of, file_digest, manifest_text
 from next_core.storage.reading import with_checksum
 from tests.errors import raises_kind
 
@@ -32,13 +33,13 @@ def write(folder: Path, files: Any) -> None:
     (folder / "manifest.json").write_bytes(with_checksum(json.dumps({"files": files})))
 
 
-def test_it_has_the_sha256_and_size_of_files_and_the_precision_and_shape_of_tensors(folder: Path) -> None:
+def test_it_has_the_digest_and_size_of_files_and_the_precision_and_shape_of_tensors(folder: Path) -> None:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     weights = folder / "sub" / "x.safetensors"
     assert files == {
-        "a.txt": {"sha256": sha256(folder / "a.txt"), "size": 4},
+        "a.txt": {"xxh3_128": digest_of(folder / "a.txt"), "size": 4},
         "sub/x.safetensors": {
-            "sha256": sha256(weights),
+            "xxh3_128": digest_of(weights),
             "size": weights.stat().st_size,
             "tensors": {"w": {"dtype": "BF16", "shape": [2, 3]}},
         },
@@ -49,12 +50,22 @@ def test_it_has_the_sha256_and_size_of_files_and_the_precision_and_shape_of_tens
 def test_contents_of_the_same_size_are_compared_on_request(folder: Path) -> None:
     (folder / "a.txt").write_text("tex_")
     check_manifest(folder)
-    with raises_kind("checkpoint-damaged", folder / "a.txt", "sha256"):
+    with raises_kind("checkpoint-damaged", folder / "a.txt", "xxh3_128"):
         check_manifest(folder, contents=True)
     with raises_kind("checkpoint-damaged", folder / "a.txt"):
         check_contents(folder / "a.txt")
     (folder / "a.txt").write_text("text")
     check_contents(folder / "a.txt")
+
+
+def test_a_manifest_with_sha256_is_still_verified(folder: Path) -> None:
+    facts = {"sha256": hashlib.sha256(b"text").hexdigest(), "size": 4}
+    write(folder, {"a.txt": facts})
+    check_manifest(folder, contents=True)
+    check_contents(folder / "a.txt")
+    (folder / "a.txt").write_text("tex_")
+    with raises_kind("checkpoint-damaged", folder / "a.txt", "sha256"):
+        check_contents(folder / "a.txt")
 
 
 def test_a_changed_header_is_found_without_reading_the_rest(folder: Path) -> None:
@@ -91,7 +102,7 @@ def test_a_missing_shorter_or_larger_file_is_named_with_its_size(folder: Path) -
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "a\0b"])
 def test_names_outside_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder.parent / "secret").write_text("x")
-    write(folder, {name: {"sha256": sha256(folder.parent / "secret"), "size": 1}})
+    write(folder, {name: {"xxh3_128": digest_of(folder.parent / "secret"), "size": 1}})
     with raises_kind("checkpoint-unsafe-path", folder / "manifest.json"):
         check_manifest(folder)
 
@@ -131,19 +142,19 @@ def test_a_replaced_manifest_is_read_again(folder: Path) -> None:
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, hashed = tmp_path / "x", []
-    monkeypatch.setattr(manifest, "sha256", lambda one: (hashed.append(one), sha256(one))[1])
+    monkeypatch.setattr(manifest, "digest_of", lambda *one: (hashed.append(one), digest_of(*one))[1])
     path.write_bytes(b"old")
     os.utime(path, (10, 10))
-    assert file_digest(path) == file_digest(path) == sha256(path)
+    assert file_digest(path) == file_digest(path) == digest_of(path)
     assert len(hashed) == 1
     path.write_bytes(b"new")
     os.utime(path, (11, 11))
-    assert file_digest(path) == sha256(path)
+    assert file_digest(path) == digest_of(path)
     now = path.stat().st_ctime
     for content in (b"one", b"two"):  # written twice within one tick of the file system's clock
         path.write_bytes(content)
         os.utime(path, (now, now))
-        assert file_digest(path) == sha256(path)
+        assert file_digest(path) == digest_of(path)
     path.unlink()
     with raises_kind("checkpoint-damaged", path, "No such file"):
         file_digest(path)

@@ -15,7 +15,7 @@ from next_backends.trl.argument_checks import check_arguments, check_jump_adapte
 from next_backends.trl.earlier_run import make_room
 from next_backends.trl.reward_probe import prompts_of, reward_probe
 from next_backends.trl.shared_run import SharedRun
-from next_backends.trl.step_callback import checkpoint_of
+from next_backends.trl.step_callback import checkpoint_of, end_now
 from next_backends.trl.trainer_log import trainer_of
 from next_backends.trl.trl_backend import TrlBackend
 from next_core.cli.status_command import show_end
@@ -124,10 +124,14 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self.backend.connect(kwargs["optimizer"], args)
         if self._shared is None:
             self._begin(args, state, kwargs["model"], self.guards)
-            return
-        settings = {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
-        guards = self._shared.bounded(self.guards)
-        self._shared.begin(state.global_step, settings, self._begin, args, state, kwargs["model"], guards)
+        else:
+            settings = {**self.schedule.model_dump(), **self.guards.model_dump(), "max_steps": state.max_steps}
+            guards = self._shared.bounded(self.guards)
+            self._shared.begin(state.global_step, settings, self._begin, args, state, kwargs["model"], guards)
+        if state.global_step == state.max_steps:
+            if state.is_world_process_zero:
+                logging.getLogger(__name__).warning("step %d is the last: nothing is left to train", state.global_step)
+            end_now(self.backend.trainer, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._shared is not None:
@@ -184,10 +188,10 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
 
     def _check(self, args: Any, state: Any, model: Any) -> None:
         """Raise ``ConfigError`` or ``BackendError`` for a training that cannot jump; changes nothing."""
-        if state.global_step >= state.max_steps:
+        if state.global_step > state.max_steps:
             raise ConfigError(
-                f"the checkpoint is of step {state.global_step}, the last of {state.max_steps}: nothing is left to "
-                "train, and the trainer would take one step more; use its weights, or raise max_steps",
+                f"the checkpoint is of step {state.global_step}, after the last of {state.max_steps}: resume from an "
+                "earlier one, or raise max_steps",
                 kind="config-contradiction",
             )
         predictor = self._make_predictor()

@@ -10,10 +10,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-class RunIsOver(Exception):  # noqa: N818 - nothing is wrong
-    """A run was resumed at its last step: the trainer has loaded its weights and would take one step more."""
-
-
 class StepCallback(TrainerCallback):  # type: ignore[misc]
     """Passes events to ``backend``, a ``TrlBackend``, and the end of each step to ``step_ended``."""
 
@@ -24,7 +20,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.backend.connect(kwargs["optimizer"], args)
         self.backend.begin(state.global_step, checkpoint_of(args, state))
         if state.global_step >= state.max_steps:
-            raise RunIsOver
+            end_now(self.backend.trainer, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_ended(state.global_step)
@@ -44,3 +40,16 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 def checkpoint_of(args: Any, state: Any) -> Path:
     """Return the folder that the trainer saves the current step in."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def end_now(trainer: Any, control: Any) -> None:
+    """End a training that begins at its last step. The trainer would take one more, as it looks only after a step.
+
+    It gets no batch instead, unless none is left in its last epoch.
+    """
+
+    def no_batches(*args: Any, **fields: Any) -> Any:
+        del trainer.get_batch_samples
+        return ([], None) if trainer.control.should_training_stop else trainer.get_batch_samples(*args, **fields)
+
+    control.should_training_stop, trainer.get_batch_samples = True, no_batches

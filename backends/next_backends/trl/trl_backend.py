@@ -192,13 +192,12 @@ class TrlBackend(Backend):
             self._steps = None
 
     def train(self, until: int, step_ended: Callable[[int], None]) -> None:
-        from next_backends.trl.step_callback import RunIsOver, StepCallback
+        from next_backends.trl.step_callback import StepCallback
 
         callback = StepCallback(self, step_ended)
         self.trainer.add_callback(callback)
         try:
-            with contextlib.suppress(RunIsOver):
-                self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
+            self.trainer.train(resume_from_checkpoint=str(self._resume_from) if self._resume_from else None)
         finally:
             self.trainer.remove_callback(callback)
         if self.trainer.state.global_step < until and not self._stopping:

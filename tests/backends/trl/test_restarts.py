@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_core.cycle.journal import read_journal
-from tests.backends.trl.conftest import FACTORS, SAVING, SMALL
+from tests.backends.trl.conftest import FACTORS, MERGED, SAVING, SMALL
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -91,3 +91,25 @@ def test_a_run_shorter_than_its_schedule_is_a_plain_run_with_a_warning(
     assert torch.equal(logits(trainer.model), plain_logits(8, True))
     assert not (tmp_path / "trainer" / "next-core").exists()
     assert caplog.text.count("observe 9") == 1
+
+
+@pytest.mark.parametrize("predictor", [FACTORS, MERGED, "auto"])
+def test_a_finished_run_that_is_resumed_ends_at_once_in_the_same_weights(
+    make_trainer: Any, logits: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, predictor: Any
+) -> None:
+    found = []
+    for resume in (None, True):
+        made = PredictExtendCallback(predictor, **({} if predictor == "auto" else SMALL))
+        trainer = make_trainer([made], **SAVING)
+        trainer.train(resume_from_checkpoint=resume)
+        journal = (tmp_path / "trainer" / "next-core" / "journal.jsonl").read_bytes()
+        found.append((trainer.state.global_step, journal, logits(trainer.model)))
+    assert "step 12" in caplog.text
+    (_, journal, first), (step, again, second) = found
+    assert (step, again) == (12, journal)
+    assert torch.equal(first, second)
+    assert not (tmp_path / "trainer" / "checkpoint-13").exists()
+    trainer.args.max_steps = 13  # the next training is a plain one
+    trainer.remove_callback(made)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 13

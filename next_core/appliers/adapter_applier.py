@@ -13,7 +13,7 @@ from torch import Tensor
 from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, checked_target
 from next_core.appliers.folder_contents import CARD, copy_files, facts_of, record_texts, tokenizer_files, write_texts
 from next_core.appliers.jump_adapter import rank_settings
-from next_core.appliers.safetensors_writer import TensorWriter, header_room
+from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import GuardError, contradiction
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.interfaces.prediction import resolve
@@ -66,28 +66,30 @@ class PeftAdapterApplier(FolderApplier):
         own = {module.target: (module.rank, module.scaling) for module in source.modules}
         used = dict(own)
         moving = [module for module in source.modules if module.moves]
-        keys = [key for module in moving for key in module.keys]
-        with TensorWriter(folder / WEIGHTS_FILE, room=header_room([*keys, *extra])) as writer:
-            for done, module in enumerate(moving, 1):
-                A, B, scaling = self._module(prediction, source, module, alpha)
-                used[module.target] = len(A) // module.experts, scaling
-                for key, value in zip(module.keys, (A, B), strict=True):
-                    if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
-                        raise GuardError(
-                            f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",
-                            kind="numbers-overflow",
-                        )
-                    writer.add(key, value)
-                bias = bias_key(module.name)
-                if bias in extra and scaling != module.scaling:  # PEFT scales it as it does B A
-                    extra[bias] = extra[bias] * (module.scaling / scaling)
-                tied = source.tied_embedding(module)
-                if tied is not None:
-                    extra |= zip(tied.keys, (B.T, A.T), strict=True)
-                    used[tied.target] = used[module.target]
-                self.report_progress("write adapter", done, len(moving))
-            for key, value in extra.items():
-                writer.add(key, value)
+        tensors: dict[str, Tensor] = {}
+        for done, module in enumerate(moving, 1):
+            A, B, scaling = self._module(prediction, source, module, alpha)
+            used[module.target] = len(A) // module.experts, scaling
+            for key, value in zip(module.keys, (A, B), strict=True):
+                if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
+                    raise GuardError(
+                        f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",
+                        kind="numbers-overflow",
+                    )
+                tensors[key] = value
+            bias = bias_key(module.name)
+            if bias in extra and scaling != module.scaling:  # PEFT scales it as it does B A
+                extra[bias] = extra[bias] * (module.scaling / scaling)
+            tied = source.tied_embedding(module)
+            if tied is not None:
+                extra |= zip(tied.keys, (B.T, A.T), strict=True)
+                used[tied.target] = used[module.target]
+            self.report_progress("write adapter", done, len(moving))
+        tensors |= extra
+        entries = {key: entry_of(value.dtype, value.shape) for key, value in tensors.items()}
+        with TensorWriter(folder / WEIGHTS_FILE, entries) as writer:
+            for value in tensors.values():
+                writer.write(value)
         config = source.adapter_config()
         if used != own:
             config |= rank_settings(used) | {"init_lora_weights": True}
@@ -95,7 +97,7 @@ class PeftAdapterApplier(FolderApplier):
         copy_files(tokenizer_files(newest), newest, folder)
         facts = facts_of(prediction, alpha, self)
         write_texts(folder, record_texts(facts, newest / CARD, "peft"))
-        return WrittenFolder(folder, facts)
+        return WrittenFolder(folder, facts, digests={WEIGHTS_FILE: writer.digest})
 
     def _module(
         self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float

@@ -150,7 +150,7 @@ class ModelWriter:
                     writer.write(block)
                 self._done += 1
                 self._applier.report_progress("write model", self._done, self._total)
-        self.digests[file.path.name] = writer.digest or ""
+        self.digests[file.path.name] = writer.digest
 
     def _blocks(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterable[Tensor]:
         if not self.plan.computes(key, dtype, shape):

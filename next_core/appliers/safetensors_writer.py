@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +36,8 @@ def entry_of(dtype: torch.dtype, shape: Sequence[int]) -> Entry:
     return Entry(NAMES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
-def encoded_header(entries: Mapping[str, Entry], size: int | None = None) -> bytes:
-    """Return length and header of a file with these tensors in this order, padded to ``size`` bytes if given."""
+def encoded_header(entries: Mapping[str, Entry]) -> bytes:
+    """Return length and header of a file with these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, entry in entries.items():
@@ -45,42 +45,32 @@ def encoded_header(entries: Mapping[str, Entry], size: int | None = None) -> byt
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-len(text) // 8) * 8 if size is None else size - 8
+    length = -(-len(text) // 8) * 8
     return struct.pack("<Q", length) + text.ljust(length)
-
-
-def header_room(names: Iterable[str]) -> int:
-    """Return an upper bound of the header's bytes for a file of matrices with these names."""
-    longest = Entry("BOOL", (2**63, 2**63), 0)
-    return len(encoded_header(dict.fromkeys(names, longest))) + 40 * sum(1 for _ in names)
 
 
 class TensorWriter:
     """A new safetensors file, filled tensor by tensor: ``with TensorWriter(...) as writer``.
 
-    With ``entries`` (all tensors, in order) the header comes first, ``write`` takes the tensors' bytes in blocks, and
-    ``digest`` is that of the closed file. Without them, ``add`` takes whole tensors of any shape, the header is
-    written last into ``room`` bytes kept free for it, and there is no digest.
+    ``entries`` are those of all tensors, in order; ``write`` takes their bytes in blocks. ``digest`` is that of the
+    closed file.
 
     Making the file durable is left to the caller. A write that fails raises ``OSError`` with the file's name.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None, room: int = 0) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path = path
-        self.digest: str | None = None
-        self._entries: dict[str, Entry] = dict(entries or {})
-        self._hash = None if entries is None else xxhash.xxh3_128()
-        header = bytes(8 + -(-room // 8) * 8) if entries is None else encoded_header(entries)
-        self._header, self._written = len(header), 0
+        self._hash = xxhash.xxh3_128()
+        header = encoded_header(entries)
+        self._size, self._written = len(header) + sum(entry.nbytes for entry in entries.values()), 0
         self._file = path.open("xb", buffering=0)
         self._buffer, self._filled = mmap.mmap(-1, BUFFER), 0  # aligned to pages, as direct writes require
         self._direct = self._set_direct(True)
         self._put(memoryview(header))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a whole tensor; for a file without ``entries``."""
-        self._entries[name] = entry_of(tensor.dtype, tensor.shape)
-        self.write(tensor)
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
     def write(self, block: Tensor) -> None:
         """Append the next rows of the tensor whose turn it is."""
@@ -89,8 +79,7 @@ class TensorWriter:
             self._put(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     def _put(self, data: memoryview) -> None:
-        if self._hash is not None:
-            self._hash.update(data)
+        self._hash.update(data)
         self._written += data.nbytes
         while data.nbytes:
             part = data[: BUFFER - self._filled]
@@ -125,16 +114,9 @@ class TensorWriter:
         return on and flag != 0
 
     def _finish(self) -> None:
-        header = encoded_header(self._entries, self._header)
-        size = len(header) + sum(entry.nbytes for entry in self._entries.values())
-        if (len(header), self._written) != (self._header, size):
-            raise wrong_shape(f"{self.path}: {self._written} bytes were written, the header needs {size}")
+        if self._written != self._size:
+            raise wrong_shape(f"{self.path}: {self._written} bytes were written, the header needs {self._size}")
         self._flush()
-        if self._hash is None:
-            self._direct = self._set_direct(False)
-            os.pwrite(self._file.fileno(), header, 0)
-        else:
-            self.digest = self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self

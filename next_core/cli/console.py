@@ -11,8 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from next_core.storage.json_lines import json_text
-
 WIDTH = 130
 """Columns to use when there is no terminal."""
 
@@ -52,6 +50,8 @@ class Output:
     def json(self, facts: Any) -> None:
         """Print the facts as one line of JSON if they were asked for."""
         if self.as_json:
+            from next_core.storage.json_lines import json_text  # with the disk modules, for which --help need not wait
+
             print(json_text(facts))
 
 

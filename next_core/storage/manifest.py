@@ -47,12 +47,15 @@ def digest_of(path: Path, algorithm: str = DIGEST) -> str:
 
 def manifest_text(folder: Path, digests: Mapping[str, str] | None = None) -> str:
     """Return the manifest of a folder as it is now; files that are in ``digests`` are not read again."""
-    files = {}
+    lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         name = path.relative_to(folder).as_posix()
         digest = (digests or {}).get(name) or digest_of(path)
-        files[name] = {DIGEST: digest, "size": path.stat().st_size} | _tensors(path)
-    return with_checksum(json.dumps({"files": files}, indent=1)).decode()
+        facts = {DIGEST: digest, "size": path.stat().st_size} | _tensors(path)
+        lines.append(
+            f"{json.dumps(name)}: {json.dumps(facts)}"
+        )  # without indent, which takes the json module 10 times as long
+    return with_checksum('{"files": {\n' + ",\n".join(lines) + "\n}}").decode()
 
 
 def _tensors(path: Path) -> dict[str, Any]:

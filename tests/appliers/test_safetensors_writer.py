@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core.appliers import safetensors_writer
-from next_core.appliers.safetensors_writer import TensorWriter, encoded_header, entry_of, header_room
+from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import NextCoreError
 from next_core.storage.manifest import digest_of
 from next_core.storage.reading import Entry, read_header
@@ -82,24 +82,6 @@ def test_in_the_librarys_order_it_is_the_librarys_bytes(tensors: dict[str, Tenso
     assert ours[-size:] == theirs[-size:]
     assert len(ours) == len(theirs)
     assert int.from_bytes(ours[:8], "little") % 8 == 0
-
-
-def test_without_entries_the_header_is_written_last(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    with TensorWriter(path, room=header_room(list(tensors))) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-    found = load_file(path)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert writer.digest is None
-
-
-def test_the_room_for_a_header_is_enough_for_any_size(tmp_path: Path) -> None:
-    names = [f"base_model.model.layers.{i}.ü.weight" for i in range(50)]
-    huge = {name: Entry("BF16", (2**40, 2**20), 2**56) for name in names}
-    assert len(encoded_header(huge)) <= header_room(names)
-    with pytest.raises(NextCoreError, match="header"), TensorWriter(tmp_path / "x", room=64) as writer:
-        writer.add("a" * 100, torch.zeros(1))
 
 
 def test_missing_bytes_are_noticed(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class LoraSettings(Settings):
 class HubDataset(Settings):
     """A dataset of the Hugging Face Hub."""
 
-    name: str = Field(pattern=NAME.pattern, description="owner/name")
+    name: str = Field(pattern=NAME.pattern, description="owner/name, or owner/name@revision")
     config: str | None = Field(None, description="One of its configs, as `datasets` names it")
     split: str | None = Field(None, description="Such as `train[:1000]`; default: train, validation or test")
     columns: dict[Literal["prompt", "answer"], str] = Field({}, description="Its names of our columns")
@@ -199,7 +199,7 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """What is trained and how: the same settings for every backend."""
 
-    model: Path = Field(description="Folder of the base model, tokenizer included, or its owner/name on the Hub")
+    model: Path = Field(description="Folder of the base model, tokenizer included, or owner/name[@revision] on the Hub")
     algorithm: Literal["grpo", "rloo", "reinforce++"] = Field("grpo", description="The RLVR algorithm")
     lora: LoraSettings | None = Field(LoraSettings(), description="The adapter; null trains all parameters")
     data: DataSettings

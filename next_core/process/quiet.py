@@ -8,9 +8,9 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silence everything but errors, in this process and those it starts."""
+    """Silence everything but errors, and reports of use to the Hub, in this process and those it starts."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

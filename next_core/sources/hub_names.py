@@ -9,8 +9,8 @@ from typing import Literal
 from next_core.errors import ConfigError, describe
 from next_core.process.optional_packages import import_optional
 
-NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""``owner/name``. A file or folder of that path takes precedence."""
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
+"""``owner/name`` or ``owner/name@revision``. A file or folder of that path takes precedence."""
 UNREAD = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*"]
 """Files of a model that nothing here reads: other formats, most of them pickles."""
 
@@ -24,10 +24,19 @@ def hub_folder(name: str, kind: Literal["model", "dataset"] = "model", online: b
     from huggingface_hub import snapshot_download
 
     ignored = UNREAD if kind == "model" else None
+    repository, _, revision = name.partition("@")
     problem = ""
     for local in (True, False) if online else (True,):
         try:
-            folder = Path(snapshot_download(name, repo_type=kind, ignore_patterns=ignored, local_files_only=local))
+            folder = Path(
+                snapshot_download(
+                    repository,
+                    repo_type=kind,
+                    revision=revision or None,
+                    ignore_patterns=ignored,
+                    local_files_only=local,
+                )
+            )
         except Exception as error:  # of huggingface_hub, or of its client for HTTP
             problem = describe(error)
             continue
@@ -35,8 +44,9 @@ def hub_folder(name: str, kind: Literal["model", "dataset"] = "model", online: b
         if kind == "dataset" or any(folder.glob("*.safetensors")):
             return folder
         problem = f"{folder} holds no safetensors"
+    download = f"hf download {repository} --repo-type {kind}" + (f" --revision {revision}" if revision else "")
     raise ConfigError(
         f"'{name}' is no path here, and as a {kind} of the Hugging Face Hub it is not in the cache and could not be "
-        f"downloaded ({problem}); run `hf download {name} --repo-type {kind}` where there is a network, or give a path",
+        f"downloaded ({problem}); run `{download}` where there is a network, or give a path",
         kind="config-missing-file",
     )

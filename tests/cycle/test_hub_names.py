@@ -30,11 +30,15 @@ class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub asks for: a revision, the files of its tree, and each of them."""
 
     repos: ClassVar[dict[str, dict[str, bytes]]] = {}
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         path = self.path.partition("?")[0].strip("/")
         kind, _, rest = path.partition("/")
-        if kind == "api":
+        if "someone" not in path:
+            self._answer(None)
+        elif kind == "api":
             owner, name, what = rest.partition("/")[2].split("/")[:3]
             files = self.repos.get(f"{owner}/{name}")
             sizes = {at: {"oid": etag(data), "size": len(data)} for at, data in (files or {}).items()}
@@ -90,16 +94,17 @@ print(with_model_folder(config).training.model, read_rows(config.training.data.t
 def test_a_run_downloads_its_model_and_prompts_once_and_then_needs_no_network(hub: str, tmp_path: Path) -> None:
     raw = small_run.raw_config(tmp_path / "data", steps=4, schedule={"settle": 0, "average": None}, guards={})
     raw |= {"measure_every": None, "save_every": None, "guards": {}}
-    raw["training"]["model"] = "someone/tiny"
-    raw["training"]["data"] = {"train": {"name": "someone/sums", "columns": {"prompt": "question"}}}
+    raw["training"]["model"] = f"someone/tiny@{COMMIT}"
+    raw["training"]["data"] = {"train": {"name": "someone/sums@v1", "columns": {"prompt": "question"}}}
     path, out = tmp_path / "run.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(raw))
 
     def command(*arguments: Any, offline: bool) -> subprocess.CompletedProcess[str]:
-        surroundings = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": str(int(offline))}
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)], env=os.environ | surroundings, capture_output=True, text=True
-        )
+        surroundings = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub}
+        surroundings.pop("HF_HUB_OFFLINE", None)
+        surroundings |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+        line = [sys.executable, *map(str, arguments)]
+        return subprocess.run(line, env=surroundings, capture_output=True, text=True)
 
     refused = command("-m", "next_core", "run", path, "--out", out, offline=True)
     assert refused.returncode == 2
@@ -107,7 +112,9 @@ def test_a_run_downloads_its_model_and_prompts_once_and_then_needs_no_network(hu
     done = command("-m", "next_core", "run", path, "--out", out, "--json", offline=False)
     assert done.returncode == 0, done.stderr
     assert [jump["accepted"] for jump in json.loads(done.stdout)["jumps"]] == [True]
-    assert load_config(out / "config.yaml").training.model == Path("someone/tiny")
+    assert load_config(out / "config.yaml").training.model == Path(f"someone/tiny@{COMMIT}")
+    assert "/api/datasets/someone/sums/revision/v1" in Hub.asked
+    assert not any("telemetry" in path for path in Hub.asked)
     assert not list((tmp_path / "home").rglob("*.bin"))
     cached = command("-c", OFFLINE, path, offline=True)
     assert cached.returncode == 0, cached.stderr

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import queue
+import secrets
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from next_core.errors import BackendError, CheckpointError, NextCoreError, descr
 from next_core.rewards import RewardFunction, make_reward
 from next_core.run_config import TrainingSettings
 
+LARGEST = 64 * 2**20
+"""Bytes of a request."""
 TICK = 0.05
 """Seconds between looks at whether next-core has ended."""
 
@@ -112,7 +115,7 @@ class RewardServer:
     @property
     def url(self) -> str:
         """The value of ``--reward.remote_url``."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/reward"
+        return f"http://127.0.0.1:{self._server.server_address[1]}{self._server.path}"
 
     def serve(self, seconds: float) -> None:
         """Answer the requests of the next seconds. Raises ``BackendError`` if the reward fails."""
@@ -211,6 +214,8 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.requests: queue.SimpleQueue[tuple[dict[str, Any], Future[Any]]] = queue.SimpleQueue()
+        self.path = f"/reward/{secrets.token_urlsafe()}"
+        """Whoever does not know it gets no reward: other users of the machine can reach the port, too."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -219,13 +224,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         answer: Future[Any] = Future()
         try:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not secrets.compare_digest(self.path, self.server.path):
+                return self._answer(404, {"error": "no such page"})
+            if not 0 <= (length := int(self.headers["Content-Length"])) <= LARGEST:
+                return self._answer(413, {"error": f"a request has at most {LARGEST} bytes"})
+            request = json.loads(self.rfile.read(length))
             if not all(isinstance(request[key], list) for key in ("query", "prompts", "labels")):
                 raise ValueError("query, prompts and labels must be lists")  # noqa: TRY301
             self.server.requests.put((request, answer))
-            status, body = 200, json.dumps(answer.result()).encode()
+            self._answer(200, answer.result())
         except Exception as error:
-            status, body = 500, json.dumps({"error": describe(error)}).encode()
+            self._answer(500, {"error": describe(error)})
+
+    def _answer(self, status: int, value: Any) -> None:
+        body = json.dumps(value).encode()
         with contextlib.suppress(OSError):  # a client that has given up
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -152,6 +153,18 @@ def test_a_malformed_request_is_refused_and_others_are_served(served: Served, bo
     (status, _), (_, found) = answered(server, lambda: post(server, body), lambda: ask(server, ["a=1"], ["a="]))
     assert status == 500
     assert found["rewards"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "wanted"), [("/reward", 2, 404), ("/reward/guess", 2, 404), (None, 2**40, 413), (None, -1, 413)]
+)
+def test_who_does_not_know_the_address_or_sends_too_much_is_refused_unread(
+    served: Served, path: str | None, length: int, wanted: int
+) -> None:
+    url = urlsplit(served(lengths).url)
+    with contextlib.closing(http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)) as connection:
+        connection.request("POST", path or url.path, headers={"Content-Length": str(length)})
+        assert connection.getresponse().status == wanted
 
 
 def test_pending_completions_are_scored_in_one_call(served: Served) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -240,6 +241,23 @@ class Cells:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return self.go("dies", jumps(FACTORS), before=Watch(kill, steps=()), after=Watch(steps=()))
+
+    def storm(self) -> Any:
+        """Many jumps and saves; STORM ("rank seconds") kills a process so long after its first step."""
+        kill = Watch(steps=())
+
+        def later(step: int, model: Any) -> None:
+            rank, seconds = os.environ.pop("STORM", "- 0").split()
+            if rank == str(RANK):
+                threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        kill.act = later
+        made = extend(FACTORS, **JUMP | {"jump_every": 4, "settle": 2})
+        saved = [int(path.name.rpartition("-")[2]) for path in (self.out / "storm").glob("checkpoint-*[0-9]")]
+        fields = {"save_strategy": "steps", "save_steps": 2}
+        return self.go(
+            "storm", made, before=kill, after=Watch(steps=(24,)), steps=24, resume=max(saved, default=None), **fields
+        )
 
 
 def jumps(predictor: Any, **fields: Any) -> Any:

@@ -71,7 +71,7 @@ def seen(out: Path, request: pytest.FixtureRequest) -> Callable[[str, str], list
         if mode not in launches:
             (out / mode).mkdir()
             wanted = {name for at, asks in asked if at == mode for name in (asks, *CELLS[asks])}
-            launches[mode] = _launch(out, mode, [name for name in CELLS if name in wanted])
+            launches[mode] = launch(out, mode, [name for name in CELLS if name in wanted])
         files = [file for rank in (0, 1) if (file := out / mode / f"{cell}.rank{rank}.pt").exists()]
         assert files, launches[mode].log
         return [torch.load(file, weights_only=False) for file in files]
@@ -79,14 +79,12 @@ def seen(out: Path, request: pytest.FixtureRequest) -> Callable[[str, str], list
     return find
 
 
-def _launch(out: Path, mode: str, cells: list[str]) -> Launch:
+def launch(out: Path, mode: str, cells: list[str], **more: str) -> Launch:
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         pytest.fail(f"DeepSpeed is not installed in {ENVIRONMENT}: run `make distributed-env`")
-    more = {
-        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "backends", "predictors")),
-        "DS_ACCELERATOR": "cpu",
-    }
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "backends", "predictors"))
+    more |= {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
     return Launch(out / mode, "log", SCRIPT, [str(out), mode, *cells], python=python, more=more, timeout=900)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rates import ARM_RATES, RATES, SETTING_RATES, SETTINGS, STEPS, By, Row, by_arm
+from rates import ARM_RATES, RATES, SETTING_RATES, SETTINGS, STEPS, UNSEEN_RATES, By, Row, by_arm
 from tables import half_width, mean, table
-from tasks import MARKS, TASKS
+from tasks import MARKS, TASKS, UNSEEN
 from tasks import RESULTS as TASK_RESULTS
 from tasks import STEPS as LONGER
 
@@ -29,7 +29,7 @@ class Known(NamedTuple):
     finals: dict[int, float]
 
 
-def known(found: By, task: str) -> dict[str, list[Known]]:
+def known(found: By, task: str, enough: int = ENOUGH) -> dict[str, list[Known]]:
     """Return plain runs of one task by kind, those with enough seeds."""
     kinds = {
         "constant": ("plain", "before_average", "constant rate"),
@@ -39,8 +39,8 @@ def known(found: By, task: str) -> dict[str, list[Known]]:
     return {
         kind: [
             Known(name, rate, {seed: row[figure] for seed, row in found[task, rate, arm].items()})
-            for rate in sorted(ARM_RATES[arm])
-            if len(found.get((task, rate, arm), {})) >= ENOUGH
+            for rate in sorted({rate for of, rate, kind in found if (of, kind) == (task, arm)})
+            if len(found[task, rate, arm]) >= enough
         ]
         for kind, (arm, figure, name) in kinds.items()
     }
@@ -54,9 +54,9 @@ def best(runs: Sequence[Known]) -> Known | None:
     return max(runs, key=lambda run: statistics.mean(run.finals[seed] for seed in seeds))
 
 
-def best_known(found: By, task: str) -> Known | None:
+def best_known(found: By, task: str, enough: int = ENOUGH) -> Known | None:
     """Return the best of all plain runs."""
-    return best([run for runs in known(found, task).values() for run in runs])
+    return best([run for runs in known(found, task, enough).values() for run in runs])
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
@@ -237,6 +237,28 @@ def _range(values: Sequence[float], form: str) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def unseen(found: By) -> str:
+    """`auto` from every starting rate next to the best plain run, on tasks that no constant was chosen on."""
+    starts = sorted(UNSEEN_RATES["auto"])
+    rows = []
+    for task in UNSEEN:
+        autos = {rate: finals(found[task, rate, "auto"]) for rate in starts if (task, rate, "auto") in found}
+        rival = best_known(found, task, enough=1)
+        if not autos or rival is None:
+            continue
+        plain = found.get((task, 1e-3, "plain"), {})
+        over = [paired(autos[rate], rival.finals) if rate in autos else "" for rate in starts]
+        cells = [
+            f"{mean(list(autos[rate].values()))} ({more})" for rate, more in zip(starts, over, strict=True) if more
+        ]
+        best_run = f"{mean(list(rival.finals.values()))} ({rival.name}, {rival.rate:g})"
+        start = next(iter(found[task, starts[0], "auto"].values()))["start"]
+        seeds = ", ".join(str(len(run)) for run in (rival.finals, *autos.values()))
+        rows.append([task, f"{start:.3f}", best_run, _with_mean(plain), *cells, seeds])
+    headings = ["task", "start", "best plain run", "plain at 0.001, with mean", *(f"auto from {r:g}" for r in starts)]
+    return table([*headings, "seeds"], rows)
+
+
 def other_settings(rows: list[Row]) -> str:
     """Arithmetic with other settings: the final accuracy of each arm at two learning rates."""
     lines = []
@@ -275,6 +297,7 @@ def tables(rows: list[Row]) -> str:
         f"{STEPS} steps against {LONGER}": against_longer(found),
         "One run against a sweep": sweeps(found),
         "The learning rate that `auto` finds: median and range over starting rates and seeds": rates_found(found),
+        "Tasks that no constant was chosen on (in parentheses: `auto` - the best plain run)": unseen(found),
         "Other settings, arithmetic": other_settings(rows),
         "Learning-rate advice of plain runs": advice(found),
     }

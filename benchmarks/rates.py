@@ -19,10 +19,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tables import RESULTS, ROOT, put
-from tasks import TASKS
+from tables import RESULTS, put
+from tasks import TASKS, UNSEEN, training
 
-EXAMPLES = ROOT / "examples"
 FILE = RESULTS / "rates.json"
 
 STEPS = 250
@@ -46,6 +45,8 @@ ARM_RATES = {
     "linear": (1e-3, 2e-3),
     "per matrix": (1e-3, 1e-4),
 }
+UNSEEN_RATES = {"auto": (1e-4, 1e-3, 1e-1, 3e-6), "plain": (3e-4, 1e-3, 2e-3, 4e-3), "linear": (1e-3, 2e-3, 4e-3)}
+UNSEEN_SEEDS = 2
 ARM_SEEDS = {"per matrix": 2}
 """Where fewer than the others'."""
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,20 +75,15 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))  # for the modules of the rewards
     from next_core.config import make_config
     from next_core.cycle.run import run
 
-    folder = EXAMPLES / task
-    training = TASKS[task] | {
-        "model": str(folder / "base"),
-        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")},
-        "learning_rate": rate,
+    settings = training(task, rate) | {
         "lr_scheduler": "linear" if arm == "linear" else "constant",
         **SETTINGS.get(setting, {}),
     }
     config = make_config(
-        {"steps": STEPS, "seed": seed, "training": training, "measure_every": MEASURE_EVERY, **ARMS[arm]}
+        {"steps": STEPS, "seed": seed, "training": settings, "measure_every": MEASURE_EVERY, **ARMS[arm]}
     )
     with tempfile.TemporaryDirectory() as out:
         result = run(config, Path(out) / "run")
@@ -160,6 +156,14 @@ def missing(rows: list[Row], seeds: int) -> list[Key]:
     wanted = [(t, rate, s, arm, "") for s in range(seeds) for t in TASKS for arm in ARMS for rate in ARM_RATES[arm]]
     wanted = [key for key in wanted if key[2] < ARM_SEEDS.get(key[3], seeds)]
     wanted += [
+        (task, rate, seed, arm, "")
+        for seed in range(min(seeds, UNSEEN_SEEDS))
+        for task in UNSEEN
+        for arm, rates in UNSEEN_RATES.items()
+        for rate in rates
+    ]
+    wanted.sort(key=lambda key: key[2])
+    wanted += [
         ("arithmetic", rate, seed, arm, setting)
         for seed in range(min(seeds, SETTING_SEEDS))
         for setting in SETTINGS
@@ -199,7 +203,7 @@ def write(rows: list[Row]) -> None:
     """The results' file, in a fixed order, a line for each row."""
     from next_core.process.hardware import hardware
 
-    rows.sort(key=lambda r: (list(TASKS).index(r["task"]), r["setting"], r["learning_rate"], r["seed"], r["arm"]))
+    rows.sort(key=lambda r: ([*TASKS, *UNSEEN].index(r["task"]), r["setting"], r["learning_rate"], r["seed"], r["arm"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     FILE.write_text(f'{{"hardware": {json.dumps(hardware() + ", one thread a run")},\n"rows": [\n{lines}\n]}}\n')
 

@@ -82,6 +82,8 @@ class Task:
     wrong_answer: Callable[[Any, random.Random], str]
     recipe: Recipe
     architecture: type[PreTrainedConfig] = Qwen2Config
+    tied: bool = False
+    """Whether the head is the embedding."""
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -173,7 +175,7 @@ def make_model(task: Task) -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=INITIAL_STD,
-        tie_word_embeddings=False,
+        tie_word_embeddings=task.tied,
         dtype="float32",
         **ids,
     )

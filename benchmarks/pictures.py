@@ -16,7 +16,7 @@ from tables import ROOT, half_width
 from tasks import RESULTS as TASK_RESULTS
 from tasks import TASKS
 
-from next_core.diagnostics.drawing import Axis, Chart, Line, Lines, Panel
+from next_core.drawing import Axis, Chart, Line, Lines, Panel
 from next_core.storage.atomic import write_text
 
 PICTURE = ROOT / "docs" / "images" / "learning-rates.svg"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tables import ROOT
 
-from next_core.diagnostics.drawing import DARK
+from next_core.drawing.elements import DARK
 from next_core.storage.atomic import write_text
 
 IMAGES = ROOT / "docs" / "images"

@@ -17,7 +17,7 @@ from typing import Any
 
 from tables import RESULTS, ROOT
 
-from next_core.diagnostics.drawing import Axis, Line, Lines, Panel
+from next_core.drawing import Axis, Line, Lines, Panel
 from next_core.process.hardware import hardware
 from next_core.storage.atomic import write_text
 

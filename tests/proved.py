@@ -78,7 +78,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "tests/packaging",
     ),
     "test-pages": (
-        "next_core/diagnostics/drawing.py",
+        "next_core/drawing",
         "next_core/diagnostics/plots.py",
         "next_core/report",
         "tests/report",

@@ -47,8 +47,8 @@ def analyze(
     if spectrum and run.compressor == "lanczos":
         raise contradiction("--compressor lanczos does not compute the spectrum; omit it or --spectrum")
     if plots is not None:
-        from next_core.diagnostics.drawing import check_folder
         from next_core.diagnostics.plots import write_plots
+        from next_core.drawing import check_folder
 
         check_folder(plots)  # before the work
     output = Output(as_json)

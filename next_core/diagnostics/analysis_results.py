@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from next_core.diagnostics.drawing import Chart, Charts, drawn_or_error
 from next_core.diagnostics.figures import FIGURES, Figure, Group, number
 from next_core.diagnostics.learning_rate import LearningRate, learning_rate_advice, null_in_words
 from next_core.diagnostics.plots import draw_analysis
+from next_core.drawing import Chart, Charts, drawn_or_error
 from next_core.process.optional_packages import import_optional
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from next_core.diagnostics.drawing import Axis, Chart, Dot, Rows, drawn_or_error
 from next_core.diagnostics.random_walks import band
+from next_core.drawing import Axis, Chart, Dot, Rows, drawn_or_error
 from next_core.process.optional_packages import import_optional
 
 RESAMPLES = 2000

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from next_core.diagnostics.drawing import Axis, Chart, Line, Lines, Maps, Panel, check_folder
 from next_core.diagnostics.figures import Group, Series
+from next_core.drawing import Axis, Chart, Line, Lines, Maps, Panel, check_folder
 
 LOWEST_SKILL = -2.0
 PICTURES = ("energy-ratios", "skill", "displacement", "layers")

@@ -11,8 +11,9 @@ from next_core.comparison.comparison_results import Interval
 from next_core.cycle.collapse import SPREAD
 from next_core.diagnostics import FIGURES, Analysis
 from next_core.diagnostics.backtest_results import Judged
-from next_core.diagnostics.drawing import COLOURS, Axis, Chart, Dot, Lane, Line, Lines, Panel, Rows, label
 from next_core.diagnostics.plots import layer_maps
+from next_core.drawing import Axis, Chart, Dot, Lane, Line, Lines, Panel, Rows
+from next_core.drawing.elements import COLOURS, label
 from next_core.report.inputs import Arm, Comparison, Jump, Point, Recorded
 
 Over = Literal["steps", "seconds"]

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from next_core.diagnostics.drawing import COLOURS, DARK, LIGHT, NARROW, WIDTH, Chart, label
+from next_core.drawing import Chart
+from next_core.drawing.elements import COLOURS, DARK, LIGHT, NARROW, WIDTH, label
 from next_core.process.optional_packages import import_optional
 
 UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

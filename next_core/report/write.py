@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from next_core.diagnostics.drawing import check_folder
+from next_core.drawing import check_folder
 from next_core.errors import ConfigError, invalid_value
 from next_core.report.compare_page import compare_page
 from next_core.report.geometry import GeometryOptions, check_predictor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from next_core.live_weights.trained_weights import TrainedWeights
 
 SAMPLE = 16_384
 """Coordinates in the sample: a cosine of two motions over it has a standard error of at most 1 / sqrt(16384) = .008."""
+SMALL = 8_192
+"""Elements of a tensor up to which it is handled together with others: a call for each takes longer than a copy."""
 BLOCKS = 4
 """Blocks whose motions can be compared."""
 KEPT = 2
@@ -64,9 +67,14 @@ class OptimizerSteps(TrainerSteps):
             )
         shards = weights.shards
         places = sample_indices([shard.tensor.numel() for shard in shards], SAMPLE)
-        self._places = [indices.to(shard.tensor.device) for shard, indices in zip(shards, places, strict=True)]
         counted = [torch.full_like(indices, shard.group) for shard, indices in zip(shards, places, strict=True)]
         self._group = torch.cat(counted) if counted else torch.zeros(0, dtype=torch.long)
+        self._packs = packs_of([shard.tensor for shard in shards])
+        self._places = []
+        for pack in self._packs:
+            starts = accumulate((shard.tensor.numel() for shard in shards[pack]), initial=0)
+            moved = [indices + start for indices, start in zip(places[pack], starts, strict=False)]
+            self._places.append(torch.cat(moved).to(shards[pack][0].tensor.device))
         self._means = {window: self._copies() for window in windows}
         self._before_mean: list[Tensor] = []
         self._averaged = 0
@@ -123,21 +131,24 @@ class OptimizerSteps(TrainerSteps):
     @torch.no_grad()
     def after_step(self) -> None:
         self._averaged += 1
-        tensors = self._tensors() if self._means else []
+        weights = self._packed()
         for window, mean in self._means.items():
             # Weights that decay at this rate have the mean age of a plain mean over the window, (window - 1) / 2 steps;
             # until there are so many steps, it is the mean of them all.
-            _foreach(torch._foreach_lerp_, mean, tensors, max(2.0 / (window + 1), 1.0 / self._averaged))
+            _foreach(torch._foreach_lerp_, mean, weights, max(2.0 / (window + 1), 1.0 / self._averaged))
         coasting, self._coasting = self._coasting, True
         if not self._stepped:  # fp16: a gradient that overflowed is skipped
             return
         self._stepped = False
         self._updates += 1
         momentum, corrected = self._momentum()
-        now, before, last = self._sample(), self._weights, self._update
-        rates = torch.tensor(self._used)[self._group]
+        now, before, last = self._sample(weights), self._weights, self._update
         # A scheduler's warm-up begins at a rate of zero, and such a step moves nothing.
-        update = torch.where(rates > 0, (now - before) / rates, 0.0)
+        if len(set(self._used)) == 1 and self._used[0] > 0:
+            update = (now - before) / torch.tensor(self._used[0])
+        else:
+            rates = torch.tensor(self._used)[self._group]
+            update = torch.where(rates > 0, (now - before) / rates, 0.0)
         if corrected:
             update *= 1 - momentum**self._updates
         # Where all roll-outs of a step earn the same there is no gradient, and Adam coasts: what its decaying moments
@@ -180,7 +191,7 @@ class OptimizerSteps(TrainerSteps):
             self._update = None  # the moments hold earlier gradients: the first update tells no new one from them
         self._averaged = 0
         for mean in self._means.values():
-            _foreach(torch._foreach_copy_, mean, self._tensors())
+            _foreach(torch._foreach_copy_, mean, self._packed())
 
     def apply_mean(self, window: int) -> Applied:
         self._copy()  # where memory does not suffice, no process must have changed its weights
@@ -203,15 +214,23 @@ class OptimizerSteps(TrainerSteps):
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
-        for tensor, value in zip(self._tensors(), values, strict=True):
-            tensor.copy_(value)
+        tensors = self._tensors()
+        for pack, value in zip(self._packs, values, strict=True):
+            parts = torch.split(value, [tensor.numel() for tensor in tensors[pack]])
+            for tensor, part in zip(tensors[pack], parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
         self._trained.publish()
 
     def _tensors(self) -> list[Tensor]:
         return [shard.tensor.detach() for shard in self._trained.shards]
 
+    def _packed(self) -> list[Tensor]:
+        """Return the weights as vectors, small ones together in a copy."""
+        flat = [tensor.flatten() for tensor in self._tensors()]
+        return [torch.cat(flat[pack]) if pack.stop - pack.start > 1 else flat[pack.start] for pack in self._packs]
+
     def _copies(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self._tensors()]
+        return [vector.clone() for vector in self._packed()]
 
     @everywhere
     def save(self, folder: Path) -> None:
@@ -265,7 +284,7 @@ class OptimizerSteps(TrainerSteps):
         return kept_file(folder, rank, "next-core")
 
     def _restart_motions(self) -> None:
-        self._weights = self._sample()
+        self._weights = self._sample(self._packed())
         self._update, self._motion = torch.zeros_like(self._weights), torch.zeros_like(self._weights)
         self._blocks.clear()
 
@@ -275,8 +294,8 @@ class OptimizerSteps(TrainerSteps):
         return (float(group["betas"][0]), True) if "betas" in group else (float(group.get("momentum", 0.0)), False)
 
     @torch.no_grad()
-    def _sample(self) -> Tensor:
-        parts = [torch.take(shard.tensor, at) for shard, at in zip(self._trained.shards, self._places, strict=True)]
+    def _sample(self, weights: Sequence[Tensor]) -> Tensor:
+        parts = [vector.index_select(0, at) for vector, at in zip(weights, self._places, strict=True)]
         return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
 
 
@@ -294,6 +313,19 @@ def _foreach(act: Callable[..., Any], tensors: list[Tensor], *arguments: Any) ->
     """Call a torch function for lists of tensors, unless this process has none."""
     if tensors:
         act(tensors, *arguments)
+
+
+def packs_of(tensors: Sequence[Tensor]) -> list[slice]:
+    """Return runs of neighbours to handle together: small tensors of one device and precision."""
+    packs: list[slice] = []
+    for index, tensor in enumerate(tensors):
+        first = tensors[packs[-1].start] if packs else tensor
+        alike = (first.device, first.dtype) == (tensor.device, tensor.dtype)
+        if packs and alike and max(first.numel(), tensor.numel()) <= SMALL:
+            packs[-1] = slice(packs[-1].start, index + 1)
+        else:
+            packs.append(slice(index, index + 1))
+    return packs
 
 
 def sample_indices(sizes: Sequence[int], count: int) -> list[Tensor]:

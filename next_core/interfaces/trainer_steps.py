@@ -52,3 +52,17 @@ class TrainerSteps(ABC):
     @abstractmethod
     def apply_mean(self, window: int) -> Applied:
         """Replace the weights by their mean over about the last ``window`` steps."""
+
+    @abstractmethod
+    def replace_back(self) -> None:
+        """Undo ``apply_mean``."""
+
+
+class MeanApplied(Applied):
+    """Weights that were replaced by their mean."""
+
+    def __init__(self, steps: TrainerSteps) -> None:
+        self._steps = steps
+
+    def rollback(self) -> None:
+        self._steps.replace_back()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
-from next_core.interfaces.trainer_steps import TrainerSteps
+from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 from next_core.live_weights.kept_state import KeptState, local
 from next_core.live_weights.live_model import kept_file
 from next_core.live_weights.processes import Processes, everywhere
@@ -196,7 +196,7 @@ class OptimizerSteps(TrainerSteps):
     def apply_mean(self, window: int) -> Applied:
         self._copy()  # where memory does not suffice, no process must have changed its weights
         self._replace(window)
-        return _Mean(self)
+        return MeanApplied(self)
 
     @everywhere
     def _copy(self) -> None:
@@ -208,7 +208,6 @@ class OptimizerSteps(TrainerSteps):
 
     @everywhere
     def replace_back(self) -> None:
-        """Undo ``apply_mean``."""
         self._write(self._before_mean)
         self._before_mean = []
 
@@ -297,16 +296,6 @@ class OptimizerSteps(TrainerSteps):
     def _sample(self, weights: Sequence[Tensor]) -> Tensor:
         parts = [vector.index_select(0, at) for vector, at in zip(weights, self._places, strict=True)]
         return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
-
-
-class _Mean(Applied):
-    """Weights that were replaced by their mean."""
-
-    def __init__(self, steps: OptimizerSteps) -> None:
-        self._steps = steps
-
-    def rollback(self) -> None:
-        self._steps.replace_back()
 
 
 def _foreach(act: Callable[..., Any], tensors: list[Tensor], *arguments: Any) -> None:

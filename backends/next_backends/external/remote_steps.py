@@ -11,7 +11,7 @@ from torch import Tensor
 
 from next_backends.external.trainer import Trainer
 from next_core.interfaces import Applied
-from next_core.interfaces.trainer_steps import TrainerSteps
+from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 
 
 class RemoteSteps(TrainerSteps):
@@ -59,22 +59,11 @@ class RemoteSteps(TrainerSteps):
 
     def apply_mean(self, window: int) -> Applied:
         self._ask("move", "apply_mean", window)
-        return _Mean(self)
+        return MeanApplied(self)
 
     def replace_back(self) -> None:
-        """Undo ``apply_mean``."""
         self._ask("move", "replace_back")
 
     def _ask(self, what: str, method: str, *arguments: float) -> Any:
         self._now = self._trainer.ask(what, method=method, arguments=arguments)
         return self._now["value"]
-
-
-class _Mean(Applied):
-    """Weights that were replaced by their mean."""
-
-    def __init__(self, steps: RemoteSteps) -> None:
-        self._steps = steps
-
-    def rollback(self) -> None:
-        self._steps.replace_back()

@@ -11,6 +11,7 @@ from torch import nn
 
 from next_backends.sharding import sharded_by_dtensor
 from next_core.errors import BackendError, ConfigError
+from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft
 from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import Guards, Schedule
 
@@ -43,9 +44,10 @@ def check_arguments(
         )
     if not isinstance(predictor, TrajectoryPredictor):
         return
-    if getattr(args, "max_staleness", None):
+    early = next((name for name in ("max_staleness", "async_prefetch") if getattr(args, name, None)), None)
+    if early is not None:
         raise BackendError(
-            f"this trainer generates while it trains (max_staleness {args.max_staleness}): after a jump it would go on "
+            f"this trainer generates while it trains ({early}: {getattr(args, early)}): after a jump it would go on "
             "with roll-outs of the weights from before it; use predictor='auto', which makes no jumps",
             kind="backend-unsupported",
         )
@@ -60,20 +62,21 @@ def check_arguments(
                 )
 
 
-def check_jump_adapters(args: Any, predictor: Predictor, lora: bool) -> None:
-    """Raise ``ConfigError`` or ``BackendError`` where the trainer would not keep frozen jump adapters active.
+def check_jump_adapters(args: Any, predictor: Predictor, model: Any) -> None:
+    """Raise ``ConfigError`` or ``BackendError`` where the trainer would not keep frozen jump adapters or not send them.
 
     ``load_best_model_at_end`` loads the trained weights of an evaluated step. They contain the jumps in full weights
     and in factors made until then, and at the last step the mean, but frozen jump adapters stay as they are at the end.
     """
-    if not lora or not isinstance(predictor, TrajectoryPredictor) or predictor.space == "factors":
+    if not is_peft(model) or not isinstance(predictor, TrajectoryPredictor) or predictor.space == "factors":
         return
+    problem = None
     if getattr(args, "teacher_model_kind", None) == "ema":
-        raise BackendError(
-            "this trainer switches to its teacher's adapter and back at each step, which deactivates jump adapters; "
-            "use a coefficient predictor with space: factors, or another teacher_model_kind",
-            kind="backend-unsupported",
-        )
+        problem = "the trainer switches to its teacher's adapter and back at each step, which deactivates jump adapters"
+    elif hasattr(model, "vllm_engine") or getattr(args, "vllm_lora_sync", False):  # Unsloth; axolotl
+        problem = "vLLM gets the trained adapter alone, and would generate without the jump adapters"
+    if problem is not None:
+        raise BackendError(f"{problem}: {FACTORS_INSTEAD}", kind="backend-unsupported")
     if args.load_best_model_at_end:
         raise ConfigError(
             "load_best_model_at_end would undo training, but not the jumps next to the trained adapter: set it to "

@@ -25,7 +25,6 @@ from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import ConfigError, NextCoreError
-from next_core.live_weights.frozen_adapters import is_peft
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
 from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
@@ -198,7 +197,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         check_arguments(predictor, self.schedule, self.guards, state.max_steps, args, several=True)
         if isinstance(predictor, TrajectoryPredictor):
             self.schedule.check_predictor(predictor, state.max_steps)
-        check_jump_adapters(args, predictor, is_peft(model))
+        check_jump_adapters(args, predictor, model)
         check_reachable(model)
 
     def _begin(self, args: Any, state: Any, model: Any, guards: Guards) -> None:

@@ -122,13 +122,19 @@ def test_the_reward_of_online_dpo_is_the_probe_and_a_resumed_run_ends_alike(
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "name"), [("max_staleness", 4, "max_staleness"), ("teacher_model_kind", "ema", "factors")]
+    ("where", "field", "value", "name"),
+    [
+        ("args", "max_staleness", 4, "max_staleness"),  # TRL's AsyncGRPOConfig
+        ("args", "async_prefetch", True, "async_prefetch"),  # axolotl's GRPO
+        ("args", "teacher_model_kind", "ema", "factors"),  # TRL's SDPOConfig and SDFTConfig
+        ("args", "vllm_lora_sync", True, "factors"),  # axolotl's GRPO
+        ("model", "vllm_engine", object(), "factors"),  # Unsloth's fast inference
+    ],
 )
 def test_jumps_are_refused_where_roll_outs_or_a_teacher_would_miss_them(
-    make_trainer: Any, field: str, value: Any, name: str
+    make_trainer: Any, where: str, field: str, value: Any, name: str
 ) -> None:
-    """The two fields are those of TRL's AsyncGRPOConfig, which needs GPUs, and of SDPOConfig and SDFTConfig."""
     trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])
-    setattr(trainer.args, field, value)
+    setattr(getattr(trainer, where), field, value)
     with raises_kind("backend-unsupported", name):
         trainer.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -290,9 +291,10 @@ def test_loading_the_best_model_at_the_end_is_refused_where_jump_adapters_would_
     steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     args = GRPOConfig(str(tmp_path), load_best_model_at_end=True, use_cpu=True, bf16=False, **steps)
     chosen = resolve_predictor(predictor)()
+    model = SimpleNamespace(**({"peft_config": {}, "base_model": None} if lora else {}))
     with raises_kind("config-contradiction", "space to factors") if refused else contextlib.nullcontext():
-        check_jump_adapters(args, chosen, lora)
-    check_jump_adapters(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), chosen, lora)
+        check_jump_adapters(args, chosen, model)
+    check_jump_adapters(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), chosen, model)
 
 
 def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:

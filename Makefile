@@ -67,11 +67,11 @@ vllm-env:  ## Make the environment of TRL with vLLM on the CPU, outside the tree
 test-vllm: $(STAMP) vllm-env  ## Train with the callback while vLLM generates, in the trainer's process and on a server (minutes)
 	$(call proof,$(BIN)/python -m pytest -m vllm tests/backends/trl)
 
-verl-env:  ## Make the environment of verl's checkpoint manager on the CPU, outside the tree (1.7 GB; some 3 minutes, once)
-	@$(PYTHON) -m tests.sources.verl.make_env "$(VERL_ENV)"
+verl-env:  ## Make the environment of the real verl on the CPU, outside the tree (3 GB; some 5 minutes, once)
+	@$(PYTHON) -m tests.backends.verl.cpu.make_env "$(VERL_ENV)"
 
-test-verl: $(STAMP) verl-env  ## Read what the real verl saves in two processes, and let it load what we write (minutes)
-	$(call proof,$(BIN)/python -m pytest -m verl tests/sources/verl)
+test-verl: $(STAMP) verl-env  ## Train with the real verl on the CPU, read what it saves, and let it load what we write (minutes)
+	$(call proof,$(BIN)/python -m pytest -m verl tests/sources/verl tests/backends/verl)
 
 test-pages: $(STAMP)  ## Look at reports in Chromium, light and dark, wide and narrow (a minute; needs chromium)
 	$(call proof,$(BIN)/python -m pytest -m pages tests/report)

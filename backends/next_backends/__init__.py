@@ -9,3 +9,4 @@ from next_core.hookspecs import Register, hookimpl
 def register_backends(register: Register) -> None:
     register("next_backends.openrlhf.openrlhf_backend:OpenRlhfBackend", name="openrlhf")
     register("next_backends.trl.trl_backend:TrlBackend", name="trl")
+    register("next_backends.verl.verl_backend:VerlBackend", name="verl")

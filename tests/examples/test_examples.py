@@ -15,10 +15,12 @@ from next_core.storage.yaml_files import parse_yaml
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_the_openrlhf_example_is_the_quickstart_with_another_backend() -> None:
-    ours, quickstart = (load_config(EXAMPLES / name) for name in ("openrlhf.yaml", "quickstart.yaml"))
-    assert (ours.backend.name, quickstart.backend.name) == ("openrlhf", "trl")
-    raw = [parse_yaml((EXAMPLES / name).read_text(), name) for name in ("openrlhf.yaml", "quickstart.yaml")]
+@pytest.mark.parametrize("backend", ["openrlhf", "verl"])
+def test_an_example_is_the_quickstart_with_another_backend(backend: str) -> None:
+    names = (f"{backend}.yaml", "quickstart.yaml")
+    ours, quickstart = (load_config(EXAMPLES / name) for name in names)
+    assert (ours.backend.name, quickstart.backend.name) == (backend, "trl")
+    raw = [parse_yaml((EXAMPLES / name).read_text(), name) for name in names]
     for config in raw:
         del config["backend"]
     assert raw[0] == raw[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.openrlhf.pretence import Pretence
+from tests.backends.external.pretence import Pretence
 
 CPU = Path(__file__).parent / "cpu"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"

@@ -14,7 +14,7 @@ from next_backends.external import trainer
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 from next_core.cycle.run import run
 from next_core.testing import BackendCase, Check, checks_of
-from tests.backends.openrlhf.pretence import Pretence, motion
+from tests.backends.external.pretence import Pretence, motion
 from tests.errors import raises_kind
 
 B = "base_model.model.first.lora_B.weight"

@@ -11,8 +11,8 @@ import pytest
 
 import next_backends
 from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
+from tests.backends.external.pretence import Pretence
 from tests.backends.openrlhf.cpu import recorded_options
-from tests.backends.openrlhf.pretence import Pretence
 from tests.errors import raises_kind
 
 BACKENDS = Path(next_backends.__file__).parent

@@ -5,7 +5,6 @@ The oracle is the processes' memory: weights, Adam's moments and logits that tor
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +20,12 @@ from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.interfaces import CheckpointSource
 from next_core.sources.adapter_source import PeftAdapterSource
 from tests.backends.trl.launch import Launch
+from tests.backends.verl.conftest import CPU, ENVIRONMENT
 from tests.errors import raises_kind
 from tests.sources.models import SMALL, built
 
 pytestmark = pytest.mark.verl
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
-ENVIRONMENT = Path(os.environ.get("VERL_ENV") or CACHE / "verl-venv").expanduser().absolute()
 FULL = ("fsdp2", "tied", "columns", "hybrid", "fsdp1")
 LORA = ("lora", "lora_only", "fsdp1_lora")
 EXPORTED = ("fsdp2", "tied", "lora")
@@ -37,7 +35,7 @@ MODEL = SMALL | {"vocab_size": 33, "num_key_value_heads": 1, "num_hidden_layers"
 
 
 def start(out: Path, action: str) -> None:
-    more = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform", "PYTHONPATH": str(HERE)}
+    more = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform", "PYTHONPATH": str(CPU)}
     python = ENVIRONMENT / "bin" / "python"
     run = Launch(out, action, HERE / "saver.py", [action, str(out)], torchrun=True, python=python, more=more)
     assert run.codes == [0], run.log

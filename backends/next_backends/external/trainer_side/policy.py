@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from next_core.errors import BackendError
 from next_core.live_weights.live_model import LiveModel
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
@@ -54,13 +55,34 @@ class Policy:
         """Write the trained weights and the optimizer's moments: a file for each rank."""
         self.live.save_kept(self.live.keep(), Path(folder))
 
+    @everywhere
     def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
         """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters``.
 
         ``folder`` None keeps the weights. ``schedule`` advances a new learning-rate schedule by so many optimizer
-        steps.
+        steps. Raises ``BackendError`` unless every rank holds what was written.
         """
+        self.prepare_load(adapters, schedule)
+        if folder is None:
+            return
+        wanted = Shifted(self.weights.parameters, Path(folder), shifts)
+        self.weights.write(wanted)
+        refused = [name for name, value in wanted.items() if not self.holds(name, value)]
+        found = [refused] if self.processes is None else self.processes.gather(refused, "in 'load'")
+        places = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(found) if names]
+        if places:
+            raise BackendError(
+                f"the trainer did not take the new weights of {', '.join(places)}", kind="backend-failed"
+            )
+
+    def prepare_load(self, adapters: list[str], schedule: int) -> None:
+        """Do the parts of ``load`` that depend on the trainer's library."""
         raise NotImplementedError
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Return whether a trained weight, as this rank reads it, is ``value``."""
+        found = self.weights.read(name)
+        return torch.equal(found, value.to(found))
 
     def likelihood(self, pairs: list[list[str]]) -> float:
         """Return the mean probability of sampling exactly the answer and the end token."""

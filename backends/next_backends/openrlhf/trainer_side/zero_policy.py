@@ -9,11 +9,10 @@ import deepspeed
 import torch
 from likelihood import right_answers
 from lora import freeze_adapters
-from policy import Policy, Shifted
+from policy import Policy
 from torch import Tensor
 
 from next_backends.sharding import ZeroWeights
-from next_core.errors import BackendError
 from next_core.live_weights.processes import everywhere
 
 
@@ -46,32 +45,17 @@ class ZeroPolicy(Policy):  # type: ignore[misc]
         model = actor.actor.model.module
         super().__init__(model, lambda _: ZeroWeights(model, actor.actor_optim))
 
-    @everywhere
-    def load(self, folder: str | None, shifts: list[str], adapters: list[str], schedule: int = 0) -> None:
-        """Set the trained weights to those of ``folder`` plus ``shifts``, and add frozen ``adapters``.
-
-        ``folder`` None keeps the weights. ``schedule`` advances a new learning-rate schedule by so many optimizer
-        steps. Raises ``BackendError`` unless the masters and each rank's half-precision weights hold what was written.
-        """
+    def prepare_load(self, adapters: list[str], schedule: int) -> None:
         for _ in range(schedule):
             self.actor.actor_scheduler.step()
         if hasattr(self.model, "peft_config"):
             freeze_adapters(self.model, [Path(path) for path in adapters])
-        if folder is None:
-            return
-        wanted = Shifted(self.weights.parameters, Path(folder), shifts)
-        self.weights.write(wanted)
-        refused = [name for name, value in wanted.items() if not self._holds(name, value)]
-        found = [refused] if self.processes is None else self.processes.gather(refused, "in 'load'")
-        places = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(found) if names]
-        if places:
-            raise BackendError(f"DeepSpeed did not take the new weights of {', '.join(places)}", kind="backend-failed")
 
-    def _holds(self, name: str, value: Tensor) -> bool:
-        master, parameter = self.weights.read(name), self.weights.parameters[name]
+    def holds(self, name: str, value: Tensor) -> bool:
+        parameter = self.weights.parameters[name]
         with deepspeed.zero.GatheredParameters([parameter]):
-            half = parameter.data
-            return torch.equal(master, value.to(master)) and torch.equal(half, value.to(half))
+            half = torch.equal(parameter.data, value.to(parameter.data))
+        return super().holds(name, value) and half
 
     @everywhere
     def likelihood(self, pairs: list[list[str]]) -> float:

@@ -1,4 +1,4 @@
-"""Runs whose trainer is ``pretend_trainer.py``: real processes, sockets and files, and nothing of OpenRLHF."""
+"""Runs whose trainer is ``pretend_trainer.py``: real processes, sockets and files, and nothing of a trainer's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from next_backends.external.external_backend import ExternalBackend
 from next_backends.history_folder import HistoryFolder
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
-from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_core.cycle.journal import JOURNAL, Journal
 from next_core.interfaces import Applied, CoefficientUpdate, Prediction
 from next_core.run_config import RunConfig
@@ -35,11 +35,12 @@ def motion(begin: int, end: int) -> float:
 class Pretence:
     """A run folder whose trainers are simulated, and what they were asked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: type[ExternalBackend] = OpenRlhfBackend) -> None:
+        self._backend = backend
         self.out, self.trainer, self.base = folder / "run", folder / "run" / "trainer", folder / "base"
         self.folder, self._record = folder, folder / "requests.jsonl"
         self._record.touch()
-        self._open: list[OpenRlhfBackend] = []
+        self._open: list[ExternalBackend] = []
         self._before = children()
         self.base.mkdir()
         (self.base / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 2048}')
@@ -54,10 +55,10 @@ class Pretence:
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n')
         self.python.chmod(0o755)
 
-    def config(self, plan: dict[str, Any] | None = None, **block: Any) -> OpenRlhfConfig:
+    def config(self, plan: dict[str, Any] | None = None, **block: Any) -> Any:
         """The backend's block; ``plan`` is what goes wrong."""
         env = {"PRETEND": json.dumps(plan or {}), "PRETEND_RECORD": str(self._record)}
-        return OpenRlhfConfig.model_validate({"python": self.python, "env": env, **block})
+        return self._backend.config_class.model_validate({"python": self.python, "env": env, **block})
 
     def run(self, **changes: Any) -> RunConfig:
         """A run of six steps with a jump after the third."""
@@ -75,25 +76,25 @@ class Pretence:
 
     def prepared(
         self, plan: dict[str, Any] | None = None, backend: dict[str, Any] | None = None, step: int = 0, **run: Any
-    ) -> OpenRlhfBackend:
+    ) -> ExternalBackend:
         """A backend that begins, or with ``step`` resumes at this step; it is closed when the test is over."""
-        made = OpenRlhfBackend(self.config(plan, **(backend or {})))
+        made = self._backend(self.config(plan, **(backend or {})))
         self._open.insert(0, made)
         assert made.prepare(self.run(**run), self.out, resume=step > 0) == step
         return made
 
-    def started(self, plan: dict[str, Any] | None = None, **changes: Any) -> OpenRlhfBackend:
+    def started(self, plan: dict[str, Any] | None = None, **changes: Any) -> ExternalBackend:
         backend = self.prepared(plan, **changes)
         backend.start()
         return backend
 
-    def observe(self, backend: OpenRlhfBackend, step: int) -> dict[str, torch.Tensor]:
+    def observe(self, backend: ExternalBackend, step: int) -> dict[str, torch.Tensor]:
         """Train up to a step and return its weights."""
         backend.train(step, lambda _: None)
         backend.observe(step)
         return load_file(next(HistoryFolder(self.out).checkpoint(step).glob("*.safetensors")))
 
-    def jump(self, backend: OpenRlhfBackend, step: int, keep: bool = False, space: Any = "factors") -> Applied:
+    def jump(self, backend: ExternalBackend, step: int, keep: bool = False, space: Any = "factors") -> Applied:
         """Jump, after a step, by all that the first layer has moved so far, and write it into the journal."""
         updates = {f"{LAYERS[0]}.weight": CoefficientUpdate({step: 1.0, 0: -1.0}, space)}
         made = backend.apply_jump(Prediction(backend.source(), step, 1, updates=updates), 1.0, keep)

@@ -1,6 +1,7 @@
-"""Stands in for OpenRLHF's Python: trains nothing, but saves, pauses and answers as OpenRLHF with our hooks does.
+"""Stands in for a trainer's Python: trains nothing, but saves, pauses and answers as OpenRLHF or verl with our hooks.
 
-Started as that Python is: SCRIPT SETTINGS.json OPTION... for ``launch.py``, SCRIPT VERSION OPTION... for ``parse.py``.
+Started as that Python is: SCRIPT SETTINGS.json OPTION... for ``launch.py``, SCRIPT VERSION OPTION... for ``parse.py``
+and ``composed.py``. verl's overrides are given the names of OpenRLHF's options.
 The file PRETEND_RECORD gets a line for each start and request; PRETEND, JSON, says what goes wrong.
 """
 
@@ -46,10 +47,13 @@ class Trainer:
             shapes = {"A": np.ones((2, 4), "f4"), "B": np.zeros((3, 2), "f4")}
             self.weights = {f"base_model.model.{n}.lora_{s}.weight": shapes[s] for n in names for s in "AB"}
         if "--ckpt.load_enable" in options:
-            tag = (self.states / "_actor" / "latest").read_text()
-            with zipfile.ZipFile(self.states / "_actor" / tag / OPTIMIZER) as file:
-                self.weights = load(file.read("weights"))
-            self.step = PLAN.get("takes_up", int(tag.removeprefix("global_step")))
+            self.load_state()
+
+    def load_state(self) -> None:
+        tag = (self.states / "_actor" / "latest").read_text()
+        with zipfile.ZipFile(self.states / "_actor" / tag / OPTIMIZER) as file:
+            self.weights = load(file.read("weights"))
+        self.step = PLAN.get("takes_up", int(tag.removeprefix("global_step")))
 
     def train(self) -> None:
         self.step += 1
@@ -85,6 +89,30 @@ class Trainer:
         shutil.copyfile(
             Path(self.options["--actor.model_name_or_path"]) / "tokenizer_config.json", folder / "tokenizer_config.json"
         )
+
+
+class VerlTrainer(Trainer):
+    """The same, with verl's checkpoints."""
+
+    def load_state(self) -> None:
+        folder = Path(self.options["trainer.resume_from_path"])
+        self.weights = load_file(folder / "actor.safetensors")
+        self.step = int(folder.name.removeprefix("global_step_"))
+
+    def keep(self) -> None:
+        if self.step % self.every:
+            return
+        folder = self.states / f"global_step_{self.step}"
+        folder.mkdir(parents=True)
+        if self.steps is not None:
+            (folder / "next-core").mkdir()
+            (folder / "next-core" / "steps").write_text(str(self.steps.multiple))
+        save_file(self.weights, folder / "actor.safetensors")
+        if PLAN.get("dies_in_save") != self.step:
+            (folder / "data.pt").touch()
+
+    def export(self, folder: Path) -> None:
+        """verl has saved the last step."""
 
 
 class Steps:
@@ -127,7 +155,7 @@ class Controlled(ControlClient):  # type: ignore[misc]
     def __init__(self, trainer: Trainer, control: dict[str, Any]) -> None:
         super().__init__(control["address"])
         self.trainer, self.ended = trainer, False
-        trainer.step = max(trainer.step, control["start"])
+        trainer.step = max(trainer.step, control.get("start", 0))
         self._receive, self._connection.recv_bytes = self._connection.recv_bytes, self.noted
 
     def noted(self) -> bytes:
@@ -149,7 +177,7 @@ class Controlled(ControlClient):  # type: ignore[misc]
             if self.trainer.step >= self.until:
                 self.pause(self.trainer.step + PLAN.get("miscounts", 0))
             self.trainer.keep()
-        self.trainer.export(Path(self.trainer.options["--ckpt.output_dir"]))
+        self.trainer.export(Path(self.trainer.options.get("--ckpt.output_dir", ".")))
 
     def end_run(self) -> None:
         self.ended = True
@@ -192,6 +220,9 @@ class Controlled(ControlClient):  # type: ignore[misc]
     def likelihood(self, pairs: list[Any]) -> float:
         return 1 / len(pairs)
 
+    def validate(self) -> dict[str, float]:
+        return {"validation": 0.25, "test": 0.5}
+
     def greedy(self, pairs: list[Any]) -> float:
         rewards = []
         for prompt, answer in pairs:
@@ -208,9 +239,30 @@ def read_options(words: list[str]) -> dict[str, str]:
     return {word: "" if after.startswith("--") else after for word, after in followed if word.startswith("--")}
 
 
+def read_overrides(words: list[str]) -> dict[str, str]:
+    """verl's overrides, and the same by the names of OpenRLHF's options."""
+    found = {key.lstrip("+"): value.strip('"') for key, _, value in (word.partition("=") for word in words)}
+    names = {
+        "--ckpt.path": "trainer.default_local_dir",
+        "--ckpt.save_steps": "trainer.save_freq",
+        "--actor.model_name_or_path": "actor_rollout_ref.model.path",
+        "--train.seed": "data.seed",
+    }
+    options = found | {option: found[name] for option, name in names.items()}
+    if found["actor_rollout_ref.model.lora_rank"] != "0":
+        options["--ds.lora.rank"] = found["actor_rollout_ref.model.lora_rank"]
+    if found["trainer.resume_mode"] == "resume_path":
+        options["--ckpt.load_enable"] = ""
+    return options
+
+
 def main() -> None:
     script, first, *words = sys.argv[1:]
-    options = read_options(words)
+    verl = "verl" in Path(script).parts
+    options = read_overrides(words) if verl else read_options(words)
+    if Path(script).name == "composed.py":
+        print(f"next-core answer: {json.dumps({'steps': int(options['trainer.total_training_steps'])})}")
+        return
     if Path(script).name == "parse.py":
         step = {name: int(options[f"--rollout.{name}"]) for name in ("batch_size", "n_samples_per_prompt")}
         train = {"batch_size": int(options["--train.batch_size"]), "max_epochs": PLAN.get("epochs", 1)}
@@ -221,7 +273,7 @@ def main() -> None:
     note(do="start", options=options, seen=seen, **settings)
     if PLAN.get("does_not_start_at") == int(options["--train.seed"]):
         sys.exit("no such device")
-    Controlled(Trainer(options), settings["control"]).run()
+    Controlled((VerlTrainer if verl else Trainer)(options), settings["control"]).run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""What all verl processes of one run share: prompts, rewards, overrides, launch settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from next_backends.data import is_chat
+from next_backends.external.process import TrainerProcess
+from next_backends.external.trainer_setup import TrainerSetup, local_ray
+from next_backends.verl.command import TEXT, make_overrides
+from next_core.storage.atomic import write_text
+
+TRAINER_SIDE = Path(__file__).parent / "trainer_side"
+
+
+class VerlSetup(TrainerSetup):
+    """Prepares the trainers of a run, which work in ``folder``."""
+
+    def states(self, start: int) -> Path:
+        return self.folder / "checkpoints"
+
+    def options(self, start: int, load: bool = False) -> list[str]:
+        """Return verl's overrides for a trainer that begins at ``start``, or resumes there with ``load``."""
+        folder = self.states(start)
+        template = {} if is_chat(self.rows) else {"+actor_rollout_ref.model.custom_chat_template": TEXT}
+        validation = [self._file(split) for split in self.splits] or [self._file("train")]
+        facts = {
+            "data.train_files": self._file("train"),
+            "data.val_files": validation,
+            "reward.custom_reward_function.path": TRAINER_SIDE / "reward.py",
+            "trainer.default_local_dir": folder,
+            "trainer.max_actor_ckpt_to_keep": 3,
+            "trainer.resume_mode": "resume_path" if load else "disable",
+            "trainer.resume_from_path": folder / f"global_step_{start}" if load else None,
+            "trainer.save_freq": self.run.save_every or self.run.steps,  # verl saves after the last step, too
+            **template,
+        }
+        return make_overrides(self.run, self.config, {key: ("`next-core run`", value) for key, value in facts.items()})
+
+    def write_prompts(self, start: int = 0) -> None:
+        """Write the prompts of each split as verl reads them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in {"train": self.rows, **self.splits}.items():
+            write_text(Path(self._file(split)), "".join(_lines(split, rows)))
+
+    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
+        assert self.rewards is not None
+        env = self.environment(scratch, TRAINER_SIDE) | {"NEXT_CORE_REWARD": self.rewards.url}
+        settings = {"ray": local_ray(self.config.ray, scratch / "ray"), "control": {"address": control}}
+        return self.start_script(TRAINER_SIDE / "launch.py", scratch, env, settings, self.options(start, load))
+
+    def _file(self, split: str) -> str:
+        return str(self.folder / f"{split}.jsonl")
+
+
+def _lines(split: str, rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    for row in rows:
+        prompt = row["prompt"]
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+        facts = {
+            "data_source": split,
+            "prompt": chat,
+            "reward_model": {"style": "rule", "ground_truth": str(row["answer"])},
+            "extra_info": {"prompt": text},
+        }
+        yield json.dumps(facts) + "\n"

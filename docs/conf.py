@@ -31,6 +31,7 @@ INNER = (
     r"next_predictors",
     r"next_core\.notebook",
     r"next_core\.diagnostics\.(backtest_results|drawing)",
+    r"next_core\.drawing",
     r"next_core\.interfaces\.checkpoint_source",
     r"next_core\.run_config",
     r"next_core\.history\.executor\.Result",

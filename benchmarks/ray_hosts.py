@@ -115,31 +115,38 @@ def compress(checkpoints: Path, address: str | None, workers: int) -> Iterator[s
         yield hashlib.sha256(parts).hexdigest()
 
 
-def on_cluster(checkpoints: Path, workers: int, kill_at: int | None = None) -> dict[str, Any]:
+def on_cluster(checkpoints: Path, matrices: int, workers: int, kill_at: int | None = None) -> dict[str, Any]:
     """Compress on so many hosts. ``kill_at``: kill every process of the last host after so many matrices."""
+    digests = list[str]()
     with cluster(workers) as address:
-        drive = [sys.executable, __file__, "--drive", checkpoints, address, str(workers)]
-        for again in (False, True):  # the first time imports torch on each host
-            cpu, start, digests = cpu_seconds(workers), time.perf_counter(), []
-            driver = subprocess.Popen([*inside(0), *map(str, drive)], stdout=subprocess.PIPE, text=True)
-            assert driver.stdout is not None
-            for line in driver.stdout:
-                if line.startswith("digest "):
-                    digests.append(line.split()[1])
-                if again and len(digests) == kill_at:
-                    for pid in pids(workers):
-                        os.kill(pid, 9)
-            if driver.wait():
-                raise SystemExit(f"the driver failed with {workers} hosts")
-        seconds = round(time.perf_counter() - start, 2)
-        spent = None if kill_at else round(cpu_seconds(workers) - cpu, 2)
-    return {"workers": workers, "killed_at": kill_at, "seconds": seconds, "cpu_s": spent, "digests": digests}
+        drive = [*inside(0), sys.executable, __file__, "--drive", checkpoints, address, workers]
+        start, cpu = time.perf_counter(), cpu_seconds(workers)
+        driver = subprocess.Popen(
+            list(map(str, drive)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if not line.startswith("digest "):
+                continue
+            digests.append(line.split()[1])
+            if len(digests) == kill_at:
+                for pid in pids(workers):
+                    os.kill(pid, 9)
+            if len(digests) == matrices:  # while the workers still live, whose time is lost with them
+                spent, seconds = cpu_seconds(workers) - cpu, time.perf_counter() - start
+            driver.stdin.write("next\n")
+        if driver.wait():
+            raise SystemExit(f"the driver failed with {workers} hosts")
+    row = {"workers": workers, "killed_at": kill_at, "seconds": round(seconds, 1)}
+    return row | {"cpu_s": None if kill_at else round(spent, 1), "digests": digests}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--drive"]:
         for digest in compress(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])):
             print("digest", digest, flush=True)
+            sys.stdin.readline()
         return
     from benchmarks.speed.synthetic import QWEN_05B, LoraRun
     from next_core.process.hardware import hardware
@@ -149,8 +156,8 @@ def main() -> None:
         cpu, start = time.process_time(), time.perf_counter()
         here = list(compress(checkpoints, None, 1))
         local = {"seconds": round(time.perf_counter() - start, 2), "cpu_s": round(time.process_time() - cpu, 2)}
-        runs = [on_cluster(checkpoints, workers) for workers in WORKERS]
-        runs.append(on_cluster(checkpoints, 2, kill_at=len(here) // 3))
+        runs = [on_cluster(checkpoints, len(here), workers) for workers in WORKERS]
+        runs.append(on_cluster(checkpoints, len(here), 2, kill_at=len(here) // 3))
     for run in runs:
         if run.pop("digests") != here:
             raise SystemExit(f"other bytes than in one process: {run}")

@@ -2,8 +2,9 @@
 
     sudo python benchmarks/ray_hosts.py    # writes benchmarks/results/ray_hosts.json and prints the table
 
-Each host has an address, a Ray node and one CPU of its own; the driver's host computes nothing. Every way must give
-the bytes of this process, also when a host dies midway. Needs root and iproute2.
+The job is to compress the deltas of the 1.5B shapes. Each host has an address, a Ray node and one CPU of its own; the
+driver's host computes nothing. Every way must give the bytes of this process, also when a host dies midway. Needs root
+and iproute2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +148,11 @@ def main() -> None:
             print("digest", digest, flush=True)
             sys.stdin.readline()
         return
-    from benchmarks.speed.synthetic import QWEN_05B, LoraRun
+    from benchmarks.speed.synthetic import QWEN_15B, LoraRun
     from next_core.process.hardware import hardware
 
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = LoraRun(replace(QWEN_05B, layers=6), distinct=6).write(Path(scratch) / "checkpoints")
+        checkpoints = LoraRun(QWEN_15B).write(Path(scratch) / "checkpoints")
         cpu, start = time.process_time(), time.perf_counter()
         here = list(compress(checkpoints, None, 1))
         local = {"seconds": round(time.perf_counter() - start, 2), "cpu_s": round(time.process_time() - cpu, 2)}
@@ -165,9 +165,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     rows = [["this process", local["seconds"], local["cpu_s"]]]
     for run in runs:
-        text = f"{run['workers']} hosts" + (
-            f", one killed after {run['killed_at']} matrices" if run["killed_at"] else ""
-        )
+        killed = f", one killed after {run['killed_at']} matrices" if run["killed_at"] else ""
+        text = f"Ray, {run['workers']} host{'s' * (run['workers'] > 1)}{killed}"
         rows.append([text, run["seconds"], run["cpu_s"] or ""])
     print(tables.table(["where", "seconds", "CPU-s"], [[str(cell) for cell in row] for row in rows]))
 

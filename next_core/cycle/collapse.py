@@ -27,6 +27,8 @@ class RewardTrend:
     recent: float
     best: float
     error: float
+    begins: int
+    """The step before the first of the last steps: the weights that earned the recent reward are no older."""
 
     @property
     def collapsed(self) -> bool:
@@ -59,7 +61,7 @@ def reward_trends(logged: Sequence[LoggedReward], abandoned: Sequence[tuple[int,
         # The spread of single roll-outs, from the best window: once all fail, their own says nothing.
         spread = SPREAD * math.sqrt(sum((one.error * one.steps) ** 2 for one in best) / _steps(best))
         error = spread * math.sqrt(1 / _steps(recent) + 1 / _steps(best))
-        trends.append(RewardTrend(_mean(recent), _mean(best), error))
+        trends.append(RewardTrend(_mean(recent), _mean(best), error, begins))
     return trends
 
 

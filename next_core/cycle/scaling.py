@@ -124,8 +124,8 @@ class StepScaling:
         steps = self._backend.steps
         before, kept = steps.multiple, list(steps.kept)
         returned = [record["back_to"] for record in scaling_records(self._journal) if record["event"] == "collapse"]
-        # A state that is young, or that has led to a collapse once, may be where it began.
-        suspect = step - kept[-1] < KEEP_EVERY or (bool(returned) and returned[-1] == kept[-1])
+        # A state that is young, or of steps whose reward had fallen, or that has led to a collapse once.
+        suspect = kept[-1] > step - KEEP_EVERY or kept[-1] >= trend.begins or returned[-1:] == [kept[-1]]
         target = kept[0] if suspect else kept[-1]
         self._return_to(target)
         steps.multiple = before / (AT_START if target == 0 else AFTER_COLLAPSE)

@@ -156,6 +156,23 @@ def test_a_collapse_returns_to_the_last_good_weights_with_smaller_steps() -> Non
     assert collapse["reward"] < 0.75 * collapse["best"] == 0.75 * 0.5
 
 
+def test_a_state_of_steps_whose_reward_had_fallen_is_not_returned_to() -> None:
+    """A rare reward needs many steps to be missed: the state kept after 10 of them is as damaged as the weights now."""
+    backend = Descent()
+    made = cycle(backend, lambda history: StepScale(1.0), total=60)
+
+    def log(step: int) -> None:
+        undone = any(record["event"] == "collapse" for record in scaling_records(made.journal))
+        if step % 5 == 0:
+            backend.logged.append(LoggedReward(step, 5, 0.0063 if step == 5 or undone else 0.0, 0.0014))
+
+    made.run(log)
+    [collapse] = [record for record in scaling_records(made.journal) if record["event"] == "collapse"]
+    assert collapse["step"] > 40
+    assert collapse["back_to"] == 0
+    assert (collapse["multiple_before"], collapse["multiple"]) == (1.0, 0.1)
+
+
 def test_a_state_that_led_to_a_collapse_twice_is_not_returned_to_again() -> None:
     backend = Descent()
     made = cycle(backend, lambda history: StepScale(1.0), total=60)

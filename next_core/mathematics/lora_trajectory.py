@@ -25,6 +25,7 @@ from next_core.mathematics.low_rank import (
     lora_difference,
     truncated_svd,
 )
+from next_core.mathematics.row_blocks import keep_freed_memory
 from next_core.types import LoraFactors, Span
 
 _Term = tuple[int, int | None, Tensor]
@@ -38,6 +39,7 @@ class Workspace:
     """Memory reused for one trajectory after another: page faults of new memory cost more than filling it."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self._buffers: dict[str, Tensor] = {}
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core import make_applier, make_predictor, open_checkpoints
-from next_core.errors import CheckpointError
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
@@ -205,15 +205,19 @@ def test_a_trained_tensor_that_the_backbone_does_not_store_is_refused(
         make_applier("merged-model").check_source(source, tmp_path / "out")
 
 
-def test_a_damaged_checkpoint_is_named_and_not_called_an_overflow(
-    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
+@pytest.mark.parametrize(("step", "moves"), [(10, True), (20, True), (20, False)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_damaged_value_is_named_with_its_checkpoint_and_not_called_an_overflow(
+    full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path, step: int, moves: bool, value: float
 ) -> None:
-    path = tmp_path / "checkpoints" / "checkpoint-10" / MODEL
-    save_file(full_run[10] | {ROW: torch.full((16, 16), float("nan"))}, path, metadata={"format": "pt"})
+    damaged = full_run[step][ROW].clone()
+    damaged[3, 5] = value
+    path = tmp_path / "checkpoints" / f"checkpoint-{step}" / MODEL
+    save_file(full_run[step] | {ROW: damaged}, path, metadata={"format": "pt"})
     source = open_checkpoints(tmp_path / "checkpoints", backbone=base)
-    prediction = Prediction(source, 20, 10, updates={ROW: CoefficientUpdate({20: 1.0, 10: -1.0})})
-    with pytest.raises(CheckpointError, match=f"checkpoint-10.*{ROW}"):
-        make_applier("merged-model").apply(prediction, out=tmp_path / "out")
+    updates = {ROW: CoefficientUpdate({20: 1.0, 10: -1.0})} if moves else {}
+    with raises_kind("checkpoint-not-finite", f"checkpoint-{step}", ROW):
+        make_applier("merged-model").apply(Prediction(source, 20, 10, updates=updates), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,8 @@ def main(out: Path) -> None:
         whole = {name: value.full_tensor() for name, value in weights.items()}
         if dist.get_rank() == 0:
             save_file(whole, out / f"truth-{step}.safetensors")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from next_core.run_config import RunConfig
 from next_core.testing import BackendCase, Check, checks_of
 from tests.crash import small_run
 
-ELSEWHERE = {"openrlhf": "a run takes minutes; tests/backends/openrlhf checks it with a simulated trainer"}
+ELSEWHERE = {
+    "openrlhf": "a run takes minutes; tests/backends/openrlhf checks it with a simulated trainer",
+    "verl": "a run takes minutes; tests/backends/verl checks it with a simulated trainer",
+}
 """Backends that are not checked here, and why."""
 
 

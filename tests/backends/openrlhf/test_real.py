@@ -247,7 +247,8 @@ def test_auto_scales_the_steps_of_one_trainer(config: Config, tmp_path: Path, to
 def test_a_rate_that_is_far_too_large_is_undone_and_the_run_resumed(config: Config, tmp_path: Path) -> None:
     """Killed after step 12, it resumes from the state of step 10, in which the first steps are undone."""
     out = tmp_path / "run"
-    settings = config(steps=15, training={"learning_rate": 0.1}, save_every=10, **SCALING)
+    training = {"learning_rate": 0.1, "prompts_per_step": 32}  # 256 rollouts: the fall is beyond chance by step 8
+    settings = config(steps=15, training=training, save_every=10, **SCALING)
     run_until_killed(settings, out, 12)
     result = run(settings, out)
     assert result.resumed_from == 10

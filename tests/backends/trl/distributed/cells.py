@@ -244,6 +244,8 @@ class Cells:
 
     def storm(self) -> Any:
         """Many jumps and saves; STORM ("rank seconds") kills a process so long after its first step."""
+        from next_backends.trl import last_checkpoint  # TRL: the shim comes first
+
         kill = Watch(steps=())
 
         def later(step: int, model: Any) -> None:
@@ -253,10 +255,10 @@ class Cells:
 
         kill.act = later
         made = extend(FACTORS, **JUMP | {"jump_every": 4, "settle": 2})
-        saved = [int(path.name.rpartition("-")[2]) for path in (self.out / "storm").glob("checkpoint-*[0-9]")]
+        newest, step, _ = last_checkpoint(self.out / "storm")
         fields = {"save_strategy": "steps", "save_steps": 2}
         return self.go(
-            "storm", made, before=kill, after=Watch(steps=(24,)), steps=24, resume=max(saved, default=None), **fields
+            "storm", made, before=kill, after=Watch(steps=(24,)), steps=24, resume=step if newest else None, **fields
         )
 
 

@@ -26,6 +26,7 @@ import tables
 from next_core.process.hardware import hardware
 
 EXAMPLES = tables.ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))  # for task_kit and the rewards; those of unseen tasks lie next to this file
 RESULTS = tables.RESULTS / "tasks.json"
 
 TASKS = {
@@ -47,7 +48,6 @@ Row = dict[str, Any]
 
 def training(task: str, learning_rate: float) -> Row:
     """Return the part of a config that trains on a task; make the files of an unseen one where they are missing."""
-    sys.path[:0] = [str(EXAMPLES), str(Path(__file__).parent)]  # where the rewards lie
     folder = EXAMPLES / task if task in TASKS else made(task)
     return (TASKS | UNSEEN)[task] | {
         "model": str(folder / "base"),
@@ -137,7 +137,6 @@ def run_missing() -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     machine = f"{hardware()}, one run at a time on one thread"
     bases = {task: base_accuracy(task) for task in TASKS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,49 +41,58 @@ class RewardTrend:
         return self.recent < self.best - errors * self.error
 
 
-def reward_trends(logged: Sequence[LoggedReward], abandoned: Sequence[tuple[int, int]] = ()) -> list[RewardTrend]:
-    """Compare the last rewards with the best before them, over each of ``RECENT`` steps.
+class RewardHistory:
+    """The rewards that count, and the means that they are judged by; a record takes O(log n) steps.
 
     ``abandoned``: pairs (back_to, step); the weights of the steps between were replaced by those of ``back_to``. Their
     rewards do not count: the weights that the run returned to may never have earned as much.
     """
-    rewards = [one for one in logged if not any(back < one.step and _begin(one) < step for back, step in abandoned)]
-    since = max((step for _, step in abandoned), default=0)
-    # A record covers a step or more, so that a window has at most BEST of them.
-    until = (rewards[max(0, end - BEST) : end] for end in range(1, len(rewards) + 1))
-    windows = [_last(some, BEST) or some for some in until]
-    trends = []
-    for recent in filter(None, (_last(rewards, steps) for steps in RECENT)):
-        begins = _begin(recent[0])
-        earlier = [window for window in windows if window[-1].step <= begins and _steps(window) >= RECENT[0]]
-        if begins < since or not earlier:
-            continue
-        best = max(earlier, key=_mean)
-        # The spread of single roll-outs, from the best window: once all fail, their own says nothing.
-        spread = SPREAD * math.sqrt(sum((one.error * one.steps) ** 2 for one in best) / _steps(best))
-        error = spread * math.sqrt(1 / _steps(recent) + 1 / _steps(best))
-        trends.append(RewardTrend(_mean(recent), _mean(best), error, begins))
-    return trends
 
+    def __init__(self, abandoned: Sequence[tuple[int, int]] = ()) -> None:
+        self._abandoned = abandoned
+        self._since = max((step for _, step in abandoned), default=0)
+        self._ends: list[int] = []
+        """The step that each record ends with."""
+        self._steps, self._earned, self._variance = [0], [0.0], [0.0]
+        """Sums over the records before: RL steps, rewards, and squared errors of sums of rewards."""
+        self._best: list[tuple[float, int, int]] = []
+        """The best window that ends with each record or an earlier one: its mean, and the records it is from and to."""
 
-def _last(rewards: Sequence[LoggedReward], steps: int) -> Sequence[LoggedReward] | None:
-    """Return the fewest last records that cover ``steps`` RL steps."""
-    covered = 0
-    for index in range(len(rewards) - 1, -1, -1):
-        covered += rewards[index].steps
-        if covered >= steps:
-            return rewards[index:]
-    return None
+    def add(self, reward: LoggedReward) -> None:
+        """Take a record that the trainer logged after those before."""
+        begin = reward.step - reward.steps
+        if any(back < reward.step and begin < step for back, step in self._abandoned):
+            return
+        self._ends.append(reward.step)
+        self._steps.append(self._steps[-1] + reward.steps)
+        self._earned.append(self._earned[-1] + reward.mean * reward.steps)
+        self._variance.append(self._variance[-1] + (reward.error * reward.steps) ** 2)
+        last = len(self._ends)
+        first = self._first(BEST) or 0
+        long_enough = self._steps[last] - self._steps[first] >= RECENT[0]
+        found = (self._mean(first, last) if long_enough else -math.inf, first, last)
+        self._best.append(max(self._best[-1], found, key=lambda window: window[0]) if self._best else found)
 
+    def trends(self) -> list[RewardTrend]:
+        """Compare the last rewards with the best before them, over each of ``RECENT`` steps."""
+        trends, last = [], len(self._ends)
+        for first in filter(None, map(self._first, RECENT)):
+            covered = self._steps[last] - self._steps[first]
+            begins = self._ends[first] - (self._steps[first + 1] - self._steps[first])
+            before = bisect_right(self._ends, begins)
+            if begins < self._since or not before or self._best[before - 1][0] == -math.inf:
+                continue
+            best, start, end = self._best[before - 1]
+            steps = self._steps[end] - self._steps[start]
+            # The spread of single roll-outs, from the best window: once all fail, their own says nothing.
+            spread = SPREAD * math.sqrt((self._variance[end] - self._variance[start]) / steps)
+            error = spread * math.sqrt(1 / covered + 1 / steps)
+            trends.append(RewardTrend(self._mean(first, last), best, error, begins))
+        return trends
 
-def _begin(reward: LoggedReward) -> int:
-    """Return the step before the first that a record covers."""
-    return reward.step - reward.steps
+    def _first(self, steps: int) -> int | None:
+        """Return the first of the fewest last records that cover ``steps`` RL steps."""
+        return bisect_right(self._steps, self._steps[-1] - steps) - 1 if self._steps[-1] >= steps else None
 
-
-def _steps(rewards: Sequence[LoggedReward]) -> int:
-    return sum(one.steps for one in rewards)
-
-
-def _mean(rewards: Sequence[LoggedReward]) -> float:
-    return sum(one.mean * one.steps for one in rewards) / _steps(rewards)
+    def _mean(self, first: int, last: int) -> float:
+        return (self._earned[last] - self._earned[first]) / (self._steps[last] - self._steps[first])

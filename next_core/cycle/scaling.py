@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from next_core.backend import Backend
-from next_core.cycle.collapse import RewardTrend, reward_trends
+from next_core.cycle.collapse import RewardHistory, RewardTrend
 from next_core.cycle.journal import Journal
 from next_core.cycle.jump import failure
 from next_core.cycle.measurements import Stopwatch
@@ -37,7 +37,8 @@ class StepScaling:
         self._backend, self._predictor, self._guards, self._journal = backend, predictor, guards, journal
         self._watch, self._strict = watch, strict
         self._block = predictor.config.block
-        self._trends: tuple[int, list[RewardTrend]] = 0, []
+        self._rewards: RewardHistory | None = None
+        self._judged, self._trends = 0, list[RewardTrend]()
         """How many rewards were logged when they were last judged, and what they said."""
 
     def after_step(self, step: int) -> None:
@@ -63,10 +64,14 @@ class StepScaling:
 
     def _reward_trends(self) -> list[RewardTrend]:
         """Return how the last rewards compare with the best; computed anew only when the trainer logs one."""
-        rewards = self._backend.rewards() if self._guards.collapse else ()
-        if len(rewards) != self._trends[0]:
-            self._trends = len(rewards), reward_trends(rewards, self._abandoned())
-        return self._trends[1]
+        logged = self._backend.rewards() if self._guards.collapse else ()
+        if len(logged) != self._judged:
+            if self._rewards is None:
+                self._rewards, self._judged = RewardHistory(self._abandoned()), 0
+            for reward in logged[self._judged :]:
+                self._rewards.add(reward)
+            self._judged, self._trends = len(logged), self._rewards.trends()
+        return self._trends
 
     def _abandoned(self) -> list[tuple[int, int]]:
         """Return the steps that a return to earlier weights undid: those after the first of a pair, to the second."""
@@ -104,7 +109,7 @@ class StepScaling:
 
     def _return_to(self, step: int) -> None:
         self._backend.steps.undo(step)
-        self._trends = self._trends[0], []  # of an abandoned path
+        self._rewards, self._trends = None, []  # of an abandoned path
 
     def _can_restart(self, step: int) -> bool:
         return 0 in self._backend.steps.kept and self._backend.takes_weights(step)

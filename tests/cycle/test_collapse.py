@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from next_core.backend import LoggedReward
-from next_core.cycle.collapse import reward_trends
+from next_core.cycle.collapse import RewardHistory, RewardTrend
 
 
 def rewards(probabilities: list[float], roll_outs: int = 64, every: int = 1, seed: int = 0) -> list[LoggedReward]:
@@ -22,10 +23,19 @@ def rewards(probabilities: list[float], roll_outs: int = 64, every: int = 1, see
 
 
 def first_collapse(logged: list[LoggedReward]) -> int | None:
-    for count in range(1, len(logged) + 1):
-        if any(trend.collapsed for trend in reward_trends(logged[:count])):
-            return logged[count - 1].step
+    history = RewardHistory()
+    for record in logged:
+        history.add(record)
+        if any(trend.collapsed for trend in history.trends()):
+            return record.step
     return None
+
+
+def reward_trends(logged: list[LoggedReward], abandoned: Sequence[tuple[int, int]] = ()) -> list[RewardTrend]:
+    history = RewardHistory(abandoned)
+    for record in logged:
+        history.add(record)
+    return history.trends()
 
 
 @pytest.mark.parametrize(("p", "every"), [(0.05, 1), (0.2, 1), (0.2, 5), (0.5, 1), (0.9, 10)])

@@ -14,6 +14,8 @@ TOO_FAST = -0.1
 """Below this cosine of the first two blocks, steps have done damage that the reward does not show yet."""
 RESTART = 4.0
 """A run that starts again divides its multiple by this."""
+CLEAR, FASTER = 0.5, 1.6
+"""This far above the target, steps are about five times too small or more, and the gain is larger by this factor."""
 SLOWER = 0.4
 """The gain once the learning rate is found, relative to that before."""
 LIMIT = 1.0
@@ -45,7 +47,7 @@ class StepScalePredictor(StepPredictor):
 
     - searching, while no reading was above the target. Where the first two blocks cancel (c below -.1), the run starts
       again from its first weights with m / 4: such steps damage a model before its reward shows it;
-    - rising: m grows until c falls to the target;
+    - rising: m grows until c falls to the target, by 1.6 times as much while c is more than .5 above it;
     - found: m falls as steps ** -decay, the classical schedule of a run whose length is not known, since the best rate
       falls along a run, and grows again only where c is above the target.
 
@@ -87,7 +89,7 @@ class StepScalePredictor(StepPredictor):
         """Return the change of ln m."""
         settings: StepScaleConfig = self.config
         if phase != "found":
-            return settings.gain * above
+            return settings.gain * above * (FASTER if above > CLEAR else 1.0)
         return SLOWER * settings.gain * above if above > 0 else settings.decay * math.log1p(-settings.block / step)
 
     def _last(self, history: StepHistory) -> tuple[Phase, float | None]:

@@ -37,9 +37,9 @@ def scaled(phase: int, agreement: float, settled: bool = True) -> dict[str, Any]
     }
 
 
-def test_agreement_raises_the_multiple_by_gain_per_block() -> None:
-    assert predict(0.7).multiple == pytest.approx(math.exp(0.8 * 0.7))
-    assert predict(0.7, scaled(1, 0.7), multiple=4.0).multiple == pytest.approx(4 * math.exp(0.8 * 0.7))
+def test_agreement_raises_the_multiple_by_gain_per_block_and_faster_where_it_is_clear() -> None:
+    assert predict(0.45).multiple == pytest.approx(math.exp(0.8 * 0.45))
+    assert predict(0.7, scaled(1, 0.7), multiple=4.0).multiple == pytest.approx(4 * math.exp(1.6 * 0.8 * 0.7))
     assert predict(0.7).diagnostics["phase"] == 1
 
 

@@ -31,7 +31,7 @@ class MathVerifyConfig(Settings):
 
 
 class MathVerifyReward(Reward):
-    """1 where math-verify finds the completion equal to ``answer``, else 0; verdicts are cached.
+    """1 where math-verify finds the completion equal to ``answer``, else 0; verdicts and parsed texts are cached.
 
     math-verify compares values, and 9+5 equals 14: without ``evaluated``, a policy learns to repeat the question.
     """
@@ -43,6 +43,7 @@ class MathVerifyReward(Reward):
         super().__init__(config, **fields)
         import_optional("math_verify", "trl")
         self._verify = functools.lru_cache(maxsize=100_000)(self._verify_once)
+        self._parse = functools.lru_cache(maxsize=10_000)(self._parse_once)  # most of the time of a verdict
 
     def __call__(self, completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
         return [
@@ -51,18 +52,26 @@ class MathVerifyReward(Reward):
         ]
 
     def _verify_once(self, completion: str, answer: str) -> bool:
-        from math_verify import parse, verify
+        from math_verify import verify
 
         text = completion.strip()
         evaluated = self.config.evaluated and not _operates(answer.strip())
         if evaluated and BARE.fullmatch(text) and _operates(text):
             return False
-        # math-verify's time limit uses an alarm signal, which only the main thread can set.
-        limit = self.config.timeout if threading.current_thread() is threading.main_thread() else None
-        gold, found = parse(answer, parsing_timeout=limit), parse(text, parsing_timeout=limit)
+        gold, found = self._parse(answer), self._parse(text)
         if evaluated and found and _operates(str(found[-1])):  # found[-1] is the expression as written in a longer text
             return False
-        return bool(gold and found and verify(gold, found, timeout_seconds=limit))
+        return bool(gold and found and verify(gold, found, timeout_seconds=self._limit()))
+
+    def _parse_once(self, text: str) -> list[Any]:
+        from math_verify import parse
+
+        found: list[Any] = parse(text, parsing_timeout=self._limit())
+        return found
+
+    def _limit(self) -> int | None:
+        """Return the time limit: math-verify uses an alarm signal, which only the main thread can set."""
+        return self.config.timeout if threading.current_thread() is threading.main_thread() else None
 
 
 def _operates(text: str) -> bool:

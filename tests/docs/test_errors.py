@@ -11,7 +11,7 @@ from tests.docs.blocks import ROOT
 
 OURS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-ROWS = [kind for row in re.findall(r"^\| (`[^|]+`) \|", PAGE, re.MULTILINE) for kind in re.findall(r"`([^`]+)`", row)]
+ROWS = [kind for row in re.findall(r"^- (`[^:]+`):", PAGE, re.MULTILINE) for kind in re.findall(r"`([^`]+)`", row)]
 
 
 @functools.cache

@@ -30,12 +30,12 @@ def test_the_predictor_of_ten_lines_works_as_shown(block: Block) -> None:
         assert make_predictor(name).fit(History(trajectories.linear_lora_run())).predict(10).updates
 
 
-def test_the_table_of_predictors_names_every_first_party_one() -> None:
+def test_the_list_of_predictors_names_every_first_party_one() -> None:
     page = (ROOT / "docs" / "predictors.md").read_text()
     ours = [e.name for e in registry().entries() if e.kind == "predictor" and e.distribution == "next-core"]
     assert ours
     for name in ours:
-        assert f"| `{name}` |" in page
+        assert f"\n- `{name}`: " in page
 
 
 OPENRLHF = (ROOT / "docs" / "openrlhf.md").read_text()

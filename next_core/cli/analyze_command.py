@@ -24,8 +24,7 @@ COLUMNS = {
     "speed_ratio": "speed",
 }
 """Figures of the table by kind of matrix, with their headings; the JSON has all, and layers and matrices."""
-ROOM_FOR_MEANINGS = 126
-"""Narrower consoles omit the column that explains each figure."""
+ROOM_FOR_MEANINGS = 126  # Narrower consoles omit the column that explains each figure
 MARKS = {"above": "↑", "below": "↓", None: ""}
 MOST_FROZEN = 8
 
@@ -92,7 +91,6 @@ def _show(analysis: Analysis, output: Output) -> None:
 
 
 def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
-    """Return one row for each figure, over all matrices."""
     from next_core.diagnostics.figures import FIGURES, number
 
     for name, figure in analysis.overall.figures.items():
@@ -110,7 +108,6 @@ def _overall(analysis: Analysis, explain: bool) -> Iterator[dict[str, str]]:
 
 
 def _kinds(analysis: Analysis) -> Iterator[dict[str, str]]:
-    """Return one row for each kind of matrix."""
     columns = {name: heading for name, heading in COLUMNS.items() if name not in analysis.missing}
     for kind, group in analysis.kinds.items():
         figures = {heading: _marked(group.figures.get(name)) for name, heading in columns.items()}

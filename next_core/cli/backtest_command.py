@@ -49,10 +49,7 @@ def backtest(
 
 
 def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, dict[str, Any]] | None:
-    """Return the settings of each predictor to score, by name; None for the default ones.
-
-    Raises ``ConfigError`` for settings of a predictor that is not scored.
-    """
+    """Return each predictor's settings, None for the default ones. ``ConfigError`` for those of one not scored."""
     from next_core.config import parse_assignments
     from next_core.diagnostics.backtest import BASELINES, default_predictors
     from next_core.plugins import trajectory_predictors

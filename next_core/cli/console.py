@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 130
-"""Columns to use when there is no terminal."""
+WIDTH = 130  # Columns to use when there is no terminal
 
 
 class Output:
@@ -25,7 +24,6 @@ class Output:
         self.console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True, width=width)
 
     def print(self, text: object = "") -> None:
-        """Print text as it is."""
         self.console.print(text)
 
     def list(self, lines: Sequence[str], most: int, what: str) -> None:

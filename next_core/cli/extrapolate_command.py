@@ -95,10 +95,8 @@ def _check_abstentions(prediction: Prediction, predictor: str, strict: bool) -> 
         raise CheckpointError(f"{predictor} predicts nothing: {prediction.abstention}", kind="predictor-abstained")
     if strict and prediction.abstained:
         name, reason = next(iter(prediction.abstained.items()))
-        raise GuardError(
-            f"{predictor} abstains for {len(prediction.abstained)} matrices, among them '{name}': {reason}",
-            kind="predictor-abstained",
-        )
+        message = f"{predictor} abstains for {len(prediction.abstained)} matrices, among them '{name}': {reason}"
+        raise GuardError(message, kind="predictor-abstained")
 
 
 def _show(facts: Mapping[str, Any], moved: str, notes: Sequence[str], output: Output) -> None:

@@ -31,13 +31,9 @@ def allow_local_modules(names: str | None) -> str | None:
 
 
 Json = Annotated[bool, Option("--json", help="Print the result as one line of JSON on standard output")]
-Checkpoints = Annotated[
-    list[Path], Option(help="Folder with a run's checkpoints. Repeat to list the checkpoints one by one")
-]
+Checkpoints = Annotated[list[Path], Option(help="Folder of a run's checkpoints; repeat it to list them one by one")]
 Backbone = Annotated[Path | None, Option(help="Folder of the base model")]
-Predictor = Annotated[
-    str, Option(callback=allow_local_modules, help="A name from `next-core plugins`, or module:Class")
-]
+Predictor = Annotated[str, Option(callback=allow_local_modules, help="A name from `next-core plugins` or module:Class")]
 Rank = Annotated[int, Option(help="Rank of the compressed deltas that the predictor reads")]
 
 
@@ -48,12 +44,7 @@ class PluginOptions:
     predictor: Predictor = "secant"
     rank: Rank = 1
     applier: Annotated[
-        str | None,
-        Option(
-            "--applier",
-            "--as",
-            help="peft-adapter, merged-model or verl; default: what the run stores, adapters or models",
-        ),
+        str | None, Option("--applier", "--as", help="peft-adapter, merged-model or verl; default: what the run stores")
     ] = None
     settings: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the predictor: gate.window=25")
@@ -88,24 +79,16 @@ class SourceOptions:
     start: Annotated[Path | None, Option(help="Adapter that RL began from, if there is no checkpoint-0")] = None
     layout: Annotated[str | None, Option(help="Read this layout instead of detecting it")] = None
     skip_damaged: Annotated[bool, Option("--skip-damaged", help="Skip damaged checkpoints instead of failing")] = False
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="Also read tensors in pickles (.bin, .pt); run no code")
-    ] = False
+    allow_pickle: Annotated[bool, Option("--allow-pickle", help="Also read pickled tensors; run no code")] = False
     masters: Annotated[bool, Option("--masters", help="Read DeepSpeed's fp32 masters; .bin ones may run code")] = False
 
     def source(self) -> CheckpointSource:
         """Open the checkpoints. Raises ``CheckpointError`` for damaged ones."""
         from next_core.checkpoints import open_checkpoints
 
-        return open_checkpoints(
-            self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints,
-            self.backbone,
-            self.layout,
-            start=self.start,
-            skip_damaged=self.skip_damaged,
-            allow_pickle=self.allow_pickle,
-            masters=self.masters,
-        )
+        folders = self.checkpoints[0] if len(self.checkpoints) == 1 else self.checkpoints
+        flags = {name: getattr(self, name) for name in ("start", "skip_damaged", "allow_pickle", "masters")}
+        return open_checkpoints(folders, self.backbone, self.layout, **flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +115,7 @@ class CacheOptions:
 class RunOptions(CacheOptions, SourceOptions):
     """Recorded checkpoints, and how their deltas are decomposed."""
 
-    compressor: Annotated[str | None, Option(help="exact or lanczos; default: exact for LoRA runs, else lanczos")] = (
-        None
-    )
+    compressor: Annotated[str | None, Option(help="exact or lanczos; default: exact for LoRA, else lanczos")] = None
     executor: Annotated[str, Option(help="local, or ray (extra `ray`)")] = "local"
     workers: Annotated[int, Option(help="Number of processes, one thread each")] = 1
     address: Annotated[str | None, Option(help="Address of a Ray cluster, or auto; default: a local Ray")] = None

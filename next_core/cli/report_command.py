@@ -20,9 +20,7 @@ def report(
     ],
     out: Annotated[Path | None, Option(help="HTML file; default: report/index.html in the folder")] = None,
     figures: Annotated[Path | None, Option(help="Write each plot into this folder too, as SVG")] = None,
-    geometry: Annotated[
-        bool, Option("--geometry/--no-geometry", help="Whether to measure the run's checkpoints")
-    ] = True,
+    geometry: Annotated[bool, Option("--geometry/--no-geometry", help="Whether to measure the checkpoints")] = True,
     predictor: Predictor = "secant",
     backbone: Backbone = None,
     as_json: Json = False,

@@ -84,14 +84,9 @@ def show_result(result: RunResult, output: Output) -> None:
         output.print(average_text(result.average))
         output.print(f"Test accuracy without the average: {_figure(accuracy.get('before_average'))}")
     seconds = result.seconds
-    parts = [
-        f"RL {seconds['rl']:.1f}",
-        f"next-core {seconds['ours'] - seconds['ours_probe']:.2f}",
-        f"evaluating {seconds['ours_probe']:.1f}",
-        *([] if control is None else [f"plain run {control['seconds']:.1f}"]),
-        f"total {seconds['total']:.1f}",
-    ]
-    output.print(f"Seconds: {', '.join(parts)}.")
+    ours = f"next-core {seconds['ours'] - seconds['ours_probe']:.2f}, evaluating {seconds['ours_probe']:.1f}"
+    plain = "" if control is None else f", plain run {control['seconds']:.1f}"
+    output.print(f"Seconds: RL {seconds['rl']:.1f}, {ours}{plain}, total {seconds['total']:.1f}.")
     if result.advice is not None:
         output.print(f"Hint: {result.advice}")
     for note in result.notes:

@@ -12,8 +12,7 @@ from next_core.cli.console import Output
 from next_core.cli.options import Json
 from next_core.errors import ConfigError
 
-INTERVAL = 2.0
-"""Seconds between two looks at a running folder."""
+INTERVAL = 2.0  # Seconds between two looks at a running folder
 
 
 def status(
@@ -48,9 +47,8 @@ def read_status(folder: Path) -> dict[str, Any]:
     process = holder(folder)  # before the journal, so that the end of a run is not missed
     run = open_folder(folder)
     if not isinstance(run, Recorded):
-        raise ConfigError(
-            f"{folder} holds a comparison; name the folder of one of its runs", kind="report-unknown-folder"
-        )
+        message = f"{folder} holds a comparison; name the folder of one of its runs"
+        raise ConfigError(message, kind="report-unknown-folder")
     ended = any(record["event"] == "end" for record in run.events)
     return {
         "folder": str(folder),

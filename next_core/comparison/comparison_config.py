@@ -21,16 +21,13 @@ from next_core.settings import Settings, config_error
 from next_core.storage.yaml_files import load_yaml
 
 Role = Literal["plain", "control", "arm"]
-Values = Mapping[str, Any]
-"""Fields of a run config by their dotted keys: ``{"schedule.alpha": 2.0}``."""
+Values = Mapping[str, Any]  # Fields of a run config by their dotted keys: `{"schedule.alpha": 2.0}`
 
 PLAIN, LONGER, TUNED, NO_JUMP, RANDOM = "plain", "longer", "tuned", "no jump", "random direction"
-OURS = ("steps", "seed", "control", "measure_every")
-"""Keys of a run that the comparison sets."""
+OURS = ("steps", "seed", "control", "measure_every")  # Keys of a run that the comparison sets
 NAME = re.compile(r"[A-Za-z0-9]([\w ,=+.()-]{0,60}[\w)])?", re.ASCII)
 PLUGINS = ("predictor", "backend", "compressor", "reward")
-MOST_RACES = 10_000
-"""Seeds, and variants of one arm: more cannot be run, nor listed."""
+MOST_RACES = 10_000  # Seeds, and variants of one arm: more cannot be run, nor listed
 
 
 class CompareConfig(Settings):
@@ -75,10 +72,9 @@ class CompareConfig(Settings):
             if name.casefold() in taken:
                 raise ValueError(f"arms: {name} is the name of a control, or of another arm; choose another")
             taken.add(name.casefold())
-        for where, block in {"run": self.run, **{f"arms.{name}": arm for name, arm in self.arms.items()}}.items():
-            for key in OURS:
-                if key in block:
-                    raise ValueError(f"{where}.{key}: this is set for all arms; see the keys of a comparison")
+        blocks = {"run": self.run} | {f"arms.{name}": arm for name, arm in self.arms.items()}
+        for wrong in (f"{where}.{key}" for where, block in blocks.items() for key in OURS if key in block):
+            raise ValueError(f"{wrong}: this is set for all arms; see the keys of a comparison")
         return self
 
 
@@ -90,7 +86,6 @@ class Variant:
     config: RunConfig
 
     def seeded(self, seed: int) -> RunConfig:
-        """Return the run of one seed."""
         return self.config.model_copy(update={"seed": seed})
 
 
@@ -165,10 +160,8 @@ def _arm(name: str, role: Role, raw: Values, choose: Any = None, *, file: Path, 
             raise contradiction(f"{where}: training.evaluation: generate is greedy; set metric: greedy")
     data = variants[0].config.training.data
     if len(variants) > 1 and (data.test is None or data.validation is None or data.validation == data.test):
-        raise contradiction(
-            f"{where}: values are chosen on training.data.validation and reported on training.data.test; both must be "
-            "there, and differ"
-        )
+        files = "chosen on training.data.validation and reported on training.data.test"
+        raise contradiction(f"{where}: values are {files}; both must be there, and differ")
     return Arm(name, role, tuple(variants))
 
 

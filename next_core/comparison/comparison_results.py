@@ -20,13 +20,10 @@ from next_core.process.hardware import hardware, versions
 
 KINDS = ("sampled", "greedy")
 SPLITS = ("validation", "test")
-Result = Mapping[str, Any]
-"""The ``result.json`` of one run."""
-Seeds = Mapping[int, Result]
-"""The results of one variant by seed."""
+Result = Mapping[str, Any]  # The `result.json` of one run
+Seeds = Mapping[int, Result]  # The results of one variant by seed
 Number = Annotated[float, AllowInfNan(False)]
-Accuracies = dict[str, Number | None]
-"""Accuracy by how answers were taken: sampled, greedy."""
+Accuracies = dict[str, Number | None]  # Accuracy by how answers were taken: sampled, greedy
 
 
 class Part(BaseModel):
@@ -78,13 +75,11 @@ class Curve(Part):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        count = len(self.steps)
-        columns = [
-            self.seconds,
-            *(part for line in self.test.values() for part in (line.mean, line.low, line.high, *line.values.values())),
-        ]
-        if any(column is not None and len(column) != count for column in columns):
-            raise ValueError(f"every column must have {count} points, as many as steps")
+        columns: list[Any] = [self.seconds]
+        for line in self.test.values():
+            columns += [line.mean, line.low, line.high, *line.values.values()]
+        if any(column is not None and len(column) != len(self.steps) for column in columns):
+            raise ValueError(f"every column must have {len(self.steps)} points, as many as steps")
         return self
 
 
@@ -156,10 +151,7 @@ class Comparison(Part):
 def collect(
     config: CompareConfig, arms: Sequence[Arm], results: Mapping[str, Result], plan: RacePlan, failed: Mapping[str, str]
 ) -> Comparison:
-    """Judge the arms by the results of the races, given by their folders; a variant that lacks one is left out.
-
-    Raises ``ConfigError`` where the accuracy that decides was not measured.
-    """
+    """Judge complete variants by the races' results, by folder. ``ConfigError`` where ``metric`` was not measured."""
     found: dict[tuple[str, int], dict[int, Result]] = {}
     for race in plan.races:
         if race.folder in results:
@@ -171,16 +163,11 @@ def collect(
     plain = found[PLAIN, 0]
     longest = found.get((LONGER, 0), plain)
     training = arms[0].variants[0].config.training
+    about = {"model": str(training.model), "task": str(training.data.train), "algorithm": training.algorithm}
     return Comparison(
         versions=versions(),
         hardware=hardware(),
-        about={
-            "date": datetime.date.today().isoformat(),
-            "model": str(training.model),
-            "task": str(training.data.train),
-            "algorithm": training.algorithm,
-            "learning_rate": training.learning_rate,
-        },
+        about={"date": datetime.date.today().isoformat(), **about, "learning_rate": training.learning_rate},
         config=config.model_dump(mode="json"),
         steps=config.steps,
         longer=config.longer,
@@ -210,19 +197,15 @@ def _judge(arm: Arm, found: Mapping[tuple[str, int], Seeds], plain: Seeds, longe
         other = _final(against, "test", metric)
         return Interval.of({seed: value - other[seed] for seed, value in test.items()})
 
+    variants = []
+    for index, one in complete.items():
+        values, tested = dict(arm.variants[index].values), Interval.of(_final(one, "test", metric))
+        variants.append(VariantResult(values=values, validation=validation[index], test=tested, chosen=index == best))
     return ArmResult(
         role=arm.role,
         predictor=arm.variants[best].config.predictor.name,
         chosen=dict(arm.variants[best].values),
-        variants=[
-            VariantResult(
-                values=dict(arm.variants[index].values),
-                validation=validation[index],
-                test=Interval.of(_final(one, "test", metric)),
-                chosen=index == best,
-            )
-            for index, one in complete.items()
-        ],
+        variants=variants,
         steps=steps,
         spent_steps=sum(variant.config.steps for variant in arm.variants),
         validation={kind: Interval.of(_final(seeds, "validation", kind)) for kind in _kinds(seeds, "validation")},
@@ -250,11 +233,8 @@ def _cut(result: Result, steps: int) -> dict[str, Any]:
 def _check_measured(result: Result, metric: str, title: str) -> None:
     there = set.intersection(*(set(point[split]) for point in result["curve"] for split in SPLITS))
     if metric not in there:
-        known = ", ".join(sorted(there)) or "nothing"
-        raise contradiction(
-            f"{title}: accuracy '{metric}' was not measured, but {known}; change metric and repeat the command: no run "
-            "is repeated"
-        )
+        known = f"accuracy '{metric}' was not measured, but {', '.join(sorted(there)) or 'nothing'}"
+        raise contradiction(f"{title}: {known}; change metric and repeat the command: no run is repeated")
 
 
 def _value(accuracy: float | None) -> float:
@@ -272,10 +252,7 @@ def _kinds(seeds: Seeds, split: str) -> list[str]:
 
 
 def equals_step(accuracy: float, curve: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, bool]:
-    """Return the first RL step at which a plain run, its test curve made monotone, is as accurate.
-
-    Where it never is: its last step, and True.
-    """
+    """Return the first RL step at which a plain run, made monotone, is as accurate; its last and True if never."""
     steps = [point["step"] for point in curve]
     values = np.array([_value(point["test"][metric]) for point in curve])
     rising = IsotonicRegression().fit_transform(np.asarray(steps, float), values)
@@ -308,9 +285,7 @@ def _curve(seeds: Seeds) -> Curve:
 
     def line(split: str, kind: str) -> Line:
         over = [Interval.of({s: _value(p[step][split][kind]) for s, p in by_step.items()}) for step in steps]
-        values: dict[str, list[float | None]] = {
-            str(seed): [_value(p[step][split][kind]) for step in steps] for seed, p in by_step.items()
-        }
+        values: Any = {str(seed): [_value(p[step][split][kind]) for step in steps] for seed, p in by_step.items()}
         return Line(mean=[p.mean for p in over], low=[p.low for p in over], high=[p.high for p in over], values=values)
 
     validation, test = ({kind: line(split, kind) for kind in _kinds(seeds, split)} for split in SPLITS)

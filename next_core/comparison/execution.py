@@ -33,9 +33,9 @@ from next_core.storage.reading import read_text
 from next_core.storage.yaml_files import parse_yaml
 from next_core.types import Progress
 
-COMPARISON = "comparison.json"
-"""The resolved config of the last call; its presence marks a comparison's folder."""
+COMPARISON = "comparison.json"  # The resolved config of the last call; its presence marks a comparison's folder
 COMPARE = "compare.json"
+ANY_SAVES = {"save_every": None}  # it decides no result, and may have been added for a trunk
 Work = TypeVar("Work")
 KEPT = frozenset({CONFIG, RESULT, JOURNAL, ERROR_LOG, "metrics.jsonl"})
 """What is kept of a finished run; checkpoints only if asked for."""
@@ -51,21 +51,16 @@ def check_folder(out: Path, plan: RacePlan, overwrite: bool) -> None:
     if not out.exists() or not any(not path.name.startswith(".") for path in out.iterdir()):
         return
     if not (out / COMPARISON).exists():
-        raise ConfigError(
-            f"{out} is not empty and holds no comparison; choose another --out", kind="config-folder-not-empty"
-        )
+        message = f"{out} is not empty and holds no comparison; choose another --out"
+        raise ConfigError(message, kind="config-folder-not-empty")
     for race in () if overwrite else plan.races:
         made = _config_of(out / race.folder)
-        if made is not None and made != _identity(race.config):
-            raise ConfigError(
-                f"{out / race.folder} was run with another config; choose another --out, or pass --overwrite to delete "
-                "all runs there",
-                kind="config-other-run",
-            )
+        if made is not None and made != race.config.model_dump(mode="json") | ANY_SAVES:
+            message = f"{out / race.folder} was run with another config; choose another --out"
+            raise ConfigError(f"{message}, or pass --overwrite to delete all runs there", kind="config-other-run")
 
 
 def is_done(race: Race, out: Path) -> bool:
-    """Whether a run is finished."""
     return (out / race.folder / RESULT).exists()
 
 
@@ -100,9 +95,8 @@ def compare(
             _prune(out / race.folder, keep_checkpoints)
         if not keep_checkpoints and not failed and (out / "trunks").exists():
             remove_directory(out / "trunks")
-        found = collect(
-            config, arms, {race.folder: read_result(out / race.folder).as_dict() for race in done}, plan, failed
-        )
+        results = {race.folder: read_result(out / race.folder).as_dict() for race in done}
+        found = collect(config, arms, results, plan, failed)
         write_text(out / COMPARE, json_text(found.as_dict()) + "\n")
     return found
 
@@ -112,25 +106,18 @@ def _check_failures(failed: Mapping[str, str], plan: RacePlan, done: Sequence[Ra
     variants = {(race.arm, race.variant) for race in plan.races}
     lacking = {(race.arm, race.variant) for race in plan.races if race not in done}
     if {arm for arm, _ in variants} > {arm for arm, _ in variants - lacking}:
-        reasons = "\n".join(f"{title}: {reason}" for title, reason in failed.items())
-        raise BackendError(
-            f"{len(failed)} of {len(plan.races)} runs failed; the same command retries them.\n{reasons}",
-            kind="backend-failed",
-        )
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """Return what decides the result of a run; ``save_every`` may have been added for a trunk."""
-    return config.model_dump(mode="json") | {"save_every": None}
+        message = f"{len(failed)} of {len(plan.races)} runs failed; the same command retries them."
+        reasons = [f"{title}: {reason}" for title, reason in failed.items()]
+        raise BackendError("\n".join([message, *reasons]), kind="backend-failed")
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:
-    """Return the same of a run on disk, finished or not; None where none can be read."""
+    """Return the config of a run on disk, finished or not; None where none can be read."""
     try:
         made = parse_yaml(read_text(folder / CONFIG), str(folder / CONFIG))
     except (OSError, ValueError, ConfigError):
         return None
-    return made | {"save_every": None} if isinstance(made, dict) else None
+    return made | ANY_SAVES if isinstance(made, dict) else None
 
 
 class _Execution:
@@ -150,9 +137,7 @@ class _Execution:
         with _pool(workers) as (pool, reports):
             trunks = {}
             for trunk in self.plan.trunks:
-                branches = [
-                    race for race in self.missing if race.trunk is not None and race.trunk.folder == trunk.folder
-                ]
+                branches = [race for race in self.missing if race.trunk and race.trunk.folder == trunk.folder]
                 if branches:
                     last = max(race.begins for race in branches)
                     trunks[_submit(pool, run_trunk, trunk, last, self.out)] = trunk, branches
@@ -213,8 +198,7 @@ def _pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
             raise
 
 
-_reports: Any = None
-"""In a worker: the queue of what its races report."""
+_reports: Any = None  # In a worker: the queue of what its races report
 
 
 def _begin_worker(workers: int, path: list[str], reports: Any) -> None:

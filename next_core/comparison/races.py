@@ -15,10 +15,7 @@ from next_core.run_config import Choice, Guards, RunConfig, Schedule
 
 @dataclass(frozen=True)
 class Trunk:
-    """The part that several runs have in common, run once: until the first of them may jump.
-
-    ``stops`` are the steps at which a run branches off; ``folder`` is relative to the comparison's.
-    """
+    """The common part of several runs, which branch off at ``stops``; ``folder`` is relative to the comparison's."""
 
     folder: str
     config: RunConfig = field(repr=False)
@@ -60,12 +57,10 @@ class RacePlan:
 
     @property
     def trunks(self) -> tuple[Trunk, ...]:
-        """The parts that are run once for several races."""
         return tuple({race.trunk.folder: race.trunk for race in self.races if race.trunk is not None}.values())
 
     @property
     def steps(self) -> int:
-        """How many RL steps are run."""
         return sum(trunk.stops[-1] for trunk in self.trunks) + sum(r.config.steps - r.begins for r in self.races)
 
     @property
@@ -125,20 +120,13 @@ def _branches(races: Sequence[Race], folder: str) -> list[Race]:
     """Let races branch off from one trunk, each at the step before its first checkpoint that may see a jump."""
     model = races[0].config
     every = model.schedule.every
-    config = model.model_copy(
-        update={
-            "predictor": Choice(name="stay"),
-            "schedule": Schedule(observe=every, every=every, horizon=every),
-            "guards": Guards(probe=False),
-        }
-    )
-    trunk = Trunk(folder, config, tuple(sorted({race.config.schedule.observe - 1 for race in races})))
-    return [
-        replace(race, config=_resumable(race.config), trunk=trunk, begins=race.config.schedule.observe - 1)
-        for race in races
-    ]
-
-
-def _resumable(config: RunConfig) -> RunConfig:
-    """A race that branches off is a resumed run, and only runs with ``save_every`` resume."""
-    return config if config.save_every is not None else config.model_copy(update={"save_every": config.steps})
+    schedule = Schedule(observe=every, every=every, horizon=every)
+    stay = {"predictor": Choice(name="stay"), "schedule": schedule, "guards": Guards(probe=False)}
+    begins = [race.config.schedule.observe - 1 for race in races]
+    trunk = Trunk(folder, model.model_copy(update=stay), tuple(sorted(set(begins))))
+    found = []
+    for race, begin in zip(races, begins, strict=True):
+        # A race that branches off is a resumed run, and only runs with `save_every` resume.
+        config = race.config.model_copy(update={"save_every": race.config.save_every or race.config.steps})
+        found.append(replace(race, config=config, trunk=trunk, begins=begin))
+    return found

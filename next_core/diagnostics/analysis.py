@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +17,7 @@ from next_core.diagnostics.analysis_results import Analysis, Precision, advice
 from next_core.diagnostics.figures import FIGURES, Figure, Group, Null, Series
 from next_core.diagnostics.gram_figures import OUT_OF_SAMPLE, Curve, gram_figures, step_lengths
 from next_core.diagnostics.learning_rate import Agreements, judge, measure_agreements
-from next_core.diagnostics.random_walks import (
-    FEWEST_DRAWS,
-    band,
-    chunks,
-    dimensions,
-    isotropic_walks,
-    median,
-    quantile,
-)
+from next_core.diagnostics.random_walks import FEWEST_DRAWS, band, chunks, dimensions, isotropic_walks, median, quantile
 from next_core.diagnostics.trajectory import FEWEST_POINTS, Grid, measured_steps, read_grams
 from next_core.diagnostics.triplet_figures import triplet_figures, triplet_nulls
 from next_core.errors import invalid_value
@@ -39,8 +32,7 @@ NEWEST = ("energy_ratio_global", "squared_energy_ratio_global")
 """Read at the newest checkpoint; other figures over time are summed up by their median over time."""
 MANY = 32
 """Beyond so many intervals, the figures of the SVD over time are taken of fewer walks: cost grows with the cube."""
-NO_NULL = ("speed_ratio", "speed")
-"""Walks have the observed speed: there is nothing to compare."""
+NO_NULL = ("speed_ratio", "speed")  # Walks have the observed speed: there is nothing to compare
 FEWEST_INTERVALS = {
     "c1_r2": 3, "line_r2": 3, "speed_ratio": 3, "top_5_share": 6, "top_1_of_top_5": 6, "msd_exponent": 4
 }  # fmt: skip
@@ -54,8 +46,7 @@ class Measured(NamedTuple):
 
 
 Figures = dict[str, Measured]
-Curves = dict[str, Curve]
-"""Curves of M matrices, (M, L)."""
+Curves = dict[str, Curve]  # Curves of M matrices, (M, L)
 
 
 def analyze(history: History, *, horizon: int | None = None, draws: int = 200, seed: int = 0) -> Analysis:
@@ -82,12 +73,11 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
         values, drawn = agreements.values, agreements.draws
         figures["agreement"] = Measured(median(values), median(drawn))
         curves["agreement"] = Curve("step", agreements.moments, values, median(drawn, 1))
-    layers: dict[int, list[int]] = {}
-    kinds: dict[str, list[int]] = {}
+    layers, kinds = defaultdict[int, list[int]](list), defaultdict[str, list[int]](list)
     for index, name in enumerate(names):
-        kinds.setdefault(kind_of(name), []).append(index)
+        kinds[kind_of(name)].append(index)
         if (layer := layer_of(name)) is not None:
-            layers.setdefault(layer, []).append(index)
+            layers[layer].append(index)
     found = Analysis(
         steps=steps,
         origin=history.source.origin,
@@ -135,22 +125,19 @@ def _inner_product_figures(
     lengths, space, rng = step_lengths(grams), dimensions(history, grid.times[1:]), np.random.default_rng(seed)
     figures, curves = gram_figures(grams, grid, horizon)
     decomposed = draws if grid.intervals <= MANY else max(FEWEST_DRAWS, int(draws * (MANY / grid.intervals) ** 3))
-    drawn: dict[str, list[Tensor]] = {}
-    drawn_curves: dict[str, list[Tensor]] = {}
+    drawn, drawn_curves = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
     for start, count in chunks(draws, lengths):
         walks = isotropic_walks(lengths, space, count, rng)
         some, some_curves = gram_figures(walks, grid, horizon, start < decomposed)
         for name, value in some.items():
-            drawn.setdefault(name, []).append(value)
+            drawn[name].append(value)
         for name, curve in some_curves.items():
-            drawn_curves.setdefault(name, []).append(median(curve.values, 1))
-
-    def joined(name: str, parts: Mapping[str, list[Tensor]]) -> Tensor | None:
-        return None if name in NO_NULL else torch.cat(parts[name])
-
+            drawn_curves[name].append(median(curve.values, 1))
+    nulls = {name: torch.cat(drawn[name]) for name in figures if name not in NO_NULL}
+    curve_nulls = {name: torch.cat(drawn_curves[name]) for name in curves if name not in NO_NULL}
     return (
-        {name: Measured(value, joined(name, drawn)) for name, value in figures.items()},
-        {name: curve._replace(draws=joined(name, drawn_curves)) for name, curve in curves.items()},
+        {name: Measured(value, nulls.get(name)) for name, value in figures.items()},
+        {name: curve._replace(draws=curve_nulls.get(name)) for name, curve in curves.items()},
     )
 
 
@@ -171,7 +158,6 @@ def _add_triplet_figures(figures: Figures, curves: Curves, history: History, see
 
 
 def _each(figures: Figures, count: int) -> list[dict[str, Figure]]:
-    """Return the figures of each matrix alone."""
     found: list[dict[str, Figure]] = [{} for _ in range(count)]
     for name in filter(figures.__contains__, FIGURES):
         values, draws = figures[name]
@@ -212,7 +198,6 @@ def _nulls(name: str, draws: Tensor) -> list[Null | None]:
 
 
 def _why_missing(name: str, moved: bool, grid: Grid, horizon: int | None, agreements: Agreements | str) -> str:
-    """Say why a figure is not there for any matrix."""
     if not moved:
         return "no matrix moved over the last interval: did training change the weights?"
     if name == "agreement" and isinstance(agreements, str):

@@ -63,13 +63,9 @@ class Analysis:
     def to_frame(self, by: Literal["matrix", "layer", "kind"] = "matrix") -> Any:
         """Return a pandas DataFrame with one column per figure, one row per matrix, layer or kind of matrix."""
         groups: Mapping[Any, Group] = getattr(self, {"matrix": "matrices", "layer": "layers", "kind": "kinds"}[by])
-        rows = {
-            name: {
-                **({"layer": group.layer, "kind": group.kind} if by == "matrix" else {}),
-                **{figure: group.value(figure) for figure in FIGURES},
-            }
-            for name, group in groups.items()
-        }
+        rows = {name: {figure: group.value(figure) for figure in FIGURES} for name, group in groups.items()}
+        if by == "matrix":
+            rows = {name: {"layer": groups[name].layer, "kind": groups[name].kind} | row for name, row in rows.items()}
         return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
     def draw(self) -> dict[str, Chart | str]:
@@ -91,8 +87,7 @@ class Analysis:
         return str(self.to_frame("kind").to_html(float_format="%.3g"))
 
 
-RANK_ONE = 0.9
-"""From this share of the energy on, one singular triplet describes nearly all of a delta."""
+RANK_ONE = 0.9  # From this share of the energy on, one singular triplet describes nearly all of a delta
 SLOW, FAST = 0.67, 1.5
 
 

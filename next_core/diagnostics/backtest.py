@@ -20,8 +20,7 @@ from next_core.plugins import PredictorLike, registry, resolve_predictor, trajec
 from next_core.predictor import TrajectoryPredictor
 from next_core.types import Progress
 
-BASELINES = ("stay", "random", "ridge")
-"""Always judged: no jump, a jump in a random direction, the linear control."""
+BASELINES = ("stay", "random", "ridge")  # Always judged: no jump, a jump in a random direction, the linear control
 Chosen = Mapping[str, Callable[[], TrajectoryPredictor]]
 """What makes each predictor anew, by the name it is reported under."""
 
@@ -38,16 +37,13 @@ def backtest(
 ) -> Backtest:
     """Predict ``horizon`` RL steps ahead of every observed step that has a checkpoint there, and compare.
 
-    At each cut a predictor is fitted to what was observed up to it, and to nothing else. It is judged in merged space
-    at alpha 1, with its own confidences. ``predictors`` are whatever ``resolve_predictor`` accepts, or names with their
-    settings; None takes the registered ones that treat each matrix alone. A ``History`` brings its rank, compressor,
-    cache and executor. ``horizon`` None: see ``default_horizon``. ``cuts`` limits their number, evenly spaced back from
-    the last. The same is done on ``draws`` random walks (``next_core.sources.source_views.RandomWalk``) for the null.
-
-    A predictor that raises or returns nonsense is reported in its ``failures``. Raises ``PluginError`` for an unknown
+    At each cut a predictor is fitted to what was observed up to it. It is judged in merged space at alpha 1, with its
+    own confidences; one that raises or returns nonsense is reported in its ``failures``. ``predictors`` are whatever
+    ``resolve_predictor`` accepts, or names with their settings; None takes those that treat each matrix alone.
+    ``horizon`` None: see ``default_horizon``. ``cuts`` limits their number, evenly spaced back from the last. ``draws``
+    random walks (``next_core.sources.source_views.RandomWalk``) give the null. Raises ``PluginError`` for an unknown
     predictor, ``ConfigError`` for its settings or a horizon that no two checkpoints span, ``CheckpointError`` for what
-    cannot be read. Without a backbone, the first checkpoint is only what the later ones moved from, and predictors that
-    count from the backbone fail.
+    cannot be read.
     """
     chosen, notes = _choose(predictors)
     whole = run if isinstance(run, History) else History(run)
@@ -86,8 +82,6 @@ def _choose(predictors: Sequence[PredictorLike] | Mapping[str, Mapping[str, Any]
 
 
 class _WalkForward:
-    """A backtest at work."""
-
     def __init__(self, whole: History, replay: Replay, chosen: Chosen, progress: Progress | None) -> None:
         self.whole, self.replay, self.chosen = whole, replay, chosen
         self.progress: Progress = progress or (lambda what, done, total: None)
@@ -127,10 +121,7 @@ class _WalkForward:
         )
 
     def _predict_all(self, draw: int, motion: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Predict at some cuts of the run or of a walk, then compare matrix by matrix, which reads each one once.
-
-        ``motion`` has by cut and matrix what was measured.
-        """
+        """Predict at some cuts of the run or of a walk, then compare by matrix; ``motion`` is by cut and matrix."""
         shared = Shared()
         asked: list[tuple[int, str, CutHistory, Prediction | None]] = []
         for cut in sorted(motion, reverse=True):  # the last one decomposes at once what the cuts before it need as well

@@ -15,8 +15,7 @@ from next_core.diagnostics.random_walks import band
 from next_core.drawing import Axis, Chart, Dot, Rows, drawn_or_error
 from next_core.process.optional_packages import import_optional
 
-RESAMPLES = 2000
-"""Bootstrap samples of an interval."""
+RESAMPLES = 2000  # Bootstrap samples of an interval
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,8 @@ class Backtest:
         rows = {name: [Dot(one.score.skill or 0.0, one.interval)] for name, one in known.items()}
         walks = {name: (one.null.low, one.null.mean, one.null.high) for name, one in known.items() if one.null}
         axis = Axis(f"skill {self.horizon} steps ahead: 1 exact, 0 no jump; grey: walks")
-        return drawn_or_error(
-            Rows("backtest", rows, axis, walks) if rows else "no predictor has a skill: nothing moved"
-        )
+        none = "no predictor has a skill: nothing moved"
+        return drawn_or_error(Rows("backtest", rows, axis, walks) if rows else none)
 
     def __repr__(self) -> str:
         skills = ", ".join(f"{n} {j.score.skill:.2f}" for n, j in self.predictors.items() if j.score.skill is not None)

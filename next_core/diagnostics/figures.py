@@ -99,7 +99,6 @@ class Group:
     kind: str | None = None
 
     def value(self, figure: str) -> float | None:
-        """Return the figure, or None."""
         return self.figures[figure].value if figure in self.figures else None
 
     def as_dict(self) -> dict[str, Any]:

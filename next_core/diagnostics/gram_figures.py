@@ -18,10 +18,7 @@ Over = Literal["step", "horizon", "lag"]
 
 
 class Curve(NamedTuple):
-    """A figure over steps, horizons or lags: ``x`` (L,) and ``values`` (..., L).
-
-    ``draws`` (D, L) are its medians over the matrices on random walks.
-    """
+    """A figure over steps, horizons or lags: ``x`` (L,), ``values`` (..., L), and medians on walks, ``draws`` (D, L)."""
 
     over: Over
     x: tuple[int, ...]

@@ -24,19 +24,14 @@ from next_core.mathematics.agreement import agreement, comparable_span
 
 BALANCED = 0.1
 """lambda up to which a constant learning rate is large enough: about that of the best one on the arithmetic task."""
-STRAIGHT = 0.98
-"""lambda beyond which it no longer says how small a learning rate is."""
-EXPONENT = 0.63
-"""On the arithmetic task (lambda / (1 - lambda)) to this power falls as the learning rate grows."""
-MOST_MOMENTS = 32
-"""At most so many moments at which successive motions are compared."""
+STRAIGHT = 0.98  # lambda beyond which it no longer says how small a learning rate is
+EXPONENT = 0.63  # On the arithmetic task (lambda / (1 - lambda)) to this power falls as the learning rate grows
+MOST_MOMENTS = 32  # At most so many moments at which successive motions are compared
 COVERS = 2.7
 """The best rate of a sweep was within this factor of the estimate for all 33 plain runs of three tasks at 3e-5 to 3e-4
 in benchmarks/results/rates.json, whether the runs of the sweep end in a mean or not."""
-SHORT = 200
-"""Runs of fewer steps read high: early in a run motions agree more."""
-WORTH_TELLING = 2.0
-"""A smaller factor cannot be told from a rate that is right."""
+SHORT = 200  # Runs of fewer steps read high: early in a run motions agree more
+WORTH_TELLING = 2.0  # A smaller factor cannot be told from a rate that is right
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Agreements:
-    """lambda of successive motions of ``span`` RL steps at L moments, (M, L), and of D walks, (D, M, L).
-
-    Motions are those of the adapter's own factors A and B, or of the matrices without LoRA.
-    """
+    """lambda of successive motions (of A and B under LoRA) of ``span`` RL steps, (M, L), and of walks, (D, M, L)."""
 
     span: int
     moments: tuple[int, ...]
@@ -79,10 +71,7 @@ class Agreements:
 
 
 def measure_agreements(history: History, draws: int, seed: int) -> Agreements | str:
-    """Return the agreement of successive motions and its null, or why it cannot be measured.
-
-    Moments are half a span apart or more.
-    """
+    """Return the agreement of successive motions, half a span apart or more, and its null; or why there is none."""
     if not history.names:
         return "no matrix moved over the last interval: did training change the weights?"
     steps = measured_steps(history)
@@ -137,11 +126,8 @@ def learning_rate_factor(
 
 
 def run_advice(source: CheckpointSource, jumps: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return one sentence when a run's learning rate was too small; None when it was not, or for full parameters.
-
-    Reading whole matrices at the end of a full-parameter run would take long.
-    """
-    if any(parameter.rank is None for parameter in source.parameters):
+    """Return one sentence when a run's learning rate was too small; None when it was not, or for full parameters."""
+    if any(parameter.rank is None for parameter in source.parameters):  # reading whole matrices would take long
         return None
     return learning_rate_advice(learning_rate_factor(History(source), jumps))
 
@@ -173,7 +159,6 @@ def _action(rate: LearningRate) -> str:
 
 
 def _doubts(rate: LearningRate) -> str:
-    """Return what makes the estimate less certain."""
     doubts = []
     if rate.steps < SHORT:
         doubts.append(f"a run of {rate.steps} steps reads high")

@@ -29,33 +29,22 @@ def draw_analysis(overall: Group, matrices: Mapping[str, Group], missing: Mappin
 
 
 def write_plots(drawn: Mapping[str, Chart | str], folder: Path) -> dict[str, str]:
-    """Write each chart as SVG into ``folder``, atomically. Raises ``ConfigError`` if that is a file.
-
-    Returns the path of each, or why it was not drawn.
-    """
+    """Write charts as SVG; return their paths, or why they were not drawn. ``ConfigError`` if ``folder`` is a file."""
     check_folder(folder)
-    return {
-        name: f"not drawn: {one}" if isinstance(one, str) else str(one.write(folder)) for name, one in drawn.items()
-    }
+    return {name: f"not drawn: {x}" if isinstance(x, str) else str(x.write(folder)) for name, x in drawn.items()}
 
 
 def _energy(overall: Group) -> Chart | str:
-    words = {
-        "squared_energy_ratio": "σ₁² / Σσ², share of the energy",
-        "energy_ratio": "σ₁ / Σσ, not squared (NExt)",
-    }
-    looks = {"global": ("since the start", "c0"), "local": ("in each interval", "c1")}
-    panels = [
-        Panel(
-            [line for which, look in looks.items() for line in _lines(overall, f"{figure}_{which}", *look)],
-            Axis(title, 0, 1),
-        )
-        for figure, title in words.items()
-        if _known(overall.series.get(f"{figure}_global"))
-    ]
-    return (
-        Lines("energy-ratios", panels, Axis("RL step", 0), height=220 * len(panels)) if panels else "no energy ratios"
-    )
+    words = {"squared_energy_ratio": "σ₁² / Σσ², share of the energy", "energy_ratio": "σ₁ / Σσ, not squared (NExt)"}
+    panels = []
+    for figure, title in words.items():
+        if _known(overall.series.get(f"{figure}_global")):
+            lines = _lines(overall, f"{figure}_global", "since the start", "c0")
+            lines += _lines(overall, f"{figure}_local", "in each interval", "c1")
+            panels.append(Panel(lines, Axis(title, 0, 1)))
+    if not panels:
+        return "no energy ratios"
+    return Lines("energy-ratios", panels, Axis("RL step", 0), height=220 * len(panels))
 
 
 def _skill(overall: Group, missing: Mapping[str, str]) -> Chart | str:
@@ -110,9 +99,8 @@ def _lines(overall: Group, name: str, words: str, colour: str) -> list[Line]:
     series = overall.series[name]
     found = [Line(words, series.x, series.value, series.low, series.high, colour, dots=True)]
     if series.null is not None:
-        mean, low, high = (
-            [None if one is None else getattr(one, part) for one in series.null] for part in ("mean", "low", "high")
-        )
+        parts = ("mean", "low", "high")
+        mean, low, high = ([None if one is None else getattr(one, part) for one in series.null] for part in parts)
         found.append(Line("random walk", series.x, mean, low, high, "walk" if name == "msd" else colour, dashed=True))
     return found
 

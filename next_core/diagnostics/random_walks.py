@@ -12,12 +12,9 @@ from torch import Tensor
 from next_core.history.history import History
 from next_core.types import LoraFactors
 
-CHUNK_BYTES = 32 * 2**20
-"""Gram matrices that are drawn at a time take at most this much memory."""
-FEWEST_DRAWS = 20
-"""Fewer walks than this give no interval."""
-FEW_DRAWS = 40
-"""Below this many draws, quantiles say little and the interval is Student's prediction interval."""
+CHUNK_BYTES = 32 * 2**20  # Gram matrices that are drawn at a time take at most this much memory
+FEWEST_DRAWS = 20  # Fewer walks than this give no interval
+FEW_DRAWS = 40  # Below this many draws, quantiles say little and the interval is Student's prediction interval
 
 
 def band(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +50,7 @@ def isotropic_walks(lengths: Tensor, dimensions: Tensor, draws: int, rng: np.ran
 
 
 def dimensions(history: History, steps: tuple[int, ...]) -> Tensor:
-    """The number of directions an isotropic walk of each moving matrix has, (M,), fp64.
-
-    Dense: m n. LoRA: ``factor_walk_dimension`` at the newest checkpoint, from the last two.
-    """
+    """The directions that a walk of each moving matrix has, (M,), fp64: dense m n, LoRA ``factor_walk_dimension``."""
     found, last_two = [], (steps[-min(2, len(steps))], steps[-1])
     for name in history.names:
         before, now = (history.source.factors(name, step) for step in last_two)

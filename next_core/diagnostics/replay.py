@@ -23,8 +23,7 @@ from next_core.mathematics.low_rank import Factors, LowRank
 from next_core.sources.source_views import RandomWalk, UpTo, with_origin
 from next_core.types import Span
 
-Shared = dict[Span, dict[str, Factors]]
-"""Decomposed deltas, which are the same at every cut that has seen them."""
+Shared = dict[Span, dict[str, Factors]]  # Decomposed deltas, which are the same at every cut that has seen them
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,8 @@ class Replay:
                 rows = torch.cat([torch.eye(len(self.steps)).double()[: len(self._increments(cut))], ahead])
                 found[draw, cut] = rows @ gram @ rows.T
         if not all(bool(gram.isfinite().all()) for gram in found.values()):
-            raise CheckpointError(
-                f"'{name}' holds NaN, Inf or numbers whose squares are; is a checkpoint damaged?",
-                kind="checkpoint-not-finite",
-            )
+            message = f"'{name}' holds NaN, Inf or numbers whose squares are; is a checkpoint damaged?"
+            raise CheckpointError(message, kind="checkpoint-not-finite")
         return found
 
     def _increments(self, until: int) -> list[Span]:
@@ -109,17 +106,15 @@ def make_replay(
     source: CheckpointSource, steps: Sequence[int], horizon: int | None, cuts: int | None, draws: int, seed: int
 ) -> Replay:
     """Fill in what is None. Raises ``ConfigError`` for wrong settings, ``CheckpointError`` for a short run."""
-    for wrong, message in (
-        (horizon is not None and horizon < 1, f"horizon must be at least 1 RL step (got {horizon})"),
-        (cuts is not None and cuts < 1, f"cuts must be at least 1 (got {cuts})"),
-        (draws < 0 or draws == 1, f"draws must be 0 (no null) or at least 2, for an interval (got {draws})"),
-    ):
-        if wrong:
-            raise invalid_value(message)
+    if horizon is not None and horizon < 1:
+        raise invalid_value(f"horizon must be at least 1 RL step (got {horizon})")
+    if cuts is not None and cuts < 1:
+        raise invalid_value(f"cuts must be at least 1 (got {cuts})")
+    if draws < 0 or draws == 1:
+        raise invalid_value(f"draws must be 0 (no null) or at least 2, for an interval (got {draws})")
     if len([step for step in steps if step > 0]) < 2:
-        raise CheckpointError(
-            f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})", kind="checkpoint-too-few"
-        )
+        message = f"a backtest needs at least 2 checkpoints after step 0 (got {len(steps)})"
+        raise CheckpointError(message, kind="checkpoint-too-few")
     chosen = default_horizon(steps) if horizon is None else horizon
     start = None if with_origin(source) is source else steps[0]
     every = tuple(cut for cut in cuts_of(steps, chosen) if cut != start)  # before which nothing is known

@@ -15,8 +15,7 @@ from next_core.types import Span
 
 MOST_HORIZONS = 32
 """At most so many lags and horizons are measured, evenly chosen: unevenly spaced runs have many distinct ones."""
-FEWEST_POINTS = 3
-"""A line must be fitted to at least so many points, the start among them, before it has to predict."""
+FEWEST_POINTS = 3  # A line must be fitted to at least so many points, the start among them, before it has to predict
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Grid:
 
     @property
     def even(self) -> bool:
-        """Whether all intervals have one length."""
         return len({b - a for a, b in itertools.pairwise(self.times)}) <= 1
 
     @cached_property

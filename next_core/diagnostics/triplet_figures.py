@@ -19,8 +19,7 @@ from next_core.mathematics.low_rank import Factors, LowRank, lora_difference, tr
 from next_core.types import LoraFactors
 
 KINDS: tuple[DeltaKind, ...] = ("global", "local")
-LORA_DRAWS = 8
-"""Walks of factors per class of matrices (one shape, one rank): the figures vary little between them."""
+LORA_DRAWS = 8  # Walks of factors per class of matrices (one shape, one rank): the figures vary little between them
 DENSE_DRAWS = 100
 MOST_SAMPLED = 1024
 """Dense matrices of up to this many entries are drawn; for larger ones the limits of large matrices are good."""

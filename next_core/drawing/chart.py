@@ -62,7 +62,6 @@ class Charts(dict[str, Chart]):
 
 
 def _legend(keys: Mapping[str, Mapping[str, Any]], width: int) -> tuple[float, list[str]]:
-    """Return the height of a legend inside a file, and its elements."""
     parts, x, y = list[str](), 4.0, 14.0
     for name, look in keys.items():
         size = 34 + GLYPH * len(label(name))

@@ -24,10 +24,8 @@ DARK = _palette("#12161b #e6e9ec #9ea7b1 #343b44 #8b949e #58b6ec #ff9256 #35c79a
 """Okabe and Ito's hues, which colour-blind readers can tell apart, dark or light enough for thin lines."""
 COLOURS = tuple(f"c{index}" for index in range(6))
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif"
-WIDTH, NARROW = 540, 360
-"""Widths in pixels of a chart: half a page, and a phone."""
-SIZE, GLYPH = 12, 7.0
-"""Font size, and the width of a wide character."""
+WIDTH, NARROW = 540, 360  # Widths in pixels of a chart: half a page, and a phone
+SIZE, GLYPH = 12, 7.0  # Font size, and the width of a wide character
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from next_core.drawing.chart import Chart
 from next_core.drawing.elements import GLYPH, label, tag, text
 
-BELOW, NEUTRAL, ABOVE = (163, 65, 11), (238, 238, 234), (8, 81, 156)
-"""Colours of -1, 0 and 1 in a map."""
+BELOW, NEUTRAL, ABOVE = (163, 65, 11), (238, 238, 234), (8, 81, 156)  # Colours of -1, 0 and 1 in a map
 
 
 @dataclass(frozen=True)

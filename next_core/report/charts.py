@@ -18,24 +18,12 @@ from next_core.report.inputs import Arm, Comparison, Jump, Point, Recorded
 
 Over = Literal["steps", "seconds"]
 X = {"steps": Axis("RL step", 0), "seconds": Axis("seconds of training, evaluation excluded", 0)}
-MOST_POINTS = 50
-"""A longer log is averaged over neighbouring records."""
+MOST_POINTS = 50  # A longer log is averaged over neighbouring records
 STUDENT = 1.96
-SHARES = (
-    "squared_energy_ratio_global",
-    "squared_energy_ratio_local",
-    "energy_ratio_global",
-    "energy_ratio_local",
-    "c1_r2",
-    "top_1_share",
-    "line_r2",
-    "line_skill",
-    "pinned_skill",
-    "line_r2_out",
-    "cosine_local",
-    "straightness",
-)
-"""Figures that are 1 for a straight line."""
+# Figures that are 1 for a straight line
+SHARES = ["squared_energy_ratio_global", "squared_energy_ratio_local", "energy_ratio_global", "energy_ratio_local"]
+SHARES += ["c1_r2", "top_1_share", "line_r2", "line_skill", "pinned_skill", "line_r2_out", "cosine_local"]
+SHARES += ["straightness"]
 
 
 def learning_curve(recorded: Recorded) -> Chart | str:
@@ -126,14 +114,11 @@ def _accuracies(recorded: Recorded) -> list[Line]:
 def _by_kind(points: Sequence[Point], name: str, colour: str, over: Over = "steps") -> list[Line]:
     kinds = list(dict.fromkeys(kind for point in points for kind in point.test))
     x = [point.step if over == "steps" else point.seconds for point in points]
-    values = {kind: [point.test.get(kind) for point in points] for kind in kinds}
-    return [
-        Line(f"{name}, {kind}", x, y, colour=colour, dashed=kind != kinds[0], dots=True) for kind, y in values.items()
-    ]
+    by = {kind: [point.test.get(kind) for point in points] for kind in kinds}
+    return [Line(f"{name}, {kind}", x, y, colour=colour, dashed=kind != kinds[0], dots=True) for kind, y in by.items()]
 
 
 def over_seconds(recorded: Recorded) -> Chart | str:
-    """Draw test accuracy over the seconds of training."""
     plain = [] if recorded.control is None else recorded.control.curve
     lines = [*_by_kind(recorded.curve, "this run", "c2", "seconds"), *_by_kind(plain, "plain run", "soft", "seconds")]
     if not any(line.points() for line in lines):
@@ -219,8 +204,7 @@ def arm_multiples(arms: Mapping[str, Arm]) -> Chart | str:
     looks, lines = arm_looks(arms), list[Line]()
     for name, arm in arms.items():
         for jumps in arm.jumps.values():
-            points = [(jump.step, jump.multiple) for jump in jumps if jump.multiple]
-            if points:
+            if points := [(jump.step, jump.multiple) for jump in jumps if jump.multiple]:
                 steps, values = zip(*points, strict=True)
                 lines.append(Line(label(name), steps, values, colour=looks[name][0], dashed=looks[name][1]))
     panel = Panel(lines, Axis("multiple of the observed update", log=True), rule=1)
@@ -228,7 +212,6 @@ def arm_multiples(arms: Mapping[str, Arm]) -> Chart | str:
 
 
 def against_walks(analysis: Analysis) -> Chart | str:
-    """Draw the figures of all matrices against their random walks."""
     figures = {name: analysis.overall.figures.get(name) for name in SHARES}
     known = {FIGURES[name].heading: one for name, one in figures.items() if one is not None and one.value is not None}
     rows = {name: [Dot(one.value or 0.0, one.quartiles)] for name, one in known.items()}
@@ -242,6 +225,5 @@ def against_walks(analysis: Analysis) -> Chart | str:
 
 
 def skill_by_layer(analysis: Analysis, judged: Judged) -> Chart | str:
-    """Draw a predictor's skill by layer and kind of matrix."""
     values = {name: score.skill for name, (score, _) in judged.per_matrix.items()}
     return layer_maps("skill-by-layer", analysis.matrices, {f"skill of {label(judged.name)}": values})

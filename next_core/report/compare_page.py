@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 from next_core.comparison.comparison_results import Bounds, Interval
@@ -12,10 +13,8 @@ from next_core.report.formatting import NONE, Format, counted, decimal, seconds,
 from next_core.report.inputs import Comparison, Jump, title_of
 from next_core.report.page import Block, Cell, Code, Facts, Page, Table, Text
 
-KINDS = ("sampled", "greedy")
-"""Kinds of accuracy, in the order of the table."""
-MOST_REASONS = 3
-"""Reasons for refused jumps that an arm lists; the rest are counted together."""
+KINDS = ("sampled", "greedy")  # Kinds of accuracy, in the order of the table
+MOST_REASONS = 3  # Reasons for refused jumps that an arm lists; the rest are counted together
 
 
 def compare_page(comparison: Comparison, title: str) -> Page:
@@ -66,11 +65,8 @@ def _accuracy(page: Page, comparison: Comparison) -> list[Block]:
         tests = [_cell(arm.test.get(kind)) for kind in kinds]
         rows.append([name, whole(arm.steps), *tests, *differences[: len(against)]])
     seeds = len(comparison.seeds)
-    small = (
-        f"Small: 95% intervals, Student's t over {seeds} seeds. Bold: the whole interval is above plain RL."
-        if seeds > 1
-        else "One seed: no intervals."
-    )
+    small = f"Small: 95% intervals, Student's t over {seeds} seeds. Bold: the whole interval is above plain RL."
+    small = small if seeds > 1 else "One seed: no intervals."
     caption = f"Accuracy on the test prompts, mean over {counted(seeds, 'seed')}"
     note = f"Differences are of {comparison.metric} accuracy, paired by seed. {small}"
     shown = {n: arm for n, arm in arms.items() if arm.difference is not None and arm.role != "plain"}
@@ -84,17 +80,9 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
     rows: list[list[str | Cell]] = []
     for name, arm in comparison.arms.items():
         bound = "≥ " if arm.beyond else ""
-        row: list[str | Cell] = [
-            name,
-            whole(arm.spent_steps),
-            _cell(arm.equals_step, whole, prefix=bound),
-            _cell(arm.steps_saved, form.signed_whole, prefix=bound),
-            _cell(arm.seconds, seconds),
-            form.less_or_more(arm.seconds_saved),
-            _cell(arm.ours_seconds, seconds),
-            _cell(arm.icer, form.one_digit),
-        ]
-        rows.append(row)
+        steps = _cell(arm.equals_step, whole, prefix=bound), _cell(arm.steps_saved, form.signed_whole, prefix=bound)
+        time = _cell(arm.seconds, seconds), form.less_or_more(arm.seconds_saved), _cell(arm.ours_seconds, seconds)
+        rows.append([name, whole(arm.spent_steps), *steps, *time, _cell(arm.icer, form.one_digit)])
     names = ["arm", "RL steps spent", "equals plain step", "steps saved", "time", "than plain", "overhead", "ICER"]
     notes = [
         "RL steps spent: per seed, including the settings that were not chosen.",
@@ -105,28 +93,19 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
     ]
     if beyond := {name: arm.beyond for name, arm in comparison.arms.items() if arm.beyond}:
         each = ", ".join(f"{name}: {count}" for name, count in beyond.items())
-        seeds = counted(len(comparison.seeds), "seed")
-        notes.append(
-            f"≥: better than the whole plain curve in some of {seeds} ({each}); there the curve's end is used."
-        )
+        some = f"some of {counted(len(comparison.seeds), 'seed')} ({each})"
+        notes.append(f"≥: better than the whole plain curve in {some}; there the curve's end is used.")
     words = "Accuracy over seconds of training, evaluation excluded."
     figure = page.figure("Accuracy over seconds of training", charts.compared(comparison, "seconds"), words)
     return [Table("Steps and time, mean over seeds", names, rows), *figure, Text(notes, "aside")]
 
 
 def _choices(page: Page, comparison: Comparison) -> list[Block]:
-    rows: list[list[str | Cell]] = [
-        [
-            name,
-            form.values_text(variant.values),
-            _cell(variant.validation, strong=variant.chosen),
-            _cell(variant.test),
-            "chosen" if variant.chosen else "",
-        ]
-        for name, arm in comparison.arms.items()
-        for variant in arm.variants
-        if len(arm.variants) > 1
-    ]
+    rows: list[list[str | Cell]] = []
+    for name, arm in comparison.arms.items():
+        for one in arm.variants if len(arm.variants) > 1 else ():
+            accuracies = _cell(one.validation, strong=one.chosen), _cell(one.test)
+            rows.append([name, form.values_text(one.values), *accuracies, "chosen" if one.chosen else ""])
     caption = f"Settings tried, {comparison.metric} accuracy; the choice does not use the test prompts"
     return [Table(caption, ["arm", "setting", "validation", "test", "choice"], rows)] if rows else []
 
@@ -139,27 +118,22 @@ def _jumps(page: Page, comparison: Comparison) -> list[Block]:
             made = [jump for jump in arm.jump_log if jump.accepted]
             counts = [whole(len(arm.jump_log)), whole(len(made)), whole(len(arm.jump_log) - len(made))]
             first = Cell(name, "" if arm.predictor == name else arm.predictor)
-            rows.append(
-                [first, *counts, form.steps_text(made), decimal(form.mean([jump.norm_ratio for jump in made]), 2)]
-            )
+            norms = [jump.norm_ratio for jump in made if jump.norm_ratio is not None]
+            rows.append([first, *counts, form.steps_text(made), decimal(fmean(norms) if norms else None, 2)])
             refusals += _refusals(name, arm.jump_log)
     if not rows:
         page.missing["Jumps"] = "no arm attempted one"
         return []
     names = ["arm", "attempted", "made", "refused", "made at steps", "mean norm"]
-    blocks: list[Block] = [
-        Table("Jumps of all seeds", names, rows, "Norm: of the jump, relative to the update just before.")
-    ]
+    note = "Norm: of the jump, relative to the update just before."
+    blocks: list[Block] = [Table("Jumps of all seeds", names, rows, note)]
     multiples = charts.arm_multiples(comparison.arms)
     if not isinstance(multiples, str):
-        blocks += page.figure(
-            "Multiples", multiples, "Multiple of the observed update that a jump aims at; 1 is no jump."
-        )
-    headings = ["arm", "times", "at steps", "reason"]
-    return [
-        *blocks,
-        Table("Why jumps were refused", headings, refusals) if refusals else Text(["No jump was refused."]),
-    ]
+        caption = "Multiple of the observed update that a jump aims at; 1 is no jump."
+        blocks += page.figure("Multiples", multiples, caption)
+    if not refusals:
+        return [*blocks, Text(["No jump was refused."])]
+    return [*blocks, Table("Why jumps were refused", ["arm", "times", "at steps", "reason"], refusals)]
 
 
 def _setup(page: Page, comparison: Comparison) -> list[Block]:
@@ -184,11 +158,8 @@ def above(difference: Interval | None) -> bool:
 
 def paired(one: Interval, other: Interval) -> Interval | None:
     """Return the mean of one minus other over the seeds that both have, with Student's 95% interval."""
-    each = {
-        seed: mine - against
-        for seed, mine in one.values.items()
-        if mine is not None and (against := other.values.get(seed)) is not None
-    }
+    pairs = {seed: (mine, other.values.get(seed)) for seed, mine in one.values.items()}
+    each = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
     return Interval.of(each) if each else None
 
 
@@ -212,7 +183,6 @@ class Ends(NamedTuple):
         return cls(ends, plain.get(comparison.steps), plain.get(comparison.longer or 0), next(iter(tuned), None), best)
 
     def mean(self, name: str) -> str:
-        """Return an arm's accuracy as text."""
         return decimal(self.accuracy[name].mean)
 
 

@@ -56,9 +56,7 @@ def span(interval: Bounds | None, form: Format = decimal) -> str:
     """Return ``0.71 to 0.78`` or ``0.71 or more``; nothing where a single seed gives no interval."""
     if interval is None or interval.low is None:
         return ""
-    return (
-        f"{form(interval.low)} or more" if interval.high is None else f"{form(interval.low)} to {form(interval.high)}"
-    )
+    return f"{form(interval.low)} {'or more' if interval.high is None else f'to {form(interval.high)}'}"
 
 
 def with_span(interval: Bounds | None) -> str:
@@ -115,12 +113,6 @@ def merged(rows: Sequence[Sequence[str]]) -> list[list[str]]:
         ends = f"{some[0][0]} to {some[-1][0]} ({len(some)} times)"
         found.append([ends if len(some) > 1 else some[0][0], *some[0][1:]])
     return found
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are known."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def as_yaml(value: Mapping[str, Any]) -> str:

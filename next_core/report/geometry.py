@@ -51,10 +51,7 @@ def check_predictor(options: GeometryOptions) -> None:
 def add_geometry(
     page: Page, recorded: Recorded, options: GeometryOptions, progress: Progress | None
 ) -> LearningRate | None:
-    """Measure the checkpoints and add the figures, against random walks, and a predictor's skill by layer.
-
-    Returns what the checkpoints say about the learning rate, if anything.
-    """
+    """Add the figures of the checkpoints and a predictor's skill by layer; return what they say of the rate."""
     if not options.wanted:
         page.missing["Geometry"] = "excluded by --no-geometry"
         return None
@@ -79,33 +76,23 @@ def add_geometry(
 
 
 def _analysis(page: Page, analysis: Analysis, cache_trouble: str | None) -> list[Block]:
-    blocks: list[Block] = [
-        Text(
-            [
-                f"{counted(len(analysis.steps), 'checkpoint')} of steps {analysis.steps[0]} to {analysis.steps[-1]}; "
-                f"deltas count from step {analysis.origin} and exclude the jumps. {len(analysis.matrices)} matrices "
-                f"changed, {len(analysis.frozen)} did not. A random walk with the same step lengths shows "
-                "much of the same structure, so each figure is compared with one."
-            ]
-        ),
-    ]
+    about = (
+        f"{counted(len(analysis.steps), 'checkpoint')} of steps {analysis.steps[0]} to {analysis.steps[-1]}; "
+        f"deltas count from step {analysis.origin} and exclude the jumps. {len(analysis.matrices)} matrices "
+        f"changed, {len(analysis.frozen)} did not. A random walk with the same step lengths shows "
+        "much of the same structure, so each figure is compared with one."
+    )
     found = [line for line in analysis.advice if line != learning_rate_advice(analysis.learning_rate)]
-    blocks += [Text(found)] if found else []
+    blocks: list[Block] = [Text([about]), *([Text(found)] if found else [])]
     blocks += page.figure("Figures against random walks", charts.against_walks(analysis), CAPTIONS["figures"])
     for name, drawn in analysis.draw().items():
         blocks += page.figure(name.replace("-", " ").capitalize(), drawn, CAPTIONS[name])
-    rows = [
-        [
-            FIGURES[name].heading,
-            f"{decimal(one.value)}{MARKS[one.outside]}",
-            _ends(one.quartiles),
-            NONE if one.null is None else decimal(one.null.mean),
-            NONE if one.null is None else _ends((one.null.low, one.null.high)),
-            FIGURES[name].words,
-        ]
-        for name, one in analysis.overall.figures.items()
-        if one.value is not None
-    ]
+    rows = []
+    for name, one in analysis.overall.figures.items():
+        if one.value is not None:
+            walk = [NONE, NONE] if one.null is None else [decimal(one.null.mean), _ends((one.null.low, one.null.high))]
+            run = [f"{decimal(one.value)}{MARKS[one.outside]}", _ends(one.quartiles)]
+            rows.append([FIGURES[name].heading, *run, *walk, FIGURES[name].words])
     ahead = "" if analysis.horizon is None else f" Out-of-sample figures: {analysis.horizon} steps ahead."
     note = f"Run: median over matrices. Random walk: mean; ↑ above, ↓ below its 95%.{ahead}"
     names = ["figure", "run", "quartiles", "random walk", "95%", "meaning"]
@@ -133,28 +120,20 @@ def _skill(
     interval = f" (95% {_ends(judged.interval)})" if judged.interval else ""
     walks = f"; random walks have {decimal(null.mean)} (95% {_ends((null.low, null.high))})" if null else ""
     upto = f"step {cuts[0]}" if len(cuts) == 1 else f"{len(cuts)} steps from {cuts[0]} to {cuts[-1]}"
-    blocks: list[Block] = [
-        Text(
-            [
-                f"{judged.name} was fitted to the checkpoints up to {upto}, and its prediction {found.horizon} steps "
-                "ahead compared with what RL then did. Skill is the share of the squared error of making no jump that "
-                f"it removes: 1 is exact, below 0 a jump does harm. Over all matrices "
-                f"it is {decimal(score)}{interval}{walks}."
-            ]
-        )
-    ]
+    about = (
+        f"{judged.name} was fitted to the checkpoints up to {upto}, and its prediction {found.horizon} steps "
+        "ahead compared with what RL then did. Skill is the share of the squared error of making no jump that "
+        f"it removes: 1 is exact, below 0 a jump does harm. Over all matrices it is {decimal(score)}{interval}{walks}."
+    )
     known = [(name, one.skill, walk) for name, (one, walk) in judged.per_matrix.items() if one.skill is not None]
     known.sort(key=lambda one: -one[1])
-    ends = (
-        f" Best: {known[0][0]} {decimal(known[0][1])}; worst: {known[-1][0]} {decimal(known[-1][1])}" if known else ""
-    )
+    best, worst = (f"{known[at][0]} {decimal(known[at][1])}" if known else "" for at in (0, -1))
+    ends = f" Best: {best}; worst: {worst}" if known else ""
     chart = charts.skill_by_layer(analysis, judged)
     caption = f"Skill of {judged.name}, {found.horizon} steps ahead; what lies below −1 has the colour of −1."
-    blocks += page.figure("Skill by layer", chart, caption, caption + ends)
-    rows = [
-        [name.removesuffix(".weight"), signed(one), signed(walk.mean) if walk else NONE] for name, one, walk in known
-    ]
-    return [*blocks, Table("Skill by matrix, best first", ["matrix", "skill", "random walk"], rows)]
+    figure = page.figure("Skill by layer", chart, caption, caption + ends)
+    rows = [[name.removesuffix(".weight"), signed(s), signed(walk.mean) if walk else NONE] for name, s, walk in known]
+    return [Text([about]), *figure, Table("Skill by matrix, best first", ["matrix", "skill", "random walk"], rows)]
 
 
 def _ends(pair: tuple[float, float] | None) -> str:

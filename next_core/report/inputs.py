@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -76,7 +77,6 @@ class Arm(ArmResult):
 
     @property
     def jump_log(self) -> list[Jump]:
-        """Return the jumps of all seeds."""
         return [jump for jumps in self.jumps.values() for jump in jumps]
 
     @property
@@ -162,12 +162,9 @@ class Recorded:
         """Return what a result says of a run whose journal is gone."""
         if self.result is None:
             return []
-        steps = {"start": 0, "final": self.result.steps}
-        values = {place: self.result.accuracy.get(place) for place in steps}
-        found: list[dict[str, Any]] = [
-            {"event": "accuracy", "step": steps[place], "value": value} for place, value in values.items()
-        ]
-        return [*found, {"event": "end", "step": self.result.steps}]
+        last, known = self.result.steps, self.result.accuracy
+        start, end = {"step": 0, "value": known.get("start")}, {"step": last, "value": known.get("final")}
+        return [{"event": "accuracy"} | start, {"event": "accuracy"} | end, {"event": "end", "step": last}]
 
     @property
     def predictor(self) -> str:
@@ -180,21 +177,13 @@ class Recorded:
     @property
     def about(self) -> dict[str, Any]:
         """Return what was trained, and where: from the config and the result, or else as the callback recorded it."""
-        values = parse_yaml(self.config or "", CONFIG)
-        training = values.get("training") if isinstance(values, dict) else None
-        recorded = self.started.get("about")
+        recorded, training = self.started.get("about"), self._training
         found = {"seed": self.started.get("seed"), **(recorded if isinstance(recorded, dict) else {})}
-        if isinstance(training, dict):
-            data = training.get("data")
-            size: list[Any] = [training.get(key) for key in ("prompts_per_step", "generations")]
-            reward = training.get("reward")
-            found |= {
-                "model": training.get("model"),
-                "task": data.get("train") if isinstance(data, dict) else reward,
-                "algorithm": training.get("algorithm"),
-                "learning_rate": training.get("learning_rate"),
-                "rollouts": math.prod(size) if all(isinstance(one, int) for one in size) else None,
-            }
+        if training is not None:
+            data, size = training.get("data"), [training.get(key) for key in ("prompts_per_step", "generations")]
+            found |= {key: training.get(key) for key in ("model", "algorithm", "learning_rate")}
+            found["task"] = data.get("train") if isinstance(data, dict) else training.get("reward")
+            found["rollouts"] = math.prod(size) if all(isinstance(one, int) for one in size) else None
         if self.result is not None:
             known = self.result.settings | {key: getattr(self.result, key) for key in ("date", "hardware", "versions")}
             found |= {key: value for key, value in known.items() if value not in ("", None)}
@@ -213,27 +202,28 @@ class Recorded:
 
     @property
     def probes(self) -> dict[int, float]:
-        """Return the accuracies on the validation prompts by step."""
         return probed_accuracies(self.events)
 
     @property
     def control(self) -> Control | None:
-        """Return the plain run of the same seed, if there is one."""
         return None if self.result is None else self.result.control
 
     @property
     def backbone(self) -> Path | None:
         """Return the base model in the config of a full-parameter run, if it still exists."""
+        if self._training is None or self._training.get("lora", "an adapter") is not None:
+            return None
+        folder = Path(str(self._training.get("model")))
+        return folder if folder.is_dir() else None
+
+    @cached_property
+    def _training(self) -> dict[str, Any] | None:
         values = parse_yaml(self.config or "", CONFIG)
         training = values.get("training") if isinstance(values, dict) else None
-        if not isinstance(training, dict) or training.get("lora", "an adapter") is not None:
-            return None
-        folder = Path(str(training.get("model")))
-        return folder if folder.is_dir() else None
+        return training if isinstance(training, dict) else None
 
     @property
     def started(self) -> dict[str, Any]:
-        """Return the journal's first record."""
         return next((record for record in self.events if record["event"] == "start"), {})
 
     @property
@@ -246,9 +236,8 @@ class Recorded:
 def open_folder(folder: Path) -> Comparison | Recorded:
     """Read a run or a comparison. Raises ``ConfigError`` if there is neither, ``CheckpointError`` if it is damaged."""
     if not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is not a folder; name the folder of a run or of a comparison", kind="report-unknown-folder"
-        )
+        message = f"{folder} is not a folder; name the folder of a run or of a comparison"
+        raise ConfigError(message, kind="report-unknown-folder")
     if os.path.lexists(folder / COMPARE):
         return _load(folder / COMPARE, Comparison)
     if _is_run(folder):
@@ -302,12 +291,9 @@ def _validated(model: type[T], value: Any, path: Path) -> T:
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
-    remedies = {
-        COMPARE: "restore it, or run the comparison again",
-        RESULT: "restore it, or remove it, because the journal has most of its content",
-    }
+    more = {COMPARE: ", or run the comparison again", RESULT: ", or remove it: the journal has most of its content"}
     kind = "checkpoint-journal-damaged" if path.name == JOURNAL else "report-damaged-file"
-    return CheckpointError(f"{path} is damaged: {problem}; {remedies.get(path.name, 'restore it')}", kind=kind)
+    return CheckpointError(f"{path} is damaged: {problem}; restore it{more.get(path.name, '')}", kind=kind)
 
 
 def _text(path: Path) -> str | None:

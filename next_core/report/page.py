@@ -18,11 +18,9 @@ from next_core.process.optional_packages import import_optional
 
 UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """Characters that HTML or UTF-8 cannot hold."""
-MOST_ROWS = 10
-"""A longer table is folded."""
+MOST_ROWS = 10  # A longer table is folded
 MOST_SERIES = 40
-WHOLE = 1060
-"""Width in pixels of a chart that takes the whole page."""
+WHOLE = 1060  # Width in pixels of a chart that takes the whole page
 NUMBER = re.compile(r"[−+≥ ]*[\d.,]+%?( (s|min|h)( less| more)?| [↑↓])?|–|")
 
 
@@ -128,12 +126,10 @@ class Page:
     """By title."""
     missing: dict[str, str] = field(default_factory=dict)
 
-    def figure(
-        self, what: str, chart: Chart | str, caption: str, description: str = "", whole: bool = False
-    ) -> list[Figure]:
+    def figure(self, what: str, chart: Chart | str, caption: str, about: str = "", whole: bool = False) -> list[Figure]:
         """Return a figure, or nothing where ``chart`` is the reason why ``what`` is missing."""
         if isinstance(chart, Chart):
-            return [Figure(chart, caption, description, whole)]
+            return [Figure(chart, caption, about, whole)]
         self.missing[what] = chart
         return []
 
@@ -153,13 +149,8 @@ class Page:
 def make_environment() -> Any:
     """Return the templates. Raises ``ConfigError`` without jinja2."""
     jinja2 = import_optional("jinja2", "report")
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("next_core.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    made = jinja2.Environment(loader=jinja2.PackageLoader("next_core.report"), **options)
     made.globals["kind"] = lambda block: type(block).__name__.lower()
     return made
 

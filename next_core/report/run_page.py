@@ -25,23 +25,16 @@ PARTS = {
     "ours_probe": "next-core: evaluating",
     "measuring": "measuring accuracy",
 }
-RATE = re.compile(r"learning_rate (?:from \S+ )?(?:to about )?(\d[\d.]*(?:e-?\d+)?)")
-"""The rate that an advice names."""
+RATE = re.compile(r"learning_rate (?:from \S+ )?(?:to about )?(\d[\d.]*(?:e-?\d+)?)")  # The rate that an advice names
 KEPT = "Keep the learning rate."
 
 
 def run_page(recorded: Recorded, options: GeometryOptions, progress: Progress | None = None) -> Page:
     """Return everything that a run's folder says."""
     page = Page(recorded.title, _about(recorded), _summary(recorded))
-    page.curve = page.figure(
-        "Learning curve",
-        charts.learning_curve(recorded),
-        "Reward: mean of the rollouts. Ticks: jumps made; crosses: refused."
-        if recorded.jumps
-        else "Reward: mean of the rollouts.",
-        f"Learning curve. {page.summary[0]}",
-        whole=True,
-    )
+    caption = "Reward: mean of the rollouts." + (" Ticks: jumps made; crosses: refused." if recorded.jumps else "")
+    curve = charts.learning_curve(recorded)
+    page.curve = page.figure("Learning curve", curve, caption, f"Learning curve. {page.summary[0]}", whole=True)
     page.advice = advice_of(recorded)
     if recorded.scaling:
         page.sections["Returns and refusals"] = _scaling(recorded)
@@ -63,12 +56,8 @@ def runs_page(runs: Mapping[str, Recorded]) -> Page:
     same = [(what, values[0]) for what, values in rows.items() if len(set(values)) == 1]
     title = f"{len(runs)} runs: {', '.join(dict.fromkeys(run.title for run in runs.values()))}"
     page = Page(title, same, [_ranking(runs), *(f"{name}: {_summary(run)[0]}" for name, run in runs.items())])
-    page.curve = page.figure(
-        "Learning curves",
-        charts.curves_of(runs),
-        "One colour for each run. Ticks: jumps made; crosses: refused.",
-        whole=True,
-    )
+    caption = "One colour for each run. Ticks: jumps made; crosses: refused."
+    page.curve = page.figure("Learning curves", charts.curves_of(runs), caption, whole=True)
     page.sections["What differs"] = [Table("Runs side by side", ["", *runs], differ)] if differ else []
     advice = [[name, found.action, found.why] for name, run in runs.items() if (found := advice_of(run)) is not None]
     page.sections["Advice"] = [Table("What each run advises", ["run", "do", "why"], advice)] if advice else []
@@ -101,9 +90,8 @@ def _parsed(text: str) -> Advice:
     """Take an advice apart: what to do, why, and the setting that it names."""
     action, _, why = text.partition(". ")
     found = RATE.search(action)
-    setting = (
-        "" if found is None else f"training: {{learning_rate: {found[1]}}}   # or GRPOConfig(learning_rate={found[1]})"
-    )
+    rate = "" if found is None else found[1]
+    setting = rate and f"training: {{learning_rate: {rate}}}   # or GRPOConfig(learning_rate={rate})"
     return Advice(f"{action.rstrip('.')}.", why, setting)
 
 
@@ -157,7 +145,6 @@ def _greedy(result: Result | None) -> list[str]:
 
 
 def _figures(recorded: Recorded) -> dict[str, str]:
-    """Return a run's figures for a table."""
     found = {"RL steps": whole(recorded.last_step)}
     for what, by in measured(recorded.events, recorded.metrics).items():
         if len(by) > 1:
@@ -172,17 +159,11 @@ def _figures(recorded: Recorded) -> dict[str, str]:
 
 def _scaling(recorded: Recorded) -> list[Table]:
     """Return the returns to earlier weights, and what was refused."""
-    back = [
-        [
-            whole(one.step),
-            whole(one.back_to),
-            f"the reward fell to {decimal(one.reward)} from {decimal(one.best)}"
-            if one.reward is not None
-            else "the first steps cancelled each other",
-        ]
-        for one in recorded.scaling
-        if one.back_to is not None
-    ]
+    back = []
+    for one in (one for one in recorded.scaling if one.back_to is not None):
+        fell = f"the reward fell to {decimal(one.reward)} from {decimal(one.best)}"
+        why = "the first steps cancelled each other" if one.reward is None else fell
+        back.append([whole(one.step), whole(one.back_to), why])
     refused = [[whole(one.step), one.reason] for one in recorded.scaling if not one.accepted]
     tables = [Table("Returns to earlier weights", ["after step", "back to step", "why"], back)] if back else []
     return tables + ([Table("Learning rate not changed", ["step", "why"], merged(refused))] if refused else [])
@@ -206,9 +187,8 @@ def _jumps(jumps: Sequence[Jump]) -> list[Table]:
     ]
     names = ["step", "predictor", "alpha", "norm", "before", "after", *(["recovered"] if recovered else []), "outcome"]
     note = "Norm: relative to the update just before. Before, after: accuracy on the validation prompts."
-    refused = [
-        [steps_text(alike), str(len(alike)), why] for why, alike in reasons([j for j in jumps if not j.accepted])
-    ]
+    alike = reasons([jump for jump in jumps if not jump.accepted])
+    refused = [[steps_text(some), str(len(some)), why] for why, some in alike]
     known = [place for place, column in enumerate(zip(*rows, strict=True)) if set(column) != {NONE}]
     names, *rows = ([row[place] for place in known] for row in (names, *rows))
     tables = [Table("Every attempted jump", names, merged(rows), note)]
@@ -217,11 +197,8 @@ def _jumps(jumps: Sequence[Jump]) -> list[Table]:
 
 def _time(page: Page, recorded: Recorded) -> list[Any]:
     result = recorded.result
-    found: list[Any] = page.figure(
-        "Accuracy over seconds",
-        charts.over_seconds(recorded),
-        "Test accuracy over the seconds of training, without evaluation.",
-    )
+    caption = "Test accuracy over the seconds of training, without evaluation."
+    found: list[Any] = page.figure("Accuracy over seconds", charts.over_seconds(recorded), caption)
     if result is None or not result.seconds:
         page.missing["Time"] = "it is recorded when a run made from a config ends"
         return found
@@ -233,10 +210,8 @@ def _time(page: Page, recorded: Recorded) -> list[Any]:
     if total - spent > 0.005 * total:
         parts.append(("everything else, such as starting the plain run", total - spent))
     rows = [[name, seconds(value), f"{100 * value / (total or 1):.1f}%"] for name, value in parts]
-    return [
-        *found,
-        Table("Wall-clock time of the run", ["part", "time", "share"], [*rows, ["total", seconds(total), ""]]),
-    ]
+    rows.append(["total", seconds(total), ""])
+    return [*found, Table("Wall-clock time of the run", ["part", "time", "share"], rows)]
 
 
 def _setup(page: Page, recorded: Recorded) -> list[Any]:

@@ -46,10 +46,9 @@ def write_report(
 ) -> WrittenReport:
     """Write the page of a run's or a comparison's folder atomically to ``out``; several runs are shown side by side.
 
-    ``out`` is by default ``report/index.html`` in the folder, of several in the one that holds them all. ``figures`` is
-    a folder for each chart as SVG. Raises ``ConfigError`` for a folder that holds neither, for an ``out`` that does not
-    end in .html and without the extra ``report``, ``CheckpointError`` for a damaged file, ``PluginError`` for an
-    unknown predictor.
+    ``out`` is by default ``report/index.html`` in the folder, of several in the one that holds them all; ``figures`` is
+    a folder for each chart as SVG. Raises ``ConfigError`` for a folder of neither, a wrong ``out`` and without jinja2,
+    ``CheckpointError`` for a damaged file, ``PluginError`` for an unknown predictor.
     """
     folders = [folder] if isinstance(folder, Path) else list(folder)
     settings = settings or GeometryOptions()
@@ -75,10 +74,8 @@ def _page(
     if len(folders) > 1:
         if len(runs) < len(folders):
             other = next((folder for folder in opened if folder not in runs), folders[0])
-            raise ConfigError(
-                f"{other} holds a comparison or is named twice; give it a report of its own",
-                kind="report-unknown-folder",
-            )
+            message = f"{other} holds a comparison or is named twice; give it a report of its own"
+            raise ConfigError(message, kind="report-unknown-folder")
         root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
         return "runs", runs_page({str(folder.resolve().relative_to(root)): run for folder, run in runs.items()})
     found = opened[folders[0]]

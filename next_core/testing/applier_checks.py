@@ -15,18 +15,11 @@ from torch import Tensor, nn
 from next_core.errors import NextCoreError
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction, Update, WeightApplier
 from next_core.mathematics.low_rank import LowRank, dense
-from next_core.testing.check_runner import (
-    checks_for,
-    expect,
-    expect_equal,
-    expect_raises,
-    global_state_unchanged,
-    run_checks,
-)
+from next_core.testing import check_runner
+from next_core.testing.check_runner import expect, expect_equal, expect_raises, global_state_unchanged
 from next_core.types import Anchor, Space
 
-TOLERANCE = 1e-4
-"""Error allowed for rounding, relative to the size of the deltas."""
+TOLERANCE = 1e-4  # Error allowed for rounding, relative to the size of the deltas
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,6 @@ class ApplierCase:
     read: Callable[[Any], Mapping[str, Tensor]]
 
     def make(self) -> WeightApplier:
-        """Return a new applier of the same settings."""
         return type(self.plugin)(self.plugin.config)
 
     def moving(self) -> tuple[str, str]:
@@ -82,12 +74,12 @@ class ApplierCase:
         expect(error <= TOLERANCE * size, f"{what}, a delta of norm {float(wanted.norm()):.3g}", f"{error:.3g} off")
 
 
-check = checks_for("applier")
+check = check_runner.checks_for("applier")
 
 
 def check_applier(case: ApplierCase) -> None:
     """Run every check of an applier. Raises an ``ExceptionGroup`` of all failures."""
-    run_checks("applier", case.plugin.name, case)
+    check_runner.run_checks("applier", case.plugin.name, case)
 
 
 @check

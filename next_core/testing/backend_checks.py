@@ -25,8 +25,8 @@ from next_core.testing.source_checks import check_source
 from next_core.types import Space
 
 Weights = dict[str, Tensor]
-ALPHA = 2.0
-"""The alpha of the jumps that the checks make."""
+Action = Callable[[Backend], object]
+ALPHA = 2.0  # The alpha of the jumps that the checks make
 
 
 @dataclass(eq=False)
@@ -43,11 +43,7 @@ class BackendCase:
     folder: Path
 
     def train(
-        self,
-        name: str,
-        actions: Mapping[int, Callable[[Backend], object]],
-        resume: bool = False,
-        follow_steps: bool = False,
+        self, name: str, actions: Mapping[int, Action], resume: bool = False, follow_steps: bool = False
     ) -> tuple[int, list[int]]:
         """Train to the end in the folder ``name``, with a checkpoint, then the step's action, after each step.
 

@@ -17,21 +17,13 @@ from next_core.interfaces import Compressor, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import Factors, LowRank, dense
 from next_core.predictor import TrajectoryPredictor, Work
 from next_core.run_config import Guards, Schedule
-from next_core.testing.check_runner import (
-    CheckError,
-    checks_for,
-    checks_of,
-    expect,
-    expect_equal,
-    global_state_unchanged,
-    run_checks,
-)
+from next_core.testing import check_runner
+from next_core.testing.check_runner import CheckError, checks_of, expect, expect_equal, global_state_unchanged
 from next_core.testing.synthetic_runs import FROZEN, SHAPES, SyntheticRun, dense_run, lora_run
 from next_core.types import Anchor, LoraFactors, Span
 
 Checked = type[TrajectoryPredictor] | TrajectoryPredictor
-TOLERANCE = 1e-3
-"""Relative error allowed between two forms of one run: networks train in fp32, so rounding differs."""
+TOLERANCE = 1e-3  # Relative error allowed between two forms of one run: networks train in fp32, so rounding differs
 
 
 class PredictorCase:
@@ -61,15 +53,9 @@ class PredictorCase:
         yield "a LoRA run", lora_run(self.steps, **changes)
         yield "a full-parameter run", dense_run(self.steps, **changes)
 
-    def predict(
-        self,
-        run: SyntheticRun,
-        predictor: TrajectoryPredictor | None = None,
-        rank: int = 1,
-        compressor: Compressor | None = None,
-    ) -> Prediction:
+    def predict(self, run: SyntheticRun, predictor: TrajectoryPredictor | None = None, **options: Any) -> Prediction:
         """Fit a predictor (by default a new one) on a run, and predict."""
-        return (predictor or self.make()).fit(history(run, rank, compressor)).predict(self.horizon)
+        return (predictor or self.make()).fit(history(run, **options)).predict(self.horizon)
 
     def shortened(self, run: SyntheticRun) -> Iterator[tuple[tuple[int, ...], SyntheticRun]]:
         """Yield the run with few or unevenly spaced checkpoints, and their steps."""
@@ -79,7 +65,7 @@ class PredictorCase:
             yield kept, run.only([step for step in run.weights if step == 0 or step in kept])
 
 
-check = checks_for("predictor", PredictorCase)
+check = check_runner.checks_for("predictor", PredictorCase)
 
 
 def check_predictor(predictor: Checked, *, expected_failures: Mapping[str, str] | None = None) -> None:
@@ -88,7 +74,7 @@ def check_predictor(predictor: Checked, *, expected_failures: Mapping[str, str] 
     ``expected_failures`` maps a check to the reason why it fails; one that passes anyway counts as a failure. Raises an
     ``ExceptionGroup`` of all failures, and ``ConfigError`` for an expected failure that names no check.
     """
-    run_checks("predictor", predictor.name, predictor, expected_failures)
+    check_runner.run_checks("predictor", predictor.name, predictor, expected_failures)
 
 
 def parametrize_with_checks(predictors: Sequence[Checked]) -> Any:
@@ -155,9 +141,8 @@ def predicts_or_says_why_not(case: PredictorCase) -> None:
             why_not = [case.make().why_not(given, case.horizon) for given in (steps, list(steps))]
             expect(why_not[0] == why_not[1], f"why_not: the same for a list of steps as for a tuple {where}", why_not)
             if found.abstention is None:
-                expect(
-                    bool(found.updates) and why_not[0] is None, f"an abstention {where}: {why_not[0]}", _outcome(found)
-                )
+                may = bool(found.updates) and why_not[0] is None
+                expect(may, f"an abstention {where}: {why_not[0]}", _outcome(found))
                 wrong = [name for name in SHAPES if (name in found.updates) == bool(found.abstained.get(name))]
                 expect(not wrong, f"either an update or a reason for each matrix {where}", f"both or neither: {wrong}")
             else:
@@ -171,7 +156,7 @@ def updates_fit_the_run(case: PredictorCase) -> None:
     runs = (*case.runs(), ("a LoRA run without step 0", lora_run(case.steps).only(case.steps)))
     for (label, run), rank in itertools.product(runs, (1, 2, 9)):  # 9 is more than a matrix has
         for variant, predictor in case.variants():
-            found, where = case.predict(run, predictor, rank), f"on {label} at rank {rank}{variant}"
+            found, where = case.predict(run, predictor, rank=rank), f"on {label} at rank {rank}{variant}"
             unknown = sorted({*found.updates, *found.confidence} - set(SHAPES))
             expect(not unknown, f"updates of matrices of the run {where}", f"unknown: {unknown}")
             for name, update in found.updates.items():
@@ -297,8 +282,6 @@ def expect_same(before: Prediction, after: Prediction, when: str, exactly: bool 
 
 
 class _RecordingHistory(History):
-    """A history that records what is read of it."""
-
     def __init__(self, run: SyntheticRun) -> None:
         self.read: set[str] = set()
         super().__init__(run)

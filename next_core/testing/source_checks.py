@@ -22,8 +22,7 @@ from next_core.mathematics.low_rank import LowRank, dense
 from next_core.testing.check_runner import CheckError, checks_for, expect, expect_equal, expect_raises, run_checks
 from next_core.types import LoraFactors
 
-TOLERANCE = 1e-3
-"""Relative error allowed for the rounding of stored values."""
+TOLERANCE = 1e-3  # Relative error allowed for the rounding of stored values
 Deltas = dict[tuple[str, int], Tensor]
 
 

@@ -23,8 +23,7 @@ SHAPES: Mapping[str, tuple[int, int]] = {
     "model.layers.1.down_proj.weight": (5, 8),
     "model.layers.1.k_proj.weight": (4, 5),
 }
-FROZEN = "model.layers.1.k_proj.weight"
-"""The matrix that never moves."""
+FROZEN = "model.layers.1.k_proj.weight"  # The matrix that never moves
 RANK, SCALING = 3, 2.0
 STEPS = tuple(range(5, 55, 5))
 CURVATURE, NOISE = 0.3, 0.02
@@ -45,7 +44,6 @@ class SyntheticRun(MemorySource):
         return self._checkpoints
 
     def only(self, steps: Sequence[int]) -> SyntheticRun:
-        """Return the run with these checkpoints only."""
         return SyntheticRun({step: self._checkpoints[step] for step in steps}, self._backbone, self._metrics)
 
     def mapped(self, change: Callable[[Any], Weight], names: Sequence[str] = tuple(SHAPES)) -> SyntheticRun:

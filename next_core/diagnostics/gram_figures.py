@@ -18,7 +18,7 @@ Over = Literal["step", "horizon", "lag"]
 
 
 class Curve(NamedTuple):
-    """A figure over steps, horizons or lags: ``x`` (L,), ``values`` (..., L), and medians on walks, ``draws`` (D, L)."""
+    """A figure over steps, horizons or lags: ``x`` (L,), ``values`` (..., L), the medians of walks ``draws`` (D, L)."""
 
     over: Over
     x: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks/comparisons.md, from the committed results of `next-core compare`.
+"""The comparisons in docs/benchmarks/embedded-task.md, from the committed results of `next-core compare`.
 
 next-core compare benchmarks/compare/NAME.yaml --out runs/NAME   # hours or minutes; goes on where it was stopped
 python benchmarks/races.py --keep runs/NAME                      # takes its figures over into benchmarks/results
@@ -60,7 +60,6 @@ def of_comparison(found: dict[str, Any]) -> str:
         rows.append(
             [
                 name + (f" ({chosen})" if chosen else ""),
-                str(arm["steps"]),
                 _of(arm["test"][metric], ".3f"),
                 _of(arm["difference"], "+.3f"),
                 ("≥ " if arm["beyond"] else "") + f"{arm['equals_step']['mean']:.0f}",
@@ -68,7 +67,7 @@ def of_comparison(found: dict[str, Any]) -> str:
                 str(arm["spent_steps"]),
             ]
         )
-    headings = ["arm", "steps", metric, "- plain, 95%", "equals plain step", "jumps", "steps spent"]
+    headings = ["arm", metric, "- plain, 95%", "equals plain step", "jumps", "steps spent"]
     seeds = len(found["seeds"])
     return table(headings, rows) + f"\n\n{seeds} seed{'s' * (seeds > 1)}. {found['hardware']}."
 
@@ -91,7 +90,7 @@ def main() -> None:
     for file in sorted(RESULTS.glob(f"{PREFIX}*.json")):
         name = file.stem.removeprefix(PREFIX)
         parts.append(f"**{name}** (`benchmarks/compare/{name}.yaml`)\n\n{of_comparison(json.loads(file.read_text()))}")
-    put("comparisons.md", "races.py", "\n\n".join(parts))
+    put("embedded-task.md", "races.py", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

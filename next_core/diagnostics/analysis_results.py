@@ -63,9 +63,10 @@ class Analysis:
     def to_frame(self, by: Literal["matrix", "layer", "kind"] = "matrix") -> Any:
         """Return a pandas DataFrame with one column per figure, one row per matrix, layer or kind of matrix."""
         groups: Mapping[Any, Group] = getattr(self, {"matrix": "matrices", "layer": "layers", "kind": "kinds"}[by])
-        rows = {name: {figure: group.value(figure) for figure in FIGURES} for name, group in groups.items()}
-        if by == "matrix":
-            rows = {name: {"layer": groups[name].layer, "kind": groups[name].kind} | row for name, row in rows.items()}
+        rows = {}
+        for name, group in groups.items():
+            place = {"layer": group.layer, "kind": group.kind} if by == "matrix" else {}
+            rows[name] = {**place, **{figure: group.value(figure) for figure in FIGURES}}
         return import_optional("pandas", "notebook").DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
     def draw(self) -> dict[str, Chart | str]:

@@ -59,8 +59,8 @@ class Rates:
         return work.flops / self.flops + work.bytes / self.bytes + work.single_flops / self.single_flops
 
 
-KEPT_BY_STEP_SCALING = 9
-"""Step scaling keeps so many times the trained weights."""
+MEANS, STATE = 3, 3
+"""The running means of step scaling, and a state to return to: so many times the trained weights."""
 Plan = dict[str, Any]
 """Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``: plain objects."""
 
@@ -141,20 +141,25 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
         observed, shifts = retention.most(jumps, saves)
         if retention.reads is None:
             notes.append(f"keep: needed deletes nothing before the last jump: '{predictor.name}' reads all checkpoints")
-    trainer = dict(make_chosen("backend", config.backend).describe(config, out))
+    backend = make_chosen("backend", config.backend)
+    trainer = dict(backend.describe(config, out))
+    # A backend in this process writes the two states, and those of the newest checkpoint, into the run's folder, one
+    # after the other. Another holds two in memory and writes them into each checkpoint.
+    state, inside = STATE * scaling, backend.in_process
     written = {
         "checkpoints": observed,
         "bytes a checkpoint": each,
         "bytes of checkpoints": observed * each,
         # A jump keeps what every past checkpoint moves by; a recovery window also what was there before it.
         "bytes of jumps": shifts * each * (1 if config.guards.recovery is None else 2),
-        "bytes of the trainer's": len(saves) * (3 + KEPT_BY_STEP_SCALING * scaling) * each,
+        "bytes of the trainer's": len(saves) * (3 + MEANS * scaling + (not inside) * 2 * state) * each,
+        "bytes of states to return to": inside * (4 if saves else 2) * state * each,
     }
     total, free = sum(value for key, value in written.items() if key.startswith("bytes of")), free_bytes(out)
     needed = _memory(parameters, spans, observed, config.rank)
     if scaling:
         notes[-1] = "the seconds of RL are not known beforehand; scaling its steps costs no RL step"
-        needed = KEPT_BY_STEP_SCALING * each  # two states with their moments, and three means
+        needed = (MEANS + (1 if inside else 2) * state) * each
     needed += 2 * each if dense and jumps else 0  # a full-parameter jump holds what was there and what it becomes
     return {
         "read": {"model": str(config.training.model), "trained": "all parameters" if dense else "LoRA"},

@@ -106,8 +106,9 @@ def test_step_scaling_takes_no_checkpoints_and_states_what_it_keeps_in_memory(
     plan = planning.plan_run(make_config(config | {"predictor": "step-scale"}), tmp_path / "run")
     each = plan["write"]["bytes a checkpoint"]
     assert (plan["write"]["checkpoints"], plan["compute"]["jumps after"]) == (0, [])
-    assert plan["memory"]["bytes"] == 9 * each
-    assert plan["write"]["bytes of the trainer's"] == 2 * (3 + 9) * each
+    assert plan["memory"]["bytes"] == 6 * each
+    assert plan["write"]["bytes of the trainer's"] == 2 * (3 + 3) * each
+    assert plan["write"]["bytes of states to return to"] == 12 * each
 
 
 class Launched(Descent):

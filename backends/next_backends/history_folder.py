@@ -50,14 +50,17 @@ class HistoryFolder:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.checkpoints, self.jumps = folder, folder / CHECKPOINTS, folder / JUMPS
+        self.kept = folder / "kept"
+        """The weights and moments that step scaling can return to."""
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of one checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
 
     def clear(self) -> None:
-        """Remove the checkpoints, jumps and metrics of an earlier run, and nothing else."""
+        """Remove the checkpoints, jumps, kept states and metrics of an earlier run, and nothing else."""
         (self.path / METRICS).unlink(missing_ok=True)
+        remove_directory(self.kept)
         for _, path in (*numbered(self.checkpoints, "step-*"), *numbered(self.jumps, "*")):
             remove_directory(path)
         (self.checkpoints / DELETED).unlink(missing_ok=True)

@@ -66,11 +66,11 @@ class Fsdp2Weights(TrainedWeights):
 
     @property
     def shards(self) -> Sequence[Shard]:
-        self.measured()
+        self._reshard()
         return [Shard(local(p.detach()), p, group) for group, p in self._groups]
 
     def read(self, name: str) -> Tensor:
-        self.measured()
+        self._reshard()
         parameter: Any = self.parameters[name].detach()
         whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         return whole
@@ -79,7 +79,7 @@ class Fsdp2Weights(TrainedWeights):
     def write(self, values: Mapping[str, Tensor]) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        self.measured()
+        self._reshard()
         for name, value in values.items():
             parameter: Any = self.parameters[name]
             whole = value.to(parameter.device, parameter.dtype)
@@ -90,7 +90,10 @@ class Fsdp2Weights(TrainedWeights):
     def publish(self, moments: bool = False) -> None:
         """Nothing is copied: the next forward pass gathers the shards."""
 
-    def measured(self) -> None:
+    def after_evaluation(self) -> None:
+        self._reshard()
+
+    def _reshard(self) -> None:
         """Shard the root again, which a forward pass leaves gathered: the next one would use old weights."""
         for module in self._modules:
             module.reshard()

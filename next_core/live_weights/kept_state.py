@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.live_weights.trained_weights import TrainedWeights
+from next_core.storage.atomic import atomic_file
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,15 @@ class KeptState:
         for index, (weight, moments) in enumerate(zip(self.weights, self.moments, strict=True)):
             yield f"{prefix}{index}/weight", weight
             yield from ((f"{prefix}{index}/{key}", value) for key, value in moments.items())
+
+    def write(self, path: Path) -> str:
+        """Write everything to one file, durably, past the page cache. Returns the file's digest."""
+        tensors = dict(sorted(self.tensors(), key=lambda item: -item[1].itemsize))  # each aligned to its size
+        entries = {name: entry_of(value.dtype, value.shape) for name, value in tensors.items()}
+        with atomic_file(path) as scratch, TensorWriter(scratch, entries) as writer:
+            for value in tensors.values():
+                writer.write(value)
+        return writer.digest
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], trained: TrainedWeights, prefix: str = "") -> KeptState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
-from next_core.live_weights.kept_state import KeptState, local
+from next_core.live_weights.kept_state import local
+from next_core.live_weights.kept_states import KeptStates
 from next_core.live_weights.live_model import kept_file
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights
@@ -28,8 +29,6 @@ SMALL = 8_192
 """Elements of a tensor up to which it is handled together with others: a call for each takes longer than a copy."""
 BLOCKS = 4
 """Blocks whose motions can be compared."""
-KEPT = 2
-"""States to return to: the newer may already be part of a collapse that the reward does not show yet."""
 
 
 class OptimizerSteps(TrainerSteps):
@@ -43,12 +42,16 @@ class OptimizerSteps(TrainerSteps):
     Where weights are sharded, each process samples as many, averages and keeps its own shards, and only inner products
     are summed over processes. Methods marked ``everywhere`` are called in process 0; ``after_step`` in every process.
 
-    Memory: eight vectors of the sample; the trained weights once for each window, on their device; and twice the
-    weights with the optimizer's moments, on the CPU.
+    Memory: eight vectors of the sample; the trained weights once for each window, on their device; and on the CPU the
+    weights with the optimizer's moments, until they are written to ``folder``. Without it, twice these.
     """
 
     def __init__(
-        self, weights: TrainedWeights, windows: Sequence[int] = (), processes: Processes | None = None
+        self,
+        weights: TrainedWeights,
+        windows: Sequence[int] = (),
+        processes: Processes | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._trained, self.processes = weights, processes
         self._optimizer = weights.optimizer
@@ -78,7 +81,7 @@ class OptimizerSteps(TrainerSteps):
         self._means = {window: self._copies() for window in windows}
         self._before_mean: list[Tensor] = []
         self._averaged = 0
-        self._kept: deque[tuple[int, int, KeptState]] = deque(maxlen=KEPT)
+        self._states = KeptStates(weights, folder, self._rank)
         self._updates = 0
         self._blocks: deque[Tensor] = deque(maxlen=BLOCKS)
         self._weights = self._motion = torch.zeros(0)
@@ -99,6 +102,7 @@ class OptimizerSteps(TrainerSteps):
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._states.close()
 
     def _before_step(self, *_: Any) -> None:
         """Multiply the rates. DeepSpeed steps one group or one part of a group at a time."""
@@ -170,22 +174,38 @@ class OptimizerSteps(TrainerSteps):
         mine = blocks @ blocks.T
         return mine if self.processes is None else self.processes.total(mine)
 
-    @everywhere
     def keep(self, step: int) -> None:
-        if len(self._kept) == KEPT:
-            self._kept.popleft()  # now, not by ``append``: both copies would be in memory at a time
-        self._kept.append((step, self._updates, KeptState.of(self._trained)))
+        self._keep(step, self._states.in_checkpoints())
+
+    @everywhere
+    def _keep(self, step: int, in_checkpoints: Collection[int]) -> None:
+        self._states.keep(step, self._updates)
+        self._states.prune(in_checkpoints)
 
     @property
     def kept(self) -> Sequence[int]:
-        return [step for step, _, _ in self._kept]
+        return self._states.steps
 
     @everywhere
+    def drop_lost(self) -> list[int]:
+        """Forget the states of a resumed run whose files some process lacks. Returns their steps."""
+        lost = self._states.lost()
+        if self.processes is not None:
+            lost = sorted({step for theirs in self.processes.gather(lost) for step in theirs})
+        self._states.drop(lost)
+        return lost
+
     def undo(self, step: int) -> None:
-        while self._kept[-1][0] != step:
-            self._kept.pop()
-        _, self._updates, state = self._kept[-1]
-        state.restore(self._trained)
+        self._recall(step)  # a file that one process lacks has to be found before all of them communicate
+        self._restore()
+
+    @everywhere
+    def _recall(self, step: int) -> None:
+        self._states.recall(step)
+
+    @everywhere
+    def _restore(self) -> None:
+        self._updates = self._states.restore()
         self._restart_motions()
         if self._updates:
             self._update = None  # the moments hold earlier gradients: the first update tells no new one from them
@@ -240,8 +260,7 @@ class OptimizerSteps(TrainerSteps):
         tensors |= {f"block/{index}": block for index, block in enumerate(self._blocks)}
         for window, mean in self._means.items():
             tensors |= {f"mean/{window}/{index}": value for index, value in enumerate(mean)}
-        for step, updates, state in self._kept:
-            tensors |= {f"kept/{step}/{updates}/": torch.zeros(0), **dict(state.tensors(f"kept/{step}/{updates}/"))}
+        tensors |= dict(self._states.tensors())
         file = self._file(folder)
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
@@ -250,6 +269,7 @@ class OptimizerSteps(TrainerSteps):
                 f"the state of step scaling could not be written to {file}: {describe(error)}",
                 kind="storage-not-writable",
             ) from error
+        self._states.saved(folder)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -267,10 +287,7 @@ class OptimizerSteps(TrainerSteps):
             for window, mean in self._means.items():
                 for index, value in enumerate(mean):
                     value.copy_(tensors[f"mean/{window}/{index}"])
-            kept = {tuple(map(int, name.split("/")[1:3])) for name in tensors if name.startswith("kept/")}
-            for step, count in sorted(kept):
-                state = KeptState.from_tensors(tensors, self._trained, f"kept/{step}/{count}/")
-                self._kept.append((step, count, state))
+            self._states.load(tensors, folder)
         except Exception as error:
             raise CheckpointError(
                 f"{file} does not hold the state of step scaling for this model and these processes "
@@ -279,8 +296,11 @@ class OptimizerSteps(TrainerSteps):
             ) from error
 
     def _file(self, folder: Path) -> Path:
-        rank = 0 if self.processes is None else self.processes.index
-        return kept_file(folder, rank, "next-core")
+        return kept_file(folder, self._rank, "next-core")
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.processes is None else self.processes.index
 
     def _restart_motions(self) -> None:
         self._weights = self._sample(self._packed())

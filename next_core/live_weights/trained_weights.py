@@ -74,7 +74,7 @@ class TrainedWeights(ABC):
         ``moments``: the optimizer's state of the shards has changed too.
         """
 
-    def measured(self) -> None:  # noqa: B027 - most have nothing to do
+    def after_evaluation(self) -> None:  # noqa: B027 - most have nothing to do
         """Undo what forward passes without a backward pass leave."""
 
     def adapters_changed(self) -> None:  # noqa: B027 - most have nothing to do

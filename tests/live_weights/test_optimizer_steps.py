@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import errno
+import gc
 import math
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from next_core.live_weights.kept_state import KeptState
 from next_core.live_weights.optimizer_steps import OptimizerSteps, sample_indices
 from next_core.live_weights.trained_weights import WholeWeights
 from tests.errors import raises_kind
@@ -21,12 +26,19 @@ SHAPE = (6, 5)
 class Run:
     """A matrix trained by given gradients; every coordinate is in the sample, some more than once."""
 
-    def __init__(self, rate: float = 0.1, windows: tuple[int, ...] = (), rows: int = SHAPE[0], **adam: float) -> None:
+    def __init__(
+        self,
+        rate: float = 0.1,
+        windows: tuple[int, ...] = (),
+        rows: int = SHAPE[0],
+        folder: Path | None = None,
+        **adam: float,
+    ) -> None:
         self.model = nn.Linear(SHAPE[1], rows, bias=False)
         with torch.no_grad():
             self.model.weight.zero_()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0, **adam)
-        self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows)
+        self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows, folder=folder)
 
     @property
     def weight(self) -> Tensor:
@@ -95,8 +107,14 @@ def test_noise_without_a_signal_agrees_by_momentum_only_where_momentum_is_left_i
     assert sum(naive) / len(naive) > 0.4
 
 
-def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept_later() -> None:
-    run, other = Run(), Run()
+@pytest.fixture(params=["in memory", "on disk"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """Where states are written."""
+    return tmp_path / "kept" if request.param == "on disk" else None
+
+
+def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept_later(folder: Path | None) -> None:
+    run, other = Run(folder=folder), Run()
     run.steps.keep(0)
     run.train(1, 3)
     run.steps.keep(3)
@@ -116,11 +134,82 @@ def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept
     assert torch.equal(run.weight, fresh.weight)
 
 
-def test_only_the_last_two_states_are_kept() -> None:
-    run = Run()
+def kept_files(folder: Path) -> list[int]:
+    """The steps of the states in a folder."""
+    return sorted(int(file.name.split("-")[1]) for file in folder.glob("step-*-0.safetensors"))
+
+
+def test_only_the_last_two_states_and_those_of_the_newest_complete_checkpoint_are_kept(tmp_path: Path) -> None:
+    folder, checkpoints = tmp_path / "kept", [tmp_path / "first", tmp_path / "second"]
+    run = Run(folder=folder)
     for step in (0, 10, 20):
         run.steps.keep(step)
     assert list(run.steps.kept) == [10, 20]
+    for step, checkpoint in zip((30, 40), checkpoints, strict=True):
+        checkpoint.mkdir()
+        run.steps.save(checkpoint)
+        (checkpoints[0] / "manifest.json").touch()  # the second is not complete
+        run.steps.keep(step)
+    run.steps.keep(50)
+    run.steps.save(tmp_path)
+    assert kept_files(folder) == [10, 20, 30, 40, 50]
+    (checkpoints[1] / "manifest.json").touch()
+    run.steps.keep(60)
+    run.steps.close()
+    assert kept_files(folder) == [20, 30, 40, 50]
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_state_that_is_written_is_in_memory_no_more(tmp_path: Path) -> None:
+    def copies() -> int:
+        gc.collect()
+        return sum(isinstance(one, KeptState) for one in gc.get_objects())
+
+    run, before = Run(folder=tmp_path / "kept"), copies()
+    run.steps.keep(0)
+    run.steps.save(tmp_path)
+    assert not [name for name in load_file(tmp_path / "next-core.safetensors") if name.endswith("/weight")]
+    assert copies() == before
+
+
+def test_a_state_that_the_disk_refuses_stays_in_memory_and_in_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(state: KeptState, path: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(KeptState, "write", refuse)
+    run, other = Run(folder=tmp_path / "kept"), Run(folder=tmp_path / "kept")
+    run.train(1, 3)
+    run.steps.keep(3)
+    kept = run.weight
+    run.train(2, 2)
+    run.steps.keep(5)
+    run.steps.save(tmp_path)
+    assert [record.message.count("No space left") for record in caplog.records] == [1]
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    other.steps.load(tmp_path)
+    assert other.steps.drop_lost() == []
+    for one in (run, other):
+        one.steps.undo(3)
+        assert torch.equal(one.weight, kept)
+
+
+def test_a_state_whose_file_is_lost_is_not_returned_to(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    run, other = Run(folder=folder), Run(folder=folder)
+    for step in (0, 10):
+        run.steps.keep(step)
+    run.steps.save(tmp_path)
+    file = folder / "step-000010-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    before = run.weight
+    with raises_kind("checkpoint-no-history", str(file)):
+        run.steps.undo(10)
+    assert torch.equal(run.weight, before)
+    other.steps.load(tmp_path)
+    assert other.steps.drop_lost() == [10]
+    assert list(other.steps.kept) == [0]
 
 
 def test_the_mean_is_that_of_all_steps_until_the_window_is_full_and_is_undone_bit_for_bit() -> None:
@@ -136,13 +225,15 @@ def test_the_mean_is_that_of_all_steps_until_the_window_is_full_and_is_undone_bi
     assert torch.equal(run.weight, before)
 
 
-def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, folder: Path | None
+) -> None:
     def train(steps: OptimizerSteps, run: Run, seed: int) -> None:
         for block in range(2):
             run.train(seed + block, 3)
             steps.end_block()
 
-    run, other = Run(windows=(4,)), Run(windows=(4,))
+    run, other = Run(windows=(4,), folder=folder), Run(windows=(4,), folder=folder)
     run.steps.keep(0)
     run.steps.multiple = 2.0
     train(run.steps, run, 1)
@@ -264,13 +355,13 @@ def test_a_schedule_free_optimizer_is_refused() -> None:
         OptimizerSteps(WholeWeights(model, ScheduleFree(model.parameters(), lr=0.1)))
 
 
-def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path) -> None:
+def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path, folder: Path | None) -> None:
     from transformers.optimization import Adafactor
 
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 8), torch.randn(64, 8)
     optimizer = Adafactor(model.parameters(), lr=0.01, relative_step=False, scale_parameter=False)
-    steps = OptimizerSteps(WholeWeights(model, optimizer))
+    steps = OptimizerSteps(WholeWeights(model, optimizer), folder=folder)
 
     def train(count: int) -> Tensor:
         for _ in range(count):
@@ -287,7 +378,7 @@ def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Pa
     steps.save(tmp_path)
     steps.undo(10)
     assert torch.equal(train(1), after)
-    resumed = OptimizerSteps(WholeWeights(model, optimizer))
+    resumed = OptimizerSteps(WholeWeights(model, optimizer), folder=folder)
     steps.close()
     resumed.load(tmp_path)
     resumed.undo(10)

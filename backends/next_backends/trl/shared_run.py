@@ -77,8 +77,10 @@ class SharedRun:
 
     def end(self) -> None:
         """Wait in process 0 for what is being written, and in the others for process 0."""
-        self._backend.close_steps()
-        self.processes.lead("when training ended", self._unless_late, self._backend.flush)
+        try:
+            self.processes.lead("when training ended", self._unless_late, self._backend.flush)
+        finally:
+            self._backend.close_steps()
         self.close()
 
     def close(self) -> None:

@@ -146,8 +146,7 @@ class TrlBackend(Backend):
         weights = trained_weights(self._model, optimizer, self.processes)
         note = check_precision([shard.tensor.dtype for shard in weights.shards], is_peft(self._model))
         if note is not None:
-            self._notes.append(note)
-            logging.getLogger(__name__).warning(note)
+            self._note(note)
         self._live = self._history.live = LiveModel(self._model, weights, self.processes)
 
     def begin(self, step: int, checkpoint: Path) -> None:
@@ -165,6 +164,7 @@ class TrlBackend(Backend):
         """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""
         self._follow(tuple(self._windows or ()), checkpoint if step > 0 else None)
         if step > 0:
+            self._replace_lost(step)
             for logged, numbers in sorted(by_step(read_log(self._history.folder.path / METRICS)).items()):
                 if logged <= step:
                     self._rewards.add(logged, numbers, self._args)
@@ -172,10 +172,27 @@ class TrlBackend(Backend):
             self._history.folder.clear()
             self.steps.keep(0)
 
+    def _replace_lost(self, step: int) -> None:
+        """Keep the present state if all states to return to are gone, as at an older checkpoint, and say so."""
+        lost = self.steps.drop_lost()
+        if lost:
+            if not self.steps.kept:
+                self.steps.keep(step)
+            self._note(
+                f"resumed at step {step}: the weights of step {' and '.join(map(str, lost))}, to return to after a "
+                f"collapse, were deleted when a later checkpoint was complete; a collapse is undone to step "
+                f"{self.steps.kept[-1]} instead"
+            )
+
+    def _note(self, note: str) -> None:
+        self._notes.append(note)
+        logging.getLogger(__name__).warning(note)
+
     @everywhere
     def _follow(self, windows: tuple[int, ...], checkpoint: Path | None) -> None:
         self.close_steps()
-        steps = OptimizerSteps(self.live.weights, windows, self.processes)
+        folder = self._history.folder.kept
+        steps = OptimizerSteps(self.live.weights, windows, self.processes, folder)
         if checkpoint is not None:
             steps.load(checkpoint)
         self._steps = steps
@@ -223,9 +240,11 @@ class TrlBackend(Backend):
         self._history.seal(checkpoint)
 
     def finish(self) -> None:
-        """Leave the optimizer as it was, and wait for what is being written. Raises its error."""
-        self.close_steps()
-        self.flush()
+        """Wait for what is being written, and leave the optimizer as it was. Raises an error of the former."""
+        try:
+            self.flush()
+        finally:
+            self.close_steps()
 
     def flush(self) -> None:
         """Wait for the checkpoint that is being written or sealed. Raises its error."""
@@ -274,7 +293,7 @@ class TrlBackend(Backend):
             with self.processes.in_step([self._model, *inner]) if self.processes else contextlib.nullcontext():
                 return self._measure(split)
         finally:
-            self.live.weights.measured()
+            self.live.weights.after_evaluation()
 
     def _measure(self, split: Literal["validation", "test"]) -> Mapping[str, float]:
         assert self._evaluate is not None

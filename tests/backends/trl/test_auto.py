@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from next_backends.trl import PredictExtendCallback
+from tests.backends.trl.conftest import Watch
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -67,6 +68,24 @@ def test_it_raises_a_rate_that_is_too_small_without_a_setting_and_a_resumed_run_
     late = make_trainer([PredictExtendCallback("auto")], steps=25, **saving)
     with raises_kind("checkpoint-no-history", "next-core.safetensors"):
         late.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-13"))
+
+
+def test_a_run_that_is_resumed_before_the_newest_checkpoint_returns_to_that_step_and_says_so(make_trainer: Any) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 7}
+    whole = make_trainer([PredictExtendCallback("auto")], steps=22, **saving)
+    whole.train()
+    kept = Path(whole.args.output_dir) / "next-core" / "kept"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-000010-0.safetensors", "step-000020-0.safetensors"]
+    for step, left in ((21, [10, 20]), (14, [10]), (7, [7])):
+        again, kept_then = PredictExtendCallback("auto"), list[list[int]]()
+
+        def look(at: int, model: Any, backend: Any = again.backend, seen: list[list[int]] = kept_then) -> None:
+            seen.append(list(backend.steps.kept))
+
+        resumed = make_trainer([again, Watch(look)], steps=22)
+        resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{step}"))
+        assert kept_then[0] == left
+        assert [f"step {left[-1]}" in note for note in again.backend.notes] == [True] * (step < 21)
 
 
 def test_far_too_large_steps_are_undone_from_the_first_weights_with_fresh_moments(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,12 +19,13 @@ from next_core.appliers.safetensors_writer import TensorWriter, entry_of
 from next_core.errors import GuardError, contradiction
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.interfaces.prediction import resolve
-from next_core.interfaces.weight_delta import FactorStep, Resolved
+from next_core.interfaces.weight_delta import FactorStep
 from next_core.mathematics.low_rank import LowRank, truncated_svd
 from next_core.settings import Settings
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import AdapterModule, bias_key
+from next_core.storage.reading import Entry
 from next_core.types import LoraFactors
 
 
@@ -60,68 +63,84 @@ class PeftAdapterApplier(FolderApplier):
         return total
 
     def write(self, prediction: Prediction, alpha: float, folder: Path) -> WrittenFolder:
-        source, step = prediction.source, prediction.step
+        source = prediction.source
         assert isinstance(source, PeftAdapterSource)
-        newest, extra = source.folder(step), source.extra_tensors(step)
+        trained = source.adapter(prediction.step)
         own = {module.target: (module.rank, module.scaling) for module in source.modules}
-        used = dict(own)
-        moving = [module for module in source.modules if module.moves]
-        tensors: dict[str, Tensor] = {}
-        for done, module in enumerate(moving, 1):
-            A, B, scaling = self._module(prediction, source, module, alpha)
-            used[module.target] = len(A) // module.experts, scaling
-            for key, value in zip(module.keys, (A, B), strict=True):
-                if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
-                    raise GuardError(
-                        f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",
-                        kind="numbers-overflow",
-                    )
-                tensors[key] = value
-            bias = bias_key(module.name)
-            if bias in extra and scaling != module.scaling:  # PEFT scales it as it does B A
-                extra[bias] = extra[bias] * (module.scaling / scaling)
-            tied = source.tied_embedding(module)
-            if tied is not None:
-                extra |= zip(tied.keys, (B.T, A.T), strict=True)
-                used[tied.target] = used[module.target]
-            self.report_progress("write adapter", done, len(moving))
-        tensors |= extra
-        entries = {key: entry_of(value.dtype, value.shape) for key, value in tensors.items()}
-        with TensorWriter(folder / WEIGHTS_FILE, entries) as writer:
-            for value in tensors.values():
-                writer.write(value)
+        used, moving = dict(own), [module for module in source.modules if module.moves]
+        entries: dict[str, Entry] = {}
+        others = ((key, trained.file.read(key)) for key in trained.skipped)
+        kept = {key: entry_of(value.dtype, value.shape) for key, value in others}
+        ratios: dict[str, float] = {}
+        tied: dict[str, AdapterModule] = {}
+        for module in moving:  # only shapes: they are the file's header, and memory holds the tensors of one module
+            rank, scaling = used[module.target] = self._rank_and_scaling(prediction, source, module, alpha)
+            (m, n), width = module.shape, rank * module.experts
+            entries |= zip(module.keys, _entries((width, n), (m, width)), strict=True)
+            if scaling != module.scaling:  # PEFT scales a bias as it does B A
+                ratios[bias_key(module.name)] = module.scaling / scaling
+            embedding = source.tied_embedding(module)
+            if embedding is not None:
+                tied[module.name], used[embedding.target] = embedding, used[module.target]
+                kept |= zip(embedding.keys, _entries((width, m), (n, width)), strict=True)
+        transposed: dict[str, Tensor] = {}
+        with TensorWriter(folder / WEIGHTS_FILE, entries | kept) as writer:
+            for done, module in enumerate(moving, 1):
+                A, B = self._module(prediction, source, module, alpha)
+                for value in (A, B):
+                    if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
+                        raise GuardError(
+                            f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",
+                            kind="numbers-overflow",
+                        )
+                    writer.write(value)
+                if module.name in tied:
+                    transposed |= zip(tied[module.name].keys, (B.T, A.T), strict=True)
+                self.report_progress("write adapter", done, len(moving))
+            for key in kept:
+                value = transposed[key] if key in transposed else trained.file.read(key)
+                writer.write(value * ratios[key] if key in ratios else value)
         config = source.adapter_config()
         if used != own:
             config |= rank_settings(used) | {"init_lora_weights": True}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
-        copy_files(tokenizer_files(newest), newest, folder)
+        copy_files(tokenizer_files(trained.folder), trained.folder, folder)
         facts = facts_of(prediction, alpha, self)
-        write_texts(folder, record_texts(facts, newest / CARD, "peft"))
+        write_texts(folder, record_texts(facts, trained.folder / CARD, "peft"))
         return WrittenFolder(folder, facts, digests={WEIGHTS_FILE: writer.digest})
+
+    def _rank_and_scaling(
+        self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float
+    ) -> tuple[int, float]:
+        """Return the rank and the scaling of a module's new A and B without computing them."""
+        ranks, scalings, limit = [], set(), self.config.rank
+        for name in (parameter.name for parameter in module.parameters):
+            more = _joined(prediction, source, name, alpha)
+            rank = module.rank + sum(term.rank for term in more)
+            if rank >= 2 * module.rank:  # wide enough to contain the adapter's own A
+                A = _trained(prediction, source, name, alpha).A
+                rank = module.rank + sum(part.rank for part, same in _parts(A, more) if not same)
+            ranks.append(rank if limit is None or limit >= rank else min(limit, *module.shape))
+            scalings.add(module.scaling if limit is None and not more else 1.0)
+        return max(ranks), scalings.pop() if len(scalings) == 1 else 1.0
 
     def _module(
         self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float
-    ) -> tuple[Tensor, Tensor, float]:
-        """Return the new A and B of a module as they are stored, and their scaling."""
-        parts = []
-        for name in (parameter.name for parameter in module.parameters):
-            moved = resolve(prediction, name, alpha)
-            now, jumps = source.factors(name, prediction.step), source.jump_deltas(name, prediction.step)
-            parts.append(self._factors(now, moved, jumps))
-        scalings = {scaling for *_, scaling in parts}
-        if len(scalings) == 1:  # always, but for experts of which only some move
-            return *module.fused([(A, B) for A, B, _ in parts]), scalings.pop()
-        return *module.fused([(A, scaling * B) for A, B, scaling in parts]), 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new A and B of a module as they are stored."""
+        parts = [self._factors(prediction, source, parameter.name, alpha) for parameter in module.parameters]
+        if len({scaling for *_, scaling in parts}) == 1:  # always, but for experts of which only some move
+            return module.fused([(A, B) for A, B, _ in parts])
+        return module.fused([(A, scaling * B) for A, B, scaling in parts])
 
-    def _factors(self, now: LoraFactors, moved: Resolved | None, jumps: list[LowRank]) -> tuple[Tensor, Tensor, float]:
-        """Return the new A and B in fp32, and their scaling."""
-        A, B = now.A, now.B
-        if isinstance(moved, FactorStep):
-            A, B = A + moved.dA, B + moved.dB
-        more = [*jumps, moved] if isinstance(moved, LowRank) else jumps
+    def _factors(
+        self, prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return the new A and B of a parameter in fp32, and their scaling."""
+        now, more = _trained(prediction, source, name, alpha), _joined(prediction, source, name, alpha)
         if self.config.rank is None and not more:
-            return A.float(), B.float(), now.scaling
-        whole = _concatenated(now.scaling * B, A, more)
+            return now.A.float(), now.B.float(), now.scaling
+        whole = _concatenated(now.scaling * now.B, now.A, more)
         if self.config.rank is not None and self.config.rank < whole.rank:
             factors = truncated_svd(whole.to(torch.float64), self.config.rank)
             root = factors.S.sqrt()
@@ -129,20 +148,49 @@ class PeftAdapterApplier(FolderApplier):
         return whole.right.float(), whole.left.float(), 1.0
 
 
-def _concatenated(left: Tensor, right: Tensor, terms: list[LowRank]) -> LowRank:
-    """Return left @ right + the sum of terms.
+def _entries(*shapes: tuple[int, int]) -> list[Entry]:
+    return [entry_of(torch.float32, shape) for shape in shapes]
 
-    A secant in merged space is [s B_T, -s B_t] [A_T; A_t], and its A_T is already in ``right``: such a part adds to
-    ``left`` instead of the rank.
+
+def _in_factor_space(prediction: Prediction, name: str) -> bool:
+    update = prediction.updates.get(name)
+    return isinstance(update, CoefficientUpdate) and update.space == "factors"
+
+
+def _trained(prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float) -> LoraFactors:
+    """Return the trained factors of a parameter, with the jump if that is in factor space."""
+    now = source.factors(name, prediction.step)
+    moved = resolve(prediction, name, alpha) if _in_factor_space(prediction, name) else None
+    return replace(now, A=now.A + moved.dA, B=now.B + moved.dB) if isinstance(moved, FactorStep) else now
+
+
+def _joined(prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float) -> list[LowRank]:
+    """Return what is added to a parameter's own factors: earlier jumps, and the jump if it is in merged space."""
+    moved = None if _in_factor_space(prediction, name) else resolve(prediction, name, alpha)
+    return source.jump_deltas(name, prediction.step) + ([moved] if isinstance(moved, LowRank) else [])
+
+
+def _parts(right: Tensor, terms: list[LowRank]) -> Iterator[tuple[LowRank, bool]]:
+    """Split terms into parts of the adapter's rank, and say of each whether its right factor is the adapter's.
+
+    A secant in merged space is [s B_T, -s B_t] [A_T; A_t], and its A_T is already in ``right``: such a part adds to the
+    left factor instead of the rank.
     """
-    rank, rest = right.shape[0], [LowRank(left[:, :0], right[:0])]
+    rank = len(right)
     for term in terms:
         for begin in range(0, term.rank, rank):
             part = LowRank(term.left[:, begin : begin + rank], term.right[begin : begin + rank])
-            if torch.equal(part.right, right.to(part.right.dtype)):
-                left = left + part.left
-            else:
-                rest.append(part)
+            yield part, part.rank == rank and torch.equal(part.right, right.to(part.right.dtype))
+
+
+def _concatenated(left: Tensor, right: Tensor, terms: list[LowRank]) -> LowRank:
+    """Return left @ right + the sum of terms."""
+    rest = []
+    for part, same in _parts(right, terms):
+        if same:
+            left = left + part.left
+        else:
+            rest.append(part)
     return LowRank(
         torch.cat([left.float(), *(part.left.float() for part in rest)], -1),
         torch.cat([right.float(), *(part.right.float() for part in rest)], -2),

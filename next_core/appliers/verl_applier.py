@@ -118,7 +118,7 @@ class VerlApplier(FolderApplier):
 
 def actor_folder(source: CheckpointSource, step: int) -> Path:
     """Return the folder with the shards of a checkpoint. Raises ``ConfigError`` where there are none."""
-    place = source.folder(step) if isinstance(source, PeftAdapterSource) else source.model(step).folder
+    place = (source.adapter(step) if isinstance(source, PeftAdapterSource) else source.model(step)).folder
     actor = next((shards_folder(each) for each in (place, place.parent) if has_shards(each)), None)
     if actor is None or step_folder(actor.parent) is None:
         raise contradiction(

@@ -171,9 +171,9 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         """Return the newest checkpoint's ``adapter_config.json``."""
         return dict(self._checkpoint(self.steps[-1]).config.raw)
 
-    def folder(self, step: int) -> Path:
-        """Return the folder of a checkpoint."""
-        return self._checkpoint(step).folder
+    def adapter(self, step: int) -> AdapterFiles:
+        """Return the files of a checkpoint."""
+        return self._checkpoint(step)
 
     def tied_embedding(self, head: AdapterModule) -> AdapterModule | None:
         """Return the embedding whose factors are those of a head, transposed (PEFT's ``ensure_weight_tying``)."""
@@ -181,11 +181,6 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
             return None
         same = head.shape[::-1], head.rank, "embedding"
         return next((m for m in self.modules if (m.shape, m.rank, m.kind) == same), None)
-
-    def extra_tensors(self, step: int) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint that are not extrapolated; they are kept as trained."""
-        adapter = self._checkpoint(step)
-        return {key: adapter.file.read(key) for key in adapter.skipped}
 
     def stored(self, key: str, step: int) -> Tensor:
         """Return a tensor of a checkpoint by its name in the file, plus the jumps made right after it."""
@@ -251,7 +246,8 @@ class PeftAdapterSource(FolderSource[AdapterFiles]):
         if self._shifts.in_run_folder:
             jumps = jump_folders(self._shifts.root)
             return [path / ADAPTER for path, record in jumps if record.get("adapter") and record["step"] <= step]
-        return sorted(self.folder(step).glob(f"{JUMP_PREFIX}*"), key=lambda path: (len(path.name), path.name))
+        found = self._checkpoint(step).folder.glob(f"{JUMP_PREFIX}*")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _reopen(cls: type[PeftAdapterSource], config: PeftAdapterSourceConfig, as_of: int | None) -> PeftAdapterSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core import make_applier, open_checkpoints
+from next_core.appliers.safetensors_writer import TensorWriter
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_source import PeftAdapterSource
@@ -124,6 +126,22 @@ def test_in_factor_space_the_adapter_keeps_its_ranks_and_its_config(
 def test_a_secant_in_merged_space_stores_the_newest_a_once(run: LoraRun, tmp_path: Path) -> None:
     make_applier("peft-adapter").apply(secant(run), out=tmp_path / "out")
     assert load_file(tmp_path / "out" / WEIGHTS)[KEY.format("A")].shape == (6, 16)  # of rank 3
+
+
+def test_memory_holds_the_factors_of_one_module_at_a_time(
+    run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[weakref.ref[Tensor]] = []
+    write = TensorWriter.write
+
+    def watched(self: TensorWriter, block: Tensor) -> None:
+        assert sum(each() is not None for each in written) <= 1  # A, while B is written
+        written.append(weakref.ref(block))
+        write(self, block)
+
+    monkeypatch.setattr(TensorWriter, "write", watched)
+    make_applier("peft-adapter").apply(secant(run), out=tmp_path / "out")
+    assert len(written) == len(load_file(tmp_path / "out" / WEIGHTS))
 
 
 @BOTH

@@ -51,10 +51,12 @@ def test_a_torn_last_line_is_dropped_and_the_journal_gone_on_with(tmp_path: Path
 
 
 WITHOUT_CHECKSUM = b'{"event": "resume", "step": 2}'
-WRONG_RECORDS = ({"event": "jump"}, {"step": 5}, {"event": 5, "step": 5}, {"event": "verify", "step": 5}, resume("x"))
+WRONG_RECORDS = ({"event": "jump"}, {"step": 5}, {"event": 5, "step": 5}, resume("x"))
+VERDICT = {"event": "verify", "step": 12, "jump_step": 10, "accepted": True, "reason": "x", "accuracy": 0.5}
+LACKING = [{k: v for k, v in VERDICT.items() if k != gone} for gone in ("jump_step", "accepted", "reason", "accuracy")]
 
 
-@pytest.mark.parametrize("bad", [b"{", b"5", b"", WITHOUT_CHECKSUM, *map(json_line, WRONG_RECORDS)])
+@pytest.mark.parametrize("bad", [b"{", b"5", b"", WITHOUT_CHECKSUM, *map(json_line, [*WRONG_RECORDS, *LACKING])])
 @pytest.mark.parametrize("more", [(), (json_line(resume(3)),)], ids=["last", "not last"])
 def test_damage_in_a_whole_line_names_the_line(tmp_path: Path, bad: bytes, more: tuple[bytes, ...]) -> None:
     path = write(tmp_path / "journal.jsonl", json_line(resume(1)), bad.removesuffix(b"\n") + b"\n", *more)

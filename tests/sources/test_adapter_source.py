@@ -67,18 +67,6 @@ def test_a_trl_run_has_its_steps_parameters_and_pefts_own_deltas(lora_run: LoraR
     assert_deltas_are_pefts(source, lora_run)
 
 
-def test_factors_are_those_of_the_file_and_step_0_can_be_read(lora_run: LoraRun) -> None:
-    source = open_checkpoints(lora_run.path)
-    stored = load_file(lora_run.folder(30) / WEIGHTS)
-    factors, start = source.factors(f"{ROW}.weight", 30), source.factors(f"{ROW}.weight", 0)
-    assert factors is not None
-    assert torch.equal(factors.A, stored[KEY.format("A")])
-    assert torch.equal(factors.B, stored[KEY.format("B")])
-    assert factors.scaling == 2.0
-    assert start is not None
-    assert not start.B.any()
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -293,14 +281,3 @@ def test_checkpoints_written_or_removed_since_are_noticed(own_lora_run: LoraRun)
     assert source.steps == STEPS[1:]
     with pytest.raises(CheckpointError, match="step 10"):
         source.delta("model.layers.1.mlp.up_proj.weight", 10)
-
-
-def test_half_precision_factors_are_read_in_fp32(own_lora_run: LoraRun) -> None:
-    def halve(tensors: dict[str, Tensor]) -> None:
-        for key in tensors:
-            tensors[key] = tensors[key].bfloat16()
-
-    change_weights(own_lora_run.folder(30), halve)
-    factors = open_checkpoints(own_lora_run.path).factors(f"{ROW}.weight", 30)
-    assert factors is not None
-    assert factors.A.dtype == torch.float32

@@ -133,28 +133,6 @@ def expert_tensors(ranks: dict[str, int]) -> dict[str, torch.Tensor]:
     return {name: tensor for side in sides for name, tensor in side.items()}
 
 
-def test_each_expert_of_a_fused_layer_is_a_parameter(tmp_path: Path) -> None:
-    """PEFT stores A expert after expert, and in B the expert is the fastest index."""
-    fields = {
-        "target_parameters": ["experts.gate_up_proj", "mlp.experts.down_proj"],
-        "rank_pattern": {"gate_up_proj": 3},
-    }
-    made = configured(tmp_path / "a", lora_alpha=6, **fields)
-    tensors = expert_tensors({"": 8, ".base_layer": 12})
-    A, B = (f"base_model.model.layers.0.mlp.experts.lora_{side}.weight" for side in "AB")
-    tensors[A], tensors[B] = torch.arange(48.0).reshape(8, 6), torch.arange(48.0).reshape(6, 8)
-    save_file(tensors, made / "adapter_model.safetensors")
-    opened = AdapterFiles(made)
-    assert [(p.name, p.rank) for p in opened.parameters] == [
-        *((f"layers.0.mlp.experts.down_proj[{expert}]", 2) for expert in range(4)),
-        *((f"layers.0.mlp.experts.gate_up_proj[{expert}]", 3) for expert in range(4)),
-    ]
-    found = opened.factors("layers.0.mlp.experts.down_proj[1]")
-    assert torch.equal(found.A, tensors[A].reshape(4, 2, 6)[1])
-    assert torch.equal(found.B, tensors[B].reshape(6, 2, 4)[..., 1])
-    assert found.scaling == 3.0
-
-
 @pytest.mark.parametrize(
     ("ranks", "targets", "kind"),
     [

@@ -15,45 +15,26 @@ from torch import Tensor
 from next_core import make_applier, open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.sources.hf_model import ModelFiles
-from tests.conftest import LoraRun, Outcome, noise
+from tests.appliers.matrix import LLAVA
+from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
 from tests.sources.models import SMALL, built, straight_run
 
 MODEL = "model.safetensors"
 AS_IN_MEMORY = {"save_original_format": False}
-VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2}
-TEXT = SMALL | {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
-LLAVA_VISION = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {"image_size": 4, "patch_size": 2}
-VISION_LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen2-vl": (
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2VLConfig",
-        {"text_config": TEXT, "vision_config": VISION, "image_token_id": 3, "video_token_id": 4},
-    ),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        {
-            "text_config": SMALL | {"model_type": "llama"},
-            "vision_config": LLAVA_VISION | {"model_type": "clip_vision_model"},
-            "image_token_index": 3,
-        },
-    ),
-}
 
 
-def vision_language(name: str) -> Any:
-    architecture, config, sizes = VISION_LANGUAGE[name]
+def vision_language() -> Any:
+    architecture, config, sizes = LLAVA
     return built(architecture, config, **sizes)
 
 
 @pytest.mark.parametrize("stored", [{}, AS_IN_MEMORY], ids=["names of the Hub", "names in memory"])
-@pytest.mark.parametrize("name", VISION_LANGUAGE)
-def test_an_adapter_is_merged_into_a_base_with_either_names(name: str, stored: Any, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_a_base_with_either_names(stored: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    vision_language(name).save_pretrained(tmp_path / "base", **stored)
-    model = get_peft_model(vision_language(name), LoraConfig(r=2, target_modules=r".*language_model.*\.(q|down)_proj"))
+    vision_language().save_pretrained(tmp_path / "base", **stored)
+    model = get_peft_model(vision_language(), LoraConfig(r=2, target_modules=r".*language_model.*\.(q|down)_proj"))
     with torch.no_grad():
         for key, value in model.named_parameters():
             if "lora_B" in key:
@@ -67,7 +48,7 @@ def test_an_adapter_is_merged_into_a_base_with_either_names(name: str, stored: A
 
 
 def test_without_transformers_to_ask_the_message_says_that_names_may_differ(tmp_path: Path) -> None:
-    run = straight_run(tmp_path, vision_language("qwen2-vl"), base={}, **AS_IN_MEMORY)
+    run = straight_run(tmp_path, vision_language(), base={}, **AS_IN_MEMORY)
     (run.base / "config.json").unlink()
     with raises_kind("checkpoint-other-model", run.base, "transformers", "names"):
         open_checkpoints(run.path, backbone=run.base)
@@ -128,11 +109,8 @@ def test_a_quantized_base_is_refused_where_its_weights_are_read(method: str, tmp
         make_applier("merged-model", backbone=base).check_source(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", FORMATS)
-def test_an_adapter_needs_no_weights_of_a_quantized_base(
-    method: str, lora_run: LoraRun, tmp_path: Path, cli: Callable[..., Outcome]
-) -> None:
-    base = quantized(tmp_path / "base", method)
+def test_an_adapter_needs_no_weights_of_a_quantized_base(lora_run: LoraRun, tmp_path: Path) -> None:
+    base = quantized(tmp_path / "base", "GPTQ")
     source = open_checkpoints(lora_run.path, backbone=base)
     name = source.parameters[0].name
     jump = Prediction(source, 60, 10, updates={name: CoefficientUpdate({60: 1.0, 50: -1.0}, "factors")})

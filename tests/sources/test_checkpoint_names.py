@@ -114,13 +114,6 @@ def test_a_checkpoint_is_not_taken_for_a_folder_of_checkpoints(tmp_path: Path) -
         open_checkpoints(tmp_path / "run")
 
 
-def test_ambiguous_names_are_an_error_of_opening(tmp_path: Path) -> None:
-    adapter(tmp_path / "v1-run3", 3)
-    adapter(tmp_path / "v2-run5", 5)
-    with raises_kind("checkpoint-ambiguous-step", "v1-run3, v2-run5"):
-        open_checkpoints(tmp_path)
-
-
 def test_a_list_of_folders_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [adapter(tmp_path / "exp" / f"lora_s{step}", step) for step in (20, 10)]
     known = adapter(tmp_path / "more" / "checkpoint-30", 30)

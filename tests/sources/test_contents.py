@@ -128,18 +128,6 @@ def test_opening_reads_only_headers_and_each_file_is_hashed_once(
     assert sorted(hashed) == [folder.name for folder in folders]
 
 
-def test_two_swapped_files_are_named(tmp_path: Path) -> None:
-    one, other = (folder / "adapter_model.safetensors" for folder in sealed(tmp_path, adapter, 10, 20))
-    spare = tmp_path / "spare"
-    one.rename(spare)
-    other.rename(one)
-    spare.rename(other)
-    source = open_checkpoints(tmp_path / "checkpoints")
-    for step, path in ((10, one), (20, other)):
-        with raises_kind("checkpoint-damaged", path, "xxh3_128"):
-            source.factors(source.parameters[0].name, step)
-
-
 def test_a_file_that_was_added_later_is_not_read(tmp_path: Path) -> None:
     *_, last = sealed(tmp_path, adapter, 10, 20)
     (last / "README.md").write_text("mine")  # nobody reads it

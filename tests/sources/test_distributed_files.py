@@ -18,7 +18,7 @@ from next_core import open_checkpoints
 from next_core.sources.distributed_files import METADATA, DistributedFile
 from tests.backends.trl.launch import Launch
 from tests.errors import raises_kind
-from tests.sources.models import adapter, model
+from tests.sources.models import Hostile, adapter, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 WHOLE = {"rows": torch.arange(15.0).view(5, 3), "stack": torch.randn(2, 3, 4).bfloat16(), "scalar": torch.tensor(2.0)}
@@ -71,14 +71,6 @@ def test_stacks_and_scalars_are_read(tmp_path: Path) -> None:
     (data,) = tmp_path.glob("*.distcp")
     os.utime(data, ns=(1, 1))
     assert not file.unchanged()
-
-
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
 
 
 def edited(change: Callable[[Any], None]) -> Callable[[Path], None]:

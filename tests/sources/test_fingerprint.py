@@ -82,14 +82,6 @@ def test_where_rl_began_is_step_0_or_the_backbone(tmp_path: Path) -> None:
     assert source.fingerprint(None) == source.fingerprint(0) != backbone
 
 
-def test_an_adapter_began_at_step_0_if_it_was_kept(tmp_path: Path) -> None:
-    source = lora(tmp_path)
-    fresh = source.fingerprint(None)
-    adapter(tmp_path / "run" / "checkpoint-0", 0)
-    source.refresh()
-    assert source.fingerprint(None) == source.fingerprint(0) != fresh
-
-
 def test_jumps_count_from_the_steps_before_them(own_lora_run: LoraRun) -> None:
     def now() -> list[str | None]:
         return prints(open_checkpoints(own_lora_run.path), 10, 30, 40, None)

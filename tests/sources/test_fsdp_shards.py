@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from next_core.sources.fsdp_shards import open_shards
 from next_core.sources.hf_model import ModelFiles
 from tests.errors import raises_kind
 from tests.sources.fsdp import lora_state, save_shards, verl
-from tests.sources.models import MODULE, adapter
+from tests.sources.models import MODULE, Hostile, adapter
 
 WHOLE = {
     "rows": torch.randn(5, 3),
@@ -112,14 +111,6 @@ def sum_up(folder: Path) -> None:
 def shard_twice(folder: Path) -> None:
     (folder / name(0)).unlink(), (folder / name(1)).unlink()
     save_shards(folder, {"rows": torch.randn(4, 4)}, (2, 2), [Shard(0), Shard(1)])
-
-
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
 
 
 def poison(folder: Path) -> None:

@@ -65,17 +65,6 @@ def test_a_jump_moves_the_checkpoints_up_to_its_step_and_no_later_one(own_lora_r
         assert torch.equal(source.factors(OTHER, step).B, plain.factors(OTHER, step).B)
 
 
-def test_jumps_add_up_and_are_added_once_however_often_they_are_read(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
-    plain, first, second = opened(lora_run), moved("s"), moved("t")
-    jump(own_lora_run, 1, 30, first)
-    jump(own_lora_run, 2, 50, second)
-    source = opened(own_lora_run)
-    for _ in range(2):
-        assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
-        assert_moved(source.factors(NAME, 40), plain.factors(NAME, 40), second)
-        assert_moved(source.factors(NAME, 60), plain.factors(NAME, 60))
-
-
 def test_a_run_as_of_a_step_counts_only_the_jumps_made_before_it(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     plain, first, second = opened(lora_run), moved("s"), moved("t")
     jump(own_lora_run, 1, 30, first)

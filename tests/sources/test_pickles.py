@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,17 +12,7 @@ from next_core import open_checkpoints
 from next_core.mathematics.low_rank import dense
 from next_core.sources.tensor_files import PickleFile
 from tests.errors import raises_kind
-from tests.sources.models import MODULE, adapter, adapter_tensors
-
-
-class Hostile:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
+from tests.sources.models import MODULE, Hostile, adapter, adapter_tensors
 
 
 def run(root: Path) -> Path:

@@ -45,12 +45,6 @@ def contents(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_folders_are_named_as_the_sources_read_them(history: HistoryFolder, tmp_path: Path) -> None:
-    assert history.checkpoint(10) == tmp_path / "checkpoints" / "step-000010"
-    assert history.next_jump() == tmp_path / "jumps" / "0001"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_jump_is_a_record_its_shift_its_adapter_and_what_the_backend_adds(history: HistoryFolder) -> None:
     def more(folder: Path) -> None:
         save_file({"weight": torch.ones(1)}, folder / "before.safetensors")
@@ -122,14 +116,6 @@ def test_a_jump_taken_back_at_its_own_step_is_gone_and_later_it_is_marked(histor
     assert json.loads((made / "undone.json").read_text()) == {"step": 15}
     assert history.jump_at(10) is None
     assert history.jump_at(15) is None
-
-
-def test_the_jump_of_a_step_is_found_among_others(history: HistoryFolder) -> None:
-    made = [jump(history, step) for step in (10, 20, 30)]
-    found = history.jump_at(20)
-    assert found is not None
-    assert found[0] == made[1]
-    assert history.jump_at(25) is None
 
 
 def test_a_checkpoint_holds_the_adapters_made_by_its_step_and_not_yet_undone(history: HistoryFolder) -> None:

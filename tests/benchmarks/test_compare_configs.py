@@ -26,7 +26,3 @@ def test_a_comparison_can_be_run_and_says_what_it_takes(file: Path, monkeypatch:
     top = re.sub(r"\n# ", " ", file.read_text().partition("\nbase:")[0])
     assert "?" in top
     assert f"Takes {plan.steps:,} RL steps, {len(plan.races)} races of {len(config.seeds)} seeds." in top
-
-
-def test_there_are_some() -> None:
-    assert len(list(FOLDER.glob("*.yaml"))) >= 12

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import clock, machine, reference, synthetic, table
-from benchmarks.speed.dense import delta
-from benchmarks.speed.scaling import fitted_exponent
-from benchmarks.speed.stage import ORDER, STAGES, Options
-from benchmarks.speed.synthetic import LoraRun, Shapes
+from benchmarks.speed.stage import ORDER, STAGES
+from benchmarks.speed.synthetic import LoraRun
 from next_core import open_checkpoints
 
 RUN = LoraRun(replace(synthetic.TOY, layers=3), rank=4, distinct=2)
@@ -73,20 +69,6 @@ def test_committed_results_are_whole_and_not_of_toys() -> None:
     assert not any(facts["toy"] for facts in committed)
 
 
-def test_tables_show_targets_references_and_what_was_skipped() -> None:
-    floor = RATES.floor(2.0, "fp64", flops=20e9, moved=5e9)
-    reference_row = {"what": "the dense way", "how": "estimated", "cpu_s": 50.0, "errors": {"u": 2e-6}}
-    done = {"what": "a", "cpu_s": 2.0, "target_cpu_s": 4.0, "wall_s": 2.5, "own_gib": 0.2, "target_gib": 1.0}
-    done |= {"errors": {"u": 1e-9}, "others": [{"what": "svd(k=1)", "errors": {"u": 0.2}}]}
-    rows = [done | {"floor": floor, "reference": reference_row}, {"what": "b", "skipped": "not installed"}]
-    hardware = {"cpu": "C", "cores": 2, "ram_gib": 8.0, "torch": "2", "blas": "B", "threads": 1}
-    rates = {"gemm_gflop_s": RATES.gemm, "copy_gb_s": RATES.copy}
-    text = table.render([{"stage": "s", "hardware": hardware, "rates": rates, "rows": rows}])
-    assert "| s | a | 2 | 4 | 2 | 0.20 (target 1) | 25 | 1e-09 (2e-06) |" in text
-    assert "`svd` 2e-01" in text
-    assert "| s | b | not run: not installed |" in text
-
-
 def test_a_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
     assert RATES.floor(2.0, "fp64", flops=20e9, moved=5e9)["seconds"] == 1.0
     assert RATES.floor(2.0, "fp64", flops=20e9, moved=5e10)["seconds"] == 5.0
@@ -110,25 +92,6 @@ def test_a_run_is_the_same_each_time_it_is_made() -> None:
             assert all(torch.equal(x, y) for x, y in zip(one[name], other[name], strict=True))
 
 
-def test_layers_beyond_the_distinct_ones_repeat_them() -> None:
-    _, factors = next(RUN.checkpoints())
-    key = "model.layers.{}.mlp.up_proj.weight"
-    assert torch.equal(factors[key.format(2)][0], factors[key.format(0)][0])
-    assert not torch.equal(factors[key.format(1)][0], factors[key.format(0)][0])
-
-
-def test_b_starts_near_zero_and_local_motion_is_small_beside_the_factors() -> None:
-    checkpoints = [
-        (step, {name: (A.clone(), B.clone()) for name, (A, B) in factors.items()})
-        for step, factors in RUN.checkpoints()
-    ]
-    name = "model.layers.0.mlp.up_proj.weight"
-    (_, before), (_, newest) = checkpoints[-2:]
-    A, B = newest[name]
-    assert (A - before[name][0]).norm() < 0.05 * A.norm()
-    assert checkpoints[0][1][name][1].norm() < 0.5 * B.norm()
-
-
 def test_a_written_run_opens_with_the_public_reader(tmp_path: Path) -> None:
     source = open_checkpoints(RUN.write(tmp_path / "checkpoints"))
     assert source.steps == RUN.steps
@@ -140,30 +103,10 @@ def test_a_written_run_opens_with_the_public_reader(tmp_path: Path) -> None:
         assert torch.equal(stored.B, factors["model.layers.2.mlp.down_proj.weight"][1])
 
 
-def test_a_full_model_has_the_published_size() -> None:
-    # Qwen2.5-1.5B: 1,543,714,304 parameters, embeddings counted once.
-    assert synthetic.model_bytes(synthetic.QWEN_15B) == 2 * 1_543_714_304
-
-
-def test_thirty_nine_different_deltas_of_fifteen_checkpoints() -> None:
-    kinds = reference.spans(synthetic.STEPS)
-    assert {kind: len(found) for kind, found in kinds.items()} == {"global": 15, "local": 15, "target": 10}
-    assert len(reference.different_spans(synthetic.STEPS)) == 39
-
-
-def test_the_hard_dense_case_has_the_gap_it_claims() -> None:
-    sigma = torch.linalg.svdvals(delta("gap", 1200, 400).double())
-    assert float(sigma[1] / sigma[0]) == pytest.approx(0.98, abs=0.02)
-
-
 def test_the_error_of_a_direction_ignores_its_sign_and_is_exact_for_small_angles() -> None:
     u = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert reference.sine(-u, u) == 0.0
     assert reference.sine(torch.tensor([1.0, 1e-9], dtype=torch.float64), u) == pytest.approx(1e-9)
-
-
-def test_an_exponent_is_fitted_in_logarithms() -> None:
-    assert fitted_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
 def test_memory_is_that_of_a_process_of_its_own() -> None:
@@ -177,36 +120,3 @@ def hold(megabytes: int) -> int:
     block = torch.ones(megabytes * 2**18)
     time.sleep(0.5)
     return block.numel() // 2**18
-
-
-def fail() -> None:
-    raise ValueError("too bad")
-
-
-def die() -> None:
-    os._exit(9)
-
-
-@pytest.mark.parametrize(("work", "words"), [(fail, "too bad"), (die, "exit code 9")])
-def test_a_process_that_fails_or_dies_is_an_error_here(work: Callable[[], None], words: str) -> None:
-    with pytest.raises(ChildProcessError, match=words):
-        clock.apart(work)
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    endless = replace(RUN, shapes=Shapes(10**9, 10**9, 10**9, 1), rank=10**6)
-    with pytest.raises(OSError, match="pass --scratch"):
-        endless.write(tmp_path / "checkpoints")
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_scratch_folder_is_removed(tmp_path: Path) -> None:
-    with Options(RATES, scratch=tmp_path).folder() as folder:
-        (folder / "x").write_text("x")
-    assert not any(tmp_path.iterdir())
-
-
-def test_an_unknown_stage_is_refused(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        command.main(["no-such-stage"])
-    assert "compress-0.5B" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from next_core.checkpoints import open_checkpoints
 from next_core.compressors.exact import ExactCompressor
-from next_core.compressors.lanczos import LanczosCompressor
 from next_core.diagnostics import FIGURES, Analysis, FromFirstCheckpoint, Group, analyze, with_origin
 from next_core.diagnostics.analysis import kind_of, layer_of
 from next_core.diagnostics.analysis_results import advice
@@ -164,12 +163,6 @@ def test_the_same_seed_gives_the_same_analysis() -> None:
     one, same, other = (analyze(history(lora_walks(3)), seed=seed, draws=20).as_dict() for seed in (0, 0, 1))
     assert one == same
     assert one["overall"]["figures"]["c1_r2"]["null"] != other["overall"]["figures"]["c1_r2"]["null"]
-
-
-def test_without_the_spectrum_the_published_ratio_is_missing_and_the_reason_names_the_option() -> None:
-    analysis = analyze(History(walks(2, m=40, n=30), 1, LanczosCompressor()))
-    assert "--spectrum" in analysis.missing["energy_ratio_global"]
-    assert analysis.overall.value("squared_energy_ratio_global") is not None
 
 
 def test_a_full_run_without_its_backbone_counts_from_the_first_checkpoint() -> None:

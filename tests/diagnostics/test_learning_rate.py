@@ -181,13 +181,6 @@ def test_the_rates_that_the_trainer_logged_are_read() -> None:
     assert told(source).logged == (1e-4, 2e-4)
 
 
-def test_jumps_of_other_predictors_are_mentioned() -> None:
-    jump = {"step": 50, "accepted": True, "diagnostics": {"median_lambda": 0.7}}
-    assert "jumps excluded" in str(run_advice(lora_mixture(0.85), [jump]))
-    rate = told(lora_mixture(0.85), [jump] * 2)
-    assert (rate.multiple, rate.jumps) == (None, 2)
-
-
 def test_an_analysis_has_the_figure_its_series_the_factor_and_the_sentence() -> None:
     history = History(lora_mixture(0.85))
     history.jump_log = [tried(3.0)]

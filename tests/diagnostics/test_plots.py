@@ -31,15 +31,6 @@ def test_every_chart_is_written_as_a_document_of_its_own(analysis: Analysis, tmp
     assert ET.fromstring(text).get("width")
 
 
-def test_the_same_analysis_makes_the_same_charts(analysis: Analysis) -> None:
-    first, again = analysis.draw(), analysis.draw()
-    for name, one in first.items():
-        other = again[name]
-        assert isinstance(one, Chart)
-        assert isinstance(other, Chart)
-        assert one.svg() == other.svg(), name
-
-
 def test_what_cannot_be_drawn_says_why() -> None:
     drawn = analyze(history(dense_run({"head.weight": drift(0)}, (10,))), draws=20).draw()
     assert isinstance(drawn["energy-ratios"], Chart)

@@ -80,11 +80,6 @@ def test_data_files_are_what_the_generator_makes(task: Any, kit: ModuleType, tmp
         assert (tmp_path / split).read_bytes() == (EXAMPLES / task.name / f"{split}.jsonl").read_bytes()
 
 
-def test_data_files_share_no_prompt(task: Any) -> None:
-    prompts = [row["prompt"] for split in DATA_FILES for row in read(task.name, split)]
-    assert len(set(prompts)) == len(prompts) == sum(DATA_FILES.values())
-
-
 def test_slips_are_wrong_and_drawn_from_the_tasks_characters(task: Any, kit: ModuleType) -> None:
     rng = random.Random(0)
     for problem in kit.split_problems(task)["train"][:2000]:
@@ -142,15 +137,6 @@ def test_exact_accuracy_is_what_generation_gives_and_the_reward_agrees(
     assert all(share == pytest.approx(exact.greedy, abs=0.005) for share in shares(1, do_sample=False))
 
 
-def test_base_is_small_and_names_no_path_of_the_machine_that_made_it(task: Any) -> None:
-    base = EXAMPLES / task.name / "base"
-    assert sum(file.stat().st_size for file in base.iterdir()) < 1_300_000
-    for file in base.glob("*config.json"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        assert not [key for key, value in settings.items() if isinstance(value, str) and "/" in value]
-        assert "_name_or_path" not in settings
-
-
 def test_tokenizer_survives_the_class_that_transformers_picks(task: Any) -> None:
     """AutoTokenizer may read a folder as another class than the one that wrote it."""
     base = EXAMPLES / task.name / "base"
@@ -178,18 +164,6 @@ def test_the_script_makes_the_shipped_files(task: Any, kit: ModuleType, tmp_path
         assert made == kept
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "base", shipped)]
     assert sizes[0] == sizes[1]
-
-
-def test_the_kit_refuses_a_tokenizer_that_autotokenizer_reads_otherwise(kit: ModuleType, tmp_path: Path) -> None:
-    """A typographic minus is several tokens of the byte-level class, none of them in this vocabulary."""
-    arithmetic = importlib.import_module("arithmetic.make_base")
-    minus = chr(0x2212)
-    task = replace(arithmetic.TASK, characters=arithmetic.TASK.characters.replace("-", minus))
-    kit.make_tokenizer(task.vocabulary).save_pretrained(tmp_path)
-    kit.make_model(task).config.save_pretrained(tmp_path)
-    kit.check_tokenizer(tmp_path, task.vocabulary, [arithmetic.Problem(37, "+", 25)])
-    with pytest.raises(ValueError, match=r"Qwen2Tokenizer reads .* one ASCII character"):
-        kit.check_tokenizer(tmp_path, task.vocabulary, [arithmetic.Problem(37, minus, 25)])
 
 
 @pytest.mark.base_model
@@ -248,14 +222,6 @@ def test_edited_words_are_what_a_list_worked_on_in_place_gives(split: str) -> No
         assert row["answer"] == "".join(letters)
 
 
-def test_no_answer_to_every_editing_prompt_that_ignores_the_program_goes_far() -> None:
-    """A policy could give up on the commands and move the letters always the same way."""
-    orders: Counter[tuple[int, ...]] = Counter()
-    for row in read("editing", "test"):
-        orders[tuple(row["prompt"].index(letter) for letter in row["answer"])] += 1
-    assert orders.most_common(1)[0][1] / DATA_FILES["test"] < RECORDED["editing"][0]
-
-
 CHEATS = (
     "",
     "{prompt}",
@@ -280,11 +246,6 @@ def test_the_reward_pays_for_the_answer_and_for_nothing_else(name: str) -> None:
         assert reward([row["prompt"]] * len(wrong), wrong, answer=[right] * len(wrong)) == [0.0] * len(wrong)
         # Worked out from the prompt: a wrong `answer` column would not be paid for.
         assert reward(prompts=[row["prompt"]], completions=[right], answer=["?"]) == [1.0]
-
-
-def test_a_leading_zero_must_be_written() -> None:
-    reward = importlib.import_module("sorting.reward").reward
-    assert reward(["201345="] * 3, ["012345", "12345", "0012345"]) == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["sorting", "editing"])

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from next_core.mathematics import low_rank
 from next_core.mathematics.low_rank import (
     Factors,
     LowRank,
@@ -179,22 +178,6 @@ def test_ill_conditioned_factors_lose_nothing(decades: int) -> None:
         assert (vectors.norm(dim=-2) - 1).abs().max() <= 1e-14
 
 
-def test_only_ill_conditioned_matrices_of_a_batch_take_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = noise(5, 3, 40, 4), noise(6, 3, 4, 30)
-    left[1, :, 0] = left[1, :, 1] + 1e-7 * left[1, :, 2]
-    left[2, :, 3] = 0  # as stacking pads it: not ill-conditioned
-    redone = []
-
-    def counted(left: Tensor, right: Tensor, k: int) -> low_rank._Svd:
-        redone.append(len(left))
-        return by_qr(left, right, k)
-
-    by_qr = low_rank._svd_by_qr
-    monkeypatch.setattr(low_rank, "_svd_by_qr", counted)
-    assert_triplets_of(left @ right, truncated_svd(LowRank(left, right), 2), vectors=1)
-    assert redone == [1]
-
-
 @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-8])
 def test_a_small_lora_step_does_not_cancel(step: float) -> None:
     A, B, spread = noise(1, 16, 150), noise(2, 200, 16), torch.logspace(0, -2, 16, dtype=torch.float64)
@@ -271,11 +254,6 @@ def test_alignment_forgets_the_signs_it_was_given(signs: list[list[float]]) -> N
     assert torch.equal(aligned.V, smooth.V)
     unreferenced = align_signs(smooth.flip(torch.tensor(signs)))
     assert torch.equal(unreferenced.U, smooth.U * torch.tensor(signs[-1]))
-
-
-def test_a_history_without_rows_is_aligned_as_it_is() -> None:
-    nothing = truncated_svd(LowRank.zero(6, 5, (0,)), 2)
-    assert align_signs(nothing).U.shape == (0, 6, 2)
 
 
 @pytest.mark.parametrize("gone", [[2], [2, 3], [5], [4, 5], [0]])

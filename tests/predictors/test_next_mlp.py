@@ -183,11 +183,6 @@ def test_the_layers_are_the_papers() -> None:
     assert sum(isinstance(module, torch.nn.ReLU) for module in both.modules()) == 3
 
 
-def test_the_defaults_are_the_papers() -> None:
-    config = NextMlpConfig()
-    assert (config.hidden, config.epochs, config.lr, config.min_lr) == (256, 1000, 2e-5, 2e-6)
-
-
 def test_it_abstains_when_training_diverges(past: History) -> None:
     prediction = predict(past, epochs=30, hidden=8, lr=1e30)
     assert "lower lr" in (prediction.abstention or "")

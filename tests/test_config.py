@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from next_core.config import dump_yaml, json_schema, load_config, make_config, parse_assignments
-from next_core.errors import ConfigError
 from next_core.plugins import make_chosen, registry
 from next_core.run_config import Guards, RunConfig, Schedule
 from next_core.storage.yaml_files import parse_yaml
@@ -207,33 +206,9 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
         load(predictor="nowhere:Mine")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "steps: [1, 2\n",
-        "steps: 1\n\tseed: 2\n",
-        "a: *nobody\n",
-        "a: !!python/object/apply:os.getcwd []\n",
-        "? [1, 2]\n: 3\n",
-        "a: 2024-13-45\n",
-        "a: !!int many\n",
-        "a: &x [*x]\n",
-        "a: \x00\n",
-        "a: 1\n---\nb: 2\n",
-        "[" * 5000,
-    ],
-)
-def test_a_file_that_is_not_safe_yaml_is_named(load: Callable[..., RunConfig], text: str) -> None:
-    with raises_kind("config-yaml", "run.yaml"):
-        load(text=text)
+def test_a_key_that_is_given_twice_is_named_with_its_line(load: Callable[..., RunConfig]) -> None:
     with raises_kind("config-yaml", "line 3"):
         load(text="steps: 1\nseed: 2\nseed: 3\n")
-
-
-@pytest.mark.parametrize("text", ["- steps\n", "", "just text", "1: 2\n"])
-def test_a_file_that_is_not_a_mapping_of_names_is_named(load: Callable[..., RunConfig], text: str) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml"):
-        load(text=text)
 
 
 def test_a_long_value_is_shown_cut(load: Callable[..., RunConfig]) -> None:
@@ -252,13 +227,6 @@ def test_numbers_as_people_write_them_are_numbers_and_what_only_looks_like_one_i
         assert parse_yaml(f"rate: {text}", "here") == {"rate": 1e-4}
     for text in ("e-4", "1e", "1e-4x", "v1e-4"):
         assert parse_yaml(f"rate: {text}", "here") == {"rate": text}
-
-
-def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
-    (folder / "latin.yaml").write_bytes(b"steps: 1 # \xe9\n")
-    for name in ("none.yaml", ".", "latin.yaml"):
-        with pytest.raises(ConfigError, match=str(folder / name)):
-            load_config(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -300,29 +268,7 @@ def test_the_resolved_config_reads_back_as_itself(load: Callable[..., RunConfig]
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_is_valid_and_known_to_the_schema(example: Path) -> None:
     load_config(example)
-    schema = json_schema()
-
-    def check(value: Mapping[str, Any], block: Mapping[str, Any]) -> None:
-        if "$ref" in block:
-            block = schema["$defs"][block["$ref"].rpartition("/")[2]]
-        assert set(value) <= set(block["properties"])
-        assert set(block.get("required", ())) <= set(value)
-        for key, inner in value.items():
-            options = [block["properties"][key], *block["properties"][key].get("anyOf", ())]
-            if key in ("predictor", "backend", "compressor", "reward"):
-                assert any(fits(inner, option) for option in options), inner
-            elif isinstance(inner, dict):
-                [option] = [o for o in options if "$ref" in o or "properties" in o]
-                check(inner, option)
-
-    def fits(value: Any, option: Mapping[str, Any]) -> bool:
-        if isinstance(value, str):
-            pattern = option.get("pattern")
-            return value in option.get("enum", ()) or (pattern is not None and re.fullmatch(pattern, value) is not None)
-        known = option.get("properties", {})
-        return known.get("name", {}).get("const") == value["name"] and set(value) <= set(known)
-
-    check(parse_yaml(example.read_text(), example.name), schema)
+    jsonschema.validate(parse_yaml(example.read_text(), example.name), json_schema())
 
 
 def test_assignments_become_nested_fields_read_as_yaml() -> None:

@@ -25,8 +25,8 @@ def file(folder: Path, text: str, name: str = "train.jsonl") -> Path:
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_lines_of_json_are_rows_with_all_their_columns(tmp_path: Path, name: str) -> None:
-    rows = read_rows(file(tmp_path, LINE + "\n" + LINE.replace("1+1", "1+ä"), name))
-    assert [row["prompt"] for row in rows] == ["1+1=", "1+ä="]
+    rows = read_rows(file(tmp_path, LINE + "\n" + LINE.replace("1+1", "1\u2028ä"), name))
+    assert [row["prompt"] for row in rows] == ["1+1=", "1\u2028ä="]  # a line ends in a newline alone
     assert rows[0]["level"] == 3
 
 
@@ -89,17 +89,8 @@ def test_the_likelihood_of_an_answer_is_not_measured_on_conversations(tmp_path: 
     assert len(read_splits(training("generate", train=chat, test=chat))) == 2
 
 
-def test_conversations_are_told_from_text() -> None:
+def test_conversations_are_told_from_text_and_a_mixture_is_refused() -> None:
     assert not is_chat([{"prompt": "1+1=", "answer": "2"}])
     assert is_chat([{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}])
-
-
-def test_a_line_separator_within_a_text_ends_no_row(tmp_path: Path) -> None:
-    """JSON lines end in newlines alone; text has other characters that Python takes for ends of lines."""
-    rows = read_rows(file(tmp_path, '{"prompt": "a\u2028b", "answer": "c"}\n'))
-    assert rows == [{"prompt": "a\u2028b", "answer": "c"}]
-
-
-def test_prompts_of_two_forms_are_refused() -> None:
     with raises_kind("config-data"):
         is_chat([{"prompt": "1+1="}, {"prompt": [{"role": "user", "content": "1+1="}]}])

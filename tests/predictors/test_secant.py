@@ -12,7 +12,16 @@ from torch import Tensor
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
-from tests.predictors.trajectories import curved_lora_run, dense_run, drift, history, resolve_dense, still, walk
+from tests.predictors.trajectories import (
+    EVERY_TEN,
+    curved_lora_run,
+    dense_run,
+    drift,
+    history,
+    resolve_dense,
+    still,
+    walk,
+)
 
 QUARTERS = (25, 50, 75)
 
@@ -38,12 +47,16 @@ def bend(share: float, side: float = 0.0, before: float = 1.0) -> Callable[[int]
     return path
 
 
-def test_continues_at_the_velocity_of_the_window() -> None:
-    assert weights(predict(dense_run({"a": drift(1)}), horizon=10, window=50)) == {100: 0.2, 50: -0.2}
-
-
-def test_the_window_is_the_horizon_when_it_is_not_given() -> None:
-    assert weights(predict(dense_run({"a": drift(1)}), horizon=20)) == {100: 1.0, 80: -1.0}
+@pytest.mark.parametrize(
+    ("steps", "horizon", "window", "wanted"),
+    [
+        (EVERY_TEN, 10, 50, {100: 0.2, 50: -0.2}),
+        (EVERY_TEN, 20, None, {100: 1.0, 80: -1.0}),  # the window is the horizon
+        ([50], 10, 50, {50: 0.2}),  # since the backbone
+    ],
+)
+def test_it_continues_at_the_velocity_of_its_window(steps: Any, horizon: int, window: Any, wanted: Any) -> None:
+    assert weights(predict(dense_run({"a": drift(1)}, steps), horizon, window=window)) == wanted
 
 
 @pytest.mark.parametrize(("anchor", "wanted"), [("newest", {100: 0.25, 80: -0.25}), ("backbone", {100: 1.05})])
@@ -66,11 +79,6 @@ def test_names_the_windows_that_are_there() -> None:
     prediction = predict(dense_run({"a": drift(1)}, steps=[20, 40, 50]), window=25)
     assert all(figure in (prediction.abstention or "") for figure in ("25 steps before step 50", "[10, 30, 50]"))
     assert not prediction.updates
-
-
-def test_a_window_may_reach_the_backbone() -> None:
-    source = dense_run({"a": drift(1)}, steps=[50])
-    assert weights(predict(source, window=50)) == {50: 0.2}
 
 
 def test_a_window_that_reaches_the_backbone_needs_step_0_in_factor_space() -> None:

@@ -74,7 +74,6 @@ def test_what_is_not_given_has_its_default(load: Callable[..., RunConfig]) -> No
     assert config.schedule == Schedule(**recommended["schedule"])
     assert config.guards == Guards(**recommended["guards"])
     assert load(predictor="secant").schedule == Schedule()
-    assert config.training.lora is not None
     assert config.training.lora.rank == 8
 
 

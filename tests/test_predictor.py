@@ -79,7 +79,7 @@ def test_predicts_through_the_registry_with_its_own_settings() -> None:
 
 def test_refuses_an_anchor_that_is_not_one() -> None:
     with raises_kind("plugin-invalid", "oldest", "newest", "backbone"):
-        matrix_predictor("x", anchor="oldest")  # type: ignore[arg-type]
+        matrix_predictor("x", anchor="oldest")
 
 
 def test_takes_an_update_alone_or_with_its_confidence() -> None:

@@ -121,7 +121,7 @@ def my_rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def score(completions: list[str], answer: list[str], bonus: float = 0.0, **columns: Any) -> list[float]:
         return [float(text == gold) + bonus for text, gold in zip(completions, answer, strict=True)]
 
-    module.score, module.number = score, 5  # type: ignore[attr-defined]
+    module.score, module.number = score, 5
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     return module
 
@@ -134,7 +134,7 @@ def test_a_function_of_the_users_own_is_a_reward(my_rewards: ModuleType) -> None
 
 
 def test_a_class_of_the_users_own_is_a_reward_with_settings(my_rewards: ModuleType) -> None:
-    my_rewards.Strict = type("Strict", (MathVerifyReward,), {"name": "strict"})  # type: ignore[attr-defined]
+    my_rewards.Strict = type("Strict", (MathVerifyReward,), {"name": "strict"})
     reward = make_reward(Choice.model_validate({"name": "my_rewards:Strict", "wrong": -1.0}))
     assert reward(["14", "15"], answer=["14", "14"]) == [1.0, -1.0]
 

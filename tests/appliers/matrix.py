@@ -253,7 +253,7 @@ def split(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def stored(folder: Path, kind: type[nn.Module] | None = None) -> dict[str, Tensor]:
     """The tensors of a folder by their names in its files, or, given a class, as transformers loads them."""
     if kind is not None:
-        return dict(split(kind.from_pretrained(folder).state_dict()))  # type: ignore[attr-defined]
+        return dict(split(kind.from_pretrained(folder).state_dict()))
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)

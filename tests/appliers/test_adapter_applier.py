@@ -44,9 +44,7 @@ def runs(make_lora_run: Callable[..., LoraRun], tmp_path_factory: pytest.TempPat
 
 
 def opened(run: LoraRun) -> PeftAdapterSource:
-    source = open_checkpoints(run.path, backbone=run.base)
-    assert isinstance(source, PeftAdapterSource)
-    return source
+    return open_checkpoints(run.path, backbone=run.base)
 
 
 def predict(source: PeftAdapterSource) -> tuple[Prediction, dict[str, Tensor]]:

@@ -95,7 +95,7 @@ def test_convolutions_and_names_that_end_alike_keep_their_own_ranks(tmp_path: Pa
     torch.manual_seed(3)
     base = Net()
     lora = {"r": 4, "lora_alpha": 6, "target_modules": ["conv", "proj"], "rank_pattern": patterns}
-    model: Any = get_peft_model(copy.deepcopy(base), LoraConfig(**lora))  # type: ignore[arg-type]
+    model: Any = get_peft_model(copy.deepcopy(base), LoraConfig(**lora))
     lines = [(p, torch.randn_like(p) / 4, torch.randn_like(p) / 100) for p in model.parameters() if p.requires_grad]
     for step in (10, 20):
         for parameter, at, along in lines:

@@ -98,7 +98,6 @@ def test_a_written_run_opens_with_the_public_reader(tmp_path: Path) -> None:
     assert {p.name: p.shape for p in source.parameters} == RUN.shapes.matrices()
     for step, factors in RUN.checkpoints():
         stored = source.factors("model.layers.2.mlp.down_proj.weight", step)
-        assert stored is not None
         assert stored.scaling == RUN.scaling
         assert torch.equal(stored.B, factors["model.layers.2.mlp.down_proj.weight"][1])
 

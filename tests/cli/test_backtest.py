@@ -72,7 +72,6 @@ def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_the
     assert any("next-mlp, next-mlp-reduced" in note for note in found["notes"])
     assert not {"next-mlp", "next-mlp-reduced"} & set(found["predictors"])
     every = parse_predictors("all", ["next-mlp.epochs=7"])
-    assert every is not None
     assert every["next-mlp"] == {"epochs": 7}
     assert {*others, "next-mlp-reduced"} <= set(every)
     named = parse_predictors(None, ["next-mlp-reduced.epochs=3"])

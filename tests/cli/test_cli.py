@@ -50,7 +50,7 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
 
 
 def test_commands_that_read_checkpoints_share_their_options() -> None:
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands: dict[str, Any] = typer.main.get_command(app).commands
     options = {name: {o: p for p in command.params for o in p.opts} for name, command in commands.items()}
     shared = {"--checkpoints", "--backbone", "--layout", "--skip-damaged", "--allow-pickle", "--masters"}
     computing = {"--compressor", "--cache", "--no-cache", "--executor", "--workers", "--address"}

@@ -46,7 +46,6 @@ def test_it_follows_a_run_to_its_end_and_prints_what_is_new(tmp_path: Path) -> N
     write(run, START, SCALES[0])
     command = [sys.executable, "-m", "next_core", "status", run, "--follow", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
-        assert following.stdout is not None
         with locked(run):
             first = json.loads(following.stdout.readline())
             write(run, START, *SCALES, END)

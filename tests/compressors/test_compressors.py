@@ -74,7 +74,7 @@ def test_a_wrong_lanczos_result_is_noticed_and_replaced_by_the_full_svd(monkeypa
     real = LanczosCompressor._eigenvectors
 
     def off(self: LanczosCompressor, blocks: Any, scale: Tensor, k: int) -> Any:
-        squares, V = real(self, blocks, scale, k)  # type: ignore[misc]
+        squares, V = real(self, blocks, scale, k)
         V[:, 0] += 0.01
         return squares, V
 

@@ -73,11 +73,9 @@ def scale(step: int, multiple: float, phase: int) -> dict[str, Any]:
 
 def test_step_scaling_names_the_rate_it_found_and_the_range_it_used() -> None:
     text = rate_found([scale(5, 4.0, 1), scale(10, 20.0, 2), scale(15, 12.0, 2), scale(20, 5.0, 2)])
-    assert text is not None
     assert text.startswith("Raise learning_rate to about 0.002. ")
     assert "0.0005 to 0.002" in text
     lower = rate_found([scale(10, 0.25, 0), scale(15, 0.2, 2)])
-    assert lower is not None
     assert lower.startswith("Lower learning_rate to about 2e-05. ")
 
 

@@ -123,7 +123,7 @@ def test_a_probe_that_fails_or_is_not_finite_is_journalled_and_judges_nothing() 
 
 
 def test_diagnostics_cannot_disturb_the_journal() -> None:
-    class Chatty(type(make_predictor("secant"))):  # type: ignore[misc]
+    class Chatty(type(make_predictor("secant"))):
         def predict(self, horizon: int) -> Any:
             made = super().predict(horizon)
             return dataclasses.replace(made, diagnostics={"step": torch.tensor(3.0), "reason": 1})
@@ -204,7 +204,7 @@ def test_a_predictor_is_given_the_progress_and_the_jumps_tried_so_far() -> None:
     seen: list[tuple[Any, list[int]]] = []
     ranks: set[int] = set()
 
-    class Curious(type(make_predictor("secant"))):  # type: ignore[misc]
+    class Curious(type(make_predictor("secant"))):
         def fit(self, history: Any) -> Any:
             seen.append((self.progress, [jump["step"] for jump in history.jump_log]))
             ranks.add(history.rank)
@@ -245,7 +245,7 @@ def test_what_fails_while_predicting_or_jumping_costs_the_jump_and_not_the_run()
         def source(self) -> Any:
             raise CheckpointError("step 20 is damaged")
 
-    class Slow(type(make_predictor("secant"))):  # type: ignore[misc]
+    class Slow(type(make_predictor("secant"))):
         def predict(self, horizon: int) -> Any:
             while True:
                 pass

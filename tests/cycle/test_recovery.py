@@ -62,7 +62,7 @@ def test_strict_makes_a_failed_recovery_an_error_and_a_good_one_none() -> None:
 
 
 def test_without_a_measure_no_recovery_is_judged() -> None:
-    made = cycle(Descent(accuracy=lambda loss: None), guards=RECOVERY)  # type: ignore[arg-type, return-value]
+    made = cycle(Descent(accuracy=lambda loss: None), guards=RECOVERY)
     made.run()
     assert verdicts(made.journal) == [(20, True), (30, True), (40, True), (50, True)]
     assert {record["event"] for record in made.journal.records} == {"jump"}

@@ -71,7 +71,7 @@ def test_a_predictor_that_reads_everything_keeps_everything_and_the_run_warns(ca
 
 def test_a_backend_that_cannot_delete_is_refused_before_the_run() -> None:
     backend = Descent()
-    backend.forgets = False  # type: ignore[misc]
+    backend.forgets = False
     schedule = Schedule(**SCHEDULE, keep="needed")
     with raises_kind("backend-unsupported", "descent", "keep: all"):
         PredictExtendCycle(backend, lambda: make_predictor("secant"), schedule, Guards(), 60, Journal())

@@ -85,7 +85,6 @@ def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None
     assert set(result.accuracy) == {"start", "before_jump", "after_jump", "final"}
     assert all(0 < (value or 0) < 1 for value in result.accuracy.values())
     assert result.accuracy["before_jump"] != result.accuracy["after_jump"]
-    assert plain.control is not None
     assert result.accuracy["final"] != plain.control["accuracy"]["final"]
     assert (RUNNING, 16, 16) in whole.progress
     assert json.loads((whole.out / "result.json").read_text()) == result.as_dict()
@@ -95,7 +94,6 @@ def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None
 
 def test_a_predictor_that_stays_gives_the_plain_run_bit_for_bit(plain: RunResult) -> None:
     assert {jump["accepted"] for jump in plain.jumps} == {False}
-    assert plain.control is not None
     assert plain.control["accuracy"]["final"] == plain.accuracy["final"]
     curves = [[(point["step"], point["test"]) for point in curve] for curve in (plain.curve, plain.control["curve"])]
     assert curves[0] == curves[1]

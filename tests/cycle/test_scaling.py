@@ -90,7 +90,7 @@ def fails(history: StepHistory) -> Any:
         (lambda history: StepScale(math.inf), "inf"),
         (lambda history: StepScale(0.0), "0"),
         (lambda history: StepScale(2.0, {"phase": "rising"}), "ValueError"),
-        (lambda history: StepScale(2.0, None), "AttributeError"),  # type: ignore[arg-type]
+        (lambda history: StepScale(2.0, None), "AttributeError"),
         (lambda history: StepScale(1.0, {}, restart=history.step == 30), "not kept"),
     ],
 )

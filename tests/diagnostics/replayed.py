@@ -79,7 +79,7 @@ def walked(source: MemorySource, seed: int, draw: int) -> MemorySource:
             if isinstance(old, LoraFactors) and isinstance(new, LoraFactors):
                 now = LoraFactors(now.A + sign * (new.A - old.A), now.B + sign * (new.B - old.B), new.scaling)
             else:
-                now = now + sign * (new - old)  # type: ignore[operator]
+                now = now + sign * (new - old)
             made[after][parameter.name] = now
     return MemorySource(made, source._backbone, source._metrics)
 

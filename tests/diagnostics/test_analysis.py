@@ -32,9 +32,7 @@ def strict(analysis: Analysis) -> object:
 
 
 def value(analysis: Analysis, figure: str) -> float:
-    found = analysis.overall.value(figure)
-    assert found is not None
-    return found
+    return analysis.overall.value(figure)
 
 
 def test_a_straight_line_is_called_one() -> None:
@@ -68,7 +66,6 @@ def test_a_straight_lora_run_is_told_from_walks_of_factors() -> None:
     assert value(analysis, "cosine_local") > 0.9
     assert analysis.overall.figures["cosine_local"].outside == "above"
     null = analysis.overall.figures["squared_energy_ratio_global"].null
-    assert null is not None
     assert 0.5 < null.mean < 1.0  # a walk of rank-2 factors puts at least half of its energy in one direction
 
 
@@ -185,7 +182,6 @@ def test_a_lora_run_whose_step_0_was_not_kept_still_has_its_null() -> None:
     assert isinstance(kept._value(name(0), 0), LoraFactors)
     for source in (kept, later):
         null = analyze(history(source)).overall.figures["squared_energy_ratio_global"].null
-        assert null is not None
         assert 0.3 < null.mean < 0.7
 
 
@@ -201,7 +197,6 @@ def test_half_precision_checkpoints_that_drown_the_signal_are_warned_of(tmp_path
         for kind in ("half", "full")
     )
     assert full.precision is None
-    assert half.precision is not None
     assert half.precision.drowned == (name(0),)
     assert 0 < half.precision.delta_to_ulp[name(0)] < 1
     assert any("rounding" in sentence for sentence in half.advice)

@@ -57,10 +57,9 @@ def test_the_null_is_the_skill_on_the_run_with_its_increments_signed(make: Any) 
         skills = []
         for draw in (1, 2):
             walk = walked(source, 3, draw)
-            score = replayed(lambda t, w=walk: until(w, t), lambda t, w=walk: w, found.cuts, 20, predictor, given)  # type: ignore[misc]
+            score = replayed(lambda t, w=walk: until(w, t), lambda t, w=walk: w, found.cuts, 20, predictor, given)
             skills.append(score.skill)
         null = found.predictors[predictor].null
-        assert null is not None
         assert null.mean == pytest.approx(sum(skills) / 2, rel=1e-6, abs=1e-7)
         half = 12.706 * math.sqrt(1.5) * abs(skills[0] - skills[1]) / math.sqrt(2)  # Student's t with 1 degree
         assert null.high == pytest.approx(null.mean + half, rel=1e-4, abs=1e-6)
@@ -125,7 +124,6 @@ def test_on_a_random_walk_nothing_beats_its_null_and_staying_is_zero(lora: bool)
     source = lora_walks(4, (0, *steps)) if lora else walks(4, steps, m=30, n=20)
     found = backtest(source, ["secant"], horizon=20)
     stay, secant = found.predictors["stay"], found.predictors["secant"]
-    assert stay.null is not None
     assert (stay.score.skill, stay.interval, stay.null.mean, stay.null.high) == (0.0, (0.0, 0.0), 0.0, 0.0)
     assert stay.abstained == 1.0
     for judged in found.predictors.values():
@@ -133,7 +131,6 @@ def test_on_a_random_walk_nothing_beats_its_null_and_staying_is_zero(lora: bool)
         assert not judged.above_null
     for predictor in ("secant", "random", "ridge"):
         score = found.predictors[predictor].score
-        assert score.skill is not None
         assert score.skill < 0.05
         assert score.cosine == pytest.approx(0, abs=0.06)
     assert secant.score.best_lambda == pytest.approx(0, abs=0.06)
@@ -175,7 +172,7 @@ def test_predictors_are_names_classes_instances_mappings_and_references() -> Non
     assert found["secant"].fields == found["secant#2"].fields == {}
     assert {judged.acted for key, judged in found.items() if "ecant" in key} == {13, 14}
     with raises_kind("plugin-invalid", "42"):
-        backtest(straight(), [42])  # type: ignore[list-item]
+        backtest(straight(), [42])
 
 
 def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
@@ -272,7 +269,6 @@ def test_the_null_says_where_the_run_is_among_its_walks() -> None:
     # Skills 2 PD - PP, as DD is 1: 0.75 of the run, then -2, 0, 0.75 and -4 of four walks.
     sums = torch.tensor([[0.25, 0.5, 1.0], [2.0, 0.0, 1.0], [1.0, 0.5, 1.0], [0.25, 0.5, 1.0], [4.0, 0.0, 1.0]])
     null = WalkNull.of(sums.double())
-    assert null is not None
     assert (null.mean, null.p) == (pytest.approx(-1.3125), pytest.approx(2 / 5))
     assert null.z == pytest.approx((0.75 + 1.3125) / torch.tensor([-2, 0, 0.75, -4]).double().std().item())
     assert WalkNull.of(sums[:2].double()) is None

@@ -69,14 +69,14 @@ def test_every_plug_in_is_there_with_every_field() -> None:
     for entry in registry().entries():
         section = text.partition(f"\n### {entry.kind}: {entry.name}")[2].partition("\n### ")[0]
         assert section, entry.name
-        for key in keys(registry().get(entry.kind, entry.name).config_class):  # type: ignore[arg-type]
+        for key in keys(registry().get(entry.kind, entry.name).config_class):
             assert f"| `{key}` |" in section
     assert set(config_reference.HEADINGS) == set(KINDS)
 
 
 def test_every_command_is_there_with_every_option_and_its_default() -> None:
     text = cli_reference.commands()
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands: dict[str, Any] = typer.main.get_command(app).commands
     assert len(commands) > 8
     for name, command in commands.items():
         section = text.partition(f"## next-core {name}\n")[2].partition("\n## ")[0]

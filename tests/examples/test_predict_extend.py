@@ -81,7 +81,7 @@ def train(trainer: Any, jumps: Any) -> dict[int, dict[str, Tensor]]:
 
     seen: dict[int, dict[str, Tensor]] = {}
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             parameters = trainer.model.named_parameters()
             seen[state.global_step] = {name: p.detach().clone() for name, p in parameters if p.requires_grad}

@@ -57,8 +57,6 @@ def kit(examples_on_path: None) -> ModuleType:
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_of_tasks", ROOT / "benchmarks" / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -187,7 +185,7 @@ def test_the_script_still_makes_such_a_base(kit: ModuleType, tmp_path: Path) -> 
 @pytest.mark.parametrize("split", DATA_FILES)
 def test_sums_of_two_digit_numbers_are_right(split: str) -> None:
     for row in read("arithmetic", split):
-        a, sign, b = re.fullmatch(r"([1-9]\d)([+-])([1-9]\d)=", row["prompt"]).groups()  # type: ignore[union-attr]
+        a, sign, b = re.fullmatch(r"([1-9]\d)([+-])([1-9]\d)=", row["prompt"]).groups()
         right = int(a) + int(b) if sign == "+" else int(a) - int(b)
         assert right >= 0
         assert row["answer"] == str(right)

@@ -25,7 +25,6 @@ class OnDisk(MemorySource):
 
 def on_disk(run: MemorySource, salt: str = "") -> OnDisk:
     run.__class__ = OnDisk
-    assert isinstance(run, OnDisk)
     run.salt = salt
     return run
 
@@ -41,8 +40,8 @@ def test_a_second_history_computes_nothing_and_has_the_same_bytes(run: type, cac
     wanted = History(on_disk(run()), 2, first, cache=cache)
     found = History(on_disk(run()), 2, second, cache=cache)
     for kind in ("global", "local"):
-        expected = wanted.components(kind)  # type: ignore[arg-type]
-        for name, components in found.components(kind).items():  # type: ignore[arg-type]
+        expected = wanted.components(kind)
+        for name, components in found.components(kind).items():
             for part in ("U", "S", "V", "energy", "nuclear"):
                 assert torch.equal(getattr(components, part), getattr(expected[name], part))
     assert first.deltas == 4 * (4 + 3)

@@ -94,7 +94,7 @@ def test_rl_extra_is_the_backbone_secant() -> None:
     found = predict(source, "rl-extra", {})
     assert found.updates == wanted.updates
     # beta = (100 + 30) / 100
-    assert dict(found.updates["a"].weights) == {100: pytest.approx(1.3)}  # type: ignore[union-attr]
+    assert dict(found.updates["a"].weights) == {100: pytest.approx(1.3)}
 
 
 def test_every_setting_of_a_predictor_is_described() -> None:

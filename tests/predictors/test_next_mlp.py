@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.history.history import History
-from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.interfaces import Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.memory import MemorySource
 from next_predictors.next_mlp import Network, NextMLP, NextMlpConfig
@@ -54,7 +54,6 @@ def predict(past: History, horizon: int = HORIZON, **fields: Any) -> Prediction:
 
 def matrix(prediction: Prediction, name: str) -> LowRank:
     update = prediction.updates[name]
-    assert isinstance(update, LowRankUpdate)
     return update.matrix
 
 

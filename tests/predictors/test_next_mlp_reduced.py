@@ -82,7 +82,7 @@ def test_the_prediction_lies_in_what_the_history_spans() -> None:
 
 def test_a_basis_is_orthonormal_and_the_newest_position_is_positive_in_it(past: History) -> None:
     kinds = {"global": None, "local": None, "target": HORIZON}
-    components = {kind: past.components(kind, horizon)["d"] for kind, horizon in kinds.items()}  # type: ignore[arg-type]
+    components = {kind: past.components(kind, horizon)["d"] for kind, horizon in kinds.items()}
     for q, spanned in ((4, 4), (12, 10)):
         basis = Basis.of(components, q)
         gram = basis.right.mT @ basis.right

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from next_core.interfaces import LowRankUpdate, Prediction
+from next_core.interfaces import Prediction
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
@@ -20,7 +20,6 @@ def predict(source: MemorySource, horizon: int = 30, **fields: Any) -> Predictio
 
 def matrix(prediction: Prediction, name: str) -> LowRank:
     update = prediction.updates[name]
-    assert isinstance(update, LowRankUpdate)
     return update.matrix
 
 

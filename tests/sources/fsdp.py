@@ -34,7 +34,7 @@ def save_shards(
     for rank in range(ranks.numel()):
         own = DeviceMesh("cpu", ranks, _init_backend=False, _rank=rank)
         parts = {k: distribute_tensor(t, own, placements, src_data_rank=None) for k, t in tensors.items()}
-        own._device_type = device  # type: ignore[attr-defined]
+        own._device_type = device
         # A clone: else each file would hold the whole tensor that its part is a view of.
         for part in parts.values():
             part._local_tensor = part._local_tensor.clone()

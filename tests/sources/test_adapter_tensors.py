@@ -97,7 +97,7 @@ def test_names_of_wrappers_and_adapters_are_stripped_in_what_is_read_and_written
         renamed(tmp_path / f"run/checkpoint-{step}", **names)
     source = open_checkpoints(tmp_path / "run")
     assert [parameter.name for parameter in source.parameters] == [f"{MODULE}.weight"]
-    assert torch.equal(source.delta(f"{MODULE}.weight", 20).dense(), torch.full((3, 4), 20.0).double())  # type: ignore[union-attr]
+    assert torch.equal(source.delta(f"{MODULE}.weight", 20).dense(), torch.full((3, 4), 20.0).double())
     make_applier("peft-adapter").apply(Prediction(source, 20, 10), out=tmp_path / "out")
     assert set(load_file(tmp_path / "out/adapter_model.safetensors")) == set(adapter_tensors(10))
 

@@ -55,9 +55,7 @@ def run(root: Path, place: str = "_actor/global_step{}") -> Path:
 
 
 def opened(root: Path) -> FullModelSource:
-    source = open_checkpoints(root, masters=True, allow_pickle=True)
-    assert isinstance(source, FullModelSource)
-    return source
+    return open_checkpoints(root, masters=True, allow_pickle=True)
 
 
 @pytest.mark.parametrize("place", ["_actor/global_step{}", "global_step{0}_hf/global_step{0}"])

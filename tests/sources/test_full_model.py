@@ -48,15 +48,11 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def opened(run: Path) -> FullModelSource:
-    source = open_checkpoints(run / "checkpoints", backbone=run / "base")
-    assert isinstance(source, FullModelSource)
-    return source
+    return open_checkpoints(run / "checkpoints", backbone=run / "base")
 
 
 def dense(source: CheckpointSource, name: str, step: int, since: int | None = None) -> Tensor:
-    delta = source.delta(name, step, since)
-    assert isinstance(delta, Tensor)
-    return delta
+    return source.delta(name, step, since)
 
 
 def test_matrices_have_dense_deltas_and_the_rest_is_skipped_with_the_reason(run: Path) -> None:

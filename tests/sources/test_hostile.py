@@ -331,7 +331,7 @@ def test_an_impossible_path_is_an_error_of_the_config(
     if key == "base":
         race = {"base": PATHS[what], "steps": 1, "seeds": 1}
     else:
-        (training if key == "model" else training["data"])[key] = PATHS[what]  # type: ignore[index]
+        (training if key == "model" else training["data"])[key] = PATHS[what]
         race = {"steps": 1, "seeds": 1, "run": {"training": training}}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"steps": 1, "training": training}))
         outcome = cli("run", tmp_path / "run.yaml", "--dry-run")

@@ -39,9 +39,7 @@ def moved(seed: str, name: str = NAME) -> dict[str, Tensor]:
 
 
 def opened(run: LoraRun) -> PeftAdapterSource:
-    source = open_checkpoints(run.path)
-    assert isinstance(source, PeftAdapterSource)
-    return source
+    return open_checkpoints(run.path)
 
 
 def dense(factors: LoraFactors) -> Tensor:

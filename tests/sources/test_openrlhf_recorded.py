@@ -75,7 +75,6 @@ def test_an_adapter_has_every_linear_layer_and_its_rank_and_scaling(name: str) -
         tensors = stored(name, step)
         for layer in LAYERS:
             factors = source.factors(layer, step)
-            assert factors is not None
             key = f"base_model.model.{layer.removesuffix('.weight')}.lora_{{}}.weight"
             assert torch.equal(factors.A, tensors[key.format("A")].float())
             assert torch.equal(factors.B, tensors[key.format("B")].float())
@@ -123,7 +122,6 @@ def check_masters(masters: dict[str, Tensor]) -> None:
     assert {source.precision(layer) for layer in LAYERS} == {torch.float32}
     for layer in LAYERS:
         found = source.factors(layer, NEW)
-        assert found is not None
         key = f"base_model.model.{layer.removesuffix('.weight')}.lora_{{}}.default.weight"
         assert torch.equal(found.A, masters[key.format("A")])
         assert torch.equal(found.B, masters[key.format("B")])

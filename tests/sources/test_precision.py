@@ -23,9 +23,7 @@ def save(root: Path, steps: dict[int, dict[str, Tensor]]) -> FullModelSource:
     for step, tensors in steps.items():
         (root / f"checkpoint-{step}").mkdir(parents=True)
         save_file(tensors, root / f"checkpoint-{step}" / "model.safetensors")
-    source = open_checkpoints(root)
-    assert isinstance(source, FullModelSource)
-    return source
+    return open_checkpoints(root)
 
 
 def moved(shape: tuple[int, int], sigma: float, bulk: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ def test_a_run_up_to_a_step_shows_nothing_later(walk: bool) -> None:
 
 @pytest.mark.parametrize("make", RUNS.values(), ids=RUNS.keys())
 def test_a_walk_is_the_run_with_its_increments_signed(make: object) -> None:
-    source = make()  # type: ignore[operator]
+    source = make()
     walk, wanted = RandomWalk(source, 3, 1), walked(source, 3, 1)
     for step, since in ((80, None), (70, 20), (20, 70), (30, 30)):
         for name in ("a", "b"):
@@ -70,7 +70,6 @@ def test_before_its_first_jump_a_run_began_with_nothing(own_lora_run: LoraRun) -
     assert source.start(NAME) is not None
     assert UpTo(source, 30).start(NAME) is None
     started = UpTo(source, 40).start(NAME)
-    assert started is not None
     torch.testing.assert_close(started.B, moved("s")[f"{NAME}.lora_B"])
 
 
@@ -78,5 +77,4 @@ def test_another_process_sees_the_same(own_lora_run: LoraRun) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     walk = UpTo(RandomWalk(open_checkpoints(own_lora_run.path), 0, 1), 30)
     sent, here = (one.factors(NAME, 20) for one in (pickle.loads(pickle.dumps(walk)), walk))
-    assert here is not None
     assert torch.equal(sent.B, here.B)

@@ -51,10 +51,10 @@ def test_deltas_count_from_the_start_that_is_named(continued: Path, tmp_path: Pa
     source = open_checkpoints(continued, start=tmp_path / "sft")
     assert source.steps == (10, 20, 30)
     assert list(source.notes) == []
-    assert torch.equal(source.delta(NAME, 30).dense(), torch.full((3, 4), 60.0).double())  # type: ignore[union-attr]
-    assert torch.equal(source.position(NAME, 30).dense(), torch.full((3, 4), 1060.0).double())  # type: ignore[union-attr]
+    assert torch.equal(source.delta(NAME, 30).dense(), torch.full((3, 4), 60.0).double())
+    assert torch.equal(source.position(NAME, 30).dense(), torch.full((3, 4), 1060.0).double())
     assert source.logged_metrics() == {}
-    assert open_run(continued, start=tmp_path / "sft").source.delta(NAME, 30).norm() == source.delta(NAME, 30).norm()  # type: ignore[union-attr]
+    assert open_run(continued, start=tmp_path / "sft").source.delta(NAME, 30).norm() == source.delta(NAME, 30).norm()
 
 
 @pytest.mark.parametrize("space", ["factors", "merged"])
@@ -84,7 +84,7 @@ def test_an_adapter_in_a_subfolder_of_its_own_name_can_be_the_start(continued: P
     (tmp_path / "named").mkdir()
     (tmp_path / "sft").rename(tmp_path / "named/policy")
     source = open_checkpoints(continued, start=tmp_path / "named")
-    assert torch.equal(source.delta(NAME, 10).dense(), torch.full((3, 4), 20.0).double())  # type: ignore[union-attr]
+    assert torch.equal(source.delta(NAME, 10).dense(), torch.full((3, 4), 20.0).double())
 
 
 def test_what_only_the_run_trains_keeps_its_rank_and_scaling(continued: Path, tmp_path: Path) -> None:

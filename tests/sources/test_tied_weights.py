@@ -27,9 +27,7 @@ def save(root: Path, step: int, *stored: str, tied: bool | None = None, head: fl
 
 
 def opened(root: Path) -> FullModelSource:
-    source = open_checkpoints(root)
-    assert isinstance(source, FullModelSource)
-    return source
+    return open_checkpoints(root)
 
 
 @pytest.mark.parametrize("declared", [None, True])

@@ -23,7 +23,6 @@ with locked(Path(sys.argv[1])):
 def test_a_second_process_is_refused_with_the_number_of_the_first_until_that_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with raises_kind("config-folder-in-use", folder, first.pid), locked(folder):
             pass

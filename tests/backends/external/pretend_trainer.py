@@ -149,7 +149,7 @@ class Steps:
         self.trainer.weights = self.before
 
 
-class Controlled(ControlClient):  # type: ignore[misc]
+class Controlled(ControlClient):
     """What ``trainer_side/controller.py`` can be asked."""
 
     def __init__(self, trainer: Trainer, control: dict[str, Any]) -> None:

@@ -109,9 +109,7 @@ def python(source: str) -> list[str]:
 
 def ended(trainer: TrainerProcess) -> int:
     wait_until(lambda: not trainer.running)
-    status = trainer.poll()
-    assert status is not None
-    return status
+    return trainer.poll()
 
 
 def open_files() -> set[tuple[str, str]]:

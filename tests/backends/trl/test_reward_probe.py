@@ -64,7 +64,7 @@ def test_a_trainer_whose_reward_cannot_be_reached_is_refused(make_trainer: Any) 
     with raises_kind("config-contradiction", "reward functions"):
         trainer.train()
     with raises_kind("config-invalid-value", "'accuracy'"):
-        PredictExtendCallback(FACTORS, evaluate="accuracy")  # type: ignore[arg-type]
+        PredictExtendCallback(FACTORS, evaluate="accuracy")
 
 
 @pytest.mark.parametrize("best", [8, 12])

@@ -152,8 +152,3 @@ def test_a_class_of_the_users_own_is_a_reward_with_settings(my_rewards: ModuleTy
 def test_a_function_that_is_not_there_is_named_with_the_reason(my_rewards: ModuleType, name: str, reason: str) -> None:
     with raises_kind("config-invalid-value", f"'{name}'", reason):
         make_reward(Choice(name=name))
-
-
-def test_a_named_reward_takes_its_fields_from_the_choice() -> None:
-    reward = make_reward(Choice.model_validate({"name": "math-verify", "correct": 3.0}))
-    assert reward(["14"], answer=["14"]) == [3.0]

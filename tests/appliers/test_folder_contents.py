@@ -5,12 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
-from torch import Tensor
 
 from next_core import make_applier
 from tests.appliers.conftest import BOTH, secant
@@ -98,17 +95,3 @@ def test_a_card_that_is_not_utf8_keeps_its_bytes(run: LoraRun, tmp_path: Path) -
     (base / "README.md").write_bytes(b"# M\xfcller")
     make_applier("merged-model", backbone=base).apply(secant(run), out=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_bytes().startswith(b"# M\xfcller\n\n## How")
-
-
-def test_vllm_loads_the_model(run: LoraRun, tmp_path: Path, logits: Callable[[Any], Tensor]) -> None:
-    vllm = pytest.importorskip("vllm")
-    from transformers import AutoModelForCausalLM
-
-    make_applier("merged-model").apply(secant(run), out=tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").double()
-    with torch.no_grad():
-        expected = int(model(input_ids=torch.tensor([[1, 2, 1]])).logits[0, -1].argmax())
-    engine = vllm.LLM(str(tmp_path / "out"), enforce_eager=True, dtype="float32", skip_tokenizer_init=True)
-    prompt = {"prompt_token_ids": [1, 2, 1]}
-    [answer] = engine.generate([prompt], vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False))
-    assert answer.outputs[0].token_ids[0] == expected

@@ -85,13 +85,6 @@ def test_a_flag_does_not_transpose_a_linear_layer(own_lora_run: LoraRun, tmp_pat
     torch.testing.assert_close(moved.double(), own_lora_run.deltas[60][name], atol=1e-5, rtol=0)
 
 
-def test_a_jump_in_a_rectangular_layer_is_transposed_too(run: Path) -> None:
-    name = "transformer.h.0.attn.c_attn.weight"
-    jump = LowRank(noise("left", 48, 1), noise("right", 1, 16))
-    found = written(run, {name: LowRankUpdate(jump)})[name]
-    torch.testing.assert_close(found, load_file(run / "merged-20" / MODEL)[name] + jump.dense().T, atol=1e-5, rtol=0)
-
-
 def test_a_model_that_transformers_cannot_build_is_refused(run: Path) -> None:
     config = json.loads((run / "base" / "config.json").read_text())
     (run / "base" / "config.json").write_text(json.dumps(config | {"architectures": ["OfNobody"]}))

@@ -17,7 +17,6 @@ from next_core.cli.app import app
 from next_core.cli.console import Output
 from next_core.cli.run_command import show_result
 from next_core.cycle.run_result import RunResult
-from next_core.cycle.summary import scaling_text
 from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, PluginError, StorageError
 from tests.cli.conftest import assert_fails, facts
 from tests.conftest import Outcome
@@ -160,13 +159,3 @@ def test_a_result_is_shown_with_its_jumps_and_gaps(capsys: pytest.CaptureFixture
     for words in ("60 [auto] 4 - - → - refused: too long", "better on validation", "0.450", "0.50", "total 40.0"):
         assert words in shown
     assert "raise the learning rate" in shown
-
-
-def test_step_scaling_is_shown_with_its_rates_and_returns_or_that_nothing_was_accepted() -> None:
-    refused = {"event": "scale", "step": 5, "accepted": False, "reason": "the multiple is nan", "multiple": 1.0}
-    assert "no multiple was accepted" in scaling_text([refused])
-    rates = [{"event": "scale", "step": step, "accepted": True, "rate": rate} for step, rate in ((5, 1e-4), (10, 2e-3))]
-    fall = {"event": "collapse", "step": 20, "back_to": 10, "rate": 1e-3}
-    said = scaling_text([refused, *rates, fall])
-    for words in ("0.0001 at first", "0.002", "0.001 last", "back to step 10 after step 20"):
-        assert words in said

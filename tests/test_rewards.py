@@ -20,52 +20,27 @@ def reward() -> MathVerifyReward:
     return MathVerifyReward()
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("14", "14"),
-        (" 14\n", "14"),
-        ("14.0", "14"),
-        ("0.5", "1/2"),
-        (r"\boxed{14}", "14"),
-        (r"$\frac{1}{2}$", "1/2"),
-        ("-5", "-5"),
-        ("9+5=14, so the answer is 14", "14"),
-        (r"We go step-by-step: $9+5=14$. The answer is \boxed{14}", "14"),
-        ("The answer is -5", "-5"),
-        ("The answer is $-5$.", "-5"),
-        ("$x+1$", "$1+x$"),
-        ("9+5", "9+5"),
-    ],
-)
-def test_what_equals_the_answer_is_right(reward: MathVerifyReward, completion: str, answer: str) -> None:
-    assert reward([completion], [answer]) == [1.0]
+RIGHT = [
+    *[("14", "14"), (" 14\n", "14"), ("14.0", "14"), ("0.5", "1/2"), (r"\boxed{14}", "14"), (r"$\frac{1}{2}$", "1/2")],
+    *[("-5", "-5"), ("The answer is -5", "-5"), ("The answer is $-5$.", "-5"), ("$x+1$", "$1+x$"), ("9+5", "9+5")],
+    ("9+5=14, so the answer is 14", "14"),
+    (r"We go step-by-step: $9+5=14$. The answer is \boxed{14}", "14"),
+]
+WRONG = [
+    *[("15", "14"), ("", "14"), ("fourteen", "14"), ("5", "-5"), ("9+5", "14"), ("9 + 5", "14"), ("7*2", "14")],
+    *[("28/2", "14"), ("9+5=14", "14"), ("-9+4", "-5"), ("4=46", "46"), (r"\boxed{9+5}", "14")],
+    *[("The answer is $9+5$.", "14"), ("The answer is 9+5", "14"), (r"9+5=14, so \boxed{15}", "14")],
+]
+"""Another value, or a sum that is still to be worked out."""
 
 
 @pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("15", "14"),
-        ("", "14"),
-        ("fourteen", "14"),
-        ("5", "-5"),
-        ("9+5", "14"),
-        ("9 + 5", "14"),
-        ("7*2", "14"),
-        ("28/2", "14"),
-        ("9+5=14", "14"),
-        ("-9+4", "-5"),
-        ("4=46", "46"),
-        (r"\boxed{9+5}", "14"),
-        ("The answer is $9+5$.", "14"),
-        ("The answer is 9+5", "14"),
-        (r"9+5=14, so \boxed{15}", "14"),
-    ],
+    ("completion", "answer", "wanted"), [(*pair, 1.0) for pair in RIGHT] + [(*pair, 0.0) for pair in WRONG]
 )
-def test_another_value_or_one_still_to_be_worked_out_is_wrong(
-    reward: MathVerifyReward, completion: str, answer: str
+def test_what_equals_the_answer_is_right_and_anything_else_wrong(
+    reward: MathVerifyReward, completion: str, answer: str, wanted: float
 ) -> None:
-    assert reward([completion], [answer]) == [0.0]
+    assert reward([completion], [answer]) == [wanted]
 
 
 def test_answers_may_be_numbers_and_completions_conversations(reward: MathVerifyReward) -> None:
@@ -126,14 +101,11 @@ def my_rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_function_of_the_users_own_is_a_reward(my_rewards: ModuleType) -> None:
+def test_a_function_or_class_of_the_users_own_is_a_reward_with_settings(my_rewards: ModuleType) -> None:
     plain: Callable[..., list[float]] = make_reward(Choice(name="my_rewards:score"))
     assert plain(["a", "b"], answer=["a", "a"]) == [1.0, 0.0]
     with_fields = make_reward(Choice.model_validate({"name": "my_rewards:score", "bonus": 0.5}))
     assert with_fields(["a", "b"], answer=["a", "a"]) == [1.5, 0.5]
-
-
-def test_a_class_of_the_users_own_is_a_reward_with_settings(my_rewards: ModuleType) -> None:
     my_rewards.Strict = type("Strict", (MathVerifyReward,), {"name": "strict"})
     reward = make_reward(Choice.model_validate({"name": "my_rewards:Strict", "wrong": -1.0}))
     assert reward(["14", "15"], answer=["14", "14"]) == [1.0, -1.0]

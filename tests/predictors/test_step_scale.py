@@ -37,22 +37,41 @@ def scaled(phase: int, agreement: float, settled: bool = True) -> dict[str, Any]
     }
 
 
-def test_agreement_raises_the_multiple_by_gain_per_block_and_faster_where_it_is_clear() -> None:
-    assert predict(0.45).multiple == pytest.approx(math.exp(0.8 * 0.45))
-    assert predict(0.7, scaled(1, 0.7), multiple=4.0).multiple == pytest.approx(4 * math.exp(1.6 * 0.8 * 0.7))
-    assert predict(0.7).diagnostics["phase"] == 1
+COLLAPSE = {"event": "collapse", "step": 20, "multiple_before": 8.0, "back_to": 10}
 
 
-def test_a_falling_agreement_is_extrapolated_while_the_multiple_rises() -> None:
-    assert predict(0.3, scaled(1, 0.6)).multiple == pytest.approx(math.exp(0.8 * (0.3 - 0.3 * 0.3)))
-    assert predict(0.3, scaled(1, 0.6, settled=False)).multiple == pytest.approx(math.exp(0.8 * 0.3))
-    assert predict(0.3, scaled(1, 0.1)).multiple == pytest.approx(math.exp(0.8 * 0.3))
+@pytest.mark.parametrize(
+    ("cosine", "records", "more", "multiple", "phase"),
+    [
+        # Agreement raises the multiple by the gain in each block, and faster where it is clear.
+        (0.45, [], {}, math.exp(0.8 * 0.45), 1),
+        (0.7, [scaled(1, 0.7)], {"multiple": 4.0}, 4 * math.exp(1.6 * 0.8 * 0.7), 1),
+        # A falling agreement is extrapolated while the multiple rises, which need not end when it falls fast.
+        (0.3, [scaled(1, 0.6)], {}, math.exp(0.8 * (0.3 - 0.3 * 0.3)), 1),
+        (0.3, [scaled(1, 0.6, settled=False)], {}, math.exp(0.8 * 0.3), 1),
+        (0.3, [scaled(1, 0.1)], {}, math.exp(0.8 * 0.3), 1),
+        (0.1, [scaled(1, 0.6)], {}, math.exp(0.8 * (0.1 - 0.3 * 0.5)), 1),
+        # Once the rate was found, agreement raises the multiple less.
+        (0.3, [scaled(2, -0.2)], {}, math.exp(0.4 * 0.8 * 0.3), 2),
+        # A first rate at which motions hardly cancel is the one that was looked for.
+        (-0.05, [scaled(0, -0.05, settled=False)], {"step": 20}, math.sqrt(15 / 20), 2),
+        # After a collapse the multiple stays below half of what led to it, for some time.
+        (0.7, [scaled(1, 0.7), COLLAPSE], {"step": 80, "multiple": 3.9}, 4.0, 1),
+        (0.7, [scaled(1, 0.7), COLLAPSE], {"step": 85, "multiple": 3.9}, 3.9 * math.exp(1.6 * 0.8 * 0.7), 1),
+        (0.7, [], {"blocks": 0, "step": 5, "multiple": 3.0}, 3.0, None),  # too few blocks
+    ],
+)
+def test_the_multiple_follows_the_agreement_of_motions(
+    cosine: float, records: list[dict[str, Any]], more: dict[str, Any], multiple: float, phase: int | None
+) -> None:
+    found = predict(cosine, *records, **more)
+    assert found.multiple == pytest.approx(multiple)
+    assert found.diagnostics.get("phase") == phase
 
 
-def test_a_reading_that_falls_fast_but_not_to_the_target_is_not_the_end_of_rising() -> None:
-    found = predict(0.1, scaled(1, 0.6))
-    assert found.diagnostics["phase"] == 1
-    assert found.multiple == pytest.approx(math.exp(0.8 * (0.1 - 0.3 * 0.5)))
+def test_without_any_motion_the_multiple_stays() -> None:
+    still = registry().make("predictor", "step-scale").predict(StepHistory(20, 3.0, torch.zeros(4, 4).double()))
+    assert still.multiple == 3.0
 
 
 def test_once_motions_cancel_the_rate_is_found_and_falls_as_one_over_the_root_of_the_step() -> None:
@@ -62,10 +81,6 @@ def test_once_motions_cancel_the_rate_is_found_and_falls_as_one_over_the_root_of
     for step in range(55, 205, 5):
         multiple = predict(-0.2, scaled(2, -0.2), step=step, multiple=multiple).multiple
     assert multiple == pytest.approx(math.sqrt(45 / 200), rel=1e-6)
-
-
-def test_agreement_raises_it_again_later_but_less() -> None:
-    assert predict(0.3, scaled(2, -0.2)).multiple == pytest.approx(math.exp(0.4 * 0.8 * 0.3))
 
 
 def test_a_run_whose_first_blocks_cancel_starts_again_with_a_quarter() -> None:
@@ -78,34 +93,13 @@ def test_a_run_whose_first_blocks_cancel_starts_again_with_a_quarter() -> None:
     assert not predict(-0.2, step=10, blocks=2, restart=False).restart
 
 
-def test_where_the_first_weights_cannot_be_returned_to_the_multiple_only_falls() -> None:
+def test_a_restart_needs_the_first_weights_and_keeps_the_smallest_multiple() -> None:
     predictor = registry().make("predictor", "step-scale")
     found = predictor.predict(StepHistory(10, 2.0, products(-0.2, 2), can_restart=False))
     assert (found.restart, found.multiple) == (False, pytest.approx(2 * math.exp(-0.8 * 0.2)))
-
-
-def test_a_restart_keeps_the_smallest_multiple() -> None:
     assert predict(-0.2, step=10, blocks=2, multiple=2.0, least=1.0).multiple == 1.0
     found = predict(-0.2, step=10, blocks=2, multiple=1.0, least=1.0)
     assert (found.restart, found.multiple) == (False, 1.0)
-
-
-def test_a_first_rate_at_which_motions_hardly_cancel_is_the_one_that_was_looked_for() -> None:
-    found = predict(-0.05, scaled(0, -0.05, settled=False), step=20)
-    assert found.multiple == pytest.approx(math.sqrt(15 / 20))
-    assert found.diagnostics["phase"] == 2
-
-
-def test_after_a_collapse_the_multiple_stays_below_half_of_what_led_to_it() -> None:
-    collapse = {"event": "collapse", "step": 20, "multiple_before": 8.0, "back_to": 10}
-    assert predict(0.7, scaled(1, 0.7), collapse, step=80, multiple=3.9).multiple == 4.0
-    assert predict(0.7, scaled(1, 0.7), collapse, step=85, multiple=3.9).multiple > 5.0
-
-
-def test_with_too_few_blocks_or_no_motion_nothing_changes() -> None:
-    assert predict(0.7, blocks=0, step=5, multiple=3.0).multiple == 3.0
-    still = registry().make("predictor", "step-scale").predict(StepHistory(20, 3.0, torch.zeros(4, 4).double()))
-    assert still.multiple == 3.0
 
 
 def test_it_cannot_extrapolate_checkpoints() -> None:

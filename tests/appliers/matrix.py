@@ -30,10 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "exporting.md"
 BEGIN, END = "<!-- table: made by python -m tests.appliers.matrix -->", "<!-- end of table -->"
 STEPS = (10, 20, 30, 40, 50, 60)
 HORIZON = 10
-SETTINGS: dict[str, dict[str, Any]] = {
-    "next-mlp": {"epochs": 20, "hidden": 8},
-    "next-mlp-reduced": {"epochs": 20},
-}
+SETTINGS: dict[str, dict[str, Any]] = {"next-mlp": {"epochs": 20, "hidden": 8}, "next-mlp-reduced": {"epochs": 20}}
 NO_JUMP = ("stay", "effopd")
 """The control, and the one that jumps at powers of two only, of which 60 is none."""
 QUICK = ("relex", "secant")

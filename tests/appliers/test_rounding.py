@@ -70,8 +70,7 @@ def test_values_beyond_the_range_are_infinite_and_never_wrap(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    ("rounding", "shares"),
-    [("nearest", (0.32, 0.55, 0.80, 0.94)), ("stochastic", (1.0, 1.0, 1.0, 1.0))],
+    ("rounding", "shares"), [("nearest", (0.32, 0.55, 0.80, 0.94)), ("stochastic", (1.0, 1.0, 1.0, 1.0))]
 )
 def test_the_written_share_of_a_rank_1_jump_in_bf16_is_as_documented(
     rounding: Rounding, shares: tuple[float, ...]

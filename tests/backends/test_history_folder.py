@@ -126,13 +126,7 @@ def test_a_checkpoint_holds_the_adapters_made_by_its_step_and_not_yet_undone(his
     jump(history, 30, "jump-3")
     history.withdraw(undone, 25)
     standing = {step: [*history.active_adapters(step)] for step in (9, 10, 24, 25, 30)}
-    assert standing == {
-        9: [],
-        10: ["jump-1"],
-        24: ["jump-1", "jump-2"],
-        25: ["jump-1"],
-        30: ["jump-1", "jump-3"],
-    }
+    assert standing == {9: [], 10: ["jump-1"], 24: ["jump-1", "jump-2"], 25: ["jump-1"], 30: ["jump-1", "jump-3"]}
 
 
 def test_a_resumed_run_forgets_what_came_after_and_the_undoing_of_what_stood(history: HistoryFolder, dead: int) -> None:

@@ -83,8 +83,7 @@ def test_a_comparison_of_straight_curves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "step"),
-    [(0.1, 0.0), (0.2, 0.0), (0.25, 5.0), (0.3, 10.0), (0.35, 25.0), (0.4, 30.0)],
+    ("accuracy", "step"), [(0.1, 0.0), (0.2, 0.0), (0.25, 5.0), (0.3, 10.0), (0.35, 25.0), (0.4, 30.0)]
 )
 def test_the_step_that_is_as_good_is_the_first_on_a_curve_made_monotone(accuracy: float, step: float) -> None:
     curve = points({0: 0.2, 10: 0.31, 20: 0.29, 30: 0.4})  # the dip becomes two times .3

@@ -13,14 +13,7 @@ from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from tests.errors import raises_kind
-from tests.predictors.trajectories import (
-    curve,
-    curved_lora_run,
-    dense_run,
-    drift,
-    history,
-    resolve_dense,
-)
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, drift, history, resolve_dense
 
 HORIZON = 30
 

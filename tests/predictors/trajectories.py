@@ -24,9 +24,7 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def dense_run(
-    paths: Mapping[str, Callable[[int], Tensor]],
-    steps: Sequence[int] = EVERY_TEN,
-    metrics: Metrics | None = None,
+    paths: Mapping[str, Callable[[int], Tensor]], steps: Sequence[int] = EVERY_TEN, metrics: Metrics | None = None
 ) -> MemorySource:
     """Full-parameter checkpoints W_0 + path(t); ``paths`` are the global deltas of each matrix."""
     backbone = {name: noise(1000 + index, *path(0).shape) for index, (name, path) in enumerate(paths.items())}

@@ -189,10 +189,7 @@ def test_a_value_that_is_not_finite_is_named_by_file_and_tensor(own_lora_run: Lo
     ],
 )
 def test_a_checkpoint_of_another_run_is_named(
-    own_lora_run: LoraRun,
-    make_lora_run: Callable[..., LoraRun],
-    lora: dict[str, Any],
-    figures: tuple[str, ...],
+    own_lora_run: LoraRun, make_lora_run: Callable[..., LoraRun], lora: dict[str, Any], figures: tuple[str, ...]
 ) -> None:
     shutil.rmtree(own_lora_run.folder(30))
     make_lora_run(own_lora_run.path, (30,), **lora)

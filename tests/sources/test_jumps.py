@@ -92,9 +92,7 @@ def test_a_delta_across_a_jump_is_what_rl_did(own_lora_run: LoraRun, lora_run: L
     torch.testing.assert_close(source.position(NAME, 30).dense(), before, atol=1e-6, rtol=1e-5)
 
 
-def test_a_history_has_the_same_deltas_as_its_source(
-    own_lora_run: LoraRun,
-) -> None:
+def test_a_history_has_the_same_deltas_as_its_source(own_lora_run: LoraRun) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     source = opened(own_lora_run)
     assert source.start(NAME) is not None  # the jump moved the adapter as it was initialised, where B was 0

@@ -28,10 +28,7 @@ RECORDED = Path(__file__).parent / "recorded" / "openrlhf"
 BASE = RECORDED / "base"
 SETS = ("lora-zero2", "lora-zero3", "full-zero2")
 LORA = SETS[:2]
-MODULES = (
-    *(f"self_attn.{side}_proj" for side in "kqvo"),
-    *(f"mlp.{part}_proj" for part in ("down", "gate", "up")),
-)
+MODULES = (*(f"self_attn.{side}_proj" for side in "kqvo"), *(f"mlp.{part}_proj" for part in ("down", "gate", "up")))
 LAYERS = {f"model.layers.0.{module}.weight" for module in MODULES}
 NEW = 3
 

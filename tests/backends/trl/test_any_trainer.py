@@ -19,16 +19,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from next_backends.trl import PredictExtendCallback
 from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, SMALL_RUN, exact

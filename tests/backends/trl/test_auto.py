@@ -17,9 +17,7 @@ pytestmark = pytest.mark.trl
 SCALING = ("scale", "collapse")
 
 
-def test_roll_outs_that_serve_several_steps_count_once_in_the_error_of_a_reward(
-    make_trainer: Any,
-) -> None:
+def test_roll_outs_that_serve_several_steps_count_once_in_the_error_of_a_reward(make_trainer: Any) -> None:
     callback = PredictExtendCallback({"name": "step-scale", "restart": False}, every=2, average=None)
     assert callback.schedule.every == 2
     trainer = make_trainer([callback], steps=5, num_iterations=4, logging_steps=1)

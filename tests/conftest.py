@@ -1,7 +1,5 @@
 """Small models and runs made on the spot by real PEFT, and the command line as a user meets it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

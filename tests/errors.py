@@ -1,7 +1,5 @@
 """One way to assert an error of ours: its kind, and the names that its message must carry."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The run config: a mistake is named by its key, with what was meant."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable

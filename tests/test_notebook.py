@@ -1,7 +1,5 @@
 """The API for notebooks, on a run that PEFT itself wrote."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

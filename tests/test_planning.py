@@ -1,7 +1,5 @@
 """A plan says beforehand what the work then takes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plug-ins are found by name; a broken one says so and disturbs no other."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """A decorated function is a predictor like any other, and what it returns is checked."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """A reward is 1 for an answer that is right, and a sum to be worked out is not an answer."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Callable

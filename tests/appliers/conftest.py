@@ -1,7 +1,5 @@
 """One LoRA run for all appliers, and predictions from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

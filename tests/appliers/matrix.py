@@ -3,8 +3,6 @@
 python -m tests.appliers.matrix   # writes the table of docs/exporting.md anew
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import sys

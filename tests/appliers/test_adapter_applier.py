@@ -1,7 +1,5 @@
 """A written adapter loads in plain PEFT, with the logits of the base weights plus the explicit delta."""
 
-from __future__ import annotations
-
 import json
 import math
 import weakref

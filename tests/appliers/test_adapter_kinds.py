@@ -1,7 +1,5 @@
 """Every kind of PEFT adapter is written so that plain PEFT loads it as a model built by hand, or it is refused."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several alphas of one prediction: folders that differ only in how far they jump."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

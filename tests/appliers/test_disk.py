@@ -1,7 +1,5 @@
 """A full disk gives one message with the figures, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import errno
 import io
 import shutil

@@ -1,7 +1,5 @@
 """Mixtures of experts: transformers stores the experts of a layer one by one or as a stack, and each one moves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

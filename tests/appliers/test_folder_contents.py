@@ -1,7 +1,5 @@
 """Files besides the weights are copied, and the model card says how the weights were made."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weight deltas as an adapter of their own: PEFT loads it, and it acts as exactly these deltas."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The table of layouts, predictors and appliers in the documentation is true."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A written model loads as any Hugging Face model, and is the backbone plus what was trained plus the jump."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

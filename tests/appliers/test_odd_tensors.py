@@ -1,7 +1,5 @@
 """Tensors besides matrices of floats are copied, or refused before anything is written."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

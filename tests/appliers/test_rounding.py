@@ -1,7 +1,5 @@
 """Stochastic rounding: right on average, exact where it can be, never silently infinite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A streamed file is what the safetensors library would have written."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """GPT-2's layers store (in, out): what PEFT's product is added to depends on the class of a module, not on a flag."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A jump written in verl's own layout. That verl loads it is shown by ``make test-verl``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Environments outside the tree for the tests that need more than .venv. Imports the standard library alone."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

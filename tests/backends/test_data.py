@@ -1,7 +1,5 @@
 """Prompts from files: an error names the file and the row."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

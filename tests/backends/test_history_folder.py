@@ -1,7 +1,5 @@
 """The part of a run folder that every backend keeps."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The comparisons that are ready to run: each loads, and says at its top how many RL steps it takes."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

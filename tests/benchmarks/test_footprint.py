@@ -1,7 +1,5 @@
 """The benchmark of bytes, memory and seconds runs on tiny shapes, and counts what it says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The language-model benchmark: its data, rewards and configs. No model is loaded."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """The rows and tables of `auto` next to plain RL, from records and rows whose figures can be worked out by hand."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path

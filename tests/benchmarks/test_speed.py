@@ -1,7 +1,5 @@
 """The speed benchmarks run at toy size, their runs are always the same ones, and the page shows what was measured."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time

@@ -1,7 +1,5 @@
 """``next-core analyze``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 

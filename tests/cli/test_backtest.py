@@ -1,7 +1,5 @@
 """``next-core backtest``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

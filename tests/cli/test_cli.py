@@ -1,7 +1,5 @@
 """The entry point: help, errors with their exit codes, and the commands that read no checkpoints."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """``next-core extrapolate``, and the options that every command on recorded checkpoints has."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

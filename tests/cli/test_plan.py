@@ -1,7 +1,5 @@
 """``next-core plan``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``next-core status``: of a run that is going, has ended, or was stopped."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Checkpoints of whole models on the command line: the applier follows from them, and few questions need a backbone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

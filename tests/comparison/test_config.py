@@ -1,7 +1,5 @@
 """Comparison configs: arms over a common run, values to choose among, and every wrong input named."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

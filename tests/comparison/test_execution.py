@@ -1,7 +1,5 @@
 """Whole comparisons with the real trainer: sharing changes nothing, and an interrupted one resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Compressors return the leading triplets to the accuracy that each promises."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A backend whose trainer is plain gradient descent on least squares: small enough to follow by hand, and real."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 

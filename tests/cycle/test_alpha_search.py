@@ -1,7 +1,5 @@
 """A jump whose alpha validation accuracy chooses, and EffOPD's triggers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Predictors that do everything wrong, on the real trainer: each is refused with its reason, and nothing else."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import re

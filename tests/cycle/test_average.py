@@ -1,7 +1,5 @@
 """The mean at the end of a run: chosen by validation, among windows, or not taken."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """When a reward counts as collapsed: given its sampling error, its best mean so far, and how much was lost."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The size of a jump beside what RL did lately, before the jump is made."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A base model and prompts by their names on the Hub: a server of ours first, then the cache without a network."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

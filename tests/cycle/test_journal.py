@@ -1,7 +1,5 @@
 """The journal says what happened, also after the run was killed while it wrote."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The advice at the end of a run: journalled, and never able to fail the run."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The predict-extend cycle, on a trainer whose every number is known."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """After a jump: what is measured, what rolls it back, and what a resumed run knows of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Any

@@ -1,7 +1,5 @@
 """``keep: needed``: which checkpoints a run deletes, and that its jumps do not depend on it."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

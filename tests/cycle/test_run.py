@@ -1,7 +1,5 @@
 """``next_core.cycle.run`` and ``next-core run``: whole runs of the real trainer from a config."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Step scaling in the cycle: what is journalled, refused and undone, and the mean at the end."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

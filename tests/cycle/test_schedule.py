@@ -1,7 +1,5 @@
 """When a run observes and when it tries a jump."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

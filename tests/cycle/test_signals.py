@@ -1,7 +1,5 @@
 """A signal where no step is running ends the program at once; tests/crash sends them to a run that trains."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """A backtest done by hand: whole matrices, and a run that ends at the cut."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs whose geometry is known: straight lines and random walks, dense and LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The analysis as a whole: what it says of known runs, what it leaves out and why, and the object it answers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

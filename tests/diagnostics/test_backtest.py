@@ -1,7 +1,5 @@
 """The backtest: what it finds in runs whose future is known, against predictions computed from whole matrices."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import shutil

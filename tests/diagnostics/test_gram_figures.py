@@ -1,7 +1,5 @@
 """Figures from inner products, against plain least squares on the points themselves and paths with known answers."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The advice on the learning rate: what it says of runs whose agreement is known, and when it says nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

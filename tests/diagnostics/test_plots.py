@@ -1,7 +1,5 @@
 """The charts: there, whole, and refused with a reason where there is nothing to draw."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ET
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Random walks drawn as Gram matrices, against random walks drawn as vectors."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Energy ratios and turning directions, on matrices small enough to do by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -4,8 +4,6 @@ A comment on the line before a block marks it: ``<!-- not run: why -->``, or of 
 ``<!-- output of: command -->``.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A folder as a reader of the pages has one: the examples, a run that was trained, other checkpoints, a comparison."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every block of code on a page is run, or says why it is not."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib

@@ -1,7 +1,5 @@
 """docs/errors.md has a row for every kind of error, and every error of ours has a kind."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

@@ -1,7 +1,5 @@
 """The picture of README.md shows the committed results."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import statistics

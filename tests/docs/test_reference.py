@@ -1,7 +1,5 @@
 """The generated references name everything there is: they are made of the models and the program themselves."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Charts as SVG: series, ticks, colours and names."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ET
 
 import pytest

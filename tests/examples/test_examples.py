@@ -1,7 +1,5 @@
 """The scripts of the examples run, and the examples differ only where they say so."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The method in one file makes the jumps that the engine makes."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 from pathlib import Path

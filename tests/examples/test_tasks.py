@@ -1,7 +1,5 @@
 """Every example task is what examples/README.md says: right answers, honest rewards, a base of that accuracy."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import itertools

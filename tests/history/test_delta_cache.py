@@ -1,7 +1,5 @@
 """Decomposed deltas are found on disk as long as their inputs are the same."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The map over matrices: the same bytes in this process, in a pool and on Ray; errors and crashes reach the user."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

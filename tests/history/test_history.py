@@ -1,7 +1,5 @@
 """A run's deltas agree with direct computation, and are compressed only on demand."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """A prediction becomes a move from the newest checkpoint: anchor, alpha and confidence are resolved once."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

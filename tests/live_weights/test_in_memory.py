@@ -3,8 +3,6 @@
 What an applied jump must do is in the conformance checks, which run on this applier too.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

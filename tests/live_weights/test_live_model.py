@@ -1,7 +1,5 @@
 """What a live model keeps in files: restored as it was, and refused where it is of other processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

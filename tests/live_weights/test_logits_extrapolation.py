@@ -1,7 +1,5 @@
 """Extrapolated decoding against one forward pass of each adapter over the whole sequence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The optimizer steps of a live model: their multiple, what is compared, kept, averaged, saved and loaded."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import gc

@@ -1,7 +1,5 @@
 """Two real processes over gloo: what process 0 calls runs in both, on the right object."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

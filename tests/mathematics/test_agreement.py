@@ -1,7 +1,5 @@
 """The agreement of successive motions: which span is compared, and where its inner products come from."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The triplets of many deltas from shared inner products equal those of each delta decomposed alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Low-rank arithmetic and its singular triplets agree with dense float64 arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The wheel and the example plug-in, installed into one empty environment; nothing of the checkout is on its path."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

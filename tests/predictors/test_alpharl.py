@@ -1,7 +1,5 @@
 """AlphaRL agrees with the formulas written out, and abstains where a regression would mean nothing."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The multiple of ``auto``: what raises and lowers it, where it is read from, and when it makes no jump."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

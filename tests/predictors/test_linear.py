@@ -1,7 +1,5 @@
 """Linear predictors continue a straight line and count it once. The conformance kit checks signs, order and inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

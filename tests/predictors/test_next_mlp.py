@@ -1,7 +1,5 @@
 """next-mlp: what it learns, and when it abstains. The conformance kit checks signs, order, seeds and inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """next-mlp-reduced: few coordinates are enough, mean the same in every matrix, and map back to the weights."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """expo, re-grounding, snoo and ema-pull against the formulas of their papers, by hand or simulated with all state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A random direction: a seeded low-rank jump as long as the run's last motion."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

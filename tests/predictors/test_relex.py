@@ -1,7 +1,5 @@
 """RELEX from the Gram matrix equals RELEX from the stacked, flattened deltas."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The ridge regression from Gram matrices equals the one on the deltas themselves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

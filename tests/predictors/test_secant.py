@@ -1,7 +1,5 @@
 """The secant's window, damping and space, and the gate's figures worked out by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The rule of ``step-scale``: when the multiple rises, falls, starts again, and what it reads from the journal."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

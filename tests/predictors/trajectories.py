@@ -1,7 +1,5 @@
 """Synthetic runs with known futures, and predictions resolved to dense matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Code that hangs is ended, and what it did to the random states is put back."""
 
-from __future__ import annotations
-
 import random
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Shared by the tests of the report: pages as a tree of elements."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """Folders to report on, made on the spot: a comparison of any size, and a run as its files are."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

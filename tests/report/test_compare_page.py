@@ -1,7 +1,5 @@
 """The page of a comparison: its figures, and what it makes of gaps, hostile names and damage."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

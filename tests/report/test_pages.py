@@ -1,7 +1,5 @@
 """Pages in a real browser: nothing overlaps or is cut off, and everything can be read, in four ways of looking."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """The page of a run: finished or not, from a config or from the callback, with and without checkpoints."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``next-core report``: where the page goes, and what is refused."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 ``dcp_saver.py OUT``. truth-N.safetensors has the whole weights as torch gathers them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

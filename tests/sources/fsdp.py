@@ -3,8 +3,6 @@
 torch's own ``distribute_tensor`` cuts each tensor as FSDP does. ``make test-verl`` reads what the real saver writes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small checkpoints written by hand, as many as a test needs."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

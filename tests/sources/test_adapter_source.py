@@ -1,7 +1,5 @@
 """Adapter checkpoints as PEFT and TRL write them: read exactly, and refused by name when they are damaged."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Names and config of an adapter: wrappers' names are stripped, variants of LoRA refused, every field is classified."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base models that people have: other names of the same tensors, quantised ones, wrapped ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

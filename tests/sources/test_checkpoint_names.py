@@ -1,7 +1,5 @@
 """Folders without a trainer's names: the step is the number that differs, and ambiguity is an error."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path

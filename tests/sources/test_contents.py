@@ -1,7 +1,5 @@
 """Every byte that this project wrote counts: values of a file that changed since are never used."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Malformed files, links that lead outside, incomplete folders: refused by name, or skipped on request."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import struct

@@ -3,8 +3,6 @@
 DeepSpeed itself is not installed here: a function of the same signature replaces its reader.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType

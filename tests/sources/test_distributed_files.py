@@ -1,7 +1,5 @@
 """Checkpoints of torch.distributed.checkpoint, saved by torch and accelerate in two processes, are read exactly."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Callable

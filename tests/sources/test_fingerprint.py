@@ -1,7 +1,5 @@
 """A digest of all that determines the weights at a step: it follows the content, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Weights that FSDP sharded, as verl and SkyRL save them: joined exactly, or refused by name."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Full-parameter checkpoints, in one file or in shards: dense deltas, read one matrix at a time."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

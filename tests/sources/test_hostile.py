@@ -1,7 +1,5 @@
 """Files made to do harm: each ends quickly in one message that names it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

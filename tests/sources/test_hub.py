@@ -1,7 +1,5 @@
 """Snapshots in a cache of the Hugging Face Hub: read through their links, with steps from names or revisions."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

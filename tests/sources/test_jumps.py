@@ -1,7 +1,5 @@
 """Jumps of a run folder are added to the checkpoints before them, so that deltas show what RL did."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

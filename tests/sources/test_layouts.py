@@ -1,7 +1,5 @@
 """The folders of every trainer are found, and read alike."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

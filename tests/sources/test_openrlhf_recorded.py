@@ -1,7 +1,5 @@
 """Checkpoints that the real OpenRLHF 0.11.2 wrote (tests/backends/openrlhf/cpu/record.py), read and extended."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import sys

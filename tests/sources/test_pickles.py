@@ -1,7 +1,5 @@
 """Weights in ``.bin`` files: refused by default; where they are allowed, only tensors are read from them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What bf16 leaves of a small motion, compared with the motion itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A run as it stood at a step shows nothing later; a random walk takes the run's steps with random signs."""
 
-from __future__ import annotations
-
 import pickle
 
 import pytest

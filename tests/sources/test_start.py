@@ -1,7 +1,5 @@
 """RL that continues an adapter: it is noticed, and where it is named, deltas, jumps and norms count from it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

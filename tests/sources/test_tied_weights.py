@@ -1,7 +1,5 @@
 """Tied output heads: one parameter, whichever of its names a writer stored."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A reader sees the old state or the new one, whatever fails half-way."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lines of JSON with a checksum each."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One process at a time in one folder; a process that is gone holds nothing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A manifest describes every file of a folder and is itself protected by a checksum."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

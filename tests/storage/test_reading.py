@@ -1,7 +1,5 @@
 """Small files are read within limits, whatever lies in their place."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

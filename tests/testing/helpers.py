@@ -1,7 +1,5 @@
 """Whether a check fails on a plug-in that breaks it, and a full-parameter run on disk."""
 
-from __future__ import annotations
-
 import unittest
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every installed applier keeps the contract."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

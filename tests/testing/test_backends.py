@@ -3,8 +3,6 @@
 OpenRLHF's tests are in ``tests/backends/openrlhf``.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from next_core import registry

@@ -1,7 +1,5 @@
 """The kit's plumbing: the check of every plug-in, the report, expected failures, test ids and synthetic runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

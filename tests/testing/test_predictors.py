@@ -1,7 +1,5 @@
 """Every installed predictor keeps the contract, and each check of predictors fails on a predictor that breaks it."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence

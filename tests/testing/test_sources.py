@@ -1,7 +1,5 @@
 """Every installed source keeps the contract, and each check of sources fails on a source that breaks it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs whose trainer is ``pretend_trainer.py``: real processes, sockets and files, and nothing of a trainer's."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

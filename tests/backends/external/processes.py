@@ -1,7 +1,5 @@
 """What a test has begun itself. Other tests of the same process leave theirs behind: a pool's tracker, a Ray."""
 
-from __future__ import annotations
-
 from collections.abc import Set
 
 import psutil

@@ -1,7 +1,5 @@
 """The lines of the trainer's log that an error shows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """No process of a trainer outlives us, however the trainer or we end."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The run config's reward over HTTP, asked as OpenRLHF asks."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """A real TRL trainer on the arithmetic base model, small enough for a test: a step is some 50 ms."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

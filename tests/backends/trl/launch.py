@@ -1,7 +1,5 @@
 """Two processes that make some runs of a script, for the tests of several processes."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

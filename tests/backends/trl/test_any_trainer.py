@@ -1,7 +1,5 @@
 """The callback in trainers other than GRPO's and RLOO's. A step is then the unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

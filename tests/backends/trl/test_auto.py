@@ -1,7 +1,5 @@
 """``auto`` in a real trainer: it scales steps, and by another name it jumps. A resumed run ends alike, bit for bit."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

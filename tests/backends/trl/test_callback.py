@@ -1,7 +1,5 @@
 """``PredictExtendCallback`` in the real GRPOTrainer and RLOOTrainer."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from pathlib import Path

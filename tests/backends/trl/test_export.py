@@ -1,7 +1,5 @@
 """What an applier writes from a run equals the live model that jumped: same prediction, same logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

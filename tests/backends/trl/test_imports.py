@@ -1,7 +1,5 @@
 """The TRL backend imports its packages when they are needed, and names what is missing."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import textwrap

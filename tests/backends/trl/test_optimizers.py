@@ -1,7 +1,5 @@
 """Runs of a config with another optimizer than TRL's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Methods with a state of their own, in a real trainer: a resumed run takes it up again from the checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The same script, started again: afresh, from its checkpoint, or beside a run that finished."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``keep: needed`` under a real trainer: the same jumps and weights, and no file that nothing reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

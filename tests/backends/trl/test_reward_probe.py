@@ -1,7 +1,5 @@
 """``evaluate="reward"``, and the best model that a trainer loads at its end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Resume, rollback and accidents: nothing that a later resume needs is lost, and nothing is counted twice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

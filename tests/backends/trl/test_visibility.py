@@ -1,7 +1,5 @@
 """What a user of the callback sees: decisions among the trainer's metrics, warnings, and the summary at the end."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

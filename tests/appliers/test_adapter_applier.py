@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from next_core import make_applier, open_checkpoints
@@ -20,6 +20,7 @@ from next_core.sources.adapter_source import PeftAdapterSource
 from tests.appliers.conftest import BOTH, ROW, secant
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
+from tests.sources.models import write_jump
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 WEIGHTS = "adapter_model.safetensors"
@@ -188,10 +189,7 @@ def test_a_jump_made_after_the_newest_checkpoint_is_part_of_the_adapter(
     make_lora_run: Callable[..., LoraRun], tmp_path: Path
 ) -> None:
     run = make_lora_run(tmp_path / "run" / "checkpoints", (0, 10, 20))
-    folder = tmp_path / "run" / "jumps" / "0001"
-    folder.mkdir(parents=True)
-    save_file({f"{ROW}.lora_B": noise("jump", 16, 4)}, folder / "shift.safetensors")
-    (folder / "jump.json").write_text(json.dumps({"step": 20, "alpha": 1.0, "adapter": None}))
+    write_jump(tmp_path / "run", 20, {f"{ROW}.lora_B": noise("jump", 16, 4)})
     make_applier("peft-adapter").apply(Prediction(opened(run), 20, 10), out=tmp_path / "out")
     stored, written = load_file(run.folder(20) / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     torch.testing.assert_close(written[KEY.format("B")], stored[KEY.format("B")] + noise("jump", 16, 4))

@@ -20,7 +20,7 @@ from next_core.storage.manifest import check_manifest
 from tests.appliers.conftest import ROW, secant
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
-from tests.sources.models import built, straight_run
+from tests.sources.models import built, edit_json, straight_run, write_jump
 
 MODEL = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,7 +48,7 @@ def changed_base(base: Path, to: Path, change: Callable[[dict[str, Tensor]], dic
     """A copy of a model with other tensors and fields of its config."""
     shutil.copytree(base, to)
     save_file(change(load_file(base / MODEL)), to / MODEL, metadata={"format": "pt"})
-    (to / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | config))
+    edit_json(to / "config.json", **config)
     return to
 
 
@@ -180,10 +180,7 @@ def full_run(tmp_path: Path, base: Path) -> dict[int, dict[str, Tensor]]:
 def test_a_jump_that_the_newest_checkpoint_already_has_is_not_added_again(
     full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
 ) -> None:
-    folder = tmp_path / "jumps" / "0001"
-    folder.mkdir(parents=True)
-    save_file({ROW: noise("jump", 16, 16)}, folder / "shift.safetensors")
-    (folder / "jump.json").write_text(json.dumps({"step": 10, "alpha": 1.0, "adapter": None}))
+    write_jump(tmp_path, 10, {ROW: noise("jump", 16, 16)})
     source = open_checkpoints(tmp_path / "checkpoints")
     make_applier("merged-model", backbone=base).apply(Prediction(source, 20, 10), out=tmp_path / "out")
     written = load_file(tmp_path / "out" / MODEL)

@@ -1,6 +1,5 @@
 """GPT-2's layers store (in, out): what PEFT's product is added to depends on the class of a module, not on a flag."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
-from tests.sources.models import built
+from tests.sources.models import built, edit_json
 
 SIZES = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 32}
 SQUARE = "transformer.h.0.attn.c_proj"
@@ -40,8 +39,7 @@ def run(tmp_path: Path) -> Path:
                     value.copy_(step / 100 * noise(name, *value.shape))
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         model.save_pretrained(folder)
-        saved = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(saved | {"fan_in_fan_out": False}))
+        edit_json(folder / "adapter_config.json", fan_in_fan_out=False)
     model.merge_and_unload().save_pretrained(tmp_path / "merged-20")
     return tmp_path
 
@@ -57,8 +55,7 @@ def written(run: Path, jump: dict[str, LowRankUpdate], backbone: str = "base") -
 def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(
     run: Path, prefix: str, architectures: list[str] | None
 ) -> None:
-    config = json.loads((run / "base" / "config.json").read_text())
-    (run / "base" / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+    edit_json(run / "base" / "config.json", architectures=architectures)
     if prefix == "":  # the Hub's gpt2 was saved without its head, and so without this prefix
         base = load_file(run / "base" / MODEL)
         names = {name: name.removeprefix("transformer.") for name in base}
@@ -74,8 +71,7 @@ def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(
 
 
 def test_a_flag_does_not_transpose_a_linear_layer(own_lora_run: LoraRun, tmp_path: Path) -> None:
-    path = own_lora_run.folder(60) / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    edit_json(own_lora_run.folder(60) / "adapter_config.json", fan_in_fan_out=True)
     source = open_checkpoints(own_lora_run.path, own_lora_run.base)
     make_applier("merged-model").apply(Prediction(source, 60, 10), out=tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -84,8 +80,7 @@ def test_a_flag_does_not_transpose_a_linear_layer(own_lora_run: LoraRun, tmp_pat
 
 
 def test_a_model_that_transformers_cannot_build_is_refused(run: Path) -> None:
-    config = json.loads((run / "base" / "config.json").read_text())
-    (run / "base" / "config.json").write_text(json.dumps(config | {"architectures": ["OfNobody"]}))
+    edit_json(run / "base" / "config.json", architectures=["OfNobody"])
     source = open_checkpoints(run / "checkpoints")
     with raises_kind("checkpoint-unsupported-adapter", "transposed"):
         make_applier("merged-model", backbone=run / "base").check_source(source, run / "out")

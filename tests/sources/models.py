@@ -37,6 +37,20 @@ def adapter(folder: Path, step: float, pickled: bool = False) -> Path:
     return folder
 
 
+def write_jump(run: Path, step: int, shift: Mapping[str, Tensor] | None = None, number: int = 1) -> Path:
+    """Write a jump into a run folder, as far as the checkpoints' readers look at it."""
+    folder = run / "jumps" / f"{number:04d}"
+    folder.mkdir(parents=True)
+    (folder / "jump.json").write_text(json.dumps({"step": step, "alpha": 1.0, "adapter": None}))
+    if shift is not None:
+        save_file(dict(shift), folder / "shift.safetensors")
+    return folder
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 class Hostile:
     """Touches a file when it is unpickled."""
 

@@ -1,6 +1,5 @@
 """Adapter checkpoints as PEFT and TRL write them: read exactly, and refused by name when they are damaged."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from next_core.storage.atomic import new_directory
 from next_core.storage.json_lines import json_line
 from tests.conftest import STEPS, LoraRun
 from tests.errors import raises_kind
+from tests.sources.models import edit_json
 
 ROW = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{ROW}.lora_{{}}.weight"
@@ -32,27 +32,17 @@ def assert_deltas_are_pefts(source: CheckpointSource, run: LoraRun) -> None:
         for step in source.steps:
             expected = run.deltas[step][name]
             assert parameter.shape == tuple(expected.shape)
-            torch.testing.assert_close(dense(source, name, step), expected, atol=1e-7, rtol=1e-5)
+            torch.testing.assert_close(source.delta(name, step).dense(), expected, atol=1e-7, rtol=1e-5)
         last, first = source.steps[-1], source.steps[0]
         expected = run.deltas[last][name] - run.deltas[first][name]
-        torch.testing.assert_close(dense(source, name, last, first), expected, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(source.delta(name, last, first).dense(), expected, atol=1e-7, rtol=1e-5)
     assert any(float(run.deltas[step][f"{ROW}.weight"].norm()) > 0.01 for step in source.steps)
-
-
-def dense(source: CheckpointSource, name: str, step: int, since: int | None = None) -> Tensor:
-    delta = source.delta(name, step, since)
-    assert not isinstance(delta, Tensor)
-    return delta.dense()
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | fields))
 
 
 def test_a_trl_run_has_its_steps_parameters_and_pefts_own_deltas(lora_run: LoraRun) -> None:
@@ -101,7 +91,7 @@ def test_a_config_without_low_rank_deltas_is_refused_with_the_reason(
     own_lora_run: LoraRun, change: dict[str, Any], kind: str, name: str
 ) -> None:
     for step in (0, *STEPS):
-        change_config(own_lora_run.folder(step), **change)
+        edit_json(own_lora_run.folder(step) / CONFIG, **change)
     with raises_kind(kind, "checkpoint-", name):
         open_checkpoints(own_lora_run.path)
 

@@ -1,7 +1,6 @@
 """Names and config of an adapter: wrappers' names are stripped, variants of LoRA refused, every field is classified."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from next_core.interfaces import Prediction
 from next_core.sources.adapter_config import IRRELEVANT, MEANINGFUL, VARIANTS
 from next_core.sources.adapter_files import AdapterFiles
 from tests.errors import raises_kind
-from tests.sources.models import MODULE, adapter, adapter_tensors
+from tests.sources.models import MODULE, adapter, adapter_tensors, edit_json
 
 UNSUPPORTED = "checkpoint-unsupported-adapter"
 KEY = f"base_model.model.{MODULE}.lora_A.weight"
@@ -22,10 +21,8 @@ KEY = f"base_model.model.{MODULE}.lora_A.weight"
 
 def configured(folder: Path, **fields: Any) -> Path:
     """An adapter of rank 2 whose config has these fields."""
-    made = adapter(folder, 10)
-    path = made / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return made
+    edit_json(adapter(folder, 10) / "adapter_config.json", **fields)
+    return folder
 
 
 def renamed(folder: Path, **pairs: str) -> Path:

@@ -15,7 +15,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.storage import manifest
 from next_core.storage.atomic import seal
 from tests.errors import raises_kind
-from tests.sources.models import MODULE, adapter, model
+from tests.sources.models import MODULE, adapter, edit_json, model, write_jump
 
 Write = Callable[[Path, float], Path]
 
@@ -83,11 +83,10 @@ def test_a_flipped_bit_or_a_missing_file_is_named_or_skipped(tmp_path: Path, wri
 def with_jump(root: Path) -> Path:
     """Write a run of adapters with a jump after step 20, in factor space and in an adapter of its own."""
     sealed(root, adapter, 10, 20)
-    jump = root / "jumps" / "0001"
-    adapter(jump / "adapter", 1)
     keys = {f"{MODULE}.weight.lora_A": torch.ones(2, 4), f"{MODULE}.weight.lora_B": torch.ones(3, 2)}
-    save_file(keys, jump / "shift.safetensors")
-    (jump / "jump.json").write_text('{"step": 20, "alpha": 1.0, "adapter": "jump-1"}')
+    jump = write_jump(root, 20, keys)
+    adapter(jump / "adapter", 1)
+    edit_json(jump / "jump.json", adapter="jump-1")
     seal(jump)
     return jump
 

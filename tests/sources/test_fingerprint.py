@@ -14,7 +14,7 @@ from next_core import open_checkpoints
 from next_core.interfaces import CheckpointSource
 from tests.conftest import LoraRun
 from tests.errors import raises_kind
-from tests.sources.models import adapter, model
+from tests.sources.models import adapter, edit_json, model, write_jump
 
 Make = Callable[[Path], CheckpointSource]
 
@@ -85,9 +85,7 @@ def test_jumps_count_from_the_steps_before_them(own_lora_run: LoraRun) -> None:
         return prints(open_checkpoints(own_lora_run.path), 10, 30, 40, None)
 
     seen = [now()]
-    folder = own_lora_run.path.parent / "jumps" / "0001"
-    folder.mkdir(parents=True)
-    (folder / "jump.json").write_text('{"step": 30, "adapter": null}')
+    folder = write_jump(own_lora_run.path.parent, 30)
     for value in (1.0, 2.0):
         save_file({"x": torch.full((2,), value)}, folder / "shift.safetensors")
         jumped = now()
@@ -107,7 +105,7 @@ def test_there_is_none_after_a_file_was_replaced_until_it_is_read_again(tmp_path
     changed = path.with_suffix(".new")
     changed.write_bytes(path.read_bytes())
     if path.suffix == ".json":
-        changed.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
+        edit_json(changed, use_rslora=False)
     else:
         flip(changed, -1)
     changed.replace(path)  # the memory map still has the old bytes
@@ -117,10 +115,7 @@ def test_there_is_none_after_a_file_was_replaced_until_it_is_read_again(tmp_path
 
 
 def test_there_is_none_after_a_jump_was_replaced(own_lora_run: LoraRun) -> None:
-    folder = own_lora_run.path.parent / "jumps" / "0001"
-    folder.mkdir(parents=True)
-    (folder / "jump.json").write_text('{"step": 30, "adapter": null}')
-    save_file({"x": torch.ones(2)}, folder / "shift.safetensors")
+    folder = write_jump(own_lora_run.path.parent, 30, {"x": torch.ones(2)})
     source = open_checkpoints(own_lora_run.path)
     assert None not in prints(source, 30, None)
     flip(folder / "shift.safetensors", -1)

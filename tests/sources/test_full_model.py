@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from next_core import open_checkpoints
-from next_core.interfaces import CheckpointSource
 from next_core.sources.folder_source import mismatch
 from next_core.sources.full_model import FullModelSource
 from tests.conftest import noise
 from tests.errors import raises_kind
+from tests.sources.models import write_jump
 
 WEIGHTS = {"a.weight": (6, 5), "b.weight": (4, 4), "norm.weight": (5,)}
 INDEX = "model.safetensors.index.json"
@@ -49,10 +49,6 @@ def opened(run: Path) -> FullModelSource:
     return open_checkpoints(run / "checkpoints", backbone=run / "base")
 
 
-def dense(source: CheckpointSource, name: str, step: int, since: int | None = None) -> Tensor:
-    return source.delta(name, step, since)
-
-
 def test_matrices_have_dense_deltas_and_the_rest_is_skipped_with_the_reason(run: Path) -> None:
     source = opened(run)
     assert (source.name, source.steps) == ("full-model", (10, 20, 30))
@@ -64,13 +60,13 @@ def test_matrices_have_dense_deltas_and_the_rest_is_skipped_with_the_reason(run:
     for name in ("a.weight", "b.weight"):
         for step, since in ((10, None), (30, None), (30, 10), (20, 30)):
             expected = (weights(step)[name].double() - weights(since or 0)[name].double()).float()
-            assert torch.equal(dense(source, name, step, since), expected)
+            assert torch.equal(source.delta(name, step, since), expected)
             assert source.factors(name, step) is None
 
 
 def test_without_a_backbone_step_0_replaces_it(run: Path) -> None:
     source = open_checkpoints(run / "checkpoints")
-    assert torch.isfinite(dense(source, "a.weight", 30, 10)).all()
+    assert torch.isfinite(source.delta("a.weight", 30, 10)).all()
     with raises_kind("config-missing-backbone", run / "checkpoints"):
         source.delta("a.weight", 30)
     with raises_kind("checkpoint-not-found", "step 15", "(10, 20, 30)"):
@@ -78,7 +74,7 @@ def test_without_a_backbone_step_0_replaces_it(run: Path) -> None:
     shutil.copytree(run / "base", run / "checkpoints" / "checkpoint-0")
     source = open_checkpoints(run / "checkpoints")
     assert source.steps == (10, 20, 30)
-    assert torch.equal(dense(source, "a.weight", 30), weights(30)["a.weight"] - weights(0)["a.weight"])
+    assert torch.equal(source.delta("a.weight", 30), weights(30)["a.weight"] - weights(0)["a.weight"])
 
 
 @pytest.mark.parametrize(
@@ -149,34 +145,27 @@ def test_a_shard_that_is_missing_truncated_or_lacks_a_tensor_is_named(tmp_path: 
 def test_half_precision_is_subtracted_in_fp32(run: Path, dtype: torch.dtype) -> None:
     small = {name: weight.to(dtype) for name, weight in weights(20).items()}
     save(run / "checkpoints" / "checkpoint-20", small)
-    delta = dense(opened(run), "a.weight", 20)
+    delta = opened(run).delta("a.weight", 20)
     assert torch.equal(delta, (small["a.weight"].double() - weights(0)["a.weight"].double()).float())
-
-
-def jump(run: Path, step: int, shift: dict[str, Tensor]) -> None:
-    folder = run / "jumps" / "0001"
-    folder.mkdir(parents=True)
-    (folder / "jump.json").write_text(json.dumps({"step": step, "alpha": 1.0, "adapter": None}))
-    save_file(shift, folder / "shift.safetensors")
 
 
 def test_a_jump_moves_the_checkpoints_up_to_its_step_and_the_backbone(run: Path) -> None:
     moved = noise("shift", 6, 5)
-    jump(run, 20, {"a.weight": moved})
+    write_jump(run, 20, {"a.weight": moved})
     source = opened(run)
     plain = {step: weights(step)["a.weight"] for step in (0, 20, 30)}
-    torch.testing.assert_close(dense(source, "a.weight", 30, 20), plain[30] - plain[20] - moved, atol=1e-6, rtol=0)
-    torch.testing.assert_close(dense(source, "a.weight", 30), plain[30] - plain[0] - moved, atol=1e-6, rtol=0)
-    torch.testing.assert_close(dense(source, "a.weight", 20), plain[20] - plain[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(source.delta("a.weight", 30, 20), plain[30] - plain[20] - moved, atol=1e-6, rtol=0)
+    torch.testing.assert_close(source.delta("a.weight", 30), plain[30] - plain[0] - moved, atol=1e-6, rtol=0)
+    torch.testing.assert_close(source.delta("a.weight", 20), plain[20] - plain[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(source.position("a.weight", 30).float(), plain[30] - plain[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(source.position("a.weight", 20).float(), plain[20] - plain[0] + moved, atol=1e-6, rtol=0)
 
 
 def test_some_rows_of_a_delta_are_those_of_the_whole_with_jumps(run: Path) -> None:
-    jump(run, 10, {"a.weight": torch.randn(6, 5)})
+    write_jump(run, 10, {"a.weight": torch.randn(6, 5)})
     source = opened(run)
     for since in (None, 10):
-        whole = dense(source, "a.weight", 30, since)
+        whole = source.delta("a.weight", 30, since)
         for rows in (slice(0, 1), slice(1, 6), slice(0, 6)):
             assert torch.equal(source.delta_rows("a.weight", rows, 30, since), whole[rows])
 
@@ -188,6 +177,6 @@ def test_with_step_0_and_a_backbone_rl_began_at_the_former_and_positions_count_f
     assert source.steps == (10, 20, 30)
     name = "a.weight"
     expected = weights(30)[name] - began[name]
-    assert torch.equal(dense(source, name, 30), expected)
+    assert torch.equal(source.delta(name, 30), expected)
     assert torch.equal(source.delta_rows(name, slice(1, 3), 30), expected[1:3])
     assert torch.equal(source.position(name, 30), weights(30)[name].double() - weights(0)[name])

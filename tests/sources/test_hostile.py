@@ -23,7 +23,7 @@ from next_core.storage.yaml_files import load_yaml, parse_yaml
 from tests.conftest import LoraRun, Outcome
 from tests.errors import raises_kind
 from tests.report.made import comparison, write_comparison
-from tests.sources.models import adapter, model
+from tests.sources.models import adapter, edit_json, model
 
 Damage = Callable[[Path], None]
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
@@ -82,7 +82,7 @@ def pickled(path: Path) -> None:
 
 def changed(**fields: object) -> Damage:
     """An adapter's config with other fields; Python's json writes NaN and Infinity as they are."""
-    return lambda path: (path.write_text(json.dumps(json.loads(path.read_text()) | fields)), None)[1]
+    return lambda path: edit_json(path, **fields)
 
 
 TEXTS: dict[str, Damage] = {

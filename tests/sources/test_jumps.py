@@ -1,6 +1,5 @@
 """Jumps of a run folder are added to the checkpoints before them, so that deltas show what RL did."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -18,18 +17,14 @@ from next_core.storage.json_lines import json_line
 from next_core.types import LoraFactors
 from tests.conftest import STEPS, LoraRun, noise
 from tests.errors import raises_kind
+from tests.sources.models import write_jump
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 OTHER = "model.layers.1.mlp.up_proj.weight"
 
 
 def jump(run: LoraRun, number: int, step: int, shift: dict[str, Tensor] | None = None) -> Path:
-    folder = run.path.parent / "jumps" / f"{number:04d}"
-    folder.mkdir(parents=True)
-    (folder / "jump.json").write_text(json.dumps({"step": step, "alpha": 1.5, "adapter": None}))
-    if shift is not None:
-        save_file(shift, folder / "shift.safetensors")
-    return folder
+    return write_jump(run.path.parent, step, shift, number)
 
 
 def moved(seed: str, name: str = NAME) -> dict[str, Tensor]:
@@ -155,8 +150,7 @@ def test_shifts_that_share_a_cache_are_not_confused(tmp_path: Path) -> None:
 
 
 def test_a_jump_in_an_adapter_of_its_own_shifts_nothing(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
-    folder = jump(own_lora_run, 1, 30)
-    (folder / "jump.json").write_text(json.dumps({"step": 30, "alpha": 1.5, "adapter": None}))
+    jump(own_lora_run, 1, 30)
     assert torch.equal(opened(own_lora_run).factors(NAME, 20).B, opened(lora_run).factors(NAME, 20).B)
 
 

@@ -16,7 +16,7 @@ from next_core.notebook import open_run
 from next_core.sources.adapter_files import AdapterFiles
 from tests.conftest import LoraRun
 from tests.errors import raises_kind
-from tests.sources.models import MODULE, adapter
+from tests.sources.models import MODULE, adapter, edit_json
 
 NAME = f"{MODULE}.weight"
 SFT = 500
@@ -89,8 +89,7 @@ def test_what_only_the_run_trains_keeps_its_rank_and_scaling(continued: Path, tm
     """The adapter that RL began from may lack modules that are carried along."""
     more = {f"base_model.model.embed.lora_embedding_{side}": torch.ones(shape) for side, shape in EMBEDDING.items()}
     for folder in continued.iterdir():
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"embed": 3}}))
+        edit_json(folder / "adapter_config.json", rank_pattern={"embed": 3})
         save_file(load_file(folder / "adapter_model.safetensors") | more, folder / "adapter_model.safetensors")
     source = open_checkpoints(continued, start=tmp_path / "sft")
     prediction = make_predictor("secant", space="merged").fit(History(source)).predict(10)
@@ -104,8 +103,7 @@ def test_a_start_that_is_none_is_refused(continued: Path, tmp_path: Path) -> Non
     with raises_kind("checkpoint-not-found", "nowhere"):
         open_checkpoints(continued, start=tmp_path / "nowhere")
     other = adapter(tmp_path / "other", 1)
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    edit_json(other / "adapter_config.json", lora_alpha=8)
     with raises_kind("checkpoint-other-model", "other", NAME):
         open_checkpoints(continued, start=other)
     adapter(continued / "checkpoint-0", SFT)

@@ -26,23 +26,21 @@ def verdicts(journal: Journal) -> list[tuple[int, bool]]:
     return [(jump["step"], jump["accepted"]) for jump in journal.jumps()]
 
 
-@pytest.mark.parametrize(("after", "accepted"), [(0.5, True), (0.499, False), (float("nan"), False)])
-def test_accuracy_may_fall_by_max_drop_and_no_further(after: float, accepted: bool) -> None:
-    backend = Descent(accuracy=reading(0.75, after))
-    made = cycle(backend, guards=Guards(max_drop=0.25), schedule=ONE_JUMP)
+@pytest.mark.parametrize(("read", "accepted"), [(0.5, True), (0.499, False), (float("nan"), False)])
+@pytest.mark.parametrize(
+    ("before", "guards", "undone_after"),
+    [((0.75,), {"max_drop": 0.25}, 60), ((0.75, 0.75), {"recovery": 10, "tolerance": 0.25}, 50)],
+    ids=["max_drop", "tolerance"],
+)
+def test_accuracy_may_fall_by_the_bound_and_no_further(
+    before: tuple[float, ...], guards: dict[str, Any], undone_after: int, read: float, accepted: bool
+) -> None:
+    backend = Descent(accuracy=reading(*before, read))
+    made = cycle(backend, guards=Guards(**guards), schedule=ONE_JUMP)
     made.run()
     assert verdicts(made.journal) == [(20, accepted)]
-    assert torch.equal(backend.model.weight, plain().model.weight) is not accepted
-
-
-@pytest.mark.parametrize(("recovered", "accepted"), [(0.5, True), (0.499, False), (float("nan"), False)])
-def test_recovery_may_fall_short_by_the_tolerance_and_no_further(recovered: float, accepted: bool) -> None:
-    backend = Descent(accuracy=reading(0.75, 0.75, recovered))
-    made = cycle(backend, guards=Guards(recovery=10, tolerance=0.25), schedule=ONE_JUMP)
-    made.run()
-    assert verdicts(made.journal) == [(20, accepted)]
-    if not accepted:  # back to the weights of step 20, and 30 steps from there
-        assert torch.equal(backend.model.weight, plain(50).model.weight)
+    # Undone after its recovery window, the run is back at step 20 with 30 steps to go.
+    assert torch.equal(backend.model.weight, plain(undone_after).model.weight) is not accepted
 
 
 def test_a_jump_that_was_rolled_back_does_not_count_towards_the_number_of_jumps() -> None:

@@ -1,13 +1,15 @@
 """Weights that FSDP sharded, as verl and SkyRL save them: joined exactly, or refused by name."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from next_core import open_checkpoints
@@ -74,36 +76,15 @@ def name(rank: int, world: int = 2) -> str:
     return f"model_world_size_{world}_rank_{rank}.pt"
 
 
-def lose(folder: Path) -> None:
-    (folder / name(0)).unlink()
+def with_another(rank: int, tensors: Mapping[str, Tensor] = WHOLE, **how: Any) -> Callable[[Path], Any]:
+    """Replace the file of one process by that of another model."""
 
+    def replace(folder: Path) -> None:
+        kept = (folder / name(1 - rank)).read_bytes()
+        save_shards(folder, tensors, **how)
+        (folder / name(1 - rank)).write_bytes(kept)
 
-def mix(folder: Path) -> None:
-    save_shards(folder, WHOLE, (3,))
-
-
-def repeat(folder: Path) -> None:
-    shutil.copy(folder / name(0), folder / name(1))
-
-
-def resize(folder: Path) -> None:
-    kept = (folder / name(0)).read_bytes()
-    save_shards(folder, WHOLE | {"rows": torch.randn(5, 4)})
-    (folder / name(0)).write_bytes(kept)
-
-
-def rename(folder: Path) -> None:
-    kept = (folder / name(1)).read_bytes()
-    save_shards(folder, WHOLE, whole={"new": torch.ones(2)})
-    (folder / name(1)).write_bytes(kept)
-
-
-def truncate(folder: Path) -> None:
-    (folder / name(1)).write_bytes((folder / name(1)).read_bytes()[:-200])
-
-
-def sum_up(folder: Path) -> None:
-    save_shards(folder, {"rows": torch.randn(4, 4)}, (2,), [Partial()])
+    return replace
 
 
 def shard_twice(folder: Path) -> None:
@@ -111,26 +92,26 @@ def shard_twice(folder: Path) -> None:
     save_shards(folder, {"rows": torch.randn(4, 4)}, (2, 2), [Shard(0), Shard(1)])
 
 
-def poison(folder: Path) -> None:
-    torch.save({"rows": Hostile(folder / "ran")}, folder / name(1))
-
-
 @pytest.mark.parametrize(
     ("break_it", "kind", "named"),
     [
-        (lose, "checkpoint-incomplete", name(0)),
-        (mix, "checkpoint-damaged", "2 and of 3"),
-        (repeat, "checkpoint-damaged", "'bias'"),
-        (resize, "checkpoint-damaged", "'rows'"),
-        (rename, "checkpoint-damaged", "'new'"),
-        (truncate, "checkpoint-damaged", name(1)),
-        (poison, "checkpoint-damaged", name(1)),
-        (sum_up, "checkpoint-unsupported-model", "Partial"),
+        (lambda at: (at / name(0)).unlink(), "checkpoint-incomplete", name(0)),
+        (lambda at: save_shards(at, WHOLE, (3,)), "checkpoint-damaged", "2 and of 3"),
+        (lambda at: shutil.copy(at / name(0), at / name(1)), "checkpoint-damaged", "'bias'"),
+        (with_another(1, WHOLE | {"rows": torch.randn(5, 4)}), "checkpoint-damaged", "'rows'"),
+        (with_another(0, whole={"new": torch.ones(2)}), "checkpoint-damaged", "'new'"),
+        (lambda at: os.truncate(at / name(1), (at / name(1)).stat().st_size - 200), "checkpoint-damaged", name(1)),
+        (lambda at: torch.save({"rows": Hostile(at / "ran")}, at / name(1)), "checkpoint-damaged", name(1)),
+        (
+            lambda at: save_shards(at, {"rows": torch.randn(4, 4)}, (2,), [Partial()]),
+            "checkpoint-unsupported-model",
+            "Partial",
+        ),
         (shard_twice, "checkpoint-unsupported-model", "verl.model_merger"),
     ],
 )
 def test_what_does_not_make_up_a_model_is_refused(
-    tmp_path: Path, break_it: Callable[[Path], None], kind: str, named: str
+    tmp_path: Path, break_it: Callable[[Path], Any], kind: str, named: str
 ) -> None:
     break_it(save_shards(tmp_path, WHOLE))
     with raises_kind(kind, named):

@@ -68,25 +68,24 @@ def test_an_empty_journal_has_no_records_and_one_that_cannot_be_read_is_named(tm
         read_journal(tmp_path)
 
 
-def test_jumps_after_the_step_a_run_was_resumed_at_do_not_count() -> None:
-    records = [jump(50), jump(60), jump(70), resume(60), jump(70, accepted=False)]
-    assert [(j["step"], j["accepted"]) for j in valid_jumps(records)] == [(50, True), (60, True), (70, False)]
+@pytest.mark.parametrize(
+    ("records", "accepted"),
+    [
+        ([jump(50), jump(60), jump(70), resume(60), jump(70, accepted=False)], [(50, True), (60, True), (70, False)]),
+        ([jump(50), jump(60), verify(70, 50, accepted=False)], [(50, False), (60, True)]),
+        ([jump(50), verify(70, 50, accepted=False), resume(60)], [(50, True)]),
+        ([jump(50), resume(40), jump(50), verify(60, 50, accepted=False)], [(50, False)]),
+    ],
+    ids=["resumed before a jump", "verified", "resumed before the verdict", "verified after a resume"],
+)
+def test_jumps_and_verdicts_count_up_to_the_step_a_run_was_resumed_at(
+    records: list[dict[str, Any]], accepted: list[tuple[int, bool]]
+) -> None:
+    assert [(j["step"], j["accepted"]) for j in valid_jumps(records)] == accepted
 
 
-def test_a_jump_that_was_verified_has_the_final_verdict() -> None:
-    records = [jump(50), jump(60), verify(70, 50, accepted=False)]
-    found = valid_jumps(records)
-    assert [j["accepted"] for j in found] == [False, True]
-    assert found[0]["reason"] == "recovered or not"
-    assert found[0]["accuracy_recovered"] == 0.5
+def test_a_jump_that_was_verified_has_the_facts_of_its_verdict() -> None:
+    records = [jump(50), verify(70, 50, accepted=False)]
+    [found] = valid_jumps(records)
+    assert (found["reason"], found["accuracy_recovered"]) == ("recovered or not", 0.5)
     assert records[0]["accepted"]  # the records themselves stay as they were written
-
-
-def test_a_verdict_from_after_the_step_a_run_was_resumed_at_does_not_count() -> None:
-    [found] = valid_jumps([jump(50), verify(70, 50, accepted=False), resume(60)])
-    assert found["accepted"]
-
-
-def test_a_verdict_is_of_the_jump_of_its_own_time() -> None:
-    records = [jump(50), resume(40), jump(50), verify(60, 50, accepted=False)]
-    assert [j["accepted"] for j in valid_jumps(records)] == [False]

@@ -111,3 +111,16 @@ def test_a_finished_run_that_is_resumed_ends_at_once_in_the_same_weights(
     trainer.remove_callback(made)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 13
+
+
+@pytest.mark.parametrize("name", ["snoo", "ema-pull"])
+def test_methods_with_a_state_take_it_up_again_from_the_checkpoints(make_trainer: Any, trained: Any, name: str) -> None:
+    schedule = {"observe": 2, "every": 2, "horizon": 2, "jump_every": 2, "average": None}
+    first = PredictExtendCallback(name, **schedule)
+    whole = make_trainer([first], steps=10, save_strategy="steps", save_steps=6)
+    whole.train()
+    assert [jump["accepted"] for jump in first.journal.jumps()] == [True] * 5
+    resumed = make_trainer([PredictExtendCallback(name, **schedule)], steps=10, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-6"))
+    mine = trained(resumed.model)
+    assert all(torch.equal(value, mine[name]) for name, value in trained(whole.model).items())

@@ -2,9 +2,7 @@
 
 import errno
 import io
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,30 +80,3 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing(
             write()
         assert isinstance(caught.value, NextCoreError) is (number == errno.ENOSPC)
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@BOTH
-def test_a_real_disk_that_is_too_small(
-    prediction: Prediction, small_disk: Path, applier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with raises_kind("storage-full", "MB"):
-        make_applier(applier).apply(prediction, out=small_disk / "out")
-    monkeypatch.setattr(atomic, "free_bytes", lambda folder: 10**12)
-    for alphas in ([1.0], [0.5, 1.0, 2.0]):
-        # Room for what is written before the weights, and for less than those.
-        (small_disk / "ballast").write_bytes(bytes({"merged-model": 48, "peft-adapter": 56}[applier] * 1024))
-        with raises_kind("storage-full", "model.safetensors"):
-            apply_sweep(make_applier(applier), prediction, alphas, small_disk / "out")
-        assert [path.name for path in small_disk.iterdir()] == ["ballast"]

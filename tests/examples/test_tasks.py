@@ -105,7 +105,7 @@ def test_exact_accuracy_is_what_generation_gives_and_the_reward_agrees(
     """
     base, settings = EXAMPLES / task.name / "base", benchmark.TASKS[task.name]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    prompts, answers = columns(read(task.name, "validation"))
+    prompts, answers = columns(read(task.name, "validation")[:128])
     exact = kit.evaluate(model, tokenizer, prompts, answers)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)

@@ -51,20 +51,21 @@ def stored(name: str, step: int) -> dict[str, Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_layout_and_its_steps_are_found(name: str) -> None:
+@pytest.mark.parametrize(("name", "precision"), zip(SETS, (torch.bfloat16, torch.float32, torch.bfloat16), strict=True))
+def test_the_layout_its_steps_and_the_precision_of_the_files_are_found(name: str, precision: torch.dtype) -> None:
+    """OpenRLHF saves bf16; the pickles of adapters under ZeRO-3 are fp32, and no bf16 numbers in it."""
     source = opened(name)
     assert isinstance(source, FullModelSource if name == "full-zero2" else PeftAdapterSource)
-    assert source.steps == (1, 2, 3)
-    assert source.naming == "global_stepN_hf"
-    assert list(source.notes) == []
+    assert (source.steps, source.naming, list(source.notes)) == ((1, 2, 3), "global_stepN_hf", [])
+    assert {source.precision(parameter.name) for parameter in source.parameters} == {precision}
+    fine = any(not torch.equal(value.float(), value.bfloat16().float()) for value in stored(name, NEW).values())
+    assert fine == (precision == torch.float32)
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_an_adapter_has_every_linear_layer_and_its_rank_and_scaling(name: str) -> None:
+def test_an_adapter_has_every_linear_layer_and_its_rank_factors_and_scaling(name: str) -> None:
     source = opened(name)
-    found = {parameter.name: (parameter.shape, parameter.rank) for parameter in source.parameters}
-    assert found == dict.fromkeys(LAYERS, ((32, 32), 2))
+    assert {p.name: (p.shape, p.rank) for p in source.parameters} == dict.fromkeys(LAYERS, ((32, 32), 2))
     assert source.skipped == {}
     for step in source.steps:
         tensors = stored(name, step)
@@ -74,15 +75,6 @@ def test_an_adapter_has_every_linear_layer_and_its_rank_and_scaling(name: str) -
             assert torch.equal(factors.A, tensors[key.format("A")].float())
             assert torch.equal(factors.B, tensors[key.format("B")].float())
             assert factors.scaling == 2.0
-
-
-@pytest.mark.parametrize(("name", "precision"), zip(SETS, (torch.bfloat16, torch.float32, torch.bfloat16), strict=True))
-def test_the_precision_is_that_of_the_files(name: str, precision: torch.dtype) -> None:
-    """OpenRLHF saves bf16; the pickles of adapters under ZeRO-3 are fp32, and no bf16 numbers in it."""
-    source = opened(name)
-    assert {source.precision(parameter.name) for parameter in source.parameters} == {precision}
-    fine = any(not torch.equal(value.float(), value.bfloat16().float()) for value in stored(name, NEW).values())
-    assert fine == (precision == torch.float32)
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -1,13 +1,12 @@
 """AlphaRL agrees with the formulas written out, and abstains where a regression would mean nothing."""
 
+import functools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from next_core.interfaces import Prediction
 from next_core.plugins import make_predictor
 from next_core.predictor import Abstain
 from next_core.sources.memory import MemorySource
@@ -21,13 +20,12 @@ from tests.predictors.trajectories import (
     drift,
     history,
     linear_lora_run,
+    predicted_by,
     relative_error,
     resolve_dense,
 )
 
-
-def predict(source: MemorySource, horizon: int = 30, rank: int = 1, **fields: Any) -> Prediction:
-    return make_predictor("alpharl", **fields).fit(history(source, rank)).predict(horizon)
+predict = functools.partial(predicted_by, "alpharl")
 
 
 def rewards(values: dict[int, float]) -> Metrics:
@@ -64,7 +62,7 @@ def test_agrees_with_the_formulas_written_out(rank: int, anchor: str) -> None:
     x = mean + scale * ((y_target - b) / a * p) - (X[-1] if anchor == "newest" else 0.0)
     x_target = torch.from_numpy(x).reshape(rank, 7)
     wanted = sum(torch.outer(x_target[i], found.V[-1, :, i]) for i in range(rank))
-    update = predict(source, rank=rank, anchor=anchor).updates["a"]
+    update = predict(source, view_rank=rank, anchor=anchor).updates["a"]
     assert update.matrix.rank == rank
     torch.testing.assert_close(update.matrix.dense(), wanted, rtol=1e-9, atol=1e-12)
 

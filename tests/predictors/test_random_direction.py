@@ -1,19 +1,16 @@
 """A random direction: a seeded low-rank jump as long as the run's last motion."""
 
-from typing import Any
+import functools
 
 import pytest
 import torch
 
 from next_core.interfaces import Prediction
 from next_core.mathematics.low_rank import LowRank, dense
-from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
-from tests.predictors.trajectories import curve, curved_lora_run, dense_run, history
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, predicted_by
 
-
-def predict(source: MemorySource, horizon: int = 30, **fields: Any) -> Prediction:
-    return make_predictor("random", **fields).fit(history(source)).predict(horizon)
+predict = functools.partial(predicted_by, "random")
 
 
 def matrix(prediction: Prediction, name: str) -> LowRank:

@@ -1,30 +1,26 @@
 """RELEX from the Gram matrix equals RELEX from the stacked, flattened deltas."""
 
-from typing import Any
+import functools
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from next_core.interfaces import CheckpointSource, Prediction
+from next_core.interfaces import CheckpointSource
 from next_core.mathematics.low_rank import LowRank
-from next_core.plugins import make_predictor
-from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import (
     EVERY_TEN,
     curve,
     curved_lora_run,
     dense_run,
     drift,
-    history,
+    predicted_by,
     relative_error,
     resolve_dense,
 )
 
-
-def predict(source: MemorySource, horizon: int = 30, view_rank: int = 1, **fields: Any) -> Prediction:
-    return make_predictor("relex", **fields).fit(history(source, view_rank)).predict(horizon)
+predict = functools.partial(predicted_by, "relex")
 
 
 def by_definition(source: CheckpointSource, rank: int, target: int, pinned: bool) -> Tensor:

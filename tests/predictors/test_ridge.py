@@ -1,23 +1,21 @@
 """The ridge regression from Gram matrices equals the one on the deltas themselves."""
 
-from typing import Any
+import functools
 
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from next_core.interfaces import Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from tests.errors import raises_kind
-from tests.predictors.trajectories import curve, curved_lora_run, dense_run, drift, history, resolve_dense
+from tests.predictors.trajectories import curve, curved_lora_run, dense_run, drift, predicted_by, resolve_dense
 
 HORIZON = 30
 
 
-def predict(source: MemorySource, horizon: int = HORIZON, **fields: Any) -> Prediction:
-    return make_predictor("ridge", **fields).fit(history(source)).predict(horizon)
+predict = functools.partial(predicted_by, "ridge")
 
 
 def flat(source: MemorySource, step: int, since: int | None = None) -> torch.Tensor:

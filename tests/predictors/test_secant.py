@@ -1,5 +1,6 @@
 """The secant's window, damping and space, and the gate's figures worked out by hand."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,12 @@ import torch
 from torch import Tensor
 
 from next_core.interfaces import Prediction
-from next_core.plugins import make_predictor
-from next_core.sources.memory import MemorySource
 from tests.predictors.trajectories import (
     EVERY_TEN,
     curved_lora_run,
     dense_run,
     drift,
-    history,
+    predicted_by,
     resolve_dense,
     still,
     walk,
@@ -24,8 +23,7 @@ from tests.predictors.trajectories import (
 QUARTERS = (25, 50, 75)
 
 
-def predict(source: MemorySource, horizon: int = 10, **fields: Any) -> Prediction:
-    return make_predictor("secant", **fields).fit(history(source)).predict(horizon)
+predict = functools.partial(predicted_by, "secant", horizon=10)
 
 
 def weights(prediction: Prediction, name: str = "a") -> dict[int, float]:
@@ -53,7 +51,7 @@ def bend(share: float, side: float = 0.0, before: float = 1.0) -> Callable[[int]
     ],
 )
 def test_it_continues_at_the_velocity_of_its_window(steps: Any, horizon: int, window: Any, wanted: Any) -> None:
-    assert weights(predict(dense_run({"a": drift(1)}, steps), horizon, window=window)) == wanted
+    assert weights(predict(dense_run({"a": drift(1)}, steps), horizon=horizon, window=window)) == wanted
 
 
 @pytest.mark.parametrize(("anchor", "wanted"), [("newest", {100: 0.25, 80: -0.25}), ("backbone", {100: 1.05})])

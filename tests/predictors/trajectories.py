@@ -1,6 +1,7 @@
 """Synthetic runs with known futures, and predictions resolved to dense matrices."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from next_core.compressors.exact import ExactCompressor
 from next_core.history.history import History
 from next_core.interfaces import Prediction
 from next_core.mathematics.low_rank import dense
+from next_core.plugins import make_predictor
 from next_core.sources.memory import MemorySource
 from next_core.testing.predictor_checks import RandomSigns
 from next_core.types import LoraFactors
@@ -93,3 +95,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def history(source: MemorySource, rank: int = 1, signs: int | None = None) -> History:
     return History(source, rank, RandomSigns(signs) if signs is not None else ExactCompressor())
+
+
+def predicted_by(name: str, source: MemorySource, horizon: int = 30, view_rank: int = 1, **fields: Any) -> Prediction:
+    """Make a predictor with these settings, fit it to the run and ask it for a horizon."""
+    return make_predictor(name, **fields).fit(history(source, view_rank)).predict(horizon)

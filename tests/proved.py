@@ -30,13 +30,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "next_core/cycle/run_result.py",
         "tests/fuzz",
     ),
-    "test-crash": (
-        *READERS,
-        "next_core/cycle",
-        "backends/next_backends/trl",
-        HISTORY,
-        "tests/crash",
-    ),
+    "test-crash": (*READERS, "next_core/cycle", "backends/next_backends/trl", HISTORY, "tests/crash"),
     "test-processes": (
         "backends/next_backends/trl",
         "next_core/live_weights",
@@ -84,12 +78,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "next_core/testing",
         "tests/packaging",
     ),
-    "test-pages": (
-        "next_core/drawing",
-        "next_core/diagnostics/plots.py",
-        "next_core/report",
-        "tests/report",
-    ),
+    "test-pages": ("next_core/drawing", "next_core/diagnostics/plots.py", "next_core/report", "tests/report"),
     "test-openrlhf": (
         "backends/next_backends/external",
         "backends/next_backends/openrlhf",

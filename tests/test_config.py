@@ -203,9 +203,11 @@ def test_a_predictor_may_be_a_class_next_to_the_config(
         load(predictor="nowhere:Mine")
 
 
-def test_a_key_that_is_given_twice_is_named_with_its_line(load: Callable[..., RunConfig]) -> None:
+def test_a_key_that_is_given_twice_or_is_a_number_is_named(load: Callable[..., RunConfig]) -> None:
     with raises_kind("config-yaml", "line 3"):
         load(text="steps: 1\nseed: 2\nseed: 3\n")
+    with raises_kind("config-unknown-key", "run.yaml"):
+        load(text="1: 2\n")
 
 
 def test_a_long_value_is_shown_cut(load: Callable[..., RunConfig]) -> None:

@@ -56,15 +56,15 @@ COLLAPSE = {"event": "collapse", "step": 20, "multiple_before": 8.0, "back_to": 
         # After a collapse the multiple stays below half of what led to it, for some time.
         (0.7, [scaled(1, 0.7), COLLAPSE], {"step": 80, "multiple": 3.9}, 4.0, 1),
         (0.7, [scaled(1, 0.7), COLLAPSE], {"step": 85, "multiple": 3.9}, 3.9 * math.exp(1.6 * 0.8 * 0.7), 1),
-        (0.7, [], {"blocks": 0, "step": 5, "multiple": 3.0}, 3.0, None),  # too few blocks
+        (0.7, [], {"blocks": 0, "step": 5, "multiple": 3.0}, 3.0, 0),  # too few blocks
     ],
 )
 def test_the_multiple_follows_the_agreement_of_motions(
-    cosine: float, records: list[dict[str, Any]], more: dict[str, Any], multiple: float, phase: int | None
+    cosine: float, records: list[dict[str, Any]], more: dict[str, Any], multiple: float, phase: int
 ) -> None:
     found = predict(cosine, *records, **more)
     assert found.multiple == pytest.approx(multiple)
-    assert found.diagnostics.get("phase") == phase
+    assert found.diagnostics["phase"] == phase
 
 
 def test_without_any_motion_the_multiple_stays() -> None:

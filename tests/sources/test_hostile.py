@@ -252,7 +252,6 @@ YAMLS: dict[str, Damage] = {
     "missing": Path.unlink,
     "a list": content("- steps"),
     "text": content("just text"),
-    "numbers for keys": content("1: 2"),
     "a list for a key": content("? [1, 2]\n: 3"),
     "a tab": content("steps: 1\n\tseed: 2"),
     "an unknown anchor": content("a: *nobody"),

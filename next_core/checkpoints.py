@@ -13,8 +13,7 @@ from next_core.plugins import registry
 from next_core.sources.foreign_layouts import foreign_layout
 from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
 
-DEEPEST = 3
-"""How many folders deep weights are looked for where no layout fits."""
+DEEPEST = 3  # How many folders deep weights are looked for where no layout fits
 
 
 def open_checkpoints(

@@ -28,8 +28,7 @@ from next_core.sources.hub_names import NAME, hub_folder
 from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 
-Blocks = Mapping[str, Mapping[str, Any]]
-"""Fields of ``schedule`` and ``guards``, by block."""
+Blocks = Mapping[str, Mapping[str, Any]]  # Fields of `schedule` and `guards`, by block
 STEP_SETTINGS = {"schedule": ("every", "average"), "guards": ("collapse", "time_limit", "probe")}
 """The settings of a run that apply to step scaling; the others are those of jumps."""
 

@@ -30,12 +30,9 @@ from next_core.step_predictor import StepPredictor
 from next_core.storage.atomic import free_bytes
 from next_core.types import Parameter, Span
 
-_ITERATIONS = 20
-"""Lanczos iterations that a core, or a dense delta, usually takes."""
-_SMALL = 3
-"""Products of small matrices take so many times as long as moving their bytes."""
-_LIBRARIES = 350 * 2**20
-"""Memory of torch and other libraries before any work."""
+_ITERATIONS = 20  # Lanczos iterations that a core, or a dense delta, usually takes
+_SMALL = 3  # Products of small matrices take so many times as long as moving their bytes
+_LIBRARIES = 350 * 2**20  # Memory of torch and other libraries before any work
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,8 @@ class Rates:
         return work.flops / self.flops + work.bytes / self.bytes + work.single_flops / self.single_flops
 
 
-MEANS, STATE = 3, 3
-"""The running means of step scaling, and a state to return to: so many times the trained weights."""
-Plan = dict[str, Any]
-"""Sections of figures (``read``, ``compute``, ``write``, ``memory``, ``time``), and ``notes``: plain objects."""
+MEANS, STATE = 3, 3  # The running means of step scaling, and a state to return to: so many times the trained weights
+Plan = dict[str, Any]  # Sections of figures (`read`, `compute`, `write`, `memory`, `time`), and `notes`: plain objects
 
 
 def plan_checkpoints(

@@ -19,8 +19,7 @@ from next_core.settings import Settings
 
 RewardFunction = Callable[..., list[float]]
 OPERATORS = frozenset("+-*/^=")
-BARE = re.compile(r"[\d\s.,()+\-*/^=]*")
-"""A completion that is one expression, not text that contains an answer."""
+BARE = re.compile(r"[\d\s.,()+\-*/^=]*")  # A completion that is one expression, not text that contains an answer
 
 
 class MathVerifyConfig(Settings):

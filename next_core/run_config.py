@@ -14,12 +14,10 @@ from next_core.settings import Settings
 from next_core.sources.hub_names import NAME
 
 DEFAULT_BACKEND = "trl"
-DEFAULT_PREDICTOR = "auto"
-"""The predictor of a config that names none; docs/benchmarks/auto.md has the figures."""
+DEFAULT_PREDICTOR = "auto"  # The predictor of a config that names none; docs/benchmarks/auto.md has the figures
 DATA_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffixes of files of prompts, with the names of their formats in `datasets`."""
-MOST_STEPS = 1_000_000
-"""Limit on a run's RL steps: a schedule is checked step by step."""
+MOST_STEPS = 1_000_000  # Limit on a run's RL steps: a schedule is checked step by step
 
 
 class Choice(BaseModel):

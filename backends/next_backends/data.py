@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]
-MOST_BYTES = 2**32
-"""Size of the largest file of prompts that is read."""
+MOST_BYTES = 2**32  # Size of the largest file of prompts that is read
 
 
 def read_splits(training: TrainingSettings) -> dict[str, Rows]:

@@ -98,13 +98,11 @@ def _lora_null(history: History, names: Sequence[str], rng: np.random.Generator)
         if path is None:
             return {}
         A, B = (_walk_like(factor, rng) for factor in path)
-        each.append(
-            {
-                f"{figure}_{kind}": value
-                for kind, past in (("global", slice(0, 1)), ("local", slice(0, -1)))
-                for figure, value in figures_of(truncated_svd(_differences(A, B, past), 1)).items()
-            }
-        )
+        found: dict[str, Tensor] = {}
+        for kind, past in (("global", slice(0, 1)), ("local", slice(0, -1))):
+            figures = figures_of(truncated_svd(_differences(A, B, past), 1))
+            found |= {f"{figure}_{kind}": value for figure, value in figures.items()}
+        each.append(found)
     return {figure: torch.stack([one[figure] for one in each]) for figure in each[0]}
 
 

@@ -44,12 +44,8 @@ def curves_of(runs: Mapping[str, Recorded]) -> Chart | str:
     """Draw the rewards, accuracies and multiples of several runs over each other."""
     looks = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     rewards = [line for name, run in runs.items() for line in reward_lines(run, name, looks[name])]
-    points = {name: _milestones(run) for name, run in runs.items()}
-    measured = [
-        Line(name, list(known), list(known.values()), colour=looks[name], dots=True)
-        for name, known in points.items()
-        if len(known) > 1
-    ]
+    points = [(name, by) for name, run in runs.items() if len(by := _milestones(run)) > 1]
+    measured = [Line(name, list(by), list(by.values()), colour=looks[name], dots=True) for name, by in points]
     factors = [line for name, run in runs.items() for line in multiples(run, name, looks[name])]
     panels = [Panel(rewards, _unit(rewards, "reward (95% band)"), share=1.6)] if rewards else []
     panels += [Panel(measured, _unit(measured, "test accuracy"), share=1.6)] if measured else []

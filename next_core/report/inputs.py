@@ -147,12 +147,9 @@ class Recorded:
         self.events = counted_records(records) or self._from_result()
         self.records = valid_jumps(records)
         """The journal's records of jumps."""
-        found = {
-            "jumps": self.records,
-            "scaling": [record for record in self.events if record["event"] in EVENTS],
-            "points": [record for record in self.events if record["event"] == CURVE],
-        }
-        events = _validated(_Events, found, journal)
+        scaling = [record for record in self.events if record["event"] in EVENTS]
+        points = [record for record in self.events if record["event"] == CURVE]
+        events = _validated(_Events, {"jumps": self.records, "scaling": scaling, "points": points}, journal)
         self.jumps = events.jumps if records or self.result is None else self.result.jumps
         self.scaling = events.scaling if records or self.result is None else self.result.scaling
         self.curve = events.points if self.result is None else self.result.curve

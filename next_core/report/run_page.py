@@ -171,21 +171,13 @@ def _scaling(recorded: Recorded) -> list[Table]:
 
 def _jumps(jumps: Sequence[Jump]) -> list[Table]:
     """Return every jump, equal neighbours in one row, and the reasons of those refused."""
-    recovered = any(jump.accuracy_recovered is not None for jump in jumps)
-    rows = [
-        [
-            whole(jump.step),
-            jump.predictor or "–",
-            "–" if jump.alpha is None else f"{jump.alpha:g}",
-            decimal(jump.norm_ratio, 2),
-            decimal(jump.accuracy_before),
-            decimal(jump.accuracy_after),
-            *([decimal(jump.accuracy_recovered)] if recovered else []),
-            "made" if jump.accepted else "refused",
-        ]
-        for jump in jumps
-    ]
-    names = ["step", "predictor", "alpha", "norm", "before", "after", *(["recovered"] if recovered else []), "outcome"]
+    rows = []
+    for jump in jumps:
+        size = [NONE if jump.alpha is None else f"{jump.alpha:g}", decimal(jump.norm_ratio, 2)]
+        accuracy = [decimal(one) for one in (jump.accuracy_before, jump.accuracy_after, jump.accuracy_recovered)]
+        outcome = "made" if jump.accepted else "refused"
+        rows.append([whole(jump.step), jump.predictor or NONE, *size, *accuracy, outcome])
+    names = ["step", "predictor", "alpha", "norm", "before", "after", "recovered", "outcome"]
     note = "Norm: relative to the update just before. Before, after: accuracy on the validation prompts."
     alike = reasons([jump for jump in jumps if not jump.accepted])
     refused = [[steps_text(some), str(len(some)), why] for why, some in alike]

@@ -66,8 +66,7 @@ REFUSED = {
 """Options that the backend cannot work with, or how their names begin, and why."""
 ESTIMATORS = {"grpo": ("group_norm", "dr_grpo"), "rloo": ("rloo",), "reinforce++": ("reinforce_baseline", "reinforce")}
 """Advantage estimators of each algorithm, the default first."""
-MOST_RESTARTS = 20
-"""With more, starting trainers would take longer than jumping saves."""
+MOST_RESTARTS = 20  # With more, starting trainers would take longer than jumping saves
 
 
 def make_command(run: RunConfig, config: OpenRlhfConfig, trainer: Options) -> list[str]:

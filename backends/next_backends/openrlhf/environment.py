@@ -11,8 +11,7 @@ from next_backends.external.environment import ask
 if TYPE_CHECKING:
     from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 
-VERSION = "0.11.2"
-"""The release of OpenRLHF that this backend drives."""
+VERSION = "0.11.2"  # The release of OpenRLHF that this backend drives
 TRAINER_SIDE = Path(__file__).parent / "trainer_side"
 PARSE = TRAINER_SIDE / "parse.py"
 

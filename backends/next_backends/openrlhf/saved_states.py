@@ -9,8 +9,7 @@ from pathlib import Path
 from next_core.sources.layouts import WRITTEN_LAST
 from next_core.storage.atomic import remove_directory
 
-LATEST = "latest"
-"""DeepSpeed's file that names the state to load."""
+LATEST = "latest"  # DeepSpeed's file that names the state to load
 
 
 def newest_state(folder: Path) -> tuple[int, int] | None:

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from next_core.run_config import RunConfig, TrainingSettings
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
-Overrides = dict[str, tuple[str, Any]]
-"""By key of verl's config: what sets it, as an error names it, and the value."""
+Overrides = dict[str, tuple[str, Any]]  # By key of verl's config: what sets it, as an error names it, and the value
 REFUSED = {
     "algorithm.filter_groups": "a step would take another number of prompts",
     "critic": "no estimator of this backend has a critic",

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from next_core.run_config import RunConfig
     from next_core.types import Space
 
-VERSION = "0.9.1"
-"""The release of verl that this backend drives."""
+VERSION = "0.9.1"  # The release of verl that this backend drives
 
 
 class VerlBackend(ExternalBackend):

@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from next_core.cli.app import app
 from next_core.cli.console import Output
 from next_core.cli.run_command import show_result
 from next_core.cycle.run_result import RunResult
@@ -44,19 +41,6 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
     outcome = Outcome(done.returncode, done.stdout, done.stderr)
     assert_fails(outcome, 2, "config-contradiction", "ConfigError: ", "--cache", "--no-cache")
     assert len(outcome.err.splitlines()) == 1
-
-
-def test_commands_that_read_checkpoints_share_their_options() -> None:
-    commands: dict[str, Any] = typer.main.get_command(app).commands
-    options = {name: {o: p for p in command.params for o in p.opts} for name, command in commands.items()}
-    shared = {"--checkpoints", "--backbone", "--layout", "--skip-damaged", "--allow-pickle", "--masters"}
-    computing = {"--compressor", "--cache", "--no-cache", "--executor", "--workers", "--address"}
-    for name in ("extrapolate", "analyze", "backtest"):
-        assert options[name].keys() >= shared | computing
-        assert options[name]["--checkpoints"].required
-    assert options["plan"].keys() >= shared
-    assert not options["plan"].keys() & computing
-    assert not options["plan"]["--checkpoints"].required
 
 
 @pytest.mark.parametrize(
@@ -117,24 +101,6 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert facts(outcome)["compute"]["jumps after"] == [50]
     assert "jumps after" in outcome.err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "names"),
-    [
-        (("steps: 100", "steps: 100\nsteps: 50"), 2, ("run.yaml", "steps")),
-        (("predictor: secant", "predictor: {name: secnat}"), 5, ("secnat", "secant")),
-        (("model: base", "model: nowhere"), 2, ("nowhere",)),
-    ],
-)
-def test_a_wrong_config_stops_a_run_before_it_starts(
-    cli: Callable[..., Outcome], config: Path, change: tuple[str, str], code: int, names: tuple[str, ...]
-) -> None:
-    config.write_text(CONFIG.replace(*change))
-    outcome = cli("run", config, "--out", config.parent / "run")
-    assert outcome.code == code
-    assert all(name in outcome.err for name in names)
-    assert not (config.parent / "run").exists()
 
 
 def test_a_result_is_shown_with_its_jumps_and_gaps(capsys: pytest.CaptureFixture[str]) -> None:

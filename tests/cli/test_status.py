@@ -28,6 +28,9 @@ def test_the_lock_and_the_journal_say_whether_a_run_is_going(cli: Callable[..., 
     run = tmp_path / "run"
     write(run, START, *SCALES)
     assert facts(cli("status", run, "--json"))["state"] == "stopped early"
+    write(run, START, SCALES[0] | {"accepted": False})
+    assert "no multiple" in facts(cli("status", run, "--json"))["summary"][0]
+    write(run, START, *SCALES)
     with locked(run):
         going = facts(cli("status", run, "--json"))
     assert (going["state"], going["step"], going["steps"]) == ("running", 10, 20)

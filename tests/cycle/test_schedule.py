@@ -12,11 +12,6 @@ from next_core.run_config import Schedule
 from tests.errors import raises_kind
 
 
-def test_a_jump_may_fall_on_the_last_step_but_not_into_the_settling_ones() -> None:
-    assert Schedule(observe=20, every=10, jump_every=10).attempt_steps(40) == [20, 30, 40]
-    assert Schedule(observe=20, every=10, jump_every=10, settle=1).attempt_steps(40) == [20, 30]
-
-
 @pytest.mark.parametrize(
     ("fields", "total"), [({"observe": 50}, 49), ({"observe": 50, "settle": 51}, 100), ({"observe": 50}, 0)]
 )

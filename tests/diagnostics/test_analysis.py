@@ -79,6 +79,7 @@ def test_matrices_are_summed_up_by_layer_and_by_kind() -> None:
     assert analysis.kinds["q_proj"].figures["speed_ratio"].matrices == 2
     assert layer_of("transformer.h.11.attn.c_attn.weight") == 11
     assert kind_of("model.layers.12.mlp.up_proj.weight") == "up_proj"
+    assert kind_of("model.layers.0.mlp.experts.gate_up_proj[17]") == "gate_up_proj"
 
 
 def test_a_group_shows_the_median_and_its_quartiles() -> None:
@@ -152,12 +153,6 @@ def test_the_horizon_chooses_the_out_of_sample_figures_and_one_that_is_not_there
         analyze(run, horizon=0)
     with raises_kind("config-invalid-value", "draws"):
         analyze(run, draws=3)
-
-
-def test_the_same_seed_gives_the_same_analysis() -> None:
-    one, same, other = (analyze(history(lora_walks(3)), seed=seed, draws=20).as_dict() for seed in (0, 0, 1))
-    assert one == same
-    assert one["overall"]["figures"]["c1_r2"]["null"] != other["overall"]["figures"]["c1_r2"]["null"]
 
 
 def test_a_full_run_without_its_backbone_counts_from_the_first_checkpoint() -> None:

@@ -142,8 +142,9 @@ def test_the_multiples_of_auto_are_in_the_factor() -> None:
     assert (rate.multiple, rate.jumps) == (7.0, 3)
     for mine, without in ((rate.factor, alone.factor), (rate.low, alone.low), (rate.high, alone.high)):
         assert mine == pytest.approx(7 * without)
-    said = run_advice(lora_walks(20), jumps)
-    assert said is not None
+    others = {"step": 50, "accepted": True, "diagnostics": {"median_lambda": 0.7}}
+    assert "jumps excluded" in str(run_advice(lora_mixture(0.85), [others]))
+    said = str(run_advice(lora_walks(20), jumps))
     assert "7 times too small (2.6 to 19)" in said
     assert "adaptive-secant multiplied its steps by 7.0" in said
     refused = told(lora_walks(20), [tried(5.0), tried(9.0, accepted=False), tried(1.0, accepted=False)])

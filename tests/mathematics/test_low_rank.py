@@ -268,7 +268,8 @@ def test_the_walk_carries_the_last_component_past_zero_ones(gone: list[int]) -> 
     assert torch.equal(aligned.V, thinned.V)
 
 
-def test_a_reference_of_another_shape_is_refused() -> None:
+def test_a_reference_of_another_shape_is_refused_and_a_history_without_rows_needs_none() -> None:
+    assert align_signs(truncated_svd(LowRank.zero(6, 5, (0,)), 2)).U.shape == (0, 6, 2)
     with raises_kind("numbers-shape", "(29, 3)", "(6, 30, 3)"):
         align_signs(drifting(), truncated_svd(LowRank(noise(0, 29, 3), noise(1, 3, 20)), 3))
     narrow = truncated_svd(LowRank(noise(0, 30, 3), noise(1, 3, 19)), 3)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch import Tensor
 
 from next_core import open_checkpoints
 from next_core.sources.distributed_files import METADATA, DistributedFile
@@ -134,11 +133,3 @@ def test_an_adapter_or_a_whole_model_in_the_same_folder_comes_first(tmp_path: Pa
     assert open_checkpoints(tmp_path / "a").name == "peft-adapter"
     source = open_checkpoints(tmp_path / "m")
     assert [p.name for p in source.parameters] == ["w.weight"]
-
-
-def test_the_state_of_a_model_with_an_adapter_is_refused(tmp_path: Path) -> None:
-    tensors: dict[str, Tensor] = {"base_model.model.q.lora_A.default.weight": torch.ones(2, 4)}
-    for step in (10, 20):
-        dcp.save({"model": tensors}, checkpoint_id=tmp_path / f"checkpoint-{step}", no_dist=True)
-    with raises_kind("checkpoint-unsupported-adapter", "lora_A"):
-        open_checkpoints(tmp_path, allow_pickle=True)

@@ -64,13 +64,6 @@ def test_full_models_of_every_trainer_are_read(tmp_path: Path, place: str) -> No
     assert torch.equal(dense(source.delta("w.weight", 20, 10)), torch.full((3, 2), 10.0, dtype=torch.float64))
 
 
-def test_a_folder_that_openrlhf_had_not_finished_is_named(lora_run: LoraRun, tmp_path: Path) -> None:
-    root = written_by(openrlhf, lora_run, tmp_path / "x")
-    (root / f"global_step{STEPS[-1]}_hf" / "tokenizer_config.json").unlink()
-    with raises_kind("checkpoint-incomplete", f"global_step{STEPS[-1]}_hf"):
-        open_checkpoints(root)
-
-
 def test_one_step_of_two_trainers_is_ambiguous(lora_run: LoraRun, tmp_path: Path) -> None:
     root = written_by(verl, lora_run, tmp_path / "x")
     openrlhf(lora_run.folder(STEPS[0]), root, STEPS[0])

@@ -70,14 +70,6 @@ def test_a_jump_over_the_whole_run_leaves_out_what_was_trained_before(
     assert json.loads(ran.out)["norm"] == pytest.approx(60 * 12**0.5)
 
 
-def test_the_command_line_warns_where_the_start_is_not_named(
-    continued: Path, tmp_path: Path, cli: Callable[..., Any]
-) -> None:
-    ran = cli("extrapolate", "--checkpoints", continued, "--out", tmp_path / "out", "--horizon", 10)
-    assert ran.code == 0
-    assert "warning: step 10" in ran.err + ran.out
-
-
 def test_an_adapter_in_a_subfolder_of_its_own_name_can_be_the_start(continued: Path, tmp_path: Path) -> None:
     (tmp_path / "named").mkdir()
     (tmp_path / "sft").rename(tmp_path / "named/policy")

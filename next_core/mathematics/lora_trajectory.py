@@ -9,6 +9,7 @@ need four.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -262,14 +263,9 @@ def _refuse_non_finite(step: int | None, value: Tensor) -> None:
 
 
 def _consecutive(places: Sequence[int]) -> list[list[int]]:
-    """Split ascending numbers into groups of consecutive ones."""
-    groups: list[list[int]] = []
-    for place in places:
-        if groups and groups[-1][-1] == place - 1:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
+    """Split ascending numbers into groups of consecutive ones, in which number and index differ by a constant."""
+    groups = itertools.groupby(enumerate(places), key=lambda item: item[1] - item[0])
+    return [[place for _, place in group] for _, group in groups]
 
 
 def _cancellation(later: Tensor, earlier: Tensor, moved: Tensor) -> Tensor:

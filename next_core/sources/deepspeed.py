@@ -19,7 +19,6 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError, contradiction, damaged, not_found, other_model
 from next_core.sources.tensor_files import Place, TensorFile
-from next_core.storage.manifest import check_contents
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 READER = "deepspeed.utils.zero_to_fp32"
@@ -92,10 +91,6 @@ class MastersFile(TensorFile):
 
     def dtype(self, key: str) -> torch.dtype:
         return torch.float32 if self._file.dtype(key).is_floating_point else self._file.dtype(key)
-
-    def verify(self) -> None:
-        for path in self.weight_files():
-            check_contents(path)
 
     def _values(self, key: str, rows: Place | None) -> Tensor:
         """Return the master, or what is stored if there is none, as for a frozen parameter.

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, damaged, describe, incomplete, unsafe_path
 from next_core.sources.tensor_files import Place, TensorFile, check_file, is_unchanged, refuse_pickle
-from next_core.storage.manifest import check_contents
 from next_core.storage.reading import LARGE, read_bytes, stamp
 
 METADATA = ".metadata"
@@ -108,10 +107,6 @@ class DistributedFile(TensorFile):
         if key not in self._dtypes:
             raise self._unknown(key)
         return self._dtypes[key]
-
-    def verify(self) -> None:
-        for path in self.weight_files():
-            check_contents(path)
 
     def weight_files(self) -> list[Path]:
         return [self.path, *self._stamps]

@@ -149,10 +149,6 @@ class ShardedFile(TensorFile):
             raise self._unknown(key)
         return self._copies[key][0][0].dtype
 
-    def verify(self) -> None:
-        for shard in self._shards:
-            shard.verify()
-
     def weight_files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 

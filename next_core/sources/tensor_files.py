@@ -100,8 +100,9 @@ class TensorFile(ABC):
         """Return a tensor, or some of its rows, as stored. Raises ``CheckpointError`` for an unknown name."""
 
     def verify(self) -> None:
-        """Raise ``CheckpointError`` if the bytes of the file differ from its manifest."""
-        check_contents(self.path)
+        """Raise ``CheckpointError`` if the bytes of the files differ from their manifest."""
+        for path in self.weight_files():
+            check_contents(path)
 
     def raw(self, key: str, rows: Place | None = None) -> Tensor:
         """Return a tensor, or some of its rows, as stored; its values may be NaN or Inf."""

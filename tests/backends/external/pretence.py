@@ -56,7 +56,9 @@ class Pretence:
     def config(self, plan: dict[str, Any] | None = None, **block: Any) -> Any:
         """The backend's block; ``plan`` is what goes wrong."""
         env = {"PRETEND": json.dumps(plan or {}), "PRETEND_RECORD": str(self._record)}
-        return self._backend.config_class.model_validate({"python": self.python, "env": env, **block})
+        # A process that serves rewards takes seconds to start: most trainers do without one.
+        unserved = {"reward_file": self.folder / "reward.py"} if self._backend is OpenRlhfBackend else {}
+        return self._backend.config_class.model_validate({"python": self.python, "env": env, **unserved, **block})
 
     def run(self, **changes: Any) -> RunConfig:
         """A run of six steps with a jump after the third."""

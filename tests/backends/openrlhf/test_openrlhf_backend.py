@@ -19,6 +19,7 @@ from tests.errors import raises_kind
 
 B = "base_model.model.first.lora_B.weight"
 RESTART = {"jump": "restart"}
+SERVED = {"reward_file": None}
 FULL = {"training": {"lora": None}}
 
 
@@ -267,7 +268,7 @@ def test_without_held_out_prompts_there_is_no_accuracy(pretence: Pretence, tmp_p
 
 def test_generated_answers_are_rewarded_while_the_trainer_waits(pretence: Pretence, tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text('{"prompt": "6+1=", "answer": "7"}\n{"prompt": "1+1=", "answer": "2"}\n')
-    backend = pretence.started(training={"evaluation": "generate"})
+    backend = pretence.started(training={"evaluation": "generate"}, backend=SERVED)
     assert backend.accuracies("validation") == {"greedy": 0.5}  # it always says 7
 
 
@@ -277,7 +278,8 @@ def no_reward(**_: Any) -> list[float]:
 
 def test_an_evaluation_that_failed_on_our_side_does_not_mix_up_the_answers(pretence: Pretence) -> None:
     """The cycle takes any error of a probe for an accuracy that cannot be measured, and trains on."""
-    backend = pretence.started(training={"evaluation": "generate", "reward": f"{__name__}:no_reward"})
+    training = {"evaluation": "generate", "reward": f"{__name__}:no_reward"}
+    backend = pretence.started(training=training, backend=SERVED)
     with raises_kind("backend-failed", "LookupError: no reward for that"):
         backend.evaluate("validation")
     pretence.observe(backend, 1)

@@ -74,7 +74,7 @@ def test_conversations_get_the_chat_template(pretence: Pretence, tmp_path: Path)
 
 
 def test_rewards_are_served_or_come_from_a_file(pretence: Pretence) -> None:
-    made = setup(pretence)
+    made = setup(pretence, {"reward_file": None})
     made.serve_rewards()
     assert made.rewards is not None
     assert options(made, "--reward.remote_url") == (made.rewards.url,)

@@ -10,8 +10,7 @@ from typing import Any
 from next_core.errors import CheckpointError, ConfigError, PluginError, invalid_value, not_found
 from next_core.interfaces import CheckpointSource
 from next_core.plugins import registry
-from next_core.sources.foreign_layouts import foreign_layout
-from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any, step_folder
+from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, foreign_layout, has_any, step_folder
 
 DEEPEST = 3  # How many folders deep weights are looked for where no layout fits
 

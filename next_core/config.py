@@ -24,7 +24,7 @@ from next_core.run_config import (
     Schedule,
 )
 from next_core.settings import config_error
-from next_core.sources.hub_names import NAME, hub_folder
+from next_core.sources.hub import NAME, hub_folder
 from next_core.step_predictor import StepPredictor
 from next_core.storage.yaml_files import load_yaml, parse_yaml
 

@@ -26,6 +26,7 @@ from next_core.types import Anchor, Plugin, Progress, Space
 
 Config = TypeVar("Config", bound=Settings)
 Needs = Literal["global", "local", "target", "gram", "metrics"]
+Recommended = Mapping[Literal["schedule", "guards"], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Predictor(Plugin):
 
     requires: ClassVar[frozenset[Needs]] = frozenset()
     """What it reads of a history: rank-k components of these kinds of deltas, inner products, logged metrics."""
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {}
+    recommended: ClassVar[Recommended] = {}
     """Recommended fields of ``schedule`` and ``guards``: the values of fields that a run's config omits."""
 
 

@@ -11,7 +11,7 @@ from next_core.errors import ConfigError
 from next_core.history.executor import Executor
 from next_core.predictor import TrajectoryPredictor
 from next_core.settings import Settings
-from next_core.sources.hub_names import NAME
+from next_core.sources.hub import NAME
 
 DEFAULT_BACKEND = "trl"
 DEFAULT_PREDICTOR = "auto"  # The predictor of a config that names none; docs/benchmarks/auto.md has the figures

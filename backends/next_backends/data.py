@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from next_core.errors import ConfigError, describe
 from next_core.run_config import DATA_FILES, HubDataset
-from next_core.sources.hub_names import hub_folder
+from next_core.sources.hub import hub_folder
 from next_core.storage.reading import read_text
 
 if TYPE_CHECKING:

@@ -32,8 +32,7 @@ def extrapolate(
     as_json: Json = False,
 ) -> None:
     """Extrapolate recorded checkpoints and write the predicted weights."""
-    from next_core.appliers.alpha_sweep import apply_sweep
-    from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
+    from next_core.appliers.folder_applier import FolderApplier, WrittenFolder, apply_sweep
     from next_core.appliers.folder_contents import from_backbone
     from next_core.cycle.jump import jump_norm
     from next_core.plugins import make_applier
@@ -117,7 +116,7 @@ def _show(facts: Mapping[str, Any], moved: str, notes: Sequence[str], output: Ou
 
 def _scales(alpha: float, alphas: str | None) -> list[float]:
     """Return the factors that ``--alpha`` or ``--alphas`` asks for. Raises ``ConfigError``."""
-    from next_core.appliers.alpha_sweep import folder_names
+    from next_core.appliers.folder_applier import folder_names
 
     if alphas is None:
         if not 0 < alpha < math.inf:

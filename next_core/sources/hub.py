@@ -1,4 +1,4 @@
-"""Snapshots in a cache of the Hugging Face Hub: ``models--org--name/snapshots/<commit>``, with links to ``blobs``.
+"""Names of the Hugging Face Hub, and its cache: ``models--org--name/snapshots/<commit>``, with links to ``blobs``.
 
 ``huggingface_hub.scan_cache_dir`` would need that package and read the size of every file of every repository.
 """
@@ -9,14 +9,20 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from next_core.errors import ambiguous_step
+from next_core.errors import ConfigError, ambiguous_step, describe
+from next_core.process.optional_packages import import_optional
 from next_core.sources.checkpoint_names import NUMBER, shorten
 from next_core.storage.reading import read_text
 
 SNAPSHOTS, BLOBS, REFS = "snapshots", "blobs", "refs"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REMEDY = "download each with revision= a branch or tag that ends in its step, such as step-100, or pass a list"
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
+"""``owner/name`` or ``owner/name@revision``. A file or folder of that path takes precedence."""
+UNREAD = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*"]
+"""Files of a model that nothing here reads: other formats, most of them pickles."""
 
 
 def hub_repo(folder: Path) -> Path | None:
@@ -96,3 +102,40 @@ def _refs(snapshot: Path) -> list[str]:
             if read_text(path).strip() == snapshot.name:
                 refs.append(path.relative_to(root).as_posix())
     return refs
+
+
+def hub_folder(name: str, kind: Literal["model", "dataset"] = "model", online: bool = True) -> Path:
+    """Return the folder of a model or dataset in the cache of the Hub, downloaded first where it is not there.
+
+    ``HF_HUB_OFFLINE`` and ``HF_HOME`` have the meaning that huggingface_hub gives them. Raises ``ConfigError``.
+    """
+    import_optional("huggingface_hub", "trl")
+    from huggingface_hub import snapshot_download
+
+    ignored = UNREAD if kind == "model" else None
+    repository, _, revision = name.partition("@")
+    problem = ""
+    for local in (True, False) if online else (True,):
+        try:
+            folder = Path(
+                snapshot_download(
+                    repository,
+                    repo_type=kind,
+                    revision=revision or None,
+                    ignore_patterns=ignored,
+                    local_files_only=local,
+                )
+            )
+        except Exception as error:  # of huggingface_hub, or of its client for HTTP
+            problem = describe(error)
+            continue
+        # The cache does not know what is missing of a model of which single files were downloaded.
+        if kind == "dataset" or any(folder.glob("*.safetensors")):
+            return folder
+        problem = f"{folder} holds no safetensors"
+    download = f"hf download {repository} --repo-type {kind}" + (f" --revision {revision}" if revision else "")
+    raise ConfigError(
+        f"'{name}' is no path here, and as a {kind} of the Hugging Face Hub it is not in the cache and could not be "
+        f"downloaded ({problem}); run `{download}` where there is a network, or give a path",
+        kind="config-missing-file",
+    )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from next_core.history.history import MatrixHistory, motion_grams
 from next_core.interfaces import CoefficientUpdate
 from next_core.mathematics.agreement import SPAN, agreement, comparable_span
-from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, no_checkpoint_before
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, Recommended, no_checkpoint_before
 from next_core.settings import Settings
 
 LEAST_MULTIPLE = 1.02
@@ -50,7 +50,7 @@ class AdaptiveSecant(PerMatrixPredictor):
     space = "factors"
     config_class = AdaptiveSecantConfig
     requires = frozenset({"gram"})  # where the run has no factors, or no checkpoint of its start
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {
             "observe": 20,
             "every": 2,

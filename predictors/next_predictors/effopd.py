@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.predictor import Outcome, PerMatrixPredictor, no_checkpoint_before
+from next_core.predictor import Outcome, PerMatrixPredictor, Recommended, no_checkpoint_before
 
 
 class EffOPD(PerMatrixPredictor):
@@ -23,7 +23,7 @@ class EffOPD(PerMatrixPredictor):
 
     name = "effopd"
     space = "factors"
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {"observe": 1, "every": 1, "horizon": 1, "jump_every": 1, "alphas": [2, 4, 6, 8, 10]},
         "guards": {"probe": False, "max_norm_ratio": None},  # the search takes their place
     }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.predictor import Abstain, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, Recommended
 from next_core.settings import Settings
 from next_predictors.snoo import weights_of_motions
 
@@ -39,7 +38,7 @@ class EmaPull(PerMatrixPredictor):
     name = "ema-pull"
     space = "factors"
     config_class = EmaPullConfig
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {"observe": 5, "every": 5, "horizon": 5, "jump_every": 5, "alpha": 1.0, "average": 80},
         "guards": {"probe": False},
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
+from next_core.predictor import Recommended
 from next_core.types import Space
 from next_predictors.secant import Secant, SecantConfig
 
@@ -29,6 +29,6 @@ class ReGrounding(Secant):
 
     name = "re-grounding"
     config_class = ReGroundingConfig
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {"observe": 20, "every": 20, "horizon": 100, "jump_every": 20, "alpha": 1.0}
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, no_checkpoint_before
+from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, Recommended, no_checkpoint_before
 from next_core.settings import Settings
 
 
@@ -35,7 +35,7 @@ class Snoo(PerMatrixPredictor):
     name = "snoo"
     space = "factors"
     config_class = SnooConfig
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {"observe": 20, "every": 20, "horizon": 20, "jump_every": 20, "alpha": 1.0},
         "guards": {"probe": False},
     }

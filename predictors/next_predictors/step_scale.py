@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from next_core.predictor import Recommended
 from next_core.step_predictor import StepConfig, StepHistory, StepPredictor, StepScale
 
 TOO_FAST = -0.1
@@ -57,7 +57,7 @@ class StepScalePredictor(StepPredictor):
 
     name = "step-scale"
     config_class = StepScaleConfig
-    recommended: ClassVar[Mapping[Literal["schedule", "guards"], Mapping[str, Any]]] = {
+    recommended: ClassVar[Recommended] = {
         "schedule": {"observe": 5, "every": 5, "average": 80},
         "guards": {"probe": False},
     }

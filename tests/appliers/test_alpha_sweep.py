@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from next_core import make_applier
-from next_core.appliers.alpha_sweep import apply_sweep
+from next_core.appliers.folder_applier import apply_sweep
 from next_core.interfaces import LowRankUpdate
 from next_core.mathematics.low_rank import LowRank
 from next_core.storage.manifest import check_manifest

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from next_core import make_applier
-from next_core.appliers.alpha_sweep import apply_sweep
+from next_core.appliers.folder_applier import apply_sweep
 from next_core.appliers.safetensors_writer import TensorWriter
 from next_core.errors import NextCoreError
 from next_core.interfaces import Prediction

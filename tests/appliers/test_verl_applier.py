@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from next_core import History, make_applier, make_predictor, open_checkpoints
-from next_core.appliers.alpha_sweep import apply_sweep
+from next_core.appliers.folder_applier import apply_sweep
 from next_core.interfaces import CheckpointSource, Prediction
 from next_core.sources.fsdp_shards import open_shards
 from next_core.storage import atomic

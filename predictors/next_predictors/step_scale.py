@@ -16,6 +16,8 @@ RESTART = 4.0
 """A run that starts again divides its multiple by this."""
 CLEAR, FASTER = 0.5, 1.6
 """This far above the target, steps are about five times too small or more, and the gain is larger by this factor."""
+AGAIN = 0.3
+"""This far above the target, the steps that seemed to cancel did so by chance, and the multiple rises again."""
 SLOWER = 0.4
 """The gain once the learning rate is found, relative to that before."""
 LIMIT = 1.0
@@ -49,7 +51,7 @@ class StepScalePredictor(StepPredictor):
       again from its first weights with m / 4: such steps damage a model before its reward shows it;
     - rising: m grows until c falls to the target, by 1.6 times as much while c is more than .5 above it;
     - found: m falls as steps ** -decay, the classical schedule of a run whose length is not known, since the best rate
-      falls along a run, and grows again only where c is above the target.
+      falls along a run, and grows slowly where c is above the target. More than .3 above it, m is rising again.
 
     After a collapse of the reward, which the cycle undoes, m stays below half of what led to it for 60 steps. Nothing
     depends on the number of steps of the run.
@@ -77,7 +79,7 @@ class StepScalePredictor(StepPredictor):
         above = cosine - self.config.target
         if phase == "rising" and settled and before is not None:
             above += self.config.lead * min(cosine - before, 0.0)  # the reading lags: it is of the last 20 steps
-        if phase == "searching" and cosine > self.config.target:
+        if (phase == "searching" and above > 0) or (phase == "found" and settled and above > AGAIN):
             phase = "rising"
         elif settled and cosine <= self.config.target:
             phase = "found"

@@ -49,8 +49,10 @@ COLLAPSE = {"event": "collapse", "step": 20, "multiple_before": 8.0, "back_to": 
         (0.3, [scaled(1, 0.6, settled=False)], {}, math.exp(0.8 * 0.3), 1),
         (0.3, [scaled(1, 0.1)], {}, math.exp(0.8 * 0.3), 1),
         (0.1, [scaled(1, 0.6)], {}, math.exp(0.8 * (0.1 - 0.3 * 0.5)), 1),
-        # Once the rate was found, agreement raises the multiple less.
-        (0.3, [scaled(2, -0.2)], {}, math.exp(0.4 * 0.8 * 0.3), 2),
+        # Once the rate was found, agreement raises the multiple less, unless it is clear over four blocks.
+        (0.25, [scaled(2, -0.2)], {}, math.exp(0.4 * 0.8 * 0.25), 2),
+        (0.4, [scaled(2, -0.2)], {}, math.exp(0.8 * 0.4), 1),
+        (0.4, [scaled(2, -0.2)], {"blocks": 2}, math.exp(0.4 * 0.8 * 0.4), 2),
         # A first rate at which motions hardly cancel is the one that was looked for.
         (-0.05, [scaled(0, -0.05, settled=False)], {"step": 20}, math.sqrt(15 / 20), 2),
         # After a collapse the multiple stays below half of what led to it, for some time.

@@ -250,11 +250,6 @@ class MatrixHistory:
     def shape(self) -> tuple[int, int]:
         return self.history.shapes[self.name]
 
-    @property
-    def factored(self) -> bool:
-        """Whether the run is LoRA."""
-        return self.history.ranks[self.name] is not None
-
     def gram(self, steps: Sequence[int] | None = None) -> Tensor:
         """Return the inner products <G_s, G_t> of global deltas, fp64, (T, T)."""
         return self.history.grams(steps)[self.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from next_core.sources.adapter_config import AdapterConfig
 from next_core.sources.adapter_tensors import FACTOR, AdapterModule, PlainFile, read_modules
 from next_core.sources.fsdp_shards import ADAPTER_KEY, LORA, open_shards, shards_folder
 from next_core.sources.layouts import ADAPTER_FILES, MODEL_FILES, has_any
-from next_core.sources.tensor_files import TensorFile, open_tensors
+from next_core.sources.tensor_files import Replacement, open_tensors
 from next_core.types import LoraFactors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
@@ -26,12 +25,7 @@ class AdapterFiles:
     whose delta is not ``scaling * B @ A``, or a pickle if these are not allowed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        allow_pickle: bool = False,
-        replacement: Callable[[TensorFile], TensorFile] = lambda file: file,
-    ) -> None:
+    def __init__(self, folder: Path, allow_pickle: bool = False, replacement: Replacement = lambda file: file) -> None:
         self.folder = folder
         lora = shards_folder(folder) / LORA
         if os.path.lexists(lora) and not has_any(folder, ADAPTER_FILES):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError, contradiction, damaged, not_found, other_model
-from next_core.sources.tensor_files import Place, TensorFile
+from next_core.sources.tensor_files import Place, Replacement, TensorFile
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 READER = "deepspeed.utils.zero_to_fp32"
@@ -27,7 +27,7 @@ KEPT = 3
 Masters = Mapping[str, Tensor]
 
 
-def replacement(masters: bool, allow_pickle: bool) -> Callable[[Path, int], Callable[[TensorFile], TensorFile]]:
+def replacement(masters: bool, allow_pickle: bool) -> Callable[[Path, int], Replacement]:
     """Return a function from a checkpoint's folder and step to what replaces its files: nothing, or their masters.
 
     Raises ``ConfigError`` for masters if pickles are not allowed, or DeepSpeed is not installed.
@@ -47,7 +47,7 @@ def replacement(masters: bool, allow_pickle: bool) -> Callable[[Path, int], Call
         ) from None
     cached = functools.lru_cache(KEPT)(functools.partial(_read_masters, read))
 
-    def of_checkpoint(folder: Path, step: int) -> Callable[[TensorFile], TensorFile]:
+    def of_checkpoint(folder: Path, step: int) -> Replacement:
         states = states_folder(folder, step)
         return lambda file: MastersFile(file, states, cached)
 

@@ -18,7 +18,7 @@ from next_core.sources.distributed_files import DISTRIBUTED, open_distributed
 from next_core.sources.fsdp_shards import LORA, has_shards, open_shards
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, has_any
 from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
-from next_core.sources.tensor_files import Place, TensorFile, is_unchanged, open_tensors, read_json
+from next_core.sources.tensor_files import Place, Replacement, TensorFile, is_unchanged, open_tensors, read_json
 from next_core.storage.reading import LARGE, Stamp, stamp
 
 MODEL_CONFIG = "config.json"
@@ -104,12 +104,7 @@ class ModelFiles:
     damaged one, and for pickles (``pytorch_model.bin``) unless these are allowed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        allow_pickle: bool = False,
-        replacement: Callable[[TensorFile], TensorFile] = lambda file: file,
-    ) -> None:
+    def __init__(self, folder: Path, allow_pickle: bool = False, replacement: Replacement = lambda file: file) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise not_found(f"the model folder {folder} does not exist")

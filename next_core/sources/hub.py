@@ -117,18 +117,13 @@ def hub_folder(name: str, kind: Literal["model", "dataset"] = "model", online: b
     problem = ""
     for local in (True, False) if online else (True,):
         try:
-            folder = Path(
-                snapshot_download(
-                    repository,
-                    repo_type=kind,
-                    revision=revision or None,
-                    ignore_patterns=ignored,
-                    local_files_only=local,
-                )
+            found = snapshot_download(
+                repository, repo_type=kind, revision=revision or None, ignore_patterns=ignored, local_files_only=local
             )
         except Exception as error:  # of huggingface_hub, or of its client for HTTP
             problem = describe(error)
             continue
+        folder = Path(found)
         # The cache does not know what is missing of a model of which single files were downloaded.
         if kind == "dataset" or any(folder.glob("*.safetensors")):
             return folder

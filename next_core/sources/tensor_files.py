@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ class TensorFile(ABC):
 
     def _unknown(self, key: str) -> CheckpointError:
         return not_found(f"{self.path} has no tensor '{key}'")
+
+
+Replacement = Callable[[TensorFile], TensorFile]
+"""What a source may wrap the files in that it opens."""
 
 
 def is_unchanged(path: Path, then: Stamp) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple, Self
 
+import yaml
+
 from next_core.comparison.comparison_results import Bounds, Interval
 from next_core.report import charts
 from next_core.report import formatting as form
@@ -144,7 +146,8 @@ def _setup(page: Page, comparison: Comparison) -> list[Block]:
     if not comparison.config:
         page.missing["Config"] = "compare.json holds none"
         return [Facts(facts)]
-    return [Facts(facts), Code("The comparison's config with every default", form.as_yaml(comparison.config))]
+    config = yaml.safe_dump(comparison.config, sort_keys=False, allow_unicode=True, width=100)
+    return [Facts(facts), Code("The comparison's config with every default", config)]
 
 
 def _cell(value: Bounds | None, shape: Format = decimal, strong: bool = False, prefix: str = "") -> Cell:

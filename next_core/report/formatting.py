@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import yaml
-
 from next_core.comparison.comparison_results import Bounds
 from next_core.cycle.summary import counted as counted
 from next_core.cycle.summary import without_numbers
@@ -113,8 +111,3 @@ def merged(rows: Sequence[Sequence[str]]) -> list[list[str]]:
         ends = f"{some[0][0]} to {some[-1][0]} ({len(some)} times)"
         found.append([ends if len(some) > 1 else some[0][0], *some[0][1:]])
     return found
-
-
-def as_yaml(value: Mapping[str, Any]) -> str:
-    """Return a config as one would write it."""
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=100)

@@ -52,8 +52,8 @@ def write_report(
     """
     folders = [folder] if isinstance(folder, Path) else list(folder)
     settings = settings or GeometryOptions()
-    out = Path(os.path.commonpath([one.absolute() for one in folders])) / REPORT if out is None and folders[1:] else out
-    out = folders[0] / REPORT if out is None else out
+    shared = Path(os.path.commonpath([one.absolute() for one in folders])) if folders[1:] else folders[0]
+    out = shared / REPORT if out is None else out
     if out.is_dir() or out.suffix.lower() not in SUFFIXES:
         raise invalid_value(f"--out must name a file that ends in .html (got {out})")
     make_environment()  # a missing package is an error before the work

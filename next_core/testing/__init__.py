@@ -1,18 +1,8 @@
 """Checks for plug-ins: whether a predictor, source, applier or backend keeps the promises of its interface.
 
-One call runs all checks and raises an ``ExceptionGroup`` of all failures; under pytest, ``parametrize_with_checks``
-makes each check a test::
-
-    from next_core.testing import check_predictor, parametrize_with_checks
-
-    check_predictor(MyPredictor)
-
-    @parametrize_with_checks([MyPredictor, MyPredictor(MyConfig(window=5))])
-    def test_it_keeps_the_contract(plugin, check):
-        check(plugin)
-
-The kit makes the runs that the checks need from a seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``).
-Only ``parametrize_with_checks`` needs pytest.
+One call, such as ``check_predictor(MyPredictor)``, runs all checks and raises an ``ExceptionGroup`` of all failures.
+Under pytest, ``parametrize_with_checks`` makes each check a test. The kit makes the runs that the checks need from a
+seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``).
 """
 
 from __future__ import annotations

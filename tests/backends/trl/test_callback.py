@@ -197,18 +197,15 @@ def test_a_jump_that_does_not_recover_is_rolled_back_with_its_optimizer_state(
     assert all(torch.equal(a, b) for a, b in zip(seen["before", 6], seen["after", 9], strict=True))
 
 
-def test_a_jump_inside_a_generation_is_refused_before_training(make_trainer: Any) -> None:
+def test_a_jump_is_made_at_a_generation_boundary_and_refused_inside_one_before_training(make_trainer: Any) -> None:
     reuse = {"num_iterations": 2, "steps_per_generation": 2}  # one generation serves four steps
     with raises_kind("config-schedule", "step 6", "multiples of 4"):
         make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=12, **reuse).train()
     fits = {"observe": 4, "every": 4, "horizon": 4, "settle": 4}
     with raises_kind("config-schedule", "guards.recovery multiples of 4"):
         make_trainer([PredictExtendCallback(FACTORS, guards={"recovery": 3}, **fits)], steps=12, **reuse).train()
-
-
-def test_a_jump_at_a_generation_boundary_is_made(make_trainer: Any) -> None:
     callback = PredictExtendCallback(FACTORS | {"window": 4}, observe=8, every=4, horizon=4, settle=2)
-    make_trainer([callback], steps=12, num_iterations=2, steps_per_generation=2).train()
+    make_trainer([callback], steps=12, **reuse).train()
     assert [jump["step"] for jump in callback.journal.jumps() if jump["accepted"]] == [8]
 
 

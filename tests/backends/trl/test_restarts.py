@@ -91,7 +91,7 @@ def test_a_run_shorter_than_its_schedule_is_a_plain_run_with_a_warning(
     assert caplog.text.count("observe 9") == 1
 
 
-@pytest.mark.parametrize("predictor", [FACTORS, MERGED, "auto"])
+@pytest.mark.parametrize("predictor", [MERGED, "auto"])
 def test_a_finished_run_that_is_resumed_ends_at_once_in_the_same_weights(
     make_trainer: Any, logits: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, predictor: Any
 ) -> None:

@@ -77,7 +77,7 @@ def make_model(shapes: Shapes, lora: bool) -> nn.Module:
 
 
 def watch(shapes: Shapes, lora: bool, mode: str, folder: Path) -> dict[str, float]:
-    """Take the steps of one case. Returns seconds of the training thread and of others, and bytes on disk."""
+    """Take the steps of one case. Returns bytes on disk, and the training thread's seconds apart from its steps."""
     from next_backends.trl.trl_backend import TrlBackend
     from next_core.cycle.journal import Journal
     from next_core.cycle.loop import PredictExtendCycle
@@ -99,18 +99,14 @@ def watch(shapes: Shapes, lora: bool, mode: str, folder: Path) -> dict[str, floa
         guards, made = Guards(probe=False, max_norm_ratio=None), resolve_any_predictor(predictor)
         cycle = PredictExtendCycle(backend, made, Schedule(**schedule), guards, STEPS, Journal())
         backend.begin(0, output)
-    blocking, worst, most, started = 0.0, 0.0, 0, time.process_time()
-    plain = 0.0
+    blocking, worst, most = 0.0, 0.0, 0
     for step in range(1, STEPS + 1):
-        begun = time.thread_time()
         optimizer.step()
-        plain += time.thread_time() - begun
         begun = time.thread_time()
         if cycle is not None:
             cycle.after_step(step)
         if step % SAVE_EVERY == 0:
-            plain += save(output / f"checkpoint-{step}", trained, optimizer)
-            begun = time.thread_time() if cycle is None else begun
+            save(output / f"checkpoint-{step}", trained, optimizer)
             if cycle is not None:
                 backend.saved(output / f"checkpoint-{step}")
         spent = time.thread_time() - begun
@@ -121,7 +117,6 @@ def watch(shapes: Shapes, lora: bool, mode: str, folder: Path) -> dict[str, floa
         "trained": sum(parameter.nbytes for parameter in trained),
         "blocking_ms": 1e3 * blocking / STEPS,
         "worst_ms": 1e3 * worst,
-        "background_ms": 1e3 * max(0.0, time.process_time() - started - blocking - plain) / STEPS,
         "history": size(run / "checkpoints") + size(run / "jumps"),
         "most": max(most, size(run)),
         "a_save": size(output / f"checkpoint-{STEPS}"),
@@ -129,15 +124,13 @@ def watch(shapes: Shapes, lora: bool, mode: str, folder: Path) -> dict[str, floa
     }
 
 
-def save(folder: Path, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    """Write what a trainer's checkpoint holds of these weights, and keep the newest few. Returns its seconds."""
-    begun = time.thread_time()
+def save(folder: Path, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Write what a trainer's checkpoint holds of these weights, and keep the newest few."""
     folder.mkdir(parents=True)
     torch.save([parameter.detach() for parameter in trained], folder / "model.pt")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     for old in sorted(folder.parent.iterdir())[:-SAVES_KEPT]:
         shutil.rmtree(old)
-    return time.thread_time() - begun
 
 
 def size(folder: Path) -> int:
@@ -166,8 +159,8 @@ def table(facts: dict[str, Any]) -> str:
     """Return the committed figures as a table."""
     lines = [
         "| model | predictor | trained, MB | history, MB | most at a time, MB | added to a trainer's checkpoint | "
-        "memory added, MB | ms per step (worst) | in the background |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "memory added, MB | ms per step (worst) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for model, rows in facts["models"].items():
         for mode, row in rows.items():
@@ -177,7 +170,7 @@ def table(facts: dict[str, Any]) -> str:
             lines.append(
                 f"| {model} | {mode} | {row['trained'] / 1e6:.0f} | {row['history'] / 1e6:,.0f} | "
                 f"{row['most'] / 1e6:,.0f} | {extra:+.0%} | {row['added_gib'] * 2**30 / 1e6:,.0f} | "
-                f"{row['blocking_ms']:.1f} ({row['worst_ms']:,.0f}) | {row['background_ms']:.1f} |"
+                f"{row['blocking_ms']:.1f} ({row['worst_ms']:,.0f}) |"
             )
     return "\n".join(lines)
 

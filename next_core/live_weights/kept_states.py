@@ -82,10 +82,8 @@ class KeptStates:
         except Exception as error:  # such as a full disk, which must not end the training
             if not self._warned:
                 self._warned = True
-                logging.getLogger(__name__).warning(
-                    "the weights and moments of step %d could not be written to %s (%s): they stay in memory, as will "
-                    "later ones", kept.step, file.parent, describe(error),
-                )  # fmt: skip
+                text = "the weights and moments of step %d stay in memory: %s could not be written (%s)"
+                logging.getLogger(__name__).warning(text, kept.step, file, describe(error))
 
     def recall(self, step: int) -> None:
         """Read the state of ``step`` back into memory and drop those kept later.

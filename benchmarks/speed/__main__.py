@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="tiny shapes, in this process; to see that all runs")
     parser.add_argument("--full", action="store_true", help="run the dense references whole, not on a sample (hours)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where runs are made (15 GB)")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="measure mergekit too, by the Python of its environment")
     parser.add_argument("--results", type=Path, help="folder for the JSON; default: benchmarks/results, none for --toy")
     args = parser.parse_args(arguments)
     results = args.results or (None if args.toy else table.RESULTS)
@@ -42,7 +43,7 @@ def run_stage(name: str, args: argparse.Namespace, results: Path | None) -> None
     """One stage with the machine's rates just before it; its JSON under ``results``, or printed."""
     start = time.perf_counter()
     rates = measure_rates(64, 1) if args.toy else measure_rates()
-    result = STAGES[name](Options(rates, args.toy, args.full, args.scratch))
+    result = STAGES[name](Options(rates, args.toy, args.full, args.scratch, args.mergekit))
     facts = {
         "stage": name,
         "toy": args.toy,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import resource
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -46,6 +48,18 @@ def best_of(repeats: int, action: Callable[[], Any]) -> tuple[dict[str, Any], An
     return row | {"runs_cpu_s": [_round(cost.cpu) for cost in costs]}, result
 
 
+def cold(folder: Path, action: Callable[[], Any], warm: dict[str, Any]) -> dict[str, float]:
+    """What one call costs when no file of a folder is in the page cache, beside what it cost just before."""
+    gc.collect()  # a file that is still mapped stays in the cache
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    cost, _ = cost_of(action)
+    return {"cpu_s": _round(cost.cpu), "wall_s": _round(cost.wall), "warm_cpu_s": warm["cpu_s"]}
+
+
 def _round(seconds: float) -> float:
     return float(f"{seconds:.4g}")
 
@@ -85,6 +99,20 @@ def apart(function: Callable[..., Any], *args: Any, fresh: bool = True) -> tuple
     if error is not None:
         raise ChildProcessError(f"{function.__name__} failed:\n{error}")
     return result, {"own_gib": round(max(peak, imports) / GIB, 3), "imports_gib": round(imports / GIB, 3)}
+
+
+def peak_of(command: list[str]) -> tuple[str, float]:
+    """What a program prints, and the most memory of its own in GiB that it ever held."""
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            peak = max(peak, own_bytes(process.pid))
+            time.sleep(POLL_S)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    if process.returncode:
+        raise ChildProcessError(f"{command[0]} ended with exit code {process.returncode}")
+    return printed, round(peak / GIB, 3)
 
 
 def _work(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed import reference, synthetic
-from benchmarks.speed.clock import apart, best_of
+from benchmarks.speed.clock import apart, best_of, cold
 from benchmarks.speed.reference import Span
 from benchmarks.speed.stage import Options, Result, Row, stage
 from benchmarks.speed.synthetic import HORIZON, LoraRun
@@ -58,7 +58,7 @@ def _compress(
         more = [_grams(options, run, folder / "checkpoints")] if grams else []
     count = measured.pop("components")
     row: Row = {"what": f"rank-1 components of {count} deltas of {len(matrices)} matrices"}
-    row |= {key: measured[key] for key in ("cpu_s", "wall_s", "runs_cpu_s")} | memory | targets
+    row |= {key: measured[key] for key in ("cpu_s", "wall_s", "runs_cpu_s", "cold")} | memory | targets
     row["floor"] = options.rates.floor(row["cpu_s"], "fp64", _flops(run), run.factor_bytes)
     row["errors"] = reference.worst(
         reference.errors(tuple(map(torch.as_tensor, found)), tuple(map(torch.as_tensor, measured["exact"][key])))
@@ -74,6 +74,7 @@ def measure_components(folder: Path, sample: dict[str, list[Span]], repeats: int
 
     components(LoraRun(synthetic.TOY, rank=4).write(folder.parent / "warm-up"))  # late imports, BLAS's first call
     row, history = best_of(repeats, lambda: components(folder))
+    row["cold"] = cold(folder, lambda: components(folder), row)
     kinds = reference.spans(history.steps)
     found, exact = {}, {}
     source = open_checkpoints(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.speed import synthetic
-from benchmarks.speed.clock import apart, best_of, cost_of
+from benchmarks.speed.clock import apart, best_of, cold, cost_of, peak_of
 from benchmarks.speed.machine import available_gib
 from benchmarks.speed.stage import Options, Result, Row, stage
 from benchmarks.speed.synthetic import HORIZON, LoraRun
@@ -36,6 +37,7 @@ def jump_15b(options: Options) -> Result:
         synthetic.write_backbone(folder / "base", shapes)
         for step in (EARLIER, NEWEST):
             synthetic.write_model(folder / "checkpoints" / f"checkpoint-{step}", shapes, step)
+        others = [_mergekit(options.mergekit, folder)] if options.mergekit else []
         ways = {whole: apart(measure_jump, folder, whole, fresh=not options.toy) for whole in (True, False)}
         part = 1.0 if options.toy else _affordable_part(size)
         naive, naive_memory = apart(measure_naive_jump, folder, part, fresh=not options.toy)
@@ -47,6 +49,8 @@ def jump_15b(options: Options) -> Result:
         # The line has two ends: the backbone and the newest checkpoint are read, the jump is written.
         row["floor"] = options.rates.floor(row["cpu_s"], "fp32", 0.0, 3.0 * size)
         row["reference"] = {"what": "load both state dicts in fp32, add, save"} | naive | naive_memory
+        if whole:
+            row["others"] = [other | {"ours_cpu_s": row["cpu_s"]} for other in others]
         rows.append(row)
     setting = {"model_gb": round(size / 1e9, 3), "checkpoints": [EARLIER, NEWEST], "horizon": HORIZON, "alpha": ALPHA}
     return Result(setting, rows)
@@ -60,7 +64,7 @@ def measure_jump(folder: Path, whole: bool) -> dict[str, Any]:
     synthetic.write_backbone(warm_up / "base", synthetic.TOY)
     for step in (EARLIER, NEWEST):
         synthetic.write_model(warm_up / "checkpoints" / f"checkpoint-{step}", synthetic.TOY, step)
-    places = iter(range(3))
+    places = iter(range(4))
 
     def jump(run: Path) -> Path:
         out = folder / f"jumped-{whole}-{next(places)}"
@@ -71,10 +75,23 @@ def measure_jump(folder: Path, whole: bool) -> dict[str, Any]:
     runs = []
     for _ in range(2):
         row, out = best_of(1, lambda: jump(folder))
-        runs.append(row | {"errors": {"elements_unlike": _unlike(folder, out)}})
+        runs.append(row | {"errors": {"elements_unlike": _unlike(folder, out / "model.safetensors")}})
         shutil.rmtree(out)
     best = min(runs, key=lambda row: float(row["cpu_s"]))
-    return best | {"runs_cpu_s": [row["cpu_s"] for row in runs]}
+    more = {"cold": cold(folder, lambda: jump(folder), best)} if whole else {}
+    return best | {"runs_cpu_s": [row["cpu_s"] for row in runs]} | more
+
+
+def _mergekit(python: str, folder: Path) -> dict[str, Any]:
+    """The same jump by mergekit's task_arithmetic."""
+    script, out = Path(__file__).with_name("task_arithmetic.py"), folder / "mergekit"
+    printed, memory = peak_of([python, *map(str, (script, _base(folder), _newest(folder), BETA, out))])
+    facts = json.loads(printed.splitlines()[-1])
+    unlike = _unlike(folder, Path(facts["files"][0]))
+    shutil.rmtree(out)
+    what = f"mergekit {facts['version']}, task_arithmetic"
+    seconds = {key: float(f"{facts[key]:.4g}") for key in ("cpu_s", "wall_s")}
+    return {"what": what, **seconds, "own_gib": memory, "elements_unlike": unlike}
 
 
 def _predicted(run: Path) -> Any:
@@ -94,16 +111,16 @@ def _given(run: Path) -> Any:
     return Prediction(source, NEWEST, HORIZON, "backbone", updates)
 
 
-def _unlike(folder: Path, out: Path) -> float:
+def _unlike(folder: Path, jumped: Path) -> float:
     """The share of elements that are not what W_0 + beta (W_T - W_0) gives in fp64, rounded to bf16.
 
     Of the first rows of one matrix: the check must take less memory than what it checks.
     """
     name = "model.layers.0.mlp.up_proj.weight"
-    before, newest, jumped = (
-        _read(path, [name])[name][:256].double() for path in (_base(folder), _newest(folder), out / "model.safetensors")
+    before, newest, after = (
+        _read(path, [name])[name][:256].double() for path in (_base(folder), _newest(folder), jumped)
     )
-    return float((jumped != (before + BETA * (newest - before)).bfloat16()).double().mean())
+    return float((after != (before + BETA * (newest - before)).bfloat16()).double().mean())
 
 
 def _affordable_part(size: int) -> float:

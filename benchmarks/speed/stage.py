@@ -24,6 +24,8 @@ class Options:
     toy: bool = False
     full: bool = False
     scratch: Path = Path(gettempdir())
+    mergekit: str | None = None
+    """The Python of an environment that has mergekit, to measure it on the same jump."""
 
     @contextmanager
     def folder(self) -> Iterator[Path]:

@@ -38,7 +38,7 @@ def load(results: Path) -> list[Facts]:
 
 def render(results: list[Facts]) -> str:
     """The table and what belongs to it."""
-    return "\n\n".join([_cost(results), _others(results), _growth(results), _machines(results)])
+    return "\n\n".join([_cost(results), *_notes(results), _growth(results), _machines(results)])
 
 
 def _rows(results: list[Facts]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -77,14 +77,24 @@ def _memory(row: dict[str, Any]) -> str:
     return f"{row['own_gib']:.2f}{limit}"
 
 
-def _others(results: list[Facts]) -> str:
-    """The errors of other libraries, in the order of the rows above."""
+def _notes(results: list[Facts]) -> Iterable[str]:
+    """What other libraries do on the rows above: their errors, or what they cost; and what cold files cost."""
     errors: dict[str, list[str]] = {}
-    for _, row in _rows(results):
+    costs, cold = [], []
+    for stage, row in _rows(results):
         for other in row.get("others", []):
-            errors.setdefault(other["what"].partition("(")[0], []).append(f"{other['errors']['u']:.0e}")
+            if "errors" in other:
+                errors.setdefault(other["what"].partition("(")[0], []).append(f"{other['errors']['u']:.0e}")
+            else:
+                seconds = f"{_number(other['cpu_s'])} CPU-s ({_number(other['ours_cpu_s'])} here)"
+                costs.append(f"{other['what']}: {seconds}, {other['own_gib']:.1f} GiB")
+        if "cold" in row:
+            times = [_number(row["cold"][key]) for key in ("cpu_s", "warm_cpu_s", "wall_s")]
+            cold.append("{} {} CPU-s (warm {}), {} s".format(stage, *times))
     found = [f"`{name}` {', '.join(values)}" for name, values in errors.items()]
-    return f"Errors of other libraries on the rows of dense-top1: {'; '.join(found) or 'not run'}."
+    yield f"Errors of other libraries on the rows of dense-top1: {'; '.join(found) or 'not run'}."
+    yield f"The same jump, run in turn: {'; '.join(costs) or 'not run'}."
+    yield f"Files not in the page cache: {'; '.join(cold) or 'not run'}."
 
 
 def _growth(results: list[Facts]) -> str:

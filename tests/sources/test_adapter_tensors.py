@@ -97,6 +97,12 @@ def test_names_of_wrappers_and_adapters_are_stripped_in_what_is_read_and_written
     assert set(load_file(tmp_path / "out/adapter_model.safetensors")) == set(adapter_tensors(10))
 
 
+def test_an_adapter_without_a_linear_layer_is_refused(tmp_path: Path) -> None:
+    made = renamed(tmp_path / "a", **{"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"})
+    with raises_kind(UNSUPPORTED, MODULE, "linear"):
+        AdapterFiles(made)
+
+
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     made = adapter(tmp_path / "a", 10)
     tensors = {

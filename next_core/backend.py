@@ -1,7 +1,5 @@
 """The interface of a trainer, as the predict-extend cycle uses it."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

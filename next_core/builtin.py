@@ -1,7 +1,5 @@
 """The engine's own plug-ins, registered exactly as a stranger's are."""
 
-from __future__ import annotations
-
 from next_core.hookspecs import Register, hookimpl
 
 

@@ -1,7 +1,5 @@
 """Open the checkpoints of a run, whatever their layout."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

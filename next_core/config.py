@@ -1,7 +1,5 @@
 """From a config file to a checked run config, and from the names in it to objects."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The errors a user can meet. Each names what is wrong and the remedy, has a stable kind, and knows its exit code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ Each hook is handed ``register``: call it with a class that carries its own ``na
 until the name is used, with ``register("package.module:Class", name="...")``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pluggy

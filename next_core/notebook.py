@@ -3,8 +3,6 @@
 Everything here returns values with a short repr and a table in a notebook; pandas is imported by ``to_frame`` only.
 """
 
-from __future__ import annotations
-
 import html
 import warnings
 from collections.abc import Mapping, Sequence

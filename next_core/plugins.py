@@ -1,7 +1,5 @@
 """The registry: every predictor, compressor, source, applier, reward and backend by name, with good errors."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import functools

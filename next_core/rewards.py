@@ -1,7 +1,5 @@
 """Verifiable rewards: by registered name, or any function that a config names."""
 
-from __future__ import annotations
-
 import functools
 import re
 import threading

@@ -1,7 +1,5 @@
 """The base class of every settings model, and pydantic's errors as messages about a config file."""
 
-from __future__ import annotations
-
 import difflib
 import reprlib
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """The interface of predictors that scale the trainer's own steps instead of jumping."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """First-party trainers, registered as a stranger's are; each is imported only when it is named."""
 
-from __future__ import annotations
-
 from next_core.hookspecs import Register, hookimpl
 
 

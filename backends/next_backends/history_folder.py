@@ -1,7 +1,5 @@
 """The history that a backend keeps in its run folder: checkpoints, jumps and metrics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

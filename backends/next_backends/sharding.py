@@ -1,7 +1,5 @@
 """Trained weights that are sharded over processes: DeepSpeed ZeRO-1, 2 and 3, and PyTorch's FSDP2."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

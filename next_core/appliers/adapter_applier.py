@@ -1,7 +1,5 @@
 """The prediction as a LoRA adapter on disk, which plain PEFT (and vLLM) loads; no base weight is read."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

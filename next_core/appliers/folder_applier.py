@@ -1,7 +1,5 @@
 """The base of appliers that write folders: one folder, or one for each of several alphas."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """What a written folder holds besides weights: copied files, the model card, and the record of the jump."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

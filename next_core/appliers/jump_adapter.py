@@ -1,7 +1,5 @@
 """Weight deltas as an exact adapter with scaling 1: in a live model next to the trained adapter, or in files."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The prediction as a Hugging Face model folder: backbone, training and jump in one, streamed block by block."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from pathlib import Path

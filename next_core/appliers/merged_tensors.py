@@ -3,8 +3,6 @@
 A kind of tensor that needs a rule of its own gets it in ``TensorPlan``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rounding to the precision that is stored, and the share of a jump that survives it."""
 
-from __future__ import annotations
-
 import sys
 import zlib
 from collections.abc import Iterable, Mapping

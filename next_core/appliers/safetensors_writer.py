@@ -4,8 +4,6 @@ The format: 8 bytes of header length (little-endian), a JSON header padded with 
 order of their offsets.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The prediction as a checkpoint that verl resumes from: the newest one's files, with the jump in the shards."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command line: one module for each command, composed here."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

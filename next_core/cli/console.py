@@ -1,7 +1,5 @@
 """What a command prints: text, tables, progress bars, and with ``--json`` one object for machines."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

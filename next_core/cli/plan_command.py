@@ -1,7 +1,5 @@
 """``next-core plan``."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field

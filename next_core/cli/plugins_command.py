@@ -1,7 +1,5 @@
 """``next-core plugins`` and ``next-core schema``."""
 
-from __future__ import annotations
-
 import json
 
 from next_core.cli.console import Output

@@ -1,7 +1,5 @@
 """``next-core report``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

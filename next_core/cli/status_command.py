@@ -1,7 +1,5 @@
 """``next-core status``."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Annotated, Any

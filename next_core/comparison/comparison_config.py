@@ -1,7 +1,5 @@
 """The config of a comparison: one run, and the arms that differ from it."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

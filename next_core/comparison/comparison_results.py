@@ -1,7 +1,5 @@
 """What the races show: intervals over seeds, paired differences, the plain step that is as good, ICER, seconds."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import statistics

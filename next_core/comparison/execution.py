@@ -1,7 +1,5 @@
 """Runs what a comparison lacks, in worker processes. Finished runs are kept, so the same command resumes it."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

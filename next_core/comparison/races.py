@@ -1,7 +1,5 @@
 """Which runs a comparison takes: every variant with every seed, and the steps that several have in common."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

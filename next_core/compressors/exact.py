@@ -1,7 +1,5 @@
 """Exact rank-k SVD: of the thin factors for LoRA runs, of the dense matrix otherwise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Leading singular triplets of a dense delta by Lanczos: a dozen passes over the matrix instead of its full SVD."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The choice of a jump's alpha by validation accuracy."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The mean of a run's last checkpoints: closer to the optimum where single steps are too large to converge."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from next_core.cycle.journal import Journal

@@ -1,7 +1,5 @@
 """Whether a run's reward has collapsed, given the sampling error of what the trainer logs."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Makes the decisions of a run visible: figures next to the trainer's own metrics, and warnings."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The journal: every decision of a run, one JSON object a line, append-only, each with its checksum."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Advice at the end of a run. The function that computes it is passed in: diagnostics are a layer above the cycle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

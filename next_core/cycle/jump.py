@@ -1,7 +1,5 @@
 """One jump: its outcome, and its size relative to the run's recent motion."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The predict-extend cycle: observe, predict, guard, apply, verify. One state machine for every backend."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Seconds and accuracies of a run."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any, Literal

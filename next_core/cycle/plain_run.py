@@ -1,7 +1,5 @@
 """The plain run that a run with jumps is compared with: the same seed and steps, and no jump."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Probes: the accuracy that guards judge a jump by."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Which checkpoints and jumps of a run will be read again; with ``keep: needed`` the others are deleted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self

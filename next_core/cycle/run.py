@@ -1,7 +1,5 @@
 """Run a config: start its trainer, drive it by the cycle, add the plain run for comparison, write the result."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import time

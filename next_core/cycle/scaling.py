@@ -1,7 +1,5 @@
 """Step scaling in the cycle: after each block of steps, predict how much larger the next ones should be."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the first ends a run after its current step with its state saved, the second ends it at once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """What a run did, in sentences: for the command line, the report and the end of a training."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Start and close a trainer, and convert its errors to ours."""
 
-from __future__ import annotations
-
 import contextlib
 import traceback
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """``analyze``: the geometry of a run's weights over time, each figure with its random-walk null."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """What an analysis finds, as a value with tables and pictures, and as plain objects for JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """``backtest``: judge predictors on a recorded run, walking forward, without training; see docs/backtest.md."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """The figures of an analysis, each with its random-walk null, for one matrix or for a group of matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple

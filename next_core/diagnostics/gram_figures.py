@@ -3,8 +3,6 @@
 ``grams`` are Gram matrices (..., N, N) of the N steps x_i = W_i - W_{i-1} between the points of a ``Grid``.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """How many times too small a run's learning rate is, from the agreement of its consecutive updates."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The charts of an analysis."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping

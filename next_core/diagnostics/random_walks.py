@@ -1,7 +1,5 @@
 """Isotropic random walks with the observed step lengths: the null of every figure that follows from inner products."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a backtest replays: a run or a random walk of it, as it stood at a step, and the motion that followed."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """A run as points in time, and the inner products of each matrix's steps, from which all linear figures follow."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The null depends on how a matrix is stored, so it is drawn per class of equal shape and rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

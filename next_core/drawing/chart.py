@@ -1,7 +1,5 @@
 """What all charts are: a name, and SVG for a page, a notebook or a file. Needs no package."""
 
-from __future__ import annotations
-
 import html
 import re
 from abc import abstractmethod

@@ -3,8 +3,6 @@
 Colours are CSS variables, so that one chart serves a light and a dark page.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Sequence

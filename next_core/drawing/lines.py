@@ -1,7 +1,5 @@
 """Charts of lines: panels one below the other over one x axis, with lanes of marks."""
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Maps of layers by kinds of matrices, with one scale of colours."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Mapping

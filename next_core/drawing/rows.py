@@ -1,7 +1,5 @@
 """Charts of rows: names with values and intervals along one axis."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Decomposed deltas on disk, keyed by their inputs: a second predictor on the same run finds them there."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

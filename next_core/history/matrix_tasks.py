@@ -1,7 +1,5 @@
 """The computations of one matrix from its checkpoints: the unit of work that executors map over matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

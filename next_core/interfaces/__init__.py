@@ -1,7 +1,5 @@
 """The interfaces of sources, compressors, appliers and rewards, and the values they exchange."""
 
-from __future__ import annotations
-
 from next_core.interfaces.checkpoint_source import CheckpointSource
 from next_core.interfaces.compressor import Compressor
 from next_core.interfaces.prediction import CoefficientUpdate, LowRankUpdate, Prediction, Update

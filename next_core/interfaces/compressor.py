@@ -1,7 +1,5 @@
 """The interface of compressors: deltas in, their leading singular triplets out."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 

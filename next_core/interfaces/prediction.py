@@ -3,8 +3,6 @@
 The anchor is resolved here and nowhere else, so that a cumulative prediction cannot be added twice.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The interface of verifiable rewards."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any

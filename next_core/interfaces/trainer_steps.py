@@ -1,7 +1,5 @@
 """The interface of a trainer's own steps, as step scaling reads, multiplies and undoes them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

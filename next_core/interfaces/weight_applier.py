@@ -1,7 +1,5 @@
 """The interface of appliers: turn a prediction into weights, and undo it."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 

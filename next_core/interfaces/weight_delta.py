@@ -1,7 +1,5 @@
 """The move of one parameter: as LoRA factors, a low-rank matrix, a dense matrix, or read block by block."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

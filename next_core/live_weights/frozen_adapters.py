@@ -1,7 +1,5 @@
 """PEFT adapters in a live model: the one that trains, and the frozen ones that hold jumps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

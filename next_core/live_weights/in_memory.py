@@ -1,7 +1,5 @@
 """Jumps in a model that is training: in its own LoRA factors, in a frozen adapter, or in its full weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The states that step scaling can return to: in memory until they are on the disk."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections import deque

@@ -1,7 +1,5 @@
 """A model that is training, as jumps see it: read, changed and restored in every process that holds a part of it."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Mapping

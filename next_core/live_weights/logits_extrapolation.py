@@ -1,7 +1,5 @@
 """Decode from extrapolated logits of two adapters of one model; nothing is trained and no weights are written."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A live optimizer's steps: multiplied, compared by a sample of coordinates, averaged, and undone after a collapse."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The processes of one run: process 0 decides, and the others carry out their part of what it does."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """The trained weights of a live model, wherever its trainer keeps them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Agreement: how far one motion of a run continues the motion before it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import torch

@@ -5,8 +5,6 @@ is touched. A Gram matrix squares the condition number of its factor. In fp32 th
 between neighbouring checkpoints; everything here is fp64, and what even fp64 cannot resolve is reported as not sound.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Blocks of rows, so that memory does not grow with the matrix."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Limits on other people's code in a run: bounded time, and random states put back."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import random

@@ -1,7 +1,5 @@
 """What a figure was measured on: package versions and the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version

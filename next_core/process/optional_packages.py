@@ -1,7 +1,5 @@
 """Packages that only some functions need, imported when those are called."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Silences the progress bars and deprecation warnings of the trainers' libraries."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

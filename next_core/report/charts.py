@@ -1,7 +1,5 @@
 """The charts of a run and of a comparison; where one cannot be drawn, the reason."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence

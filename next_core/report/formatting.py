@@ -1,7 +1,5 @@
 """Numbers, counts and jumps as text."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence

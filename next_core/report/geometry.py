@@ -1,7 +1,5 @@
 """The geometry of a run's weights, for its page; what cannot be measured is missing with a reason."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The files that a report reads: those of a run or of a comparison, validated strictly. Errors name the file."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

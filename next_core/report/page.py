@@ -1,7 +1,5 @@
 """A page: sections of text, tables and charts, and how they become one self-contained HTML file."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """The page of a run, and that of several runs side by side."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

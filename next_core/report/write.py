@@ -1,7 +1,5 @@
 """``write_report``: from one or more folders to a page."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

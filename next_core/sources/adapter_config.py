@@ -1,7 +1,5 @@
 """What an adapter's ``adapter_config.json`` says about the meaning of its factors, and which configs are refused."""
 
-from __future__ import annotations
-
 import math
 import re
 import reprlib

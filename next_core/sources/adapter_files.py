@@ -1,7 +1,5 @@
 """One LoRA adapter in PEFT's format: its config, and the file that stores its factors."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

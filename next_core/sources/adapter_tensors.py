@@ -3,8 +3,6 @@
 Everything that reads or writes an adapter asks here which tensor belongs to which module and parameter.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Whether a base model is that of a run: under the run's names, with its shapes, and as weights instead of codes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

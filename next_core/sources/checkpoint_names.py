@@ -1,7 +1,5 @@
 """The step in the name of a checkpoint's folder."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict

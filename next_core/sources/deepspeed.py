@@ -4,8 +4,6 @@ DeepSpeed's own ``zero_to_fp32`` assembles them. It unpickles without restrictio
 only your own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

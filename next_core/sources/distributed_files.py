@@ -3,8 +3,6 @@
 torch unpickles the metadata without restriction. Here only the classes that torch writes into it are allowed.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -1,7 +1,5 @@
 """The base of the sources that read folders: their settings, and the checkpoints of one run by step."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 from abc import abstractmethod

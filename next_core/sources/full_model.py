@@ -1,7 +1,5 @@
 """Full-parameter checkpoints (one file or sharded): dense deltas, one matrix at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

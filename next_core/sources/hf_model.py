@@ -1,7 +1,5 @@
 """A Hugging Face model folder: its weight files, read one tensor at a time, and what transformers builds from it."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

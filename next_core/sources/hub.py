@@ -3,8 +3,6 @@
 ``huggingface_hub.scan_cache_dir`` would need that package and read the size of every file of every repository.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The matrices in a stored tensor: itself, or those of a stack, as transformers stores experts: ``down_proj[3]``."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

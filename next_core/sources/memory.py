@@ -1,7 +1,5 @@
 """Checkpoints given as tensors: for tests, notebooks, and trainers that keep their history in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

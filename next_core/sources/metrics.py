@@ -1,7 +1,5 @@
 """The metrics that a trainer logged, by step."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

@@ -16,8 +16,6 @@ the largest summed variance of a row and of a column replace s sqrt n and s sqrt
 drowned.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Other views of a run: as it stood at a step, as a random walk, and counted from its first checkpoint."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import zlib

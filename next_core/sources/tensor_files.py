@@ -1,7 +1,5 @@
 """Files of a checkpoint, read safely: JSON objects, and tensors through a memory map."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

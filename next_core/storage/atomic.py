@@ -1,7 +1,5 @@
 """Atomic writes: a reader sees the old state or the new one, never a part of either. No other module renames."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

@@ -1,7 +1,5 @@
 """Strict JSON, and files that grow by one JSON object a line, each with its checksum."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A lock that keeps a second process out of a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -5,8 +5,6 @@ file on purpose can change its manifest too, so a cryptographic digest would pro
 which next-core wrote before, are still verified.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Problems are raised as ``OSError`` or ``ValueError``; callers know what the file is for and add the remedy.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

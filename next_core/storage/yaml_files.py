@@ -1,7 +1,5 @@
 """Safe YAML within limits: duplicate keys are errors, and neither size, depth nor aliases can exhaust memory."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable
 from pathlib import Path

@@ -5,8 +5,6 @@ Under pytest, ``parametrize_with_checks`` makes each check a test. The kit makes
 seed (``lora_run``, ``dense_run``; on disk ``write_lora_run``).
 """
 
-from __future__ import annotations
-
 from next_core.testing.applier_checks import ApplierCase, check_applier
 from next_core.testing.backend_checks import BackendCase, check_backend
 from next_core.testing.check_runner import Check, CheckError, checks_of

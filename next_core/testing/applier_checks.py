@@ -1,7 +1,5 @@
 """Checks of appliers: the promises of ``WeightApplier``, tested with updates whose weight delta is known."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Checks of backends: the promises of ``Backend``, tested on short runs of a trainer that the caller chooses."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

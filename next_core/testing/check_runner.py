@@ -1,7 +1,5 @@
 """Run the checks of a plug-in one by one, or all at once with one error that lists every failure."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

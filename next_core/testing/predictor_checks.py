@@ -1,7 +1,5 @@
 """Checks of predictors: the promises of ``TrajectoryPredictor`` and ``Prediction``, tested on tiny runs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import pickle

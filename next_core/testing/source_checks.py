@@ -1,7 +1,5 @@
 """Checks of checkpoint sources: the promises of ``CheckpointSource``, tested on a run and on copies of its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import pickle

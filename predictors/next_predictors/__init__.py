@@ -1,7 +1,5 @@
 """The built-in predictors, registered through the same hook as third-party ones."""
 
-from __future__ import annotations
-
 from next_core.hookspecs import Register, hookimpl
 
 

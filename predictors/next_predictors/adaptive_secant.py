@@ -1,7 +1,5 @@
 """adaptive-secant: small jumps along the last motion, by a multiple that adapts to how straight the motion is."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

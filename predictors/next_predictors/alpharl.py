@@ -1,7 +1,5 @@
 """alpharl: fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

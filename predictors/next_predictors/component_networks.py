@@ -1,7 +1,5 @@
 """Networks that predict components of deltas: samples, settings and training. One per component and length."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping, Sequence

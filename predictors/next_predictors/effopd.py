@@ -1,7 +1,5 @@
 """effopd: jumps along the motion since the last power of two, as far as validation accuracy rises."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """ema-pull: pull the weights a little towards their own moving average."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """expo: move on from the backbone by a share of the motion so far."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from next_core.history.history import MatrixHistory

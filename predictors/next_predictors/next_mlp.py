@@ -1,7 +1,5 @@
 """next-mlp: the predictor of NExt (arXiv 2604.11446), small networks over rank-k components of deltas."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """random: a control that jumps as far as the run last moved, in a random direction."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 

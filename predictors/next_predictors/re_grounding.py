@@ -1,7 +1,5 @@
 """re-grounding: RL-Extra's cycle of a few RL steps and many extrapolated ones, with the paper's settings."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pydantic import Field

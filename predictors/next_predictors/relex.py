@@ -1,7 +1,5 @@
 """relex: continue the leading directions of a matrix's trajectory, each along a straight line in time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

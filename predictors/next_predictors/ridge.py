@@ -1,7 +1,5 @@
 """ridge: regress the coming motion on position and velocity, next-mlp's inputs without its network."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Self

@@ -1,7 +1,5 @@
 """rl-extra: RL-Extra's weight extrapolation with the paper's settings."""
 
-from __future__ import annotations
-
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
 from next_core.predictor import CoefficientConfig, Outcome, PerMatrixPredictor

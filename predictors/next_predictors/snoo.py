@@ -1,7 +1,5 @@
 """snoo: an outer optimizer with Nesterov momentum over the motions of K RL steps; Lookahead without momentum."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """stay: the control, which makes no jump."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from next_core.history.history import MatrixHistory

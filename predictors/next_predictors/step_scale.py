@@ -1,7 +1,5 @@
 """step-scale: the trainer's own steps, larger while their gradients agree and slowly smaller once they cancel."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar, Literal
 

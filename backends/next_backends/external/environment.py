@@ -1,7 +1,5 @@
 """The environment that a trainer is installed in: its variables, and what its own parser says about options."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

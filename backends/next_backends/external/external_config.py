@@ -1,7 +1,5 @@
 """Settings that the config blocks of external trainers have in common."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The lines of the trainer's log that explain a failure."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The trainer's process tree as one object: start it, ask how it is, report why it failed, end all of it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

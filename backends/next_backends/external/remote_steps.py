@@ -1,7 +1,5 @@
 """The optimizer steps of a trainer in another process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

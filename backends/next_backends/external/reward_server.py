@@ -1,7 +1,5 @@
 """The run config's reward, served to trainers over HTTP."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

@@ -4,8 +4,6 @@
 its end included, ends the trainer. Standard output is the trainer's log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

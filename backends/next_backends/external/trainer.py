@@ -1,7 +1,5 @@
 """One running trainer, which trains until it is to pause, and then takes requests."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """OpenRLHF in an environment of its own, driven from outside."""
 
-from __future__ import annotations
-
 from next_backends.openrlhf.openrlhf_backend import OpenRlhfBackend
 
 __all__ = ["OpenRlhfBackend"]

@@ -1,7 +1,5 @@
 """The block `backend: {name: openrlhf, ...}` of a run config."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator

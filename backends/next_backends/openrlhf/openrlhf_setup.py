@@ -1,7 +1,5 @@
 """What all OpenRLHF processes of one run share: prompts, rewards, command line, launch settings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

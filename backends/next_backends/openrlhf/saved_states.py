@@ -1,7 +1,5 @@
 """What OpenRLHF leaves on disk: DeepSpeed's states, from which a trainer resumes, and models that it never removes."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of a schedule against the trainer's arguments, before training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

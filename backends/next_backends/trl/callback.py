@@ -1,7 +1,5 @@
 """``PredictExtendCallback``: jumps in any TRL trainer by one more line."""
 
-from __future__ import annotations
-
 import datetime
 import logging
 from collections.abc import Callable, Mapping

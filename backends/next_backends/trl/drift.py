@@ -1,7 +1,5 @@
 """Whether the processes of a run hold the same bits of what each of them holds as a whole."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """A folder that holds an earlier run when a training begins at step 0: the same script was started again."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from itertools import count

@@ -1,7 +1,5 @@
 """Accuracy of a policy: exactly, where the right answer is one string, or by verified greedy completions."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The checkpoints and jumps of a model that trains in this process: written, read again, moved by and undone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial

@@ -1,7 +1,5 @@
 """The rewards that a trainer logs, with their standard errors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """``evaluate="reward"``: the probe is the trainer's own reward of greedy completions."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from itertools import islice

@@ -1,7 +1,5 @@
 """A run of several processes: process 0 watches and decides, and the others carry out their part."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

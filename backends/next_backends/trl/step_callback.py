@@ -1,7 +1,5 @@
 """Connects transformers' callback events to a backend that trains from a config."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The trained tensors of a live model by the names in their files, and the files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The trainer that runs a callback, and its log."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from types import FrameType

@@ -1,7 +1,5 @@
 """TRL's GRPO and RLOO trainers as the predict-extend cycle sees them: a live model, observed and moved in place."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence

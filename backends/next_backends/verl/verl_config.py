@@ -1,7 +1,5 @@
 """The block `backend: {name: verl, ...}` of a run config."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import ConfigDict, Field

@@ -1,7 +1,5 @@
 """What all verl processes of one run share: prompts, rewards, overrides, launch settings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -71,8 +71,9 @@ class CompareConfig(Settings):
                 raise ValueError(f"arms: {name} is the name of a control, or of another arm; choose another")
             taken.add(name.casefold())
         blocks = {"run": self.run} | {f"arms.{name}": arm for name, arm in self.arms.items()}
-        for wrong in (f"{where}.{key}" for where, block in blocks.items() for key in OURS if key in block):
-            raise ValueError(f"{wrong}: this is set for all arms; see the keys of a comparison")
+        wrong = [f"{where}.{key}" for where, block in blocks.items() for key in OURS if key in block]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: this is set for all arms; see the keys of a comparison")
         return self
 
 

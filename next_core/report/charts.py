@@ -18,10 +18,21 @@ Over = Literal["steps", "seconds"]
 X = {"steps": Axis("RL step", 0), "seconds": Axis("seconds of training, evaluation excluded", 0)}
 MOST_POINTS = 50  # A longer log is averaged over neighbouring records
 STUDENT = 1.96
-# Figures that are 1 for a straight line
-SHARES = ["squared_energy_ratio_global", "squared_energy_ratio_local", "energy_ratio_global", "energy_ratio_local"]
-SHARES += ["c1_r2", "top_1_share", "line_r2", "line_skill", "pinned_skill", "line_r2_out", "cosine_local"]
-SHARES += ["straightness"]
+SHARES = (
+    "squared_energy_ratio_global",
+    "squared_energy_ratio_local",
+    "energy_ratio_global",
+    "energy_ratio_local",
+    "c1_r2",
+    "top_1_share",
+    "line_r2",
+    "line_skill",
+    "pinned_skill",
+    "line_r2_out",
+    "cosine_local",
+    "straightness",
+)
+"""Figures that are 1 for a straight line."""
 
 
 def learning_curve(recorded: Recorded) -> Chart | str:

@@ -3,6 +3,7 @@
 torch unpickles the metadata without restriction. Here only the classes that torch writes into it are allowed.
 """
 
+import enum
 import functools
 import io
 import math
@@ -38,9 +39,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib":
             return PurePosixPath  # where the checkpoint was written
+        if (module, name) == ("builtins", "getattr"):  # so Python before 3.11.4 pickles the members of enumerations
+            return _member
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> enum.Enum:
+    """Return a member of an enumeration, and no other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"it names {name} of {kind}")
+    return kind[name]
 
 
 def open_distributed(folder: Path, allow_pickle: bool = False) -> TensorFile:

@@ -1,5 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint, saved by torch and accelerate in two processes, are read exactly."""
 
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from next_core import open_checkpoints
-from next_core.sources.distributed_files import METADATA, DistributedFile
+from next_core.sources.distributed_files import METADATA, DistributedFile, _MetadataUnpickler
 from tests.backends.trl.launch import Launch
 from tests.errors import raises_kind
 from tests.sources.models import Hostile, adapter, model
@@ -116,6 +118,27 @@ def test_damaged_and_hostile_metadata_are_refused(tmp_path: Path, break_it: Call
     with raises_kind(kind, tmp_path):
         DistributedFile(path)
     assert not (tmp_path / "ran").exists()
+
+
+class Attribute:
+    """Pickled as an attribute of something, as Python before 3.11.4 pickles the members of enumerations."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.parts = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.parts
+
+
+def test_attributes_in_metadata_are_members_of_enumerations_only() -> None:
+    def load(of: Any, name: str) -> Any:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(of, name)))).load()
+
+    format_ = next(iter(_MEM_FORMAT_ENCODING))
+    assert load(_MEM_FORMAT_ENCODING, format_.name) is format_
+    for of, name in ((_MEM_FORMAT_ENCODING, "__init__"), (Metadata, "__init__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            load(of, name)
 
 
 def test_damaged_data_are_refused(tmp_path: Path) -> None:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from next_core.appliers.safetensors_writer import TensorWriter, entry_of
+from next_core.errors import BackendError
 from next_core.live_weights.trained_weights import TrainedWeights
 from next_core.storage.atomic import atomic_file
+
+GROUP_STEP = "group/step"
+"""The name of a parameter group's step among the moments of its weights."""
 
 
 @dataclass(frozen=True)
 class KeptState:
     """Copies of this process's shards on the CPU, and of each one's optimizer state, empty before the first step.
 
-    Numbers of a state, such as the step of transformers' Adafactor, are kept as tensors of one element.
+    Numbers of a state, such as the step of transformers' Adafactor, are kept as tensors of one element, and so is the
+    step that some optimizers count in a parameter group.
     """
 
     weights: Sequence[Tensor]
@@ -26,11 +31,12 @@ class KeptState:
 
     @classmethod
     def of(cls, weights: TrainedWeights) -> KeptState:
-        kept, shards = (Tensor, int, float), weights.shards
-        moments = [
-            {key: _copy(value) for key, value in weights.state(shard).items() if isinstance(value, kept)}
-            for shard in shards
-        ]
+        check_state(weights)
+        kept, shards, moments = (Tensor, int, float), weights.shards, []
+        for shard in shards:
+            state, group = weights.state(shard), weights.group(shard)
+            moments.append({key: _copy(value) for key, value in state.items() if isinstance(value, kept)})
+            moments[-1] |= {GROUP_STEP: _copy(group["step"])} if "step" in group else {}
         return cls([_copy(shard.tensor) for shard in shards], moments)
 
     @torch.no_grad()
@@ -39,13 +45,14 @@ class KeptState:
         for shard, kept, moments in zip(weights.shards, self.weights, self.moments, strict=True):
             shard.tensor.copy_(kept)
             state = weights.state(shard)
-            if not moments:
+            if not moments.keys() - {GROUP_STEP}:
                 state.clear()
             for key, value in moments.items():
-                if isinstance(state[key], Tensor):
-                    local(state[key]).copy_(value)
+                holder, name = (weights.group(shard), "step") if key == GROUP_STEP else (state, key)
+                if isinstance(holder[name], Tensor):
+                    local(holder[name]).copy_(value)
                 else:
-                    state[key] = value.item()
+                    holder[name] = value.item()
         weights.publish(moments=True)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -77,6 +84,18 @@ class KeptState:
         if held != wanted:
             raise ValueError(f"its weights have the shapes {held[:3]}..., this process's {wanted[:3]}...")
         return cls(weights, moments)
+
+
+def check_state(weights: TrainedWeights) -> None:
+    """Raise ``BackendError`` where the optimizer's state holds what cannot be kept, such as a list of tensors."""
+    for shard in weights.shards:
+        for key, value in weights.state(shard).items():
+            if not isinstance(value, Tensor | int | float | str | None):
+                raise BackendError(
+                    f"{type(weights.optimizer).__name__} keeps a {type(value).__name__} as '{key}' in its state, which "
+                    "no rollback could restore; choose another optimizer, such as AdamW",
+                    kind="backend-unsupported",
+                )
 
 
 def local(tensor: Tensor) -> Tensor:

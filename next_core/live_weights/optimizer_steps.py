@@ -15,7 +15,7 @@ from torch import Tensor
 from next_core.errors import BackendError, CheckpointError, describe
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
-from next_core.live_weights.kept_state import local
+from next_core.live_weights.kept_state import check_state, local
 from next_core.live_weights.kept_states import KeptStates
 from next_core.live_weights.live_model import kept_file
 from next_core.live_weights.processes import Processes, everywhere
@@ -53,17 +53,11 @@ class OptimizerSteps(TrainerSteps):
     ) -> None:
         self._trained, self.processes = weights, processes
         self._optimizer = weights.optimizer
-        if not isinstance(self._optimizer, torch.optim.Optimizer):
+        reason = why_not(self._optimizer)
+        if reason is not None:
             raise BackendError(
-                f"the optimizer is a {type(self._optimizer).__name__}, and steps can be scaled only for one of "
-                "torch.optim's kind; choose a predictor that jumps, such as 'adaptive-secant'",
-                kind="backend-unsupported",
-            )
-        # A schedule-free optimizer trains at other weights than it returns; Prodigy and D-Adaptation set their rate.
-        if hasattr(self._optimizer, "eval") or "d" in self._optimizer.param_groups[0]:
-            raise BackendError(
-                f"{type(self._optimizer).__name__} needs no learning rate, and its steps cannot be scaled; choose "
-                "AdamW, or a predictor that jumps, such as 'adaptive-secant'",
+                f"{type(self._optimizer).__name__} {reason}, and its steps cannot be scaled; choose AdamW, or a "
+                "predictor that jumps, such as 'adaptive-secant'",
                 kind="backend-unsupported",
             )
         shards = weights.shards
@@ -89,6 +83,13 @@ class OptimizerSteps(TrainerSteps):
         self._scheduled = [float(group["lr"]) for group in self._groups]
         self._used = list(self._scheduled)
         self._stepped, self._coasting = False, True
+        self._depth = 0
+        """How many calls of ``step`` are under way: a subclass may call its parent's, and each calls the hooks."""
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+        """The groups whose rates are multiplied now, with the scheduler's."""
+        for hook in list(self._optimizer._optimizer_step_pre_hooks.values()):
+            if isinstance(earlier := getattr(hook, "__self__", None), OptimizerSteps):
+                earlier.close()  # of a training that failed
         self._hooks = (
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -100,23 +101,35 @@ class OptimizerSteps(TrainerSteps):
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._restore_rates()  # which an error within a step left multiplied
         self._states.close()
 
     def _before_step(self, *_: Any) -> None:
         """Multiply the rates. DeepSpeed steps one group or one part of a group at a time."""
+        self._depth += 1
+        if self._depth > 1:
+            return
         for index, group in self._stepping():
             self._scheduled[index] = float(group["lr"])
+            self._rates.append((group, group["lr"]))
             group["lr"] = group["lr"] * self.multiple
             self._used[index] = float(group["lr"])
             gradients = (local(p.grad) for p in group["params"] if p.grad is not None)
             self._coasting = self._coasting and not any(bool(gradient.any()) for gradient in gradients)
 
     def _after_step(self, *_: Any) -> None:
-        for index, group in self._stepping():
-            group["lr"] = self._scheduled[index]
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._restore_rates()
         # A fused optimizer is called at a gradient that overflowed in fp16, too, and skips it by itself.
         skipped = getattr(self._optimizer, "found_inf", None)
         self._stepped = skipped is None or not bool(skipped)
+
+    def _restore_rates(self) -> None:
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates.clear()
 
     def _stepping(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the groups that the optimizer steps on now, with their places among all groups."""
@@ -143,6 +156,8 @@ class OptimizerSteps(TrainerSteps):
             return
         self._stepped = False
         self._updates += 1
+        if self._updates == 1:
+            check_state(self._trained)
         momentum, corrected = self._momentum()
         now, before, last = self._sample(weights), self._weights, self._update
         # A scheduler's warm-up begins at a rate of zero, and such a step moves nothing.
@@ -314,6 +329,22 @@ class OptimizerSteps(TrainerSteps):
     def _sample(self, weights: Sequence[Tensor]) -> Tensor:
         parts = [vector.index_select(0, at) for vector, at in zip(weights, self._places, strict=True)]
         return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
+
+
+def why_not(optimizer: Any) -> str | None:
+    """Return why the steps of an optimizer are not in proportion to its learning rate; None where they are."""
+    if not getattr(
+        getattr(type(optimizer), "step", None), "hooked", False
+    ):  # set by torch.optim.Optimizer's constructor
+        return "is not one of torch.optim's kind"
+    if hasattr(optimizer, "fused_backward"):
+        return "steps while gradients are computed"
+    # Schedule-free optimizers train at other weights than they return. Prodigy, D-Adaptation and Adafactor bound or set
+    # their rate themselves.
+    own = isinstance(optimizer, torch.optim.Rprop | torch.optim.ASGD | torch.optim.LBFGS) or hasattr(optimizer, "eval")
+    if own or "d" in optimizer.param_groups[0] or optimizer.param_groups[0]["lr"] is None:
+        return "has rates of its own"
+    return None
 
 
 def _foreach(act: Callable[..., Any], tensors: list[Tensor], *arguments: Any) -> None:

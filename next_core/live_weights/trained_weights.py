@@ -57,6 +57,11 @@ class TrainedWeights(ABC):
         found: dict[str, Any] = getattr(self.optimizer, "state", {}).get(shard.key, {})
         return found
 
+    def group(self, shard: Shard) -> dict[str, Any]:
+        """Return the optimizer's parameter group of a shard; empty without an optimizer."""
+        groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", None) or [{}]
+        return groups[shard.group]
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return one whole weight in the precision that it trains in; the same in every process, and not a copy."""
@@ -109,6 +114,8 @@ class WholeWeights(TrainedWeights):
             return
         tensors = [shard.tensor.detach() for shard in self._all]
         states = [self.state(shard) for shard in self._all] if moments else []
+        counting = [group for group in self.optimizer.param_groups if "step" in group] if moments else []
+        states += (counted := [{"step": group["step"]} for group in counting])
         held = [{key: None if isinstance(value, Tensor) else value for key, value in state.items()} for state in states]
         for state, theirs in zip(states, self._processes.share(held), strict=True):
             if not theirs:  # process 0 went back to a new optimizer
@@ -116,3 +123,5 @@ class WholeWeights(TrainedWeights):
             state |= {key: value for key, value in theirs.items() if value is not None}
             tensors += [state[key] for key, value in theirs.items() if value is None]
         self._processes.broadcast_tensors(tensors)
+        for group, step in zip(counting, counted, strict=True):
+            group |= step

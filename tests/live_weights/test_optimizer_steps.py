@@ -6,12 +6,13 @@ import gc
 import math
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from next_core.live_weights.kept_state import KeptState
 from next_core.live_weights.optimizer_steps import OptimizerSteps, sample_indices
@@ -30,12 +31,13 @@ class Run:
         windows: tuple[int, ...] = (),
         rows: int = SHAPE[0],
         folder: Path | None = None,
-        **adam: float,
+        kind: Any = torch.optim.AdamW,
+        **settings: Any,
     ) -> None:
         self.model = nn.Linear(SHAPE[1], rows, bias=False)
         with torch.no_grad():
             self.model.weight.zero_()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0, **adam)
+        self.optimizer = kind(self.model.parameters(), lr=rate, weight_decay=0, **settings)
         self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows, folder=folder)
 
     @property
@@ -333,12 +335,15 @@ def test_a_step_that_the_trainer_skips_is_no_motion() -> None:
     assert torch.equal(run.steps.products(), other.steps.products())
 
 
-def test_an_optimizer_that_is_not_torchs_is_refused() -> None:
-    class Foreign:
-        param_groups: ClassVar[list[dict[str, Any]]] = []
+class Wrapper(torch.optim.Optimizer):
+    """Calls the ``step`` of the optimizer it wraps, and not torch's constructor: its hooks are never called."""
 
-    with raises_kind("backend-unsupported", "Foreign", "adaptive-secant"):
-        OptimizerSteps(WholeWeights(nn.Linear(2, 2), Foreign()))
+    def __init__(self, params: Any, lr: float) -> None:
+        self.optimizer = torch.optim.AdamW(params, lr=lr)
+        self.param_groups = self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -347,18 +352,65 @@ class ScheduleFree(torch.optim.SGD):
     def eval(self) -> None: ...
 
 
-def test_a_schedule_free_optimizer_is_refused() -> None:
+class Adam(torch.optim.AdamW):
+    """Calls the ``step`` of its class within its own: torch calls the hooks of both."""
+
+    def step(self, closure: Any = None) -> Any:
+        if self.param_groups[0]["lr"] > 1e3:
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in the parameter group and divides by them; may keep a list in its state."""
+
+    kept: Any = 0.0
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                self.state[parameter] = {"kept": self.kept}
+                parameter.data -= group["lr"] * parameter.grad / group["step"]
+
+
+@pytest.mark.parametrize("kind", [Wrapper, ScheduleFree, Adafactor, torch.optim.Rprop])
+def test_an_optimizer_whose_steps_do_not_follow_its_rate_is_refused(kind: Any) -> None:
     model = nn.Linear(2, 2)
-    with raises_kind("backend-unsupported", "ScheduleFree"):
-        OptimizerSteps(WholeWeights(model, ScheduleFree(model.parameters(), lr=0.1)))
+    with raises_kind("backend-unsupported", kind.__name__, "adaptive-secant"):
+        OptimizerSteps(WholeWeights(model, kind(model.parameters(), lr=None if kind is Adafactor else 0.1)))
 
 
-def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(tmp_path: Path, folder: Path | None) -> None:
-    from transformers.optimization import Adafactor
+def test_a_step_within_a_step_is_multiplied_once_and_an_error_leaves_no_rate_multiplied() -> None:
+    run, plain = Run(kind=Adam), Run()
+    run.steps.multiple = 3.0
+    for one in (run, plain):
+        one.step(torch.ones(SHAPE))
+    torch.testing.assert_close(run.weight, 3 * plain.weight)
+    run.steps.multiple = 1e9
+    with pytest.raises(KeyboardInterrupt):
+        run.step(torch.ones(SHAPE))
+    steps = OptimizerSteps(WholeWeights(run.model, run.optimizer))  # of the next training
+    before, steps.multiple = run.weight, 2.0
+    run.step(torch.ones(SHAPE))
+    assert run.optimizer.param_groups[0]["lr"] == 0.1
+    assert float((run.weight - before).abs().max()) == pytest.approx(0.2, rel=0.01)
 
+
+def test_a_state_that_no_rollback_could_restore_is_refused_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "kept", [torch.zeros(1)])
+    with raises_kind("backend-unsupported", "Counting", "'kept'", "list"):
+        Run(kind=Counting).step(torch.ones(SHAPE))
+
+
+@pytest.mark.parametrize("kind", [Adafactor, Counting])
+def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(
+    tmp_path: Path, folder: Path | None, kind: Any
+) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 8), torch.randn(64, 8)
-    optimizer = Adafactor(model.parameters(), lr=0.01, relative_step=False, scale_parameter=False)
+    settings = {"relative_step": False, "scale_parameter": False} if kind is Adafactor else {}
+    optimizer = kind(model.parameters(), lr=0.01, **settings)
     steps = OptimizerSteps(WholeWeights(model, optimizer), folder=folder)
 
     def train(count: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.interfaces import Applied, CheckpointSource, Prediction
 from next_core.interfaces.trainer_steps import TrainerSteps
 from next_core.run_config import RunConfig
@@ -51,10 +51,7 @@ class Backend(Plugin):
 
         Then no checkpoint is taken. Raises ``BackendError`` where the optimizer cannot be reached.
         """
-        raise BackendError(
-            f"backend '{self.name}' cannot scale the steps of its trainer; choose a predictor that jumps",
-            kind="backend-unsupported",
-        )
+        raise unsupported(f"backend '{self.name}' cannot scale the steps of its trainer; choose a predictor that jumps")
 
     @property
     def steps(self) -> TrainerSteps:

@@ -84,6 +84,16 @@ class BackendError(NextCoreError):
     exit_code = 6
 
 
+def unsupported(message: str) -> BackendError:
+    """Return the error for what a trainer or its backend cannot do."""
+    return BackendError(message, kind="backend-unsupported")
+
+
+def trainer_lost(message: str) -> BackendError:
+    """Return the error for a trainer's process that has ended or does not answer."""
+    return BackendError(message, kind="backend-process-lost")
+
+
 class StorageError(NextCoreError, OSError):
     """The disk is full or not writable; everything that was complete before is still there."""
 

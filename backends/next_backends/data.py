@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next_core.errors import ConfigError, describe
+from next_core.errors import ConfigError, contradiction, describe
 from next_core.run_config import DATA_FILES, HubDataset
 from next_core.sources.hub import hub_folder
 from next_core.storage.reading import read_text
@@ -26,9 +26,7 @@ def read_splits(training: TrainingSettings) -> dict[str, Rows]:
     found = {split: read_rows(path) for split, path in files.items() if path is not None}
     for split, rows in found.items():
         if training.evaluation == "likelihood" and is_chat(rows):
-            raise ConfigError(
-                f"the {split} prompts are conversations; set training.evaluation: generate", kind="config-contradiction"
-            )
+            raise contradiction(f"the {split} prompts are conversations; set training.evaluation: generate")
     return found
 
 

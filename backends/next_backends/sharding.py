@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.live_weights.kept_state import local
 from next_core.live_weights.processes import Processes
 from next_core.live_weights.trained_weights import Shard, TrainedWeights, WholeWeights
@@ -35,15 +35,13 @@ def sharded_by_dtensor(model: nn.Module) -> bool:
         return False
     name, parameter = sharded[0]
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise BackendError(
-            f"'{name}' is sharded over the processes, but not by FSDP2; load the model without tp_plan or device mesh",
-            kind="backend-unsupported",
+        raise unsupported(
+            f"'{name}' is sharded over the processes, but not by FSDP2; load the model without tp_plan or device mesh"
         )
     if parameter.device_mesh.ndim > 1:
-        raise BackendError(
+        raise unsupported(
             f"'{name}' is sharded over a device mesh of {parameter.device_mesh.ndim} dimensions; use FSDP2 over all "
-            "processes, without replicas, tensor or context parallelism",
-            kind="backend-unsupported",
+            "processes, without replicas, tensor or context parallelism"
         )
     return True
 
@@ -118,19 +116,17 @@ class ZeroWeights(TrainedWeights):
         name = type(zero).__name__
         missing = [part for part in _REACHED.get(name, ("known masters",)) if not hasattr(zero, part)]
         if missing:
-            raise BackendError(
+            raise unsupported(
                 f"DeepSpeed trains with {name}, which has no {missing[0]}; use plain ZeRO stage 1, 2 or 3 of version "
-                "0.19",
-                kind="backend-unsupported",
+                "0.19"
             )
         self._third = _REACHED[name] is _STAGE_3
         self.forward_needs_all = self._third
         on_disk = any(getattr(zero, part, False) for part in ("swap_optimizer", "params_in_nvme_and_cpu"))
         if on_disk or getattr(zero, "partial_offload", 1.0) not in (0.0, 1.0):
-            raise BackendError(
+            raise unsupported(
                 "DeepSpeed keeps a part of the weights or moments on NVMe, or the optimizer partly on the CPU "
-                "(`ratio`); offload to the CPU as a whole or not at all",
-                kind="backend-unsupported",
+                "(`ratio`); offload to the CPU as a whole or not at all"
             )
 
     @property

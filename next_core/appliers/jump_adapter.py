@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_tensors import factor_keys, is_expert
 
@@ -45,10 +45,9 @@ def adapter_settings(deltas: Mapping[str, LowRank]) -> dict[str, Any]:
     """
     expert = next(filter(is_expert, deltas), None)
     if expert is not None:
-        raise BackendError(
+        raise unsupported(
             f"'{expert}' is one expert of a fused layer, which an adapter of its own cannot move: use a coefficient "
-            "predictor with space: factors",
-            kind="backend-unsupported",
+            "predictor with space: factors"
         )
     moved = {name.removesuffix(".weight"): delta.rank for name, delta in deltas.items() if delta.rank > 0}
     return {

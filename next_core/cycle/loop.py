@@ -16,7 +16,7 @@ from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
 from next_core.cycle.retention import Retention
 from next_core.cycle.scaling import StepScaling
-from next_core.errors import BackendError, CheckpointError, GuardError
+from next_core.errors import BackendError, CheckpointError, GuardError, unsupported
 from next_core.history.executor import Executor
 from next_core.history.history import History
 from next_core.interfaces import Applied, Compressor
@@ -155,7 +155,7 @@ class PredictExtendCycle:
             return
         if not self.backend.forgets:
             message = f"keep: needed is not supported by backend '{self.backend.name}'; set keep: all"
-            raise BackendError(message, kind="backend-unsupported")
+            raise unsupported(message)
         if self._retention.reads is None:
             message = "keep: needed deletes nothing before the last jump: '%s' reads all checkpoints"
             logging.getLogger(__name__).warning(message, predictor.name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from next_core.appliers.jump_adapter import adapter_settings, balanced
-from next_core.errors import BackendError, describe
+from next_core.errors import BackendError, describe, unsupported
 from next_core.mathematics.low_rank import LowRank
 from next_core.process.containment import same_random_states
 from next_core.sources.layouts import JUMP_PREFIX
@@ -24,9 +24,7 @@ def trained_adapter(model: Any) -> str:
     """Return the name of the adapter that trains."""
     names = [name for name in _active(model) if not name.startswith(JUMP_PREFIX)]
     if len(names) != 1:
-        raise BackendError(
-            f"the active adapters to train are {names or 'none'}; activate exactly one", kind="backend-unsupported"
-        )
+        raise unsupported(f"the active adapters to train are {names or 'none'}; activate exactly one")
     return names[0]
 
 
@@ -67,9 +65,8 @@ def add_frozen_adapter(model: Any, name: str, deltas: Mapping[str, LowRank]) -> 
     elif tied and any(".lora_embedding_A." in name for name, _ in model.named_parameters()):
         reason = "with ensure_weight_tying its head and embedding share factors, and a jump would move the head alone"
     if reason is not None:
-        raise BackendError(
-            f"this model takes no jump adapter: {reason}; {FACTORS_INSTEAD}, or start from a merged model",
-            kind="backend-unsupported",
+        raise unsupported(
+            f"this model takes no jump adapter: {reason}; {FACTORS_INSTEAD}, or start from a merged model"
         )
     settings = adapter_settings(deltas)
     config = LoraConfig(**settings, task_type=trained.task_type, fan_in_fan_out=trained.fan_in_fan_out)
@@ -113,10 +110,9 @@ def rehearse_adapter(model: Any) -> None:
     except BackendError:
         raise
     except Exception as error:  # PEFT has no class of errors for what it cannot do
-        raise BackendError(
+        raise unsupported(
             "this model takes no second adapter next to the trained one, which a jump in merged space needs "
-            f"({describe(error)}): {FACTORS_INSTEAD}",
-            kind="backend-unsupported",
+            f"({describe(error)}): {FACTORS_INSTEAD}"
         ) from error
 
 

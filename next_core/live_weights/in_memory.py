@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import BackendError
+from next_core.errors import BackendError, unsupported
 from next_core.interfaces import Applied, Prediction, WeightApplier
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
@@ -114,19 +114,17 @@ class InMemoryApplier(WeightApplier):
 
 def _in_full_precision(name: str, value: Tensor) -> Tensor:
     if value.dtype not in (torch.float32, torch.float64):
-        raise BackendError(
+        raise unsupported(
             f"'{name}' is {value.dtype}, whose rounding would lose most of a small jump; load the model in float32, or "
-            "train LoRA",
-            kind="backend-unsupported",
+            "train LoRA"
         )
     return value
 
 
 def _as_low_rank(name: str, delta: LowRank | Tensor) -> LowRank:
     if not isinstance(delta, LowRank):
-        raise BackendError(
-            f"the jump of '{name}' is a dense matrix, which no adapter can hold; use a predictor with low-rank updates",
-            kind="backend-unsupported",
+        raise unsupported(
+            f"the jump of '{name}' is a dense matrix, which no adapter can hold; use a predictor with low-rank updates"
         )
     return delta
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError, CheckpointError, describe
+from next_core.errors import CheckpointError, describe, unsupported
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 from next_core.live_weights.kept_state import check_state, local
@@ -55,10 +55,9 @@ class OptimizerSteps(TrainerSteps):
         self._optimizer = weights.optimizer
         reason = why_not(self._optimizer)
         if reason is not None:
-            raise BackendError(
+            raise unsupported(
                 f"{type(self._optimizer).__name__} {reason}, and its steps cannot be scaled; choose AdamW, or a "
-                "predictor that jumps, such as 'adaptive-secant'",
-                kind="backend-unsupported",
+                "predictor that jumps, such as 'adaptive-secant'"
             )
         shards = weights.shards
         places = sample_indices([shard.tensor.numel() for shard in shards], SAMPLE)

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from next_core.errors import BackendError, NextCoreError, describe
+from next_core.errors import BackendError, NextCoreError, describe, trainer_lost
 
 Answer = TypeVar("Answer")
 Owner = TypeVar("Owner")
@@ -224,15 +224,13 @@ class Processes:
             yield
         except RuntimeError as error:
             if time.monotonic() - start >= self.timeout:
-                raise BackendError(
+                raise trainer_lost(
                     f"process {self.index} waited {self.timeout:g} s for {whom} {where}; if a probe (`evaluate`) or a "
-                    "fit takes that long, set the trainer's ddp_timeout higher",
-                    kind="backend-process-lost",
+                    "fit takes that long, set the trainer's ddp_timeout higher"
                 ) from error
-            raise BackendError(
+            raise trainer_lost(
                 f"process {self.index} lost the others {where}: one of them has ended, and its own output says why; "
-                "resume from the last checkpoint",
-                kind="backend-process-lost",
+                "resume from the last checkpoint"
             ) from error
 
 

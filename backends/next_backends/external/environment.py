@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import ConfigError
+from next_core.errors import ConfigError, invalid_value
 
 ANSWER = "next-core answer: "
 """How the line of a script begins that answers ``ask``; its libraries print other lines."""
@@ -58,5 +58,5 @@ def ask(config: Any, library: str, version: str, script: Path, options: Sequence
         return answer
     last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
     if done.returncode == REFUSED:
-        raise ConfigError(f"{library} refuses the command line: {last}", kind="config-invalid-value")
+        raise invalid_value(f"{library} refuses the command line: {last}")
     raise wrong_environment(f"cannot parse {library}'s command line: {last}")

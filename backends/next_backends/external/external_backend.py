@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from next_backends.external.trainer_setup import TrainerSetup
 from next_backends.history_folder import JumpAdapter
 from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
 from next_core.backend import Backend, LoggedReward
-from next_core.errors import BackendError, describe
+from next_core.errors import BackendError, describe, trainer_lost, unsupported
 from next_core.interfaces import Applied, Prediction
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
@@ -40,6 +40,9 @@ class ExternalBackend(Backend):
 
     in_process = False
     scales_steps = True
+    setup_class: ClassVar[type[TrainerSetup]]
+    program: ClassVar[str]
+    """The trainer's own command line, as Python finds it."""
 
     def __init__(self, config: Settings) -> None:
         super().__init__(config)
@@ -51,10 +54,6 @@ class ExternalBackend(Backend):
         self._at = 0
         self._steps: RemoteSteps | None = None
         self._open = contextlib.ExitStack()
-
-    @abstractmethod
-    def make_setup(self, run: RunConfig, out: Path) -> TrainerSetup:
-        """Check what needs no trainer, and return what all its processes share."""
 
     @abstractmethod
     def check_options(self) -> None:
@@ -82,7 +81,7 @@ class ExternalBackend(Backend):
 
     def prepare(self, run: RunConfig, out: Path, resume: bool = False) -> int:
         """Check all that needs no GPU, by the trainer's own parser too. The trainer starts later."""
-        self._setup = setup = self.make_setup(run, out)
+        self._setup = setup = self.setup_class(run, self.config, out)
         self._open.callback(setup.close)
         self._open.callback(self._end)
         setup.serve_rewards()
@@ -204,13 +203,16 @@ class ExternalBackend(Backend):
         sampled = self._setup.run.training.evaluation == "likelihood"
         return {} if found is None else {"sampled" if sampled else "greedy": found}
 
+    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
+        return {"command line": [self.program, *self.setup_class(run, self.config, out).options(0)]}
+
     def close(self) -> None:
         self._open.close()
 
     @property
     def _running(self) -> Trainer:
         if self._trainer is None:
-            raise BackendError("no trainer is running: it was ended or has failed", kind="backend-process-lost")
+            raise trainer_lost("no trainer is running: it was ended or has failed")
         return self._trainer
 
     def _load(self, step: int, schedule: int = 0) -> None:
@@ -271,8 +273,7 @@ def split_updates(prediction: Prediction, alpha: float, lora: bool) -> tuple[dic
         elif isinstance(delta, LowRank):
             frozen[name] = delta
         else:
-            raise BackendError(
-                f"the jump of '{name}' is dense, which a LoRA run cannot hold; use a predictor of low rank",
-                kind="backend-unsupported",
+            raise unsupported(
+                f"the jump of '{name}' is dense, which a LoRA run cannot hold; use a predictor of low rank"
             )
     return shift, frozen

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from next_backends.external import supervisor
 from next_backends.external.log import excerpt
-from next_core.errors import BackendError
+from next_core.errors import BackendError, trainer_lost
 
 GRACE = 10.0
 """Seconds from SIGTERM to SIGKILL."""
@@ -86,10 +86,7 @@ class TrainerProcess:
                 how += f" ({signal.Signals(status - 128).name}{', often out of memory' if status == 137 else ''})"
         lines = excerpt(self.log)
         last = "\n".join(["its last lines:", *lines]) if lines else "it wrote nothing"
-        raise BackendError(
-            f"the trainer ended {f'{ended}, ' if ended else ''}{how}; full log: {self.log}; {last}",
-            kind="backend-process-lost",
-        )
+        raise trainer_lost(f"the trainer ended {f'{ended}, ' if ended else ''}{how}; full log: {self.log}; {last}")
 
     def stop(self) -> None:
         """End all processes and wait until none is left; does nothing when repeated.
@@ -105,9 +102,7 @@ class TrainerProcess:
             self._supervisor.wait(self._grace + KILL_TIME)
         except subprocess.TimeoutExpired:
             pids = ", ".join(map(str, leftovers(self.token)))
-            raise BackendError(
-                f"the trainer's processes {pids} do not end; end them by hand", kind="backend-process-lost"
-            ) from None
+            raise trainer_lost(f"the trainer's processes {pids} do not end; end them by hand") from None
         if self._supervisor.returncode < 0:  # the supervisor itself was killed
             supervisor.end_all(self.token, self._grace)
             shutil.rmtree(self._scratch, ignore_errors=True)

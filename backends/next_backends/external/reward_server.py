@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import BackendError, CheckpointError, NextCoreError, describe
+from next_core.errors import BackendError, CheckpointError, NextCoreError, describe, trainer_lost
 from next_core.rewards import RewardFunction, make_reward
 from next_core.run_config import TrainingSettings
 
@@ -62,9 +62,8 @@ class RewardProcess:
         try:
             received = self.connection.recv()
         except (EOFError, OSError):
-            raise BackendError(
-                f"the process that serves rewards has ended with status {self._process.wait()}; its output says why",
-                kind="backend-process-lost",
+            raise trainer_lost(
+                f"the process that serves rewards has ended with status {self._process.wait()}; its output says why"
             ) from None
         if isinstance(received, NextCoreError):
             raise received

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from next_backends.external.trainer_setup import TrainerSetup
-from next_core.errors import BackendError
+from next_core.errors import BackendError, trainer_lost
 
 TICK = 0.05
 """Seconds between looks at the trainer."""
@@ -106,9 +106,7 @@ class Trainer:
         while self.process.running:
             self._wait()
             if time.monotonic() > deadline:
-                raise BackendError(
-                    f"the trainer does not end; its log: {self.process.log}", kind="backend-process-lost"
-                )
+                raise trainer_lost(f"the trainer does not end; its log: {self.process.log}")
         self.process.check()
 
     def _wait_for_pause(self, deadline: float = float("inf")) -> int:
@@ -133,9 +131,7 @@ class Trainer:
             if ended:
                 self.process.check("while it was needed")
             if time.monotonic() > deadline:
-                raise BackendError(
-                    f"the trainer was not ready in time; its log: {self.process.log}", kind="backend-process-lost"
-                )
+                raise trainer_lost(f"the trainer was not ready in time; its log: {self.process.log}")
             self._wait(self._caller or self._listener)
 
     def _receive(self) -> dict[str, Any] | None:
@@ -162,7 +158,4 @@ class Trainer:
         with contextlib.suppress(BackendError):
             self._wait_for_end(LAST_WORDS)
         self.process.check("while it was needed")
-        return BackendError(
-            f"the trainer has hung up ({error or 'end of file'}); its log: {self.process.log}",
-            kind="backend-process-lost",
-        )
+        return trainer_lost(f"the trainer has hung up ({error or 'end of file'}); its log: {self.process.log}")

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import next_core
 from next_backends import sharding
@@ -20,7 +20,7 @@ from next_backends.external.reward_server import RewardProcess
 from next_backends.history_folder import HistoryFolder
 from next_core.backend import LoggedReward
 from next_core.config import with_model_folder
-from next_core.errors import ConfigError
+from next_core.errors import invalid_value
 from next_core.plugins import make_chosen
 from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.step_predictor import StepPredictor
@@ -39,17 +39,20 @@ class TrainerSetup(ABC):
     Raises ``ConfigError`` for data that cannot be read or is too little.
     """
 
+    trainer_side: ClassVar[Path]
+    """The folder of ``launch.py`` and of what it imports."""
+
     def __init__(self, run: RunConfig, config: Any, out: Path) -> None:
+        self.check_run(run, config)
         run = with_model_folder(run)
         self.run, self.config, self.folder = run, config, out / "trainer"
         self.history = HistoryFolder(out)
         self.rows = read_rows(run.training.data.train)
         self.splits = read_splits(run.training)
         if len(self.rows) < run.training.prompts_per_step:
-            raise ConfigError(
+            raise invalid_value(
                 f"{run.training.data.train} has {len(self.rows)} prompts, but one step needs "
-                f"{run.training.prompts_per_step}; add prompts or lower training.prompts_per_step",
-                kind="config-invalid-value",
+                f"{run.training.prompts_per_step}; add prompts or lower training.prompts_per_step"
             )
         self.rewards: RewardProcess | None = None
         self.updates = 1
@@ -58,6 +61,10 @@ class TrainerSetup(ABC):
         self.scales = scales_steps(run)
         self.logged: list[LoggedReward] = []
         """The rewards of the steps so far."""
+
+    @abstractmethod
+    def check_run(self, run: RunConfig, config: Any) -> None:
+        """Raise ``ConfigError`` for a run that this backend does not support."""
 
     @abstractmethod
     def options(self, start: int, load: bool = False) -> list[str]:
@@ -71,32 +78,33 @@ class TrainerSetup(ABC):
     def states(self, start: int) -> Path:
         """Return the folder of the checkpoints of a trainer that began at ``start``."""
 
-    @abstractmethod
+    def launch_settings(self, start: int, path: str) -> dict[str, Any]:
+        """Return what ``launch.py`` reads besides Ray's settings and the socket; ``path`` is its PYTHONPATH."""
+        return {}
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a trainer's processes."""
+        return variables(self.config)
+
     def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
         """Start a trainer that connects to the socket ``control``.
 
         ``scratch``, closed to other users, is for files that end with it.
         """
+        env = self.environment()
+        paths = (shared_modules(scratch), str(self.trainer_side), str(SHARED_SIDE), env.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        settings = {"control": {}, "ray": local_ray(self.config.ray, scratch / "ray")}
+        settings |= self.launch_settings(start, env["PYTHONPATH"])
+        settings["control"]["address"] = control
+        (scratch / "launch.json").write_text(json.dumps(settings), encoding="utf-8")
+        command = [self.config.python, self.trainer_side / "launch.py", scratch / "launch.json"]
+        options = self.options(start, load)
+        return TrainerProcess([*map(str, command), *options], env, self.folder / LOG, scratch)
 
     def serve_rewards(self) -> None:
         """Serve the reward of the run config."""
         self.rewards = RewardProcess(self.run.training)
-
-    def start_script(
-        self, script: Path, scratch: Path, env: dict[str, str], settings: Mapping[str, Any], options: list[str]
-    ) -> TrainerProcess:
-        """Start a script of a ``trainer_side``, which imports from there and what is shared."""
-        path = scratch / "launch.json"
-        path.write_text(json.dumps(settings), encoding="utf-8")
-        return TrainerProcess(
-            [str(self.config.python), str(script), str(path), *options], env, self.folder / LOG, scratch
-        )
-
-    def environment(self, scratch: Path, trainer_side: Path) -> dict[str, str]:
-        """Return the variables of a trainer's processes, with what they import of ours."""
-        env = variables(self.config)
-        paths = (shared_modules(scratch), str(trainer_side), str(SHARED_SIDE), env.get("PYTHONPATH"))
-        return env | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
         """Record the metrics of a step; ``check`` is whether the engines got weights since the one before."""

@@ -8,8 +8,9 @@ from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from next_backends.external.external_config import chosen_estimator, largest_divisor, unsupported_setting
 from next_backends.external.trainer_setup import scales_steps
-from next_core.errors import ConfigError
+from next_core.errors import contradiction, invalid_value
 from next_core.sources.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -77,16 +78,13 @@ def make_command(run: RunConfig, config: OpenRlhfConfig, trainer: Options) -> li
     for option, separators in (("--data.prompt_dataset", ",@"), ("--reward.remote_url", ",")):
         path = str(trainer[option][1])
         if set(path) & set(separators):
-            raise ConfigError(
-                f"{path}: OpenRLHF reads {' and '.join(separators)} in it as a separator; rename it",
-                kind="config-invalid-value",
-            )
+            raise invalid_value(f"{path}: OpenRLHF reads {' and '.join(separators)} in it as a separator; rename it")
     training, blocks = run.training, SimpleNamespace(training=run.training, backend=config)
     micro_batch = "backend.micro_batch", _micro_batch(training, config)
     in_loss = training.algorithm == "grpo" and training.beta > 0  # arXiv 2402.03300, eq. 3; else in the reward
     options: Options = {
         **{option: (field, attrgetter(field)(blocks)) for option, field in FIELDS.items()},
-        "--algo.advantage.estimator": ("backend.estimator", _estimator(training, config)),
+        "--algo.advantage.estimator": ("backend.estimator", chosen_estimator(training, config, ESTIMATORS)),
         "--algo.kl.estimator": ("training.algorithm", "k3" if in_loss else "k1"),
         "--algo.kl.use_loss": ("training.algorithm", in_loss),
         "--ckpt.best_metric_key": ("save_every", "none"),  # a resumed run needs the newest state, not the best
@@ -121,26 +119,18 @@ def gpus_needed(run: RunConfig, config: OpenRlhfConfig) -> int:
 def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
     """Raise ``ConfigError`` for a run that this backend does not support."""
     if config.jump == "restart" and scales_steps(run):
-        raise _unsupported(
+        raise unsupported_setting(
             f"backend.jump: restart begins a trainer at each jump, and predictor '{run.predictor.name}' makes none: it "
             "scales the steps of one trainer; use swap, or a predictor that jumps, such as adaptive-secant"
         )
     jumps = min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
     if run.training.evaluation == "likelihood" and _ring(config) > 1:
-        raise _unsupported("training.evaluation: likelihood is not computed on rings; use generate")
+        raise unsupported_setting("training.evaluation: likelihood is not computed on rings; use generate")
     if config.jump == "restart" and jumps > MOST_RESTARTS:
-        raise _unsupported(
+        raise unsupported_setting(
             f"backend.jump: restart starts a trainer, which takes a minute, at each of the {jumps} jumps of this "
             "schedule; use swap, or a predictor and a schedule with fewer jumps"
         )
-
-
-def _unsupported(message: str) -> ConfigError:
-    return ConfigError(message, kind="backend-unsupported")
-
-
-def _contradiction(message: str) -> ConfigError:
-    return ConfigError(message, kind="config-contradiction")
 
 
 def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
@@ -151,10 +141,10 @@ def _check_extra(config: OpenRlhfConfig, options: Options) -> None:
     for option in (word.partition("=")[0] for word in config.extra_args if word.startswith("--")):
         ours = next((name for name in options if name.startswith(option)), None)
         if ours is not None:
-            raise _contradiction(f"backend.extra_args: {option} is set by {options[ours][0]}")
+            raise contradiction(f"backend.extra_args: {option} is set by {options[ours][0]}")
         for name, reason in REFUSED.items():
             if option.startswith(name) if name.endswith(".") else name.startswith(option):
-                raise _unsupported(f"backend.extra_args: {option} is not supported: {reason}")
+                raise unsupported_setting(f"backend.extra_args: {option} is not supported: {reason}")
 
 
 def _ring(config: OpenRlhfConfig) -> int:
@@ -165,27 +155,17 @@ def _ring(config: OpenRlhfConfig) -> int:
     return int(size) if size and size.isdigit() else 1  # OpenRLHF's own parser reports what is no number
 
 
-def _estimator(training: TrainingSettings, config: OpenRlhfConfig) -> str:
-    allowed = ESTIMATORS[training.algorithm]
-    if config.estimator is not None and config.estimator not in allowed:
-        raise _contradiction(
-            f"backend.estimator: {config.estimator} does not belong to training.algorithm: {training.algorithm}, which "
-            f"takes {' or '.join(allowed)}"
-        )
-    return config.estimator or allowed[0]
-
-
 def _lora(training: TrainingSettings) -> Options:
     lora, key = training.lora, "training.lora"
     if lora is None:
         return {f"--ds.lora.{name}": (key, None) for name in ("rank", "alpha", "target_modules")}
     targets: str | list[str] | None = lora.target_modules
     if lora.rslora:
-        raise _unsupported(f"{key}.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)")
+        raise unsupported_setting(f"{key}.rslora: OpenRLHF has no rsLoRA; set alpha to alpha * sqrt(rank)")
     if lora.alpha != int(lora.alpha):
-        raise _unsupported(f"{key}.alpha: OpenRLHF takes whole numbers only, not {lora.alpha:g}")
+        raise unsupported_setting(f"{key}.alpha: OpenRLHF takes whole numbers only, not {lora.alpha:g}")
     if not targets or (isinstance(targets, str) and not re.fullmatch(r"all-linear|\w+", targets)):
-        raise _unsupported(
+        raise unsupported_setting(
             f"{key}.target_modules: OpenRLHF takes names of modules but no regular expression ('{targets}'); list the "
             "names, or leave it at all-linear"
         )
@@ -203,16 +183,16 @@ def _micro_batch(training: TrainingSettings, config: OpenRlhfConfig) -> int:
     """Return the largest allowed micro-batch that divides the rollouts of a data-parallel rank in a step."""
     rollouts, ring = training.prompts_per_step * training.generations, _ring(config)
     if ring < 1 or config.gpus % ring:
-        raise _contradiction(
+        raise contradiction(
             f"backend.extra_args: --ds.ring_attn_size {ring} does not divide the {config.gpus} GPUs of the actor"
         )
     share, left = divmod(rollouts, config.gpus // ring)
     if left or not share:
-        raise _contradiction(
+        raise contradiction(
             f"the {rollouts} rollouts of a step (training.prompts_per_step * training.generations) cannot be shared "
             f"among {config.gpus // ring} data-parallel ranks (backend.gpus); make them a multiple"
         )
-    return next(size for size in range(min(config.micro_batch, share), 0, -1) if share % size == 0)
+    return largest_divisor(share, config.micro_batch)
 
 
 def _max_length(training: TrainingSettings, config: OpenRlhfConfig) -> int:
@@ -222,7 +202,7 @@ def _max_length(training: TrainingSettings, config: OpenRlhfConfig) -> int:
         longest = min(longest, positions)
     longest = config.max_length or longest
     if longest <= training.max_new_tokens:
-        raise _contradiction(
+        raise contradiction(
             f"backend.max_length: {longest} tokens leave no room for a prompt next to training.max_new_tokens "
             f"({training.max_new_tokens})"
         )

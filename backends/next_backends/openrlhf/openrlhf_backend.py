@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from next_backends.external.external_backend import ExternalBackend
 from next_backends.external.trainer import Trainer
-from next_backends.openrlhf.command import check_run
 from next_backends.openrlhf.environment import parse
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
 from next_backends.openrlhf.saved_states import LATEST, newest_state, remove_old_models
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.sources.jumps import jump_folders
 from next_core.storage.atomic import write_text
-
-if TYPE_CHECKING:
-    from next_core.run_config import RunConfig
 
 
 class OpenRlhfBackend(ExternalBackend):
@@ -31,10 +26,8 @@ class OpenRlhfBackend(ExternalBackend):
 
     name = "openrlhf"
     config_class = OpenRlhfConfig
-
-    def make_setup(self, run: RunConfig, out: Path) -> OpenRlhfSetup:
-        check_run(run, self.config)
-        return OpenRlhfSetup(run, self.config, out)
+    setup_class = OpenRlhfSetup
+    program = "openrlhf.cli.train_ppo_ray"
 
     def check_options(self) -> None:
         args = parse(self.config, self._setup.options(0))
@@ -52,11 +45,10 @@ class OpenRlhfBackend(ExternalBackend):
 
     def follow_steps(self, windows: Sequence[int]) -> None:
         if self._setup.updates > 1:
-            raise BackendError(
+            raise unsupported(
                 f"an RL step makes {self._setup.updates} optimizer steps, and step scaling compares single ones; leave "
                 "--train.max_epochs out of backend.extra_args, or choose a predictor that jumps, such as "
-                "'adaptive-secant'",
-                kind="backend-unsupported",
+                "'adaptive-secant'"
             )
         super().follow_steps(windows)
 
@@ -83,11 +75,6 @@ class OpenRlhfBackend(ExternalBackend):
         if self.config.jump == "restart" and self._setup.run.control == "plain":
             notes.append("each restart began with fresh Adam moments; the plain run did not restart")
         return notes
-
-    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
-        check_run(run, self.config)
-        options = OpenRlhfSetup(run, self.config, out).options(0)
-        return {"command line": ["openrlhf.cli.train_ppo_ray", *options]}
 
     def resume_point(self) -> tuple[int, int] | None:
         """Return where the trainer to resume began and the step to resume at; None if nothing was saved.

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from next_backends.data import is_chat
-from next_backends.external.process import TrainerProcess
-from next_backends.external.trainer_setup import TrainerSetup, local_ray
-from next_backends.openrlhf.command import gpus_needed, make_command
+from next_backends.external.trainer_setup import TrainerSetup
+from next_backends.openrlhf import command
 from next_backends.openrlhf.environment import TRAINER_SIDE
 from next_core.errors import BackendError
 from next_core.storage.atomic import write_text
@@ -16,6 +16,9 @@ PROMPTS = "prompts.jsonl"
 
 class OpenRlhfSetup(TrainerSetup):
     """Prepares the trainers of a run, which work in ``folder``."""
+
+    trainer_side = TRAINER_SIDE
+    check_run = staticmethod(command.check_run)
 
     def serve_rewards(self) -> None:
         """Serve the reward of the run config, unless the config names a reward file for OpenRLHF."""
@@ -46,7 +49,7 @@ class OpenRlhfSetup(TrainerSetup):
             "--train.num_episodes": ("steps", run.steps),  # more than enough: the run ends when its steps are done
             "--train.seed": ("seed", run.seed + start),  # a new trainer draws other samples, in another order
         }
-        return make_command(run, self.config, options)
+        return command.make_command(run, self.config, options)
 
     def write_prompts(self, start: int) -> None:
         """Write the training prompts, those of step ``start`` first."""
@@ -56,21 +59,14 @@ class OpenRlhfSetup(TrainerSetup):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PROMPTS, "".join(lines))
 
-    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
-        env = self.environment(scratch, TRAINER_SIDE)
+    def launch_settings(self, start: int, path: str) -> dict[str, Any]:
         workers = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
-        settings = {
-            "ray": local_ray(self.config.ray, scratch / "ray"),
-            "env": workers | self.config.env | {"PYTHONPATH": env["PYTHONPATH"]},
-            "gpus": gpus_needed(self.run, self.config),
-            "control": {
-                "address": control,
-                "start": start,
-                "seed": self.run.seed + start,
-                "scheduler_steps": self.run.steps * self.updates,
-            },
+        scheduler_steps = self.run.steps * self.updates
+        return {
+            "env": workers | self.config.env | {"PYTHONPATH": path},
+            "gpus": command.gpus_needed(self.run, self.config),
+            "control": {"start": start, "seed": self.run.seed + start, "scheduler_steps": scheduler_steps},
         }
-        return self.start_script(TRAINER_SIDE / "launch.py", scratch, env, settings, self.options(start, load))
 
     def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
         """Record the metrics of a step. Raises ``BackendError`` if the engines should be ``check``-ed and sample from

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from next_core.errors import ConfigError
+from next_backends.external.external_config import chosen_estimator, largest_divisor, unsupported_setting
+from next_core.errors import contradiction, invalid_value
 
 if TYPE_CHECKING:
     from next_backends.verl.verl_config import VerlConfig
@@ -129,19 +130,16 @@ def _check_override(word: str, ours: Overrides) -> None:
     """Raise ``ConfigError`` for an override of what we set ourselves or cannot work with."""
     key, equals, _ = word.lstrip("+~").partition("=")
     if not equals or not key[:1].isalpha():
-        raise ConfigError(
-            f"backend.overrides: '{word}' is not KEY=VALUE, as Hydra expects", kind="config-invalid-value"
-        )
+        raise invalid_value(f"backend.overrides: '{word}' is not KEY=VALUE, as Hydra expects")
     for name, (owner, _) in ours.items():
         if _within(name.lstrip("+"), key) or _within(key, name.lstrip("+")):
-            raise ConfigError(f"backend.overrides: {name} is set by {owner}", kind="config-contradiction")
+            raise contradiction(f"backend.overrides: {name} is set by {owner}")
     for name, reason in REFUSED.items():
         if _within(key, name) or _within(name, key):
-            raise ConfigError(f"backend.overrides: {key} is not supported: {reason}", kind="backend-unsupported")
+            raise unsupported_setting(f"backend.overrides: {key} is not supported: {reason}")
     if "@" in key or "/" in key:
-        raise ConfigError(
-            f"backend.overrides: {key} replaces a part of verl's config, which is made for FSDP2 and vLLM",
-            kind="backend-unsupported",
+        raise unsupported_setting(
+            f"backend.overrides: {key} replaces a part of verl's config, which is made for FSDP2 and vLLM"
         )
 
 
@@ -151,22 +149,12 @@ def _within(key: str, block: str) -> bool:
 
 def _scheduler(training: TrainingSettings) -> str:
     if training.lr_scheduler not in ("constant", "cosine"):
-        raise ConfigError(
-            f"training.lr_scheduler: {training.lr_scheduler}: verl has constant and cosine only",
-            kind="backend-unsupported",
-        )
+        raise unsupported_setting(f"training.lr_scheduler: {training.lr_scheduler}: verl has constant and cosine only")
     return training.lr_scheduler
 
 
 def _algorithm(training: TrainingSettings, config: VerlConfig) -> Overrides:
-    allowed, key = ESTIMATORS[training.algorithm], "backend.estimator"
-    chosen = config.estimator or allowed[0]
-    if chosen not in allowed:
-        raise ConfigError(
-            f"{key}: {chosen} does not belong to training.algorithm: {training.algorithm}, which takes "
-            f"{' or '.join(allowed)}",
-            kind="config-contradiction",
-        )
+    chosen, key = chosen_estimator(training, config, ESTIMATORS), "backend.estimator"
     in_loss = training.algorithm == "grpo" and training.beta > 0  # arXiv 2402.03300, eq. 3; else in the reward
     in_reward = training.beta > 0 and not in_loss
     return {
@@ -186,7 +174,7 @@ def _lora(training: TrainingSettings) -> Overrides:
         return {f"{MODEL}.lora_rank": (key, 0)}
     if lora.rslora or lora.alpha != int(lora.alpha):
         what = "rslora: verl has no rsLoRA" if lora.rslora else f"alpha: verl takes whole numbers, not {lora.alpha:g}"
-        raise ConfigError(f"{key}.{what}", kind="backend-unsupported")
+        raise unsupported_setting(f"{key}.{what}")
     return {
         f"{MODEL}.lora_rank": (f"{key}.rank", lora.rank),
         f"{MODEL}.lora_alpha": (f"{key}.alpha", int(lora.alpha)),
@@ -197,12 +185,9 @@ def _lora(training: TrainingSettings) -> Overrides:
 
 def _micro_batch(training: TrainingSettings, config: VerlConfig) -> int:
     """Return the largest allowed micro-batch that divides the rollouts of a GPU in a step."""
-    rollouts = training.prompts_per_step * training.generations
-    share, left = divmod(rollouts, config.gpus)
-    if left or training.prompts_per_step % config.gpus:
-        raise ConfigError(
+    if training.prompts_per_step % config.gpus:
+        raise contradiction(
             f"training.prompts_per_step ({training.prompts_per_step}) must be a multiple of backend.gpus "
-            f"({config.gpus}), which share a step's rollouts",
-            kind="config-contradiction",
+            f"({config.gpus}), which share a step's rollouts"
         )
-    return next(size for size in range(min(config.micro_batch, share), 0, -1) if share % size == 0)
+    return largest_divisor(training.prompts_per_step * training.generations // config.gpus, config.micro_batch)

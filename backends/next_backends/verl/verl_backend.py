@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from next_backends.external.environment import ask
 from next_backends.external.external_backend import ExternalBackend
 from next_backends.external.trainer import Trainer
-from next_backends.verl.command import check_run
 from next_backends.verl.verl_config import VerlConfig
 from next_backends.verl.verl_setup import TRAINER_SIDE, VerlSetup
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 
 if TYPE_CHECKING:
-    from next_core.run_config import RunConfig
     from next_core.types import Space
 
 VERSION = "0.9.1"  # The release of verl that this backend drives
@@ -30,20 +28,17 @@ class VerlBackend(ExternalBackend):
 
     name = "verl"
     config_class = VerlConfig
-
-    def make_setup(self, run: RunConfig, out: Path) -> VerlSetup:
-        check_run(run, self.config)
-        return VerlSetup(run, self.config, out)
+    setup_class = VerlSetup
+    program = "verl.trainer.main_ppo"
 
     def check_options(self) -> None:
         ask(self.config, "verl", VERSION, TRAINER_SIDE / "composed.py", self._setup.options(0))
 
     def check_jumps(self, space: Space | None) -> None:
         if self._setup.run.training.lora is not None and space != "factors":
-            raise BackendError(
+            raise unsupported(
                 "a jump in merged space becomes a second adapter, which verl cannot train next to the first; use a "
-                "predictor in space: factors, such as secant",
-                kind="backend-unsupported",
+                "predictor in space: factors, such as secant"
             )
 
     def resume_point(self) -> tuple[int, int] | None:
@@ -63,7 +58,3 @@ class VerlBackend(ExternalBackend):
     @property
     def notes(self) -> Sequence[str]:
         return ["the backend for verl is experimental"]
-
-    def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
-        check_run(run, self.config)
-        return {"command line": ["verl.trainer.main_ppo", *VerlSetup(run, self.config, out).options(0)]}

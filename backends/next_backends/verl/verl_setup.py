@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from next_backends.data import is_chat
-from next_backends.external.process import TrainerProcess
-from next_backends.external.trainer_setup import TrainerSetup, local_ray
-from next_backends.verl.command import TEXT, make_overrides
+from next_backends.external.trainer_setup import TrainerSetup
+from next_backends.verl import command
 from next_core.storage.atomic import write_text
 
 TRAINER_SIDE = Path(__file__).parent / "trainer_side"
@@ -17,13 +16,16 @@ TRAINER_SIDE = Path(__file__).parent / "trainer_side"
 class VerlSetup(TrainerSetup):
     """Prepares the trainers of a run, which work in ``folder``."""
 
+    trainer_side = TRAINER_SIDE
+    check_run = staticmethod(command.check_run)
+
     def states(self, start: int) -> Path:
         return self.folder / "checkpoints"
 
     def options(self, start: int, load: bool = False) -> list[str]:
         """Return verl's overrides for a trainer that begins at ``start``, or resumes there with ``load``."""
         folder = self.states(start)
-        template = {} if is_chat(self.rows) else {"+actor_rollout_ref.model.custom_chat_template": TEXT}
+        template = {} if is_chat(self.rows) else {"+actor_rollout_ref.model.custom_chat_template": command.TEXT}
         validation = [self._file(split) for split in self.splits] or [self._file("train")]
         facts = {
             "data.train_files": self._file("train"),
@@ -36,7 +38,8 @@ class VerlSetup(TrainerSetup):
             "trainer.save_freq": self.run.save_every or self.run.steps,  # verl saves after the last step, too
             **template,
         }
-        return make_overrides(self.run, self.config, {key: ("`next-core run`", value) for key, value in facts.items()})
+        given = {key: ("`next-core run`", value) for key, value in facts.items()}
+        return command.make_overrides(self.run, self.config, given)
 
     def write_prompts(self, start: int = 0) -> None:
         """Write the prompts of each split as verl reads them."""
@@ -44,11 +47,9 @@ class VerlSetup(TrainerSetup):
         for split, rows in {"train": self.rows, **self.splits}.items():
             write_text(Path(self._file(split)), "".join(_lines(split, rows)))
 
-    def launch(self, scratch: Path, control: str, start: int, load: bool) -> TrainerProcess:
+    def environment(self) -> dict[str, str]:
         assert self.rewards is not None
-        env = self.environment(scratch, TRAINER_SIDE) | {"NEXT_CORE_REWARD": self.rewards.url}
-        settings = {"ray": local_ray(self.config.ray, scratch / "ray"), "control": {"address": control}}
-        return self.start_script(TRAINER_SIDE / "launch.py", scratch, env, settings, self.options(start, load))
+        return super().environment() | {"NEXT_CORE_REWARD": self.rewards.url}
 
     def _file(self, split: str) -> str:
         return str(self.folder / f"{split}.jsonl")

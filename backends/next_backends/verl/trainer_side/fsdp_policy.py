@@ -12,7 +12,7 @@ from torch import Tensor
 from verl.utils.device import get_device_name
 
 from next_backends.sharding import trained_weights
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.live_weights.processes import everywhere
 
 
@@ -47,9 +47,7 @@ class FsdpPolicy(Policy):  # type: ignore[misc]
 
     def prepare_load(self, adapters: list[str], schedule: int) -> None:
         if adapters:
-            raise BackendError(
-                "verl's engines take no frozen adapters; jump in factor space", kind="backend-unsupported"
-            )
+            raise unsupported("verl's engines take no frozen adapters; jump in factor space")
 
     @everywhere
     def likelihood(self, pairs: list[list[str]]) -> float:

@@ -66,6 +66,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "next_core/sources/hf_model.py",
         "next_core/appliers/verl_applier.py",
         "tests/backends/environment.py",
+        "tests/backends/external/real.py",
         "tests/backends/verl",
         "tests/sources/verl",
     ),

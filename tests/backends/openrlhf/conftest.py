@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 
 from tests.backends.external.pretence import Pretence
+from tests.backends.external.real import environment, python_of
 
 CPU = Path(__file__).parent / "cpu"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
-ENVIRONMENT = Path(os.environ.get("OPENRLHF_ENV") or CACHE / "openrlhf-venv").expanduser().absolute()
 
 
 @pytest.fixture
@@ -25,10 +23,7 @@ def pretence(tmp_path: Path) -> Iterator[Pretence]:
 @pytest.fixture(scope="session")
 def openrlhf_python() -> Path:
     """The Python that OpenRLHF is installed for."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / ".next-core-stamp").exists() or not python.exists():
-        pytest.fail(f"OpenRLHF is not installed in {ENVIRONMENT}: run `make openrlhf-env`")
-    return python
+    return python_of("openrlhf")
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +32,7 @@ def openrlhf_env() -> dict[str, str]:
     return {
         "PYTHONPATH": str(CPU / "shim"),
         "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(ENVIRONMENT.parent / "openrlhf-torch-extensions"),
+        "TORCH_EXTENSIONS_DIR": str(environment("openrlhf").parent / "openrlhf-torch-extensions"),
         "MAX_JOBS": "2",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

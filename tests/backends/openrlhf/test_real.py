@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,17 +21,15 @@ from safetensors.torch import load_file
 from next_backends.external.process import TrainerProcess, leftovers
 from next_backends.external.supervisor import TOKEN
 from next_backends.external.trainer import Trainer
-from next_backends.openrlhf import openrlhf_setup
-from next_core.config import make_config
 from next_core.cycle.journal import read_journal
 from next_core.cycle.run import run
 from next_core.cycle.run_result import RunResult
 from next_core.run_config import RunConfig
+from tests.backends.external.real import TASK, arithmetic_run, killing, replaced, stored
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.openrlhf
 
-TASK = Path(__file__).parents[3] / "examples" / "arithmetic"
 STRENGTH = ["--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_threshold", "0.01", "100"]
 """With it the trainer logs ``vllm_kl``: whether the engines sample from the weights that train."""
 
@@ -44,22 +41,10 @@ def config(openrlhf_backend: Callable[..., dict[str, Any]]) -> Config:
     """A run of six steps with a jump after the third; keywords replace blocks or go into them."""
 
     def make(**changes: Any) -> RunConfig:
-        block: dict[str, Any] = {
-            "steps": 6,
-            "training": {
-                "model": str(TASK / "base"),
-                "data": {split: str(TASK / f"{split}.jsonl") for split in ("train", "validation", "test")},
-                "learning_rate": 1e-3,
-                "max_new_tokens": 4,
-            },
-            "backend": openrlhf_backend(max_length=48, extra_args=STRENGTH, **changes.pop("backend", {})),
-            "predictor": {"name": "secant", "window": 2},
-            "schedule": {"observe": 3, "every": 1, "horizon": 2, "alpha": 2},
-            "guards": {"max_drop": 1.0},
-            "save_every": 2,
-        }
-        block["training"] |= changes.pop("training", {})
-        return make_config(block | changes)
+        data = {split: str(TASK / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        training = {"data": data, "max_new_tokens": 4} | changes.pop("training", {})
+        backend = openrlhf_backend(max_length=48, extra_args=STRENGTH, **changes.pop("backend", {}))
+        return arithmetic_run(backend, training, **changes)
 
     return make
 
@@ -80,11 +65,6 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert not any(leftovers(token) for token in found)
 
 
-def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    (file,) = (out / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
-    return load_file(file)
-
-
 def between(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> float:
     return sum(float((after[key] - before[key]).square().sum()) for key in before) ** 0.5
 
@@ -100,14 +80,14 @@ def check_jump(result: RunResult, out: Path) -> None:
     assert jump["accepted"], jump["reason"]
     shift = load_file(out / "jumps" / "0001" / "shift.safetensors")
     length = sum(float(move.square().sum()) for move in shift.values()) ** 0.5
-    step = between(weights(out, 3), weights(out, 2))
+    step = between(stored(out, 3), stored(out, 2))
     assert length > step > 0
     landed = {
         key: value + shift[f"{key.removeprefix('base_model.model.').replace('.lora_', '.weight.lora_')[:-7]}"]
-        for key, value in weights(out, 3).items()
+        for key, value in stored(out, 3).items()
     }
     # One step of training after the jump is far less than the jump, and without it the run would be at step 3.
-    assert between(weights(out, 4), landed) < 0.7 * between(weights(out, 4), weights(out, 3))
+    assert between(stored(out, 4), landed) < 0.7 * between(stored(out, 4), stored(out, 3))
     found = metrics(out)
     assert sorted(found) == [1, 2, 3, 4, 5, 6]
     assert all(abs(record["vllm_kl"]) < 5e-3 for record in found.values()), found
@@ -125,11 +105,11 @@ def test_swap_continues_in_the_same_trainer(config: Config, tmp_path: Path) -> N
     assert after != before
     assert (out / "trainer" / "final" / "adapter_model.safetensors").exists()
     # fp32 masters, not what bf16 leaves of them
-    stored = weights(out, 6)
-    assert any(not torch.equal(value, value.bfloat16().float()) for value in stored.values())
+    kept = stored(out, 6)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in kept.values())
     # OpenRLHF's own export of the end is the same policy, rounded.
     final = load_file(out / "trainer" / "final" / "adapter_model.safetensors")
-    for key, value in stored.items():
+    for key, value in kept.items():
         torch.testing.assert_close(final[key].float(), value, rtol=2**-7, atol=1e-6)
 
 
@@ -153,16 +133,14 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
         schedule={"observe": 3, "every": 1, "horizon": 2, "alpha": 8, "settle": 2},
         guards={"max_drop": 1.0, "recovery": 2, "against": "trend", "tolerance": 0.0},
     )
-    real = Trainer.ask
     asked: list[tuple[str, Any]] = []
 
-    def ask(self: Trainer, what: str, **request: Any) -> Any:
-        answer = real(self, what, **request)
+    def ask(real: Any, trainer: Trainer, what: str, **request: Any) -> Any:
+        answer = real(trainer, what, **request)
         asked.append((what, request.get("adapters", answer)))
-        return -1.0 if what == "greedy" and self.step == 5 else answer  # nothing is as bad
+        return -1.0 if what == "greedy" and trainer.step == 5 else answer  # nothing is as bad
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "ask", ask)
+    with replaced("ask", ask):
         result = run(settings, out)
     (jump,) = result.jumps
     assert not jump["accepted"]
@@ -175,18 +153,8 @@ def test_a_frozen_adapter_and_its_rollback_on_two_ranks(config: Config, tmp_path
 
 def run_until_killed(settings: RunConfig, out: Path, step: int) -> None:
     """Run, and kill the trainer when it has paused after ``step``."""
-    real = Trainer.train
-
-    def train(self: Trainer, until: int) -> None:
-        real(self, until)
-        if until == step:
-            family = psutil.Process(self.process._supervisor.pid).children(recursive=True)
-            next(p for p in family if "launch.py" in " ".join(p.cmdline())).kill()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", train)
-        with raises_kind("backend-process-lost", "SIGKILL", out / "trainer" / "trainer.log"):
-            run(settings, out)
+    with killing(step), raises_kind("backend-process-lost", "SIGKILL", out / "trainer" / "trainer.log"):
+        run(settings, out)
 
 
 def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Config, tmp_path: Path) -> None:
@@ -194,17 +162,17 @@ def test_a_killed_trainer_is_named_and_resumed_from_its_last_state(config: Confi
     out = tmp_path / "run"
     settings = config(training={"lora": None, "learning_rate": 1e-4})
     run_until_killed(settings, out, 5)
-    before = weights(out, 4)
+    before = stored(out, 4)
     result = run(settings, out)
     assert result.resumed_from == 4
     (jump,) = result.jumps
     assert jump["accepted"], jump["reason"]
     records = read_journal(out / "journal.jsonl")
     assert [record["event"] for record in records].count("jump") == 1
-    after = weights(out, 4)
+    after = stored(out, 4)
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    landed = {key: weights(out, 3)[key] + move for key, move in load_file(out / "jumps/0001/shift.safetensors").items()}
-    first, second = between(weights(out, 4), landed), between(weights(out, 5), weights(out, 4))
+    landed = {key: stored(out, 3)[key] + move for key, move in load_file(out / "jumps/0001/shift.safetensors").items()}
+    first, second = between(stored(out, 4), landed), between(stored(out, 5), stored(out, 4))
     assert 0 < second < 3 * first  # one step's length, from where it was, and not from the start
     assert sorted(metrics(out)) == [1, 2, 3, 4, 5, 6]
 
@@ -215,11 +183,11 @@ def test_a_restarted_trainer_resumes_with_all_models_on_one_gpu(config: Config, 
     backend = {"jump": "restart", "colocate": "all", "deepspeed": {"adam_offload": True}}
     settings = config(backend=backend, training={"beta": 0.01})
     run_until_killed(settings, out, 5)
-    before = weights(out, 4)
+    before = stored(out, 4)
     result = run(settings, out)
     assert result.resumed_from == 4
     assert (out / "trainer" / "ckpt-000003" / "_actor" / "global_step6").exists()
-    after = weights(out, 4)
+    after = stored(out, 4)
     assert all(torch.equal(after[key], value) for key, value in before.items())
     check_jump(result, out)
 
@@ -289,15 +257,3 @@ def test_nothing_outlives_a_killed_run(config: Config, tmp_path: Path, tokens: l
     while leftovers(tokens[0]):
         assert time.monotonic() < end
         time.sleep(0.5)
-
-
-def test_lora_without_the_hook_still_fails_upstream(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When this passes, OpenRLHF sends LoRA weights that vLLM takes, and our hook is no longer needed."""
-    bare = shutil.copytree(openrlhf_setup.TRAINER_SIDE, tmp_path / "trainer_side")
-    with (bare / "lora.py").open("a") as file:
-        file.write("\n\ndef broadcast_to_vllm(actor):\n    actor.trainer.broadcast_to_vllm()\n")
-    monkeypatch.setattr(openrlhf_setup, "TRAINER_SIDE", bare)
-    with raises_kind("backend-process-lost", "no module or parameter named 'base_model'"):
-        run(config(), tmp_path / "run")

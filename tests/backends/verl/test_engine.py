@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from next_backends.external.trainer import Trainer
-from next_core.config import make_config
 from next_core.cycle.run import run
 from next_core.cycle.run_result import RunResult
-from tests.backends.verl.conftest import CPU, killing, replaced
+from tests.backends.external.real import TASK, arithmetic_run, killing, replaced, stored
+from tests.backends.verl.conftest import CPU
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.verl
-TASK = Path(__file__).parents[3] / "examples" / "arithmetic"
 SCRIPT = """#!/bin/sh
 case "$1" in
   */launch.py) shift; exec {python} -m torch.distributed.run --standalone --nproc-per-node=2 {trainer} "$@" ;;
@@ -63,10 +62,8 @@ class Made:
 
     def stored(self, step: int) -> dict[str, Tensor]:
         """A checkpoint, by the names that the model in training has."""
-        (file,) = (self.out / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
-        return {
-            name.replace(".weight", ".default.weight") if self.lora else name: v for name, v in load_file(file).items()
-        }
+        found = stored(self.out, step)
+        return {name.replace(".weight", ".default.weight") if self.lora else name: v for name, v in found.items()}
 
     def landed(self) -> dict[str, Tensor]:
         """The checkpoint of step 3 plus the jump's shift."""
@@ -98,24 +95,9 @@ def make(
         python.parent.mkdir()
         python.write_text(SCRIPT.format(python=verl_python, trainer=CPU / "engine_trainer.py"))
         python.chmod(0o755)
-        training = {
-            "model": str(TASK / "base"),
-            "data": {split: str(TASK / f"{split}.jsonl") for split in ("train", "validation")},
-            "learning_rate": RATE,
-            "max_new_tokens": 4,
-            "evaluation": "likelihood",
-            **({} if kind == "lora" else {"lora": None}),
-        }
-        block = {
-            "steps": 6,
-            "training": training,
-            "backend": verl_backend(python=str(python), env={"TRUTH": str(folder / "truth")}),
-            "predictor": {"name": "secant", "window": 2},
-            "schedule": {"observe": 3, "every": 1, "horizon": 2, "alpha": 2},
-            "guards": {"max_drop": 1.0},
-            "save_every": 2,
-        }
-        settings = make_config(block | changes)
+        training = {"learning_rate": RATE, "max_new_tokens": 4, **({} if kind == "lora" else {"lora": None})}
+        backend = verl_backend(python=str(python), env={"TRUTH": str(folder / "truth")})
+        settings = arithmetic_run(backend, training, **changes)
         if killed_after is not None:
             with killing(killed_after), raises_kind("backend-process-lost"):
                 run(settings, folder / "run")

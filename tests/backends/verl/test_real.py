@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from next_core.config import make_config
 from next_core.cycle.run import run
 from next_core.run_config import RunConfig
 from next_core.sources.metrics import METRICS, by_step, read_log
-from tests.backends.verl.conftest import killing
+from tests.backends.external.real import TASK, arithmetic_run, killing
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.verl
-TASK = Path(__file__).parents[3] / "examples" / "arithmetic"
 OVERRIDES = (
     "data.dataloader_num_workers=0",
     "actor_rollout_ref.rollout.free_cache_engine=false",  # vLLM's engine has no sleep mode on a CPU
@@ -49,27 +47,12 @@ def config(
     tokenizer.write_text(tokenizer.read_text().replace('"/": 18', '"\\u010a": 18'))
 
     def make(**changes: Any) -> RunConfig:
-        training = {
-            "model": str(base),
-            "data": {split: str(TASK / f"{split}.jsonl") for split in ("train", "validation")},
-            "learning_rate": 1e-3,
-            "prompts_per_step": 8,
-            "generations": 4,
-            "max_new_tokens": 6,
-            **changes.pop("training", {}),
-        }
+        training = {"model": str(base), "prompts_per_step": 8, "generations": 4, "max_new_tokens": 6}
+        training |= changes.pop("training", {})
         ray = {"num_gpus": 2, "num_cpus": 64, "object_store_mib": 200}
         vllm = {"gpu_memory": 0.05, "eager": True}
-        block = {
-            "steps": 5,
-            "training": training,
-            "backend": verl_backend(ray=ray, vllm=vllm, env=ENVIRONMENT, overrides=OVERRIDES),
-            "predictor": {"name": "secant", "window": 2},
-            "schedule": {"observe": 3, "every": 1, "horizon": 2, "alpha": 2},
-            "guards": {"max_drop": 1.0},
-            "save_every": 2,
-        }
-        return make_config(block | changes)
+        backend = verl_backend(ray=ray, vllm=vllm, env=ENVIRONMENT, overrides=OVERRIDES)
+        return arithmetic_run(backend, training, **{"steps": 5} | changes)
 
     return make
 

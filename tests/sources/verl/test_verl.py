@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from next_core import History, make_applier, make_predictor, open_checkpoints
 from next_core.interfaces import CheckpointSource
 from next_core.sources.adapter_source import PeftAdapterSource
+from tests.backends.external.real import environment
 from tests.backends.trl.launch import Launch
-from tests.backends.verl.conftest import CPU, ENVIRONMENT
+from tests.backends.verl.conftest import CPU
 from tests.errors import raises_kind
 from tests.sources.models import SMALL, built
 
@@ -36,7 +37,7 @@ MODEL = SMALL | {"vocab_size": 33, "num_key_value_heads": 1, "num_hidden_layers"
 
 def start(out: Path, action: str) -> None:
     more = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform", "PYTHONPATH": str(CPU)}
-    python = ENVIRONMENT / "bin" / "python"
+    python = environment("verl") / "bin" / "python"
     run = Launch(out, action, HERE / "saver.py", [action, str(out)], torchrun=True, python=python, more=more)
     assert run.codes == [0], run.log
 

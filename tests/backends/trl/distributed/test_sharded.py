@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from next_backends.trl.evaluate import greedy_accuracy
+from tests.backends.external.real import python_of
 from tests.backends.trl.conftest import BASE
 from tests.backends.trl.distributed import oracle
 from tests.backends.trl.distributed.cells import JUMP, LORA, low_digits, make_base
@@ -38,8 +39,6 @@ CELLS = {
 """In the order they are run, with those whose checkpoints they resume from."""
 MODES = ["zero1", "zero2", "zero3", "fsdp2"]
 SCRIPT = Path(__file__).with_name("cells.py")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
-ENVIRONMENT = Path(os.environ.get("DISTRIBUTED_ENV") or CACHE / "distributed-venv").expanduser().absolute()
 
 Seen = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -80,12 +79,11 @@ def seen(out: Path, request: pytest.FixtureRequest) -> Callable[[str, str], list
 
 
 def launch(out: Path, mode: str, cells: list[str], **more: str) -> Launch:
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"DeepSpeed is not installed in {ENVIRONMENT}: run `make distributed-env`")
     paths = os.pathsep.join(str(ROOT / name) for name in ("", "backends", "predictors"))
     more |= {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
-    return Launch(out / mode, "log", SCRIPT, [str(out), mode, *cells], python=python, more=more, timeout=900)
+    return Launch(
+        out / mode, "log", SCRIPT, [str(out), mode, *cells], python=python_of("distributed"), more=more, timeout=900
+    )
 
 
 def jumped(seen: Seen) -> Weights:

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.backends.external.real import python_of
 from tests.backends.trl.launch import ROOT
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
-ENVIRONMENT = Path(os.environ.get("VLLM_ENV") or CACHE / "vllm-venv").expanduser().absolute()
 SETTINGS = {
     "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", ROOT, ROOT / "backends", ROOT / "predictors"))),
     "OMP_NUM_THREADS": "1",
@@ -40,9 +39,7 @@ Seen = dict[str, Any]
 @pytest.fixture(scope="module", params=["colocate", "server"])
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
     """``seen(run)``: what was seen of a run. All runs of a mode are made in one start of the trainer."""
-    python, out = ENVIRONMENT / "bin" / "python", tmp_path_factory.mktemp(request.param)
-    if not python.exists():
-        pytest.fail(f"vLLM is not installed in {ENVIRONMENT}: run `make vllm-env`")
+    python, out = python_of("vllm"), tmp_path_factory.mktemp(request.param)
     command = [str(python), "-W", "ignore", str(HERE / "cells.py"), str(out), request.param]
     settings = os.environ | SETTINGS | {"XDG_CACHE_HOME": str(out / "cache")}
     with (out / "log").open("w") as log:

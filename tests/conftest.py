@@ -56,6 +56,9 @@ class LoraRun:
         return next(path for path in self.path.iterdir() if int(path.name.split("-")[1]) == step)
 
 
+MakeRun = Callable[..., LoraRun]
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2 with random weights, and files where its tokenizer would be."""
@@ -72,7 +75,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_lora_run(base: Path) -> Callable[..., LoraRun]:
+def make_lora_run(base: Path) -> MakeRun:
     """``make_lora_run(folder, steps, frozen, **LoraConfig fields)``: as TRL lays a run out, ``checkpoint-N``.
 
     The factors move along curves, with noise; a module whose name ends as one of ``frozen`` never moves.
@@ -111,7 +114,7 @@ def make_lora_run(base: Path) -> Callable[..., LoraRun]:
 
 
 @pytest.fixture(scope="session")
-def lora_run(make_lora_run: Callable[..., LoraRun], tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
+def lora_run(make_lora_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
     """A run nobody writes to, step 0 included; the k_proj of layer 1 never moves."""
     return make_lora_run(tmp_path_factory.mktemp("run") / "checkpoints", (0, *STEPS), frozen=["1.self_attn.k_proj"])
 
@@ -147,8 +150,11 @@ class Outcome:
     err: str
 
 
+Cli = Callable[..., Outcome]
+
+
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """``next-core ARGUMENTS`` through its entry point, in this process."""
     from next_core.cli import main
 

@@ -1,6 +1,5 @@
 """One LoRA run for all appliers, and predictions from it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.types import Space
-from tests.conftest import LoraRun
+from tests.conftest import LoraRun, MakeRun
 
 ROW = "model.layers.0.self_attn.q_proj.weight"
 """A matrix of (16, 16)."""
@@ -17,7 +16,7 @@ BOTH = pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
 
 
 @pytest.fixture(scope="package")
-def run(make_lora_run: Callable[..., LoraRun], tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
+def run(make_lora_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> LoraRun:
     """A run of rank 3 with rank-stabilised scaling that nobody writes to."""
     return make_lora_run(tmp_path_factory.mktemp("run") / "checkpoints", (0, 10, 20), use_rslora=True, r=3)
 

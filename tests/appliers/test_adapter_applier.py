@@ -18,7 +18,7 @@ from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, U
 from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_source import PeftAdapterSource
 from tests.appliers.conftest import BOTH, ROW, secant
-from tests.conftest import LoraRun, noise
+from tests.conftest import LoraRun, MakeRun, noise
 from tests.errors import raises_kind
 from tests.sources.models import write_jump
 
@@ -37,7 +37,7 @@ KINDS = pytest.mark.parametrize("kind", RUNS)
 
 
 @pytest.fixture(scope="module")
-def runs(make_lora_run: Callable[..., LoraRun], tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoraRun]:
+def runs(make_lora_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoraRun]:
     folder = tmp_path_factory.mktemp("runs")
     return {name: make_lora_run(folder / name.replace(" ", "-"), (0, 10, 20), **lora) for name, lora in RUNS.items()}
 
@@ -185,9 +185,7 @@ def test_nothing_is_written_onto_an_existing_folder_or_into_one_that_is_read(
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-0", "checkpoint-10", "checkpoint-20"]
 
 
-def test_a_jump_made_after_the_newest_checkpoint_is_part_of_the_adapter(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path
-) -> None:
+def test_a_jump_made_after_the_newest_checkpoint_is_part_of_the_adapter(make_lora_run: MakeRun, tmp_path: Path) -> None:
     run = make_lora_run(tmp_path / "run" / "checkpoints", (0, 10, 20))
     write_jump(tmp_path / "run", 20, {f"{ROW}.lora_B": noise("jump", 16, 4)})
     make_applier("peft-adapter").apply(Prediction(opened(run), 20, 10), out=tmp_path / "out")

@@ -1,7 +1,6 @@
 """Files besides the weights are copied, and the model card says how the weights were made."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 
 from next_core import make_applier
 from tests.appliers.conftest import BOTH, secant
-from tests.conftest import LoraRun
+from tests.conftest import LoraRun, MakeRun
 
 CARD = """---
 base_model: somebody/base
@@ -30,7 +29,7 @@ EXPECTED = {
 
 
 @pytest.fixture
-def full_folders(make_lora_run: Callable[..., LoraRun], base: Path, tmp_path: Path) -> LoraRun:
+def full_folders(make_lora_run: MakeRun, base: Path, tmp_path: Path) -> LoraRun:
     """A run whose backbone and newest checkpoint have real tokenizers, cards and files of a trainer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from next_core.storage.manifest import check_manifest
 from tests.appliers.conftest import ROW, secant
-from tests.conftest import LoraRun, noise
+from tests.conftest import LoraRun, MakeRun, noise
 from tests.errors import raises_kind
 from tests.sources.models import built, edit_json, straight_run, write_jump
 
@@ -135,7 +135,7 @@ def test_a_backbone_that_the_run_cannot_be_added_to_is_refused(
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path
+    make_lora_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj", "lm_head"])
     assert any("base_layer" in key for key in load_file(run.folder(20) / "adapter_model.safetensors"))
@@ -154,7 +154,7 @@ def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
     ids=["a whole module", "a tied head"],
 )
 def test_an_adapter_that_a_merged_model_would_lose_or_misplace_is_refused(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path, lora: dict[str, Any], config: dict[str, Any], named: str
+    make_lora_run: MakeRun, tmp_path: Path, lora: dict[str, Any], config: dict[str, Any], named: str
 ) -> None:
     run = make_lora_run(tmp_path / "run", (10, 20), **lora)
     tied = "tie_word_embeddings" in config

@@ -1,6 +1,5 @@
 """A jump written in verl's own layout. That verl loads it is shown by ``make test-verl``."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from next_core.interfaces import CheckpointSource, Prediction
 from next_core.sources.fsdp_shards import open_shards
 from next_core.storage import atomic
 from next_core.storage.manifest import check_manifest
-from tests.conftest import Outcome
+from tests.conftest import Cli
 from tests.errors import raises_kind
 from tests.sources.fsdp import lora_state, verl
 from tests.sources.models import model
@@ -148,7 +147,7 @@ def test_a_jump_is_rounded_to_the_precision_of_the_shards(tmp_path: Path) -> Non
     assert written.record["rounding"] == "nearest"
 
 
-def test_the_command_writes_it_as_verl(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+def test_the_command_writes_it_as_verl(tmp_path: Path, cli: Cli) -> None:
     run(tmp_path / "run")
     where = ("--checkpoints", tmp_path / "run", "--horizon", 10, "--out", tmp_path / "out", "--as", "verl")
     assert cli("extrapolate", *where).code == 3  # pickles are not allowed

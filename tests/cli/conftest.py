@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import LoraRun, Outcome
+from tests.conftest import Cli, LoraRun, Outcome
 
 
 def facts(outcome: Outcome) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def assert_fails(outcome: Outcome, code: int, kind: str, *names: object) -> None
 
 
 @pytest.fixture
-def extrapolate(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> Callable[..., Outcome]:
+def extrapolate(cli: Cli, lora_run: LoraRun, tmp_path: Path) -> Cli:
     """``extrapolate("--json", checkpoints=..., out=..., predictor=...)``, 10 steps ahead by default."""
 
     def run(*more: object, **options: object) -> Outcome:

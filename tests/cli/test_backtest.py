@@ -1,23 +1,19 @@
 """``next-core backtest``."""
 
-from collections.abc import Callable
-
 import pytest
 
 from next_core.cli.backtest_command import parse_predictors
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import STEPS, LoraRun, Outcome
-
-Backtest = Callable[..., Outcome]
+from tests.conftest import STEPS, Cli, LoraRun
 
 
 @pytest.fixture
-def backtest(cli: Callable[..., Outcome], lora_run: LoraRun) -> Backtest:
+def backtest(cli: Cli, lora_run: LoraRun) -> Cli:
     """``backtest(*options)`` of a recorded LoRA run."""
     return lambda *more: cli("backtest", "--checkpoints", lora_run.path, *more)
 
 
-def test_a_table_shows_the_best_first_and_marks_what_beats_no_jump(backtest: Backtest) -> None:
+def test_a_table_shows_the_best_first_and_marks_what_beats_no_jump(backtest: Cli) -> None:
     outcome = backtest("--predictors", "secant", "--horizon", 10, "--draws", 5)
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
@@ -32,7 +28,7 @@ def test_a_table_shows_the_best_first_and_marks_what_beats_no_jump(backtest: Bac
     assert "…" not in outcome.out
 
 
-def test_with_json_standard_output_is_one_object(backtest: Backtest) -> None:
+def test_with_json_standard_output_is_one_object(backtest: Cli) -> None:
     outcome = backtest("--predictors", "secant,relex", "--horizon", 20, "--draws", 2, "--json", "--seed", 4)
     found = facts(outcome)
     assert (found["horizon"], found["cuts"], found["draws"], found["seed"]) == (20, list(STEPS[:-2]), 2, 4)
@@ -47,7 +43,7 @@ def test_with_json_standard_output_is_one_object(backtest: Backtest) -> None:
     assert "secant" in outcome.err
 
 
-def test_without_walks_there_is_no_null_and_one_cut_has_no_interval(backtest: Backtest) -> None:
+def test_without_walks_there_is_no_null_and_one_cut_has_no_interval(backtest: Cli) -> None:
     found = facts(backtest("--predictors", "secant", "--draws", 0, "--cuts", 1, "--json"))
     assert found["cuts"] == [40]
     secant = found["predictors"]["secant"]
@@ -55,7 +51,7 @@ def test_without_walks_there_is_no_null_and_one_cut_has_no_interval(backtest: Ba
     assert not secant["above_null"]
 
 
-def test_settings_go_to_the_predictor_they_name(backtest: Backtest) -> None:
+def test_settings_go_to_the_predictor_they_name(backtest: Cli) -> None:
     merged = "--predictors", "secant", "--horizon", 10, "--draws", 0, "--json", "--set", "secant.space=merged"
     plain, found = facts(backtest(*merged)), facts(backtest(*merged, "--set", "secant.damping=0.5"))
     assert found["predictors"]["secant"]["fields"] == {"space": "merged", "damping": 0.5}
@@ -63,7 +59,7 @@ def test_settings_go_to_the_predictor_they_name(backtest: Backtest) -> None:
     assert half == pytest.approx(0.5)
 
 
-def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_them(backtest: Backtest) -> None:
+def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_them(backtest: Cli) -> None:
     others = {"stay", "random", "ridge", "secant", "rl-extra", "relex", "alpharl"}
     found = facts(backtest("--horizon", 10, "--draws", 0, "--json"))
     assert others <= set(found["predictors"])
@@ -89,8 +85,8 @@ def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_the
         (("--draws", "1"), 2, "config", ("draws",)),
     ],
 )
-def test_a_mistake_has_its_exit_code_and_kind(
-    backtest: Backtest, more: tuple[str, ...], code: int, kind: str, names: tuple[str, ...]
+def test_a_mistake_has_its_kind(
+    backtest: Cli, more: tuple[str, ...], code: int, kind: str, names: tuple[str, ...]
 ) -> None:
     outcome = backtest("--json", *more)
     assert_fails(outcome, code, kind, *names)

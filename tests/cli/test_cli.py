@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from next_core.cli.run_command import show_result
 from next_core.cycle.run_result import RunResult
 from next_core.errors import BackendError, CheckpointError, ConfigError, GuardError, PluginError, StorageError
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import Outcome
+from tests.conftest import Cli, Outcome
 
 
 def run_python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -58,7 +57,7 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
     ],
 )
 def test_each_error_has_its_exit_code(
-    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
     def fail() -> None:
         raise error
@@ -67,13 +66,13 @@ def test_each_error_has_its_exit_code(
     assert cli("schema").code == code
 
 
-def test_an_unexpected_error_is_not_hidden(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_not_hidden(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("next_core.config.json_schema", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("schema")
 
 
-def test_schema_and_version_are_printed(cli: Callable[..., Outcome]) -> None:
+def test_schema_and_version_are_printed(cli: Cli) -> None:
     assert {"steps", "predictor", "schedule"} <= set(json.loads(cli("schema").out)["properties"])
     assert cli("--version").out == f"next-core {version('next-core')}\n"
 
@@ -94,9 +93,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def test_a_dry_run_prints_the_plan_and_trains_nothing(
-    cli: Callable[..., Outcome], config: Path, tmp_path: Path
-) -> None:
+def test_a_dry_run_prints_the_plan_alone(cli: Cli, config: Path, tmp_path: Path) -> None:
     outcome = cli("run", config, "--out", tmp_path / "run", "--dry-run", "--json")
     assert facts(outcome)["compute"]["jumps after"] == [50]
     assert "jumps after" in outcome.err

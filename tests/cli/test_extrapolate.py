@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from next_core.plugins import trajectory_predictors
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import STEPS, LoraRun, Outcome
+from tests.conftest import STEPS, Cli, LoraRun
 
 WEIGHTS = "adapter_model.safetensors"
 FROZEN = "model.layers.1.self_attn.k_proj.weight"
@@ -27,7 +26,7 @@ def trained(lora_run: LoraRun) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_every_predictor_writes_another_adapter(
-    predictor: str, extrapolate: Callable[..., Outcome], trained: dict[str, torch.Tensor], tmp_path: Path
+    predictor: str, extrapolate: Cli, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     found = facts(extrapolate("--json", *QUICK.get(predictor, ()), predictor=predictor))
     assert found["predictor"] == predictor
@@ -40,7 +39,7 @@ def test_every_predictor_writes_another_adapter(
     assert any(not torch.equal(value, trained[key]) for key, value in jumped.items())
 
 
-def test_settings_reach_the_predictor_and_the_applier(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_settings_reach_the_predictor_and_the_applier(extrapolate: Cli, tmp_path: Path) -> None:
     settings = ("--set", "space=merged", "--set", "window=20", "--set-applier", "rank=2")
     assert extrapolate(*settings, alpha=2, rank=3).code == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -48,25 +47,21 @@ def test_settings_reach_the_predictor_and_the_applier(extrapolate: Callable[...,
     assert {min(tensor.shape) for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {2}
 
 
-def test_a_merged_model_is_written_with_the_share_that_rounding_leaves(
-    extrapolate: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path
-) -> None:
+def test_a_merged_model_reports_what_rounding_leaves(extrapolate: Cli, lora_run: LoraRun, tmp_path: Path) -> None:
     found = facts(extrapolate("--json", applier="merged-model", backbone=lora_run.base))
     assert (found["applier"], found["out"]) == ("merged-model", str(tmp_path / "out"))
     assert found["share_landed"]["1"] == pytest.approx(1.0, abs=1e-3)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_a_dry_run_writes_nothing(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(extrapolate: Cli, tmp_path: Path) -> None:
     found = facts(extrapolate("--dry-run", "--json", out=tmp_path / "deep" / "out"))
     assert found["out"] is None
     assert found["norm_ratio"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_output_names_what_moved_what_did_not_and_the_folder_as_it_is(
-    extrapolate: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_text_output_names_what_moved_and_the_folder(extrapolate: Cli, tmp_path: Path) -> None:
     out = tmp_path / "[bold]a[" / "b]"
     shown = extrapolate(out=out).out
     for words in ("peft-adapter (checkpoint-N): 6 checkpoints, steps 10 to 60", "13 of 14 matrices", FROZEN, str(out)):
@@ -75,7 +70,7 @@ def test_text_output_names_what_moved_what_did_not_and_the_folder_as_it_is(
     assert_fails(extrapolate(checkpoints=closing), 3, "checkpoint", closing)
 
 
-def test_several_alphas_write_several_adapters(extrapolate: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_several_alphas_write_several_adapters(extrapolate: Cli, tmp_path: Path) -> None:
     merged = ("--set", "space=merged")
     assert facts(extrapolate("--alphas", "0.5,1,2", *merged, "--json"))["alpha"] == [0.5, 1.0, 2.0]
     folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
@@ -117,8 +112,8 @@ def test_several_alphas_write_several_adapters(extrapolate: Callable[..., Outcom
         (("--layout", "nothing"), 5, "plugin", ("nothing",)),
     ],
 )
-def test_a_mistake_has_its_exit_code_and_kind_and_writes_nothing(
-    extrapolate: Callable[..., Outcome],
+def test_a_mistake_has_its_kind_and_writes_nothing(
+    extrapolate: Cli,
     tmp_path: Path,
     more: tuple[str, ...],
     code: int,
@@ -131,7 +126,7 @@ def test_a_mistake_has_its_exit_code_and_kind_and_writes_nothing(
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_what_cannot_be_written_fails_before_anything_is_decomposed(
-    extrapolate: Callable[..., Outcome],
+    extrapolate: Cli,
     lora_run: LoraRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,7 +148,7 @@ def test_what_cannot_be_written_fails_before_anything_is_decomposed(
 
 
 def test_a_second_predictor_reads_the_first_ones_cache(
-    extrapolate: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept"
     assert extrapolate("--predictor", "alpharl", "--cache", kept).code == 0
@@ -168,7 +163,7 @@ def test_a_second_predictor_reads_the_first_ones_cache(
         extrapolate("--predictor", "alpharl", "--no-cache", out=tmp_path / "anew")
 
 
-def test_checkpoints_can_be_listed_one_by_one(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> None:
+def test_checkpoints_can_be_listed_one_by_one(cli: Cli, lora_run: LoraRun, tmp_path: Path) -> None:
     listed = [word for step in (40, 50, 60) for word in ("--checkpoints", lora_run.folder(step))]
     found = facts(cli("extrapolate", *listed, "--out", tmp_path / "out", "--horizon", 10, "--json"))
     assert (found["steps"], found["naming"]) == ([40, 50, 60], "checkpoint-N")
@@ -183,7 +178,7 @@ class Mine(Secant):
 
 
 def test_a_predictor_can_be_a_class_in_the_current_folder(
-    extrapolate: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_predictors.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)

@@ -1,15 +1,14 @@
 """``next-core plan``."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import STEPS, LoraRun, Outcome
+from tests.conftest import STEPS, Cli, LoraRun
 
 
-def test_a_plan_of_checkpoints_writes_nothing(cli: Callable[..., Outcome], lora_run: LoraRun, tmp_path: Path) -> None:
+def test_a_plan_of_checkpoints_writes_nothing(cli: Cli, lora_run: LoraRun, tmp_path: Path) -> None:
     arguments = ("--checkpoints", lora_run.path, "--horizon", 20, "--predictor", "next-mlp", "--out", tmp_path / "out")
     outcome = cli("plan", *arguments, "--json")
     found = facts(outcome)
@@ -36,12 +35,12 @@ def test_a_plan_of_checkpoints_writes_nothing(cli: Callable[..., Outcome], lora_
         (("none.yaml",), 2, "config", "none.yaml"),
     ],
 )
-def test_a_plan_that_cannot_be_made_fails_with_its_kind(
+def test_an_impossible_plan_fails_with_its_kind(
     arguments: tuple[object, ...],
     code: int,
     kind: str,
     name: str,
-    cli: Callable[..., Outcome],
+    cli: Cli,
     lora_run: LoraRun,
     tmp_path: Path,
 ) -> None:

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from next_core.storage.json_lines import json_line
 from next_core.storage.locking import locked
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import Outcome
+from tests.conftest import Cli
 
 START = {"event": "start", "step": 0, "steps": 20}
 SCALES = [
@@ -24,7 +23,7 @@ def write(folder: Path, *records: object) -> None:
     (folder / "journal.jsonl").write_bytes(b"".join(json_line(record) for record in records))
 
 
-def test_the_lock_and_the_journal_say_whether_a_run_is_going(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_the_lock_and_the_journal_say_whether_a_run_is_going(cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, START, *SCALES)
     assert facts(cli("status", run, "--json"))["state"] == "stopped early"
@@ -57,5 +56,5 @@ def test_it_follows_a_run_to_its_end_and_prints_what_is_new(tmp_path: Path) -> N
     assert following.returncode == 0
 
 
-def test_a_folder_without_a_run_is_refused(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert_fails(cli("status", tmp_path), 2, "report-unknown-folder", tmp_path)

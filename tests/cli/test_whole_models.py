@@ -1,7 +1,6 @@
 """Checkpoints of whole models on the command line: the applier follows from them, and few questions need a backbone."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from next_core import Secant, backtest, open_run
-from tests.conftest import Outcome
+from tests.conftest import Cli
 from tests.sources.models import SMALL, StraightRun, built, straight_run
 
 NEED_NONE = ("random", "secant")
@@ -26,9 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> StraightRun:
     return straight_run(tmp_path_factory.mktemp("whole"), model(), steps=(5, 10, 15, 20))
 
 
-def test_backtest_scores_what_needs_no_backbone_and_names_what_does(
-    run: StraightRun, cli: Callable[..., Outcome]
-) -> None:
+def test_backtest_scores_what_needs_no_backbone_and_names_the_rest(run: StraightRun, cli: Cli) -> None:
     options = ("--predictors", "secant", "--set", "secant.window=5", "--draws", 2, "--json")
     found = cli("backtest", "--checkpoints", run.path, *options)
     assert found.code == 0, found.err
@@ -47,15 +44,13 @@ def test_so_does_a_notebook(run: StraightRun) -> None:
     assert found.predictors["secant"].score.skill == pytest.approx(1)
 
 
-def test_plan_names_the_applier_that_follows_from_the_run(run: StraightRun, cli: Callable[..., Outcome]) -> None:
+def test_plan_names_the_applier_that_follows_from_the_run(run: StraightRun, cli: Cli) -> None:
     told = json.loads(cli("plan", "--checkpoints", run.path, "--horizon", 5, "--json").out)
     assert told["write"]["applier"] == "merged-model"
     assert told["write"]["bytes"] == (run.path / "checkpoint-20" / "model.safetensors").stat().st_size
 
 
-def test_extrapolate_writes_a_model_like_the_newest_checkpoint(
-    run: StraightRun, tmp_path: Path, cli: Callable[..., Outcome]
-) -> None:
+def test_extrapolate_writes_a_model_like_the_newest(run: StraightRun, tmp_path: Path, cli: Cli) -> None:
     found = cli("extrapolate", "--checkpoints", run.path, "--horizon", 10, "--out", tmp_path / "out", "--json")
     assert found.code == 0, found.err
     assert json.loads(found.out)["applier"] == "merged-model"
@@ -64,9 +59,7 @@ def test_extrapolate_writes_a_model_like_the_newest_checkpoint(
 
 
 @pytest.mark.parametrize("predictor", [*NEED_NONE, *NEED_A_BACKBONE])
-def test_only_predictors_that_count_from_the_backbone_need_it(
-    run: StraightRun, predictor: str, tmp_path: Path, cli: Callable[..., Outcome]
-) -> None:
+def test_only_some_predictors_need_a_backbone(run: StraightRun, predictor: str, tmp_path: Path, cli: Cli) -> None:
     command = ["extrapolate", "--checkpoints", run.path, "--horizon", 5, "--predictor", predictor]
     found = cli(*command, "--out", tmp_path / "out")
     assert ("config-missing-backbone" in found.err) == (predictor in NEED_A_BACKBONE), found.err
@@ -74,9 +67,7 @@ def test_only_predictors_that_count_from_the_backbone_need_it(
     assert cli(*command, "--backbone", run.base, "--out", tmp_path / "more").code == 0
 
 
-def test_checkpoints_without_a_config_need_a_backbone_to_be_written(
-    tmp_path: Path, cli: Callable[..., Outcome]
-) -> None:
+def test_checkpoints_without_a_config_need_a_backbone(tmp_path: Path, cli: Cli) -> None:
     run = straight_run(tmp_path, model())
     (run.path / "checkpoint-20" / "config.json").unlink()
     command = ("extrapolate", "--checkpoints", run.path, "--horizon", 10)
@@ -84,7 +75,7 @@ def test_checkpoints_without_a_config_need_a_backbone_to_be_written(
     assert cli(*command, "--backbone", run.base, "--out", tmp_path / "out").code == 0
 
 
-def test_a_resized_vocabulary_needs_no_backbone(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+def test_a_resized_vocabulary_needs_no_backbone(tmp_path: Path, cli: Cli) -> None:
     resized = model()
     resized.resize_token_embeddings(35)
     run = straight_run(tmp_path, resized)
@@ -97,8 +88,8 @@ def test_a_resized_vocabulary_needs_no_backbone(tmp_path: Path, cli: Callable[..
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_mixed_precisions_and_tied_heads_are_written_as_the_backbone_stores_them(
-    tmp_path: Path, precision: torch.dtype, tied: bool, cli: Callable[..., Outcome]
+def test_precisions_and_tied_heads_are_the_backbones(
+    tmp_path: Path, precision: torch.dtype, tied: bool, cli: Cli
 ) -> None:
     run = straight_run(tmp_path, model(tie_word_embeddings=tied))
     half = type(model()).from_pretrained(run.base)
@@ -115,7 +106,7 @@ def test_mixed_precisions_and_tied_heads_are_written_as_the_backbone_stores_them
         torch.testing.assert_close(value, exact.to(value.dtype), atol=1e-5 if value.itemsize == 4 else 4e-3, rtol=0)
 
 
-def test_matrices_that_the_checkpoints_do_not_store_are_named(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+def test_matrices_that_the_checkpoints_do_not_store_are_named(tmp_path: Path, cli: Cli) -> None:
     run, name = straight_run(tmp_path, model()), "model.layers.0.mlp.up_proj.weight"
     for step in (10, 20):
         file = run.path / f"checkpoint-{step}" / "model.safetensors"

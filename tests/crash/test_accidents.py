@@ -17,9 +17,7 @@ pytestmark = pytest.mark.trl
 STEP_5_IS_OVER = Point("after appending to", "run/metrics.jsonl", 5)
 
 
-def test_a_second_run_in_one_folder_is_refused_at_once_and_the_first_ends_as_ever(
-    whole_run: Whole, tmp_path: Path
-) -> None:
+def test_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_ever(whole_run: Whole, tmp_path: Path) -> None:
     out, waiting, on = tmp_path / "runs" / "run", tmp_path / "waiting", tmp_path / "on"
     first = Child(work.go, "run", whole_run.raw, out, STEP_5_IS_OVER, Pause(waiting, on))
     try:
@@ -45,7 +43,7 @@ def test_a_second_run_in_one_folder_is_refused_at_once_and_the_first_ends_as_eve
     ],
     ids=["Ctrl-C", "SIGTERM"],
 )
-def test_a_signal_stops_the_command_with_its_state_saved_and_the_command_resumes(
+def test_a_signal_stops_the_command_which_resumes(
     action: work.Action, code: int, said: str, whole_run: Whole, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs" / "run"

@@ -77,15 +77,11 @@ def test_what_is_compared_tells_one_seed_from_another(whole_run: Whole, tmp_path
 
 
 @pytest.mark.parametrize("point", TELLING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
-def test_a_run_killed_at_a_write_goes_on_to_the_same_end_bit_for_bit(
-    whole_run: Whole, point: Point, tmp_path: Path
-) -> None:
+def test_a_run_killed_at_a_write_goes_on_to_the_same_end(whole_run: Whole, point: Point, tmp_path: Path) -> None:
     killed_and_begun_again(whole_run, [point], tmp_path / "run")
 
 
-def test_a_run_that_deletes_what_it_does_not_need_ends_as_one_that_keeps_all(
-    whole_needed: Whole, tmp_path: Path
-) -> None:
+def test_a_run_that_deletes_checkpoints_ends_as_one_that_keeps_all(whole_needed: Whole, tmp_path: Path) -> None:
     raw = whole_needed.raw | {"schedule": whole_needed.raw["schedule"] | {"keep": "all"}}
     outcome = call(work.go, "run", raw, tmp_path / "run")
     assert outcome.code == 0, outcome.error
@@ -98,7 +94,7 @@ def test_a_run_that_deletes_what_it_does_not_need_ends_as_one_that_keeps_all(
 
 
 @pytest.mark.parametrize("point", DELETING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
-def test_a_run_killed_while_it_deletes_goes_on_to_the_same_end_bit_for_bit(
+def test_a_run_killed_while_it_deletes_goes_on_to_the_same_end(
     whole_needed: Whole, point: Point, tmp_path: Path
 ) -> None:
     killed_and_begun_again(whole_needed, [point], tmp_path / "run")

@@ -38,9 +38,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("moment", FULL)
-def test_a_run_whose_disk_is_full_says_so_and_goes_on_when_there_is_space(
-    moment: str, whole_run: Whole, disk: Path
-) -> None:
+def test_a_run_on_a_full_disk_goes_on_when_there_is_space(moment: str, whole_run: Whole, disk: Path) -> None:
     ballast, out = disk / "ballast", disk / "runs" / "run"
     stopped = whole_run.go(out, FULL[moment], Fill(ballast))
     assert stopped.code == 7, stopped

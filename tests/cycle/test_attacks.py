@@ -199,7 +199,7 @@ def test_the_run_under_attack_is_the_run_left_alone_bit_for_bit(runs: dict[str, 
     assert [name for name in found if logged.match(name)] == []
 
 
-def test_the_mean_at_the_end_is_of_what_was_observed_and_not_of_what_a_predictor_made_of_it(
+def test_the_mean_at_the_end_is_of_what_was_observed(
     runs: dict[str, Path],
 ) -> None:
     wild, tame = (next(values for name, values in facts(out).items() if " average " in name) for out in runs.values())

@@ -88,9 +88,7 @@ NAN = float("nan")
     ("readings", "window"),
     [((0.5, 0.6, 0.9, 0.7), 4), ((0.5, NAN, 0.4, 0.7), 8), ((0.5, 0.5, 0.4, NAN), None), ((NAN,), None)],
 )
-def test_the_window_that_validates_best_is_taken_if_it_is_better(
-    readings: tuple[float, ...], window: int | None
-) -> None:
+def test_the_window_that_validates_best_is_taken_if_better(readings: tuple[float, ...], window: int | None) -> None:
     each = iter(readings)
     backend = Descent(accuracy=lambda loss: next(each))
     [record] = [r for r in descend(backend).records if r["event"] == "average"]

@@ -36,9 +36,7 @@ def motion(step: int, since: int | None) -> float:
 @pytest.mark.parametrize(
     ("window", "since"), [(5, 15), (10, 10), (15, 5), (7, 10), (16, None), (20, None), (100, None)]
 )
-def test_recent_motion_is_that_of_the_last_steps_or_a_little_more(
-    source: MemorySource, window: int, since: int | None
-) -> None:
+def test_recent_motion_is_that_of_the_last_steps(source: MemorySource, window: int, since: int | None) -> None:
     assert recent_motion(History(source), window) == pytest.approx(motion(20, since), rel=1e-9)
 
 

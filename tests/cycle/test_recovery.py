@@ -32,7 +32,7 @@ def verdicts(journal: Journal) -> list[tuple[int, bool]]:
     [((0.75,), {"max_drop": 0.25}, 60), ((0.75, 0.75), {"recovery": 10, "tolerance": 0.25}, 50)],
     ids=["max_drop", "tolerance"],
 )
-def test_accuracy_may_fall_by_the_bound_and_no_further(
+def test_accuracy_may_fall_by_the_bound(
     before: tuple[float, ...], guards: dict[str, Any], undone_after: int, read: float, accepted: bool
 ) -> None:
     backend = Descent(accuracy=reading(*before, read))
@@ -148,7 +148,7 @@ def test_a_launched_trainer_stands_still_wherever_something_is_measured(average:
     [(), (0.5, 0.6, 0.65, 0.5), (0.5, float("nan"), 0.6, 0.6, 0.75, 0.75, 0.8)],
     ids=["recovers", "fails", "has a probe that failed"],
 )
-def test_a_resumed_run_decides_what_the_run_that_was_not_interrupted_decides(
+def test_a_resumed_run_decides_as_the_whole_run(
     trainer: type[Descent], step: int, against: Any, readings: tuple[float, ...]
 ) -> None:
     guards = Guards(recovery=10, against=against)

@@ -39,9 +39,7 @@ def trained(keep: str, predictor: dict[str, Any] = SECANT, guards: Guards | None
     ],
     ids=lambda value: str(value),
 )
-def test_jumps_and_weights_are_the_same_bits_whatever_is_kept(
-    predictor: dict[str, Any], guards: dict[str, Any], schedule: dict[str, Any]
-) -> None:
+def test_retention_changes_no_bit(predictor: dict[str, Any], guards: dict[str, Any], schedule: dict[str, Any]) -> None:
     every, all_records = trained("all", predictor, Guards(**guards), **schedule)
     some, records = trained("needed", predictor, Guards(**guards), **schedule)
     assert records.records == all_records.records

@@ -154,9 +154,7 @@ def test_damage_falls_back_to_the_checkpoint_before_it(whole: Whole, tmp_path: P
     assert any(file in note for note in resumed.notes)
 
 
-def test_a_run_that_was_killed_before_it_saved_anything_starts_again_or_says_why_not(
-    whole: Whole, tmp_path: Path
-) -> None:
+def test_a_run_killed_before_it_saved_anything_starts_again_or_says_why_not(whole: Whole, tmp_path: Path) -> None:
     def kill(what: str, done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -330,7 +328,7 @@ FIRST, CONTROL = ["1 prepare", "1 train", "1 close"], ["2 prepare", "2 train", "
         ("2 close", FIRST + CONTROL),
     ],
 )
-def test_a_trainer_is_ended_once_when_something_fails(
+def test_a_trainer_is_ended_once(
     fails: str, events: list[str], watched: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     with raises_kind("backend-failed", f"ZeroDivisionError: {fails} failed"):
@@ -350,7 +348,7 @@ def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[.
     assert f"{fails[0]} close failed" in note
 
 
-def test_an_interrupted_trainer_and_one_that_found_nothing_to_go_on_from_are_ended(
+def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
     watched: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     def interrupt(what: str, done: int, total: int) -> None:

@@ -35,7 +35,7 @@ def test_a_predictor_must_find_what_it_needs_in_the_checkpoints_up_to_a_jump(win
     settle=st.integers(0, 30),
     total=st.integers(0, 120),
 )
-def test_every_attempt_stands_at_a_checkpoint_with_what_comes_before_and_after_it(
+def test_every_attempt_is_at_a_checkpoint(
     every: int, observe: int, jump_every: int | None, settle: int, total: int
 ) -> None:
     spacing = None if jump_every is None else jump_every * every

@@ -3,7 +3,7 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from next_core.comparison import load_comparison
 from next_core.config import make_config
 from next_core.run_config import RunConfig
 from next_core.storage.yaml_files import parse_yaml
-from tests.conftest import Outcome
+from tests.conftest import Cli
 from tests.docs.blocks import ALL, LANGUAGES, PAGES, ROOT, Block, blocks, of
 
 TRAIN = ("run", "compare")
@@ -95,9 +95,7 @@ def checked() -> set[str]:
 
 @pytest.mark.trl
 @pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.name)
-def test_the_commands_of_a_page_do_what_they_say(
-    page: Path, reader: Path, cli: Callable[..., Outcome], checked: set[str]
-) -> None:
+def test_the_commands_of_a_page_do_what_they_say(page: Path, reader: Path, cli: Cli, checked: set[str]) -> None:
     for block in blocks(page):
         if block.language == "bash" and block.is_run:
             for command in (command for command in block.commands if command not in checked):
@@ -105,7 +103,7 @@ def test_the_commands_of_a_page_do_what_they_say(
                 checked.add(command)
 
 
-def check(command: str, where: str, cli: Callable[..., Outcome]) -> None:
+def check(command: str, where: str, cli: Cli) -> None:
     """Run a line, or what of it can be told without installing or training."""
     program, *arguments = shlex.split(command)
     if program == "next-core":

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from next_core.report import geometry
 from next_core.report.geometry import GeometryOptions
 from next_core.report.write import write_report
 from next_core.storage.json_lines import json_line
-from tests.conftest import LoraRun
+from tests.conftest import MakeRun
 from tests.proved import BROWSERS
 from tests.report.made import Object, comparison, jumps, write_comparison
 
@@ -90,8 +90,8 @@ def test_nothing_is_cut_off_covered_or_hard_to_read(pages: Mapping[str, Path], s
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-def test_maps_and_figures_of_real_weights_are_readable_too(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_maps_of_real_weights_are_readable(
+    make_lora_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(geometry, "CUTS", 3)
     monkeypatch.setattr(geometry, "DRAWS", 2)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded
 from next_core.report.write import write_report
 from next_core.storage.json_lines import json_line
-from tests.conftest import LoraRun
+from tests.conftest import LoraRun, MakeRun
 from tests.errors import raises_kind
 from tests.report.conftest import read_page
 from tests.report.made import Object, jumps
@@ -171,9 +170,7 @@ def test_a_journal_alone_makes_a_page_of_reasons(tmp_path: Path) -> None:
     assert all(reason in seen.words for reason in written.missing.values())
 
 
-def test_the_weights_are_compared_with_random_walks_and_the_skill_is_shown_by_layer(
-    own_lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_compared_with_random_walks(own_lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "CUTS", 3)
     monkeypatch.setattr(geometry, "DRAWS", 2)
     folder = own_lora_run.path.parent
@@ -198,7 +195,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("measured")
-def test_too_few_damaged_or_no_checkpoints_give_reasons(make_lora_run: Callable[..., LoraRun], tmp_path: Path) -> None:
+def test_too_few_damaged_or_no_checkpoints_give_reasons(make_lora_run: MakeRun, tmp_path: Path) -> None:
     run = make_lora_run(tmp_path / "run" / "checkpoints", (10,))
     journal(tmp_path / "run", {"event": "start", "step": 0})
     written = write_report(tmp_path / "run")
@@ -238,9 +235,7 @@ JUMP = json_line({"event": "jump", "step": 5}).decode()
         ("journal.jsonl", JUMP, "checkpoint-journal-damaged", "jumps.0.accepted"),
     ],
 )
-def test_damage_is_an_error_that_names_the_file_and_the_place(
-    ended: Path, name: str, text: str, kind: str, place: str
-) -> None:
+def test_damage_names_the_file_and_the_place(ended: Path, name: str, text: str, kind: str, place: str) -> None:
     (ended / name).write_text(text)
     with raises_kind(kind, ended / name, place):
         write_report(ended, settings=QUICK)
@@ -254,9 +249,7 @@ def test_damage_is_an_error_that_names_the_file_and_the_place(
         ({"model": "{here}/gone", "lora": None}, False),
     ],
 )
-def test_the_base_model_of_a_full_parameter_run_comes_from_its_config(
-    tmp_path: Path, training: dict[str, Any], found: bool
-) -> None:
+def test_the_base_model_comes_from_the_config(tmp_path: Path, training: dict[str, Any], found: bool) -> None:
     training["model"] = training["model"].format(here=tmp_path)
     (tmp_path / "config.yaml").write_text(json.dumps({"training": training}))
     assert Recorded(tmp_path).backbone == (tmp_path if found else None)

@@ -1,13 +1,12 @@
 """``next-core report``: where the page goes, and what is refused."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import assert_fails, facts
-from tests.conftest import Outcome
+from tests.conftest import Cli
 from tests.report.conftest import read_page
 from tests.report.made import arm, comparison, write_comparison
 
@@ -18,7 +17,7 @@ def race(tmp_path: Path) -> Path:
     return write_comparison(tmp_path / "race", found | {"arms": {"plain": arm({0: 0.5}, {0: 0.5}, role="plain")}})
 
 
-def test_the_page_goes_into_the_folder_and_the_command_says_where(cli: Callable[..., Outcome], race: Path) -> None:
+def test_the_page_goes_into_the_folder_and_the_command_says_where(cli: Cli, race: Path) -> None:
     done = cli("report", race)
     assert done.code == 0
     assert str(race / "report" / "index.html") in done.out
@@ -27,7 +26,7 @@ def test_the_page_goes_into_the_folder_and_the_command_says_where(cli: Callable[
     read_page(race / "report" / "index.html")
 
 
-def test_out_figures_and_json(cli: Callable[..., Outcome], race: Path, tmp_path: Path) -> None:
+def test_out_figures_and_json(cli: Cli, race: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.html"
     found = facts(cli("report", race, "--out", out, "--figures", tmp_path / "plots", "--json"))
     assert found.keys() == {"kind", "out", "summary", "figures", "missing"}
@@ -50,9 +49,7 @@ def test_out_figures_and_json(cli: Callable[..., Outcome], race: Path, tmp_path:
         (("{there}/run/checkpoints",), "report-unknown-folder", "did you mean {there}/run?"),
     ],
 )
-def test_a_mistake_has_its_kind_and_changes_nothing(
-    cli: Callable[..., Outcome], race: Path, arguments: tuple[str, ...], kind: str, name: str
-) -> None:
+def test_a_mistake_changes_nothing(cli: Cli, race: Path, arguments: tuple[str, ...], kind: str, name: str) -> None:
     (race / "empty").mkdir()
     (race / "run" / "checkpoints").mkdir(parents=True)
     (race / "run" / "journal.jsonl").write_text("")
@@ -62,8 +59,6 @@ def test_a_mistake_has_its_kind_and_changes_nothing(
     assert (race / "compare.json").read_text() == before
 
 
-def test_without_the_extra_the_error_names_it(
-    cli: Callable[..., Outcome], race: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named(cli: Cli, race: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert_fails(cli("report", race), 2, "config-missing-package", "next-core[report]")

@@ -16,7 +16,7 @@ from next_core.interfaces import CheckpointSource
 from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.storage.atomic import new_directory
 from next_core.storage.json_lines import json_line
-from tests.conftest import STEPS, LoraRun
+from tests.conftest import STEPS, LoraRun, MakeRun
 from tests.errors import raises_kind
 from tests.sources.models import edit_json
 
@@ -66,9 +66,7 @@ def test_a_trl_run_has_its_steps_parameters_and_pefts_own_deltas(lora_run: LoraR
     ],
     ids=["rslora", "patterns", "regular expressions and rslora", "the first pattern counts", "some modules"],
 )
-def test_scalings_and_ranks_are_pefts(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path, fields: dict[str, Any]
-) -> None:
+def test_scaling_and_rank_are_pefts(make_lora_run: MakeRun, tmp_path: Path, fields: dict[str, Any]) -> None:
     run = make_lora_run(tmp_path / "run", (5, 10), **fields)
     assert_deltas_are_pefts(open_checkpoints(tmp_path / "run"), run)
 
@@ -87,7 +85,7 @@ def test_scalings_and_ranks_are_pefts(
         ({"r": 8}, "checkpoint-other-model", "model.layers.0.mlp.down_proj"),
     ],
 )
-def test_a_config_without_low_rank_deltas_is_refused_with_the_reason(
+def test_a_config_without_low_rank_deltas_is_refused(
     own_lora_run: LoraRun, change: dict[str, Any], kind: str, name: str
 ) -> None:
     for step in (0, *STEPS):
@@ -97,9 +95,7 @@ def test_a_config_without_low_rank_deltas_is_refused_with_the_reason(
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_tensors_other_than_lora_factors_are_skipped_by_name_and_kept(
-    make_lora_run: Callable[..., LoraRun], tmp_path: Path
-) -> None:
+def test_tensors_that_are_no_factors_are_skipped_by_name(make_lora_run: MakeRun, tmp_path: Path) -> None:
     run = make_lora_run(
         tmp_path / "run", (5, 10), target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
     )
@@ -177,7 +173,7 @@ def test_a_value_that_is_not_finite_is_named_by_file_and_tensor(own_lora_run: Lo
     ],
 )
 def test_a_checkpoint_of_another_run_is_named(
-    own_lora_run: LoraRun, make_lora_run: Callable[..., LoraRun], lora: dict[str, Any], figures: tuple[str, ...]
+    own_lora_run: LoraRun, make_lora_run: MakeRun, lora: dict[str, Any], figures: tuple[str, ...]
 ) -> None:
     shutil.rmtree(own_lora_run.folder(30))
     make_lora_run(own_lora_run.path, (30,), **lora)

@@ -85,9 +85,7 @@ def test_an_adapter_scaled_by_zero_is_refused(tmp_path: Path, fields: dict[str, 
     ],
     ids=lambda names: " ".join(names.values()) or "bare",
 )
-def test_names_of_wrappers_and_adapters_are_stripped_in_what_is_read_and_written(
-    tmp_path: Path, names: dict[str, str]
-) -> None:
+def test_names_of_wrappers_are_stripped_in_what_is_read_and_written(tmp_path: Path, names: dict[str, str]) -> None:
     for step in (10, 20):
         renamed(tmp_path / f"run/checkpoint-{step}", **names)
     source = open_checkpoints(tmp_path / "run")
@@ -134,7 +132,7 @@ def expert_tensors(ranks: dict[str, int]) -> dict[str, torch.Tensor]:
         ({"": 8, ".base_layer": 8}, ["mlp.experts.down_proj"], UNSUPPORTED),
     ],
 )
-def test_fused_factors_that_do_not_fit_the_config_are_refused(
+def test_fused_factors_must_fit_the_config(
     tmp_path: Path, ranks: dict[str, int], targets: list[str], kind: str
 ) -> None:
     made = configured(tmp_path / "a", target_parameters=targets)

@@ -106,9 +106,7 @@ def test_a_flipped_bit_in_a_jump_is_named(tmp_path: Path) -> None:
     read()
 
 
-def test_opening_reads_only_headers_and_each_file_is_hashed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_reads_headers_only_and_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = sealed(tmp_path, model, 10, 20)
     hashed: list[str] = []
     digest_of = manifest.digest_of

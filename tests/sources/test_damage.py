@@ -128,7 +128,7 @@ def empty(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, empty])
 @pytest.mark.parametrize("write", [adapter, model])
-def test_damaged_folders_are_skipped_only_on_request_and_listed(
+def test_damaged_folders_are_skipped_on_request(
     tmp_path: Path, write: Callable[[Path, float], Path], damage: Callable[[Path], None]
 ) -> None:
     folders = [write(tmp_path / f"checkpoint-{step}", step) for step in (10, 20, 30, 40)]

@@ -57,7 +57,7 @@ def opened(root: Path) -> FullModelSource:
 
 
 @pytest.mark.parametrize("place", ["_actor/global_step{}", "global_step{0}_hf/global_step{0}"])
-def test_masters_show_the_motion_that_bf16_hides(
+def test_masters_show_hidden_motion(
     tmp_path: Path, asked: list[str], place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, place)
@@ -83,7 +83,7 @@ def test_masters_show_the_motion_that_bf16_hides(
         (None, "checkpoint-damaged", "DeepSpeed"),
     ],
 )
-def test_masters_that_do_not_fit_the_weights_are_refused(
+def test_masters_must_fit_the_weights(
     tmp_path: Path, asked: list[str], content: dict[str, Tensor] | None, kind: str, named: str
 ) -> None:
     run(tmp_path)
@@ -93,7 +93,7 @@ def test_masters_that_do_not_fit_the_weights_are_refused(
         opened(tmp_path).delta("w", 20, 10)
 
 
-def test_masters_need_their_files_permission_and_deepspeed(
+def test_masters_need_permission_and_deepspeed(
     tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path)

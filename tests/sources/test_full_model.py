@@ -89,9 +89,7 @@ def test_without_a_backbone_step_0_replaces_it(run: Path) -> None:
         ),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named(
-    tmp_path: Path, stored: dict[str, Tensor], figures: tuple[str, ...]
-) -> None:
+def test_a_step_of_another_model_is_named(tmp_path: Path, stored: dict[str, Tensor], figures: tuple[str, ...]) -> None:
     save(tmp_path / "checkpoint-10", weights(10))
     save(tmp_path / "checkpoint-20", stored)
     with raises_kind("checkpoint-other-model", "checkpoint-20: ", "step 10", *figures):

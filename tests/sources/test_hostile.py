@@ -20,7 +20,7 @@ from next_core.errors import CheckpointError, ConfigError
 from next_core.storage.atomic import seal
 from next_core.storage.json_lines import json_line
 from next_core.storage.yaml_files import load_yaml, parse_yaml
-from tests.conftest import LoraRun, Outcome
+from tests.conftest import Cli, LoraRun
 from tests.errors import raises_kind
 from tests.report.made import comparison, write_comparison
 from tests.sources.models import adapter, edit_json, model
@@ -137,7 +137,7 @@ COMMANDS = {"analyze": (), "plan": ("--horizon", "10"), "backtest": (), "extrapo
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_finds_a_flipped_bit_of_a_value_and_skips_it_on_request(
-    own_lora_run: LoraRun, command: str, cli: Callable[..., Outcome], tmp_path: Path
+    own_lora_run: LoraRun, command: str, cli: Cli, tmp_path: Path
 ) -> None:
     seal(own_lora_run.folder(60))
     path = own_lora_run.folder(60) / WEIGHTS
@@ -232,9 +232,7 @@ RESULT = {"steps": 20, "seconds": {"rl": 1.0}, "accuracy": {"final": 0.5}, "jump
 
 @pytest.mark.parametrize("damage", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("name", ["result.json", "compare.json"])
-def test_a_damaged_result_is_named_by_the_report(
-    tmp_path: Path, name: str, damage: Damage, cli: Callable[..., Outcome]
-) -> None:
+def test_the_report_names_a_damaged_result(tmp_path: Path, name: str, damage: Damage, cli: Cli) -> None:
     (tmp_path / "journal.jsonl").write_bytes(json_line({"event": "start", "step": 0}))
     path = tmp_path / name
     if name == "compare.json":
@@ -297,7 +295,7 @@ def test_a_hostile_config_is_named_in_a_short_message(tmp_path: Path, what: str)
     assert len(str(caught.value)) < 2000
 
 
-def test_every_command_with_a_config_names_it(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+def test_every_command_with_a_config_names_it(tmp_path: Path, cli: Cli) -> None:
     path = tmp_path / "config.yaml"
     sparse(path)
     (tmp_path / "journal.jsonl").write_bytes(json_line({"event": "start", "step": 0}))
@@ -319,9 +317,7 @@ PATHS = {"NUL": "a\0b", "long": "a" * 300, "loop": "loop/x", "a FIFO's folder": 
 
 @pytest.mark.parametrize("what", PATHS)
 @pytest.mark.parametrize("key", ["model", "train", "base"])
-def test_an_impossible_path_is_an_error_of_the_config(
-    tmp_path: Path, key: str, what: str, cli: Callable[..., Outcome]
-) -> None:
+def test_an_impossible_path_is_a_config_error(tmp_path: Path, key: str, what: str, cli: Cli) -> None:
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     training = {"model": ".", "data": {"train": "."}}
@@ -349,7 +345,7 @@ def test_an_impossible_path_is_an_error_of_the_config(
     ],
 )
 def test_a_comparison_of_more_than_can_be_run_is_refused_at_once(
-    tmp_path: Path, cli: Callable[..., Outcome], fields: dict[str, object], figures: tuple[str, ...]
+    tmp_path: Path, cli: Cli, fields: dict[str, object], figures: tuple[str, ...]
 ) -> None:
     (tmp_path / "train.jsonl").write_text("")
     data = {"train": "train.jsonl", "validation": "train.jsonl"}

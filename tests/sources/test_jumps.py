@@ -113,9 +113,7 @@ def test_refresh_reads_new_jumps_and_forgets_those_rolled_back(own_lora_run: Lor
     assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
 
 
-def test_a_rolled_back_jump_is_forgotten_when_the_next_one_takes_its_name(
-    own_lora_run: LoraRun, lora_run: LoraRun
-) -> None:
+def test_a_rolled_back_jump_is_forgotten_when_the_next_takes_its_name(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     source, plain = opened(own_lora_run), opened(lora_run).factors(NAME, 20)
     for seed, step in zip("stuvw", (30, 30, 40, 30, 40), strict=True):  # each takes the number of the one before
         folder = jump(own_lora_run, 1, step, moved(seed))
@@ -126,9 +124,7 @@ def test_a_rolled_back_jump_is_forgotten_when_the_next_one_takes_its_name(
         assert_moved(source.factors(NAME, 20), plain)
 
 
-def test_after_a_jump_was_undone_the_history_starts_again_at_that_step(
-    own_lora_run: LoraRun, lora_run: LoraRun
-) -> None:
+def test_after_a_jump_was_undone_the_history_starts_at_that_step(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     folder = jump(own_lora_run, 1, 30, moved("s"))
     (folder / "undone.json").write_text('{"step": 40}')
     source = opened(own_lora_run)

@@ -40,7 +40,7 @@ def written_by(write: Callable[[Path, Path, int], Path], run: LoraRun, root: Pat
 
 
 @pytest.mark.parametrize("write", [openrlhf, verl, ours])
-def test_adapters_of_every_trainer_are_the_same_run(
+def test_every_trainers_adapters_are_read(
     lora_run: LoraRun, tmp_path: Path, write: Callable[[Path, Path, int], Path]
 ) -> None:
     source, expected = open_checkpoints(written_by(write, lora_run, tmp_path / "x")), open_checkpoints(lora_run.path)
@@ -99,7 +99,7 @@ def test_checkpoints_next_to_a_final_adapter_are_the_steps(tmp_path: Path) -> No
         (("checkpoint-{}/adapters/policy",), "checkpoint-10/adapters/policy"),
     ],
 )
-def test_where_no_layout_fits_the_message_says_how_to_list_the_folders(
+def test_without_a_layout_the_message_says_how_to_list_folders(
     tmp_path: Path, places: tuple[str, ...], listed: str
 ) -> None:
     for step in (10, 20):

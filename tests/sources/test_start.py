@@ -14,7 +14,7 @@ from next_core.history.history import History
 from next_core.interfaces.checkpoint_source import WARNING
 from next_core.notebook import open_run
 from next_core.sources.adapter_files import AdapterFiles
-from tests.conftest import LoraRun
+from tests.conftest import MakeRun
 from tests.errors import raises_kind
 from tests.sources.models import MODULE, adapter, edit_json
 
@@ -56,7 +56,7 @@ def test_deltas_count_from_the_start_that_is_named(continued: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("space", ["factors", "merged"])
-def test_a_jump_over_the_whole_run_leaves_out_what_was_trained_before(
+def test_a_whole_jump_leaves_out_earlier_training(
     continued: Path, tmp_path: Path, cli: Callable[..., Any], space: str
 ) -> None:
     """From 1060, on by 30/30 of the 60 that RL moved: 1120. The jump's norm is that of 60 in 12 places."""
@@ -111,6 +111,6 @@ def test_the_start_is_no_place_to_write_to(continued: Path, tmp_path: Path) -> N
         make_applier("peft-adapter").apply(prediction, out=tmp_path / "sft/out")
 
 
-def test_a_run_from_a_fresh_adapter_gets_no_warning(make_lora_run: Callable[..., LoraRun], tmp_path: Path) -> None:
+def test_a_run_from_a_fresh_adapter_gets_no_warning(make_lora_run: MakeRun, tmp_path: Path) -> None:
     for name, steps in (("early", (10, 20, 30)), ("late", (400, 410, 420))):
         assert warnings_of(open_checkpoints(make_lora_run(tmp_path / name, steps).path)) == []

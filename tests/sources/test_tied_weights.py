@@ -51,9 +51,7 @@ def test_checkpoints_that_store_either_name_or_both_are_one_run(tmp_path: Path, 
         ({}, False),
     ],
 )
-def test_two_stored_names_are_one_parameter_only_if_the_config_says_so(
-    tmp_path: Path, config: dict[str, Any], one: bool
-) -> None:
+def test_two_names_are_one_parameter_if_the_config_says_so(tmp_path: Path, config: dict[str, Any], one: bool) -> None:
     for step in (10, 20):
         (save(tmp_path, step, EMBEDDING, HEAD) / "config.json").write_text(json.dumps(config))
     source = opened(tmp_path)

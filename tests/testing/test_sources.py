@@ -46,9 +46,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
 
 @pytest.mark.parametrize("check", checks_of("source").values(), ids=checks_of("source"))
 @pytest.mark.parametrize("run", RUNS)
-def test_an_installed_source_keeps_the_contract(
-    run: str, check: Check, opened: Callable[[str], CheckpointSource]
-) -> None:
+def test_a_source_keeps_the_contract(run: str, check: Check, opened: Callable[[str], CheckpointSource]) -> None:
     assert opened(run).name == RUNS[run][0]
     check(opened(run))
 

@@ -130,7 +130,7 @@ def fails(**_: Any) -> list[float]:
         (lengths, ["something else"], ["'1+1='", "'something else'", "backend.reward_file"]),
     ],
 )
-def test_a_reward_that_fails_ends_the_run_and_tells_the_client(
+def test_a_failed_reward_ends_the_run_and_tells_the_client(
     served: Served, reward: Any, queries: list[str], names: list[str]
 ) -> None:
     server = served(reward)
@@ -156,7 +156,7 @@ def test_a_malformed_request_is_refused_and_others_are_served(served: Served, bo
 @pytest.mark.parametrize(
     ("path", "length", "wanted"), [("/reward", 2, 404), ("/reward/guess", 2, 404), (None, 2**40, 413), (None, -1, 413)]
 )
-def test_who_does_not_know_the_address_or_sends_too_much_is_refused_unread(
+def test_strangers_and_large_requests_are_refused_unread(
     served: Served, path: str | None, length: int, wanted: int
 ) -> None:
     url = urlsplit(served(lengths).url)
@@ -230,9 +230,7 @@ def test_a_reward_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         RewardProcess(training(tmp_path, "no-such-reward"))
 
 
-def test_rewards_are_computed_in_the_main_thread_where_alarms_work(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewards_are_computed_in_the_main_thread_for_alarms(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """math-verify limits its time by an alarm."""
     import math_verify
 
@@ -278,9 +276,7 @@ DECODER = {"7": {"content": "<s>", "special": True}, "8": {"content": "word", "s
         ("other", {}, []),
     ],
 )
-def test_special_tokens_are_found_the_longest_first(
-    tmp_path: Path, name: str, content: Any, expected: list[str]
-) -> None:
+def test_special_tokens_are_found_longest_first(tmp_path: Path, name: str, content: Any, expected: list[str]) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(content))
     found = special_tokens(tmp_path)
     assert sorted(found) == sorted(expected)

@@ -69,7 +69,7 @@ def check(jump: str, extra: list[str] | None = None, training: dict[str, Any] | 
         ("reinforce++", "reinforce", "reinforce"),
     ],
 )
-def test_each_algorithm_has_its_estimator_and_its_place_for_the_divergence(
+def test_each_algorithm_has_its_estimator_and_kl_term(
     make: Make, algorithm: str, estimator: str | None, expected: str
 ) -> None:
     found = recorded_options.parse(make({"algorithm": algorithm, "beta": 0.05}, estimator=estimator))
@@ -143,7 +143,7 @@ def test_a_micro_batch_divides_the_rollouts_of_a_rank(
 @pytest.mark.parametrize(
     ("extra", "gpus", "names"), [([], 2, ["9 rollouts", "2 data-parallel"]), (RING, 3, ["ring_attn_size 2", "3 GPUs"])]
 )
-def test_rollouts_that_ranks_cannot_share_are_refused(
+def test_rollouts_that_ranks_cannot_share_evenly_are_refused(
     make: Make, extra: list[str], gpus: int, names: list[str]
 ) -> None:
     with raises_kind("config-contradiction", *names):

@@ -105,9 +105,7 @@ def test_resume_uses_the_newest_state_and_forgets_what_came_after_it(pretence: P
 
 
 @pytest.mark.parametrize("step", [4, 5])
-def test_a_resumed_run_keeps_a_jump_that_the_state_contains_and_forgets_a_later_one(
-    pretence: Pretence, step: int
-) -> None:
+def test_a_resumed_run_keeps_the_jump_in_its_state_and_forgets_a_later_one(pretence: Pretence, step: int) -> None:
     backend = pretence.started()
     pretence.observe(backend, step)
     pretence.jump(backend, step, space="merged")
@@ -158,7 +156,7 @@ def test_a_trainer_that_resumes_from_another_step_is_refused(pretence: Pretence)
         ({"does_not_start_at": 0}, "no such device"),
     ],
 )
-def test_a_trainer_that_dies_is_reported_with_its_last_lines(
+def test_a_dead_trainer_is_reported_with_its_last_lines(
     pretence: Pretence, plan: dict[str, Any], last_words: str
 ) -> None:
     backend = pretence.prepared(plan)
@@ -212,9 +210,7 @@ def test_a_trainer_that_pauses_elsewhere_is_an_error(pretence: Pretence) -> None
 
 
 @pytest.mark.parametrize(("step", "kl"), [(1, -0.4), (4, -0.4), (4, float("nan"))])
-def test_engines_that_sample_from_other_weights_right_after_a_load_end_the_run(
-    pretence: Pretence, step: int, kl: float
-) -> None:
+def test_engines_with_other_weights_right_after_a_load_end_the_run(pretence: Pretence, step: int, kl: float) -> None:
     backend = pretence.started({"kl": {str(step): kl}})
     with raises_kind("backend-failed", f"step {step}", f"vllm_kl is {kl:g}", "0.03", "backend.max_vllm_kl"):
         pretence.observe(backend, 3)

@@ -95,9 +95,7 @@ def test_steps_are_scaled_and_jumps_made_in_any_trainer(kind: str, tokenizer: An
     assert [(jump["step"], jump["accepted"]) for jump in jumping.journal.jumps()] == [(6, True)]
 
 
-def test_the_reward_of_online_dpo_is_the_probe_and_a_resumed_run_ends_alike(
-    tokenizer: Any, tmp_path: Path, trained: Any
-) -> None:
+def test_the_reward_of_online_dpo_is_the_probe_also_when_resumed(tokenizer: Any, tmp_path: Path, trained: Any) -> None:
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-7")):
         callback = PredictExtendCallback(MERGED, observe=6, every=3, horizon=3, settle=3, evaluate="reward")
@@ -120,7 +118,7 @@ def test_the_reward_of_online_dpo_is_the_probe_and_a_resumed_run_ends_alike(
         ("model", "vllm_engine", object(), "factors"),  # Unsloth's fast inference
     ],
 )
-def test_jumps_are_refused_where_roll_outs_or_a_teacher_would_miss_them(
+def test_jumps_that_rollouts_would_miss_are_refused(
     make_trainer: Any, where: str, field: str, value: Any, name: str
 ) -> None:
     trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])

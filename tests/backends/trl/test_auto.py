@@ -40,9 +40,7 @@ def same_weights(trained: Any, one: Any, other: Any) -> bool:
     return all(torch.equal(value, mine[name]) for name, value in trained(other.model).items())
 
 
-def test_it_raises_a_rate_that_is_too_small_without_a_setting_and_a_resumed_run_ends_alike(
-    make_trainer: Any, trained: Any
-) -> None:
+def test_it_raises_a_rate_that_is_too_small_and_a_resumed_run_ends_alike(make_trainer: Any, trained: Any) -> None:
     saving = {"save_strategy": "steps", "save_steps": 13, "learning_rate": 1e-5, "logging_steps": 1}
     first = PredictExtendCallback("auto", evaluate=lambda model: float(next(model.parameters()).sum()), average=40)
     whole = make_trainer([first], steps=25, **saving)
@@ -84,9 +82,7 @@ def test_a_run_that_is_resumed_before_the_newest_checkpoint_returns_to_that_step
         assert [f"step {left[-1]}" in note for note in again.backend.notes] == [True] * (step < 21)
 
 
-def test_far_too_large_steps_are_undone_from_the_first_weights_with_fresh_moments(
-    make_trainer: Any, trained: Any
-) -> None:
+def test_far_too_large_steps_are_undone_to_the_first_weights_and_moments(make_trainer: Any, trained: Any) -> None:
     large = PredictExtendCallback({"name": "step-scale", "block": 2})
     trainer = make_trainer([large], steps=4, learning_rate=0.01)
     start = trained(trainer.model)
@@ -130,7 +126,7 @@ def test_jumps_need_no_setting_either_and_survive_a_resume(make_trainer: Any, tr
     assert same_weights(trained, whole, resumed)
 
 
-def test_an_adapter_in_half_precision_is_trained_with_a_warning(
+def test_an_adapter_in_half_precision_trains_with_a_warning(
     make_trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = PredictExtendCallback("auto")

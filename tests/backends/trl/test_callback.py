@@ -95,9 +95,7 @@ def test_log_probabilities_move_by_the_jump_and_only_by_it(
         assert moved.norm() > 0
 
 
-def test_a_jump_adapter_stays_as_it_was_made_beside_the_original_reference_policy(
-    make_trainer: Any, logits: Any
-) -> None:
+def test_a_jump_adapter_stays_as_made_beside_the_original_reference_policy(make_trainer: Any, logits: Any) -> None:
     jumped: dict[int, dict[str, torch.Tensor]] = {}
     gradients = Gradients()
 
@@ -134,9 +132,7 @@ def test_a_jump_adapter_stays_as_it_was_made_beside_the_original_reference_polic
         trainer.train()
 
 
-def test_resume_from_checkpoint_brings_the_jump_back_and_ends_where_the_whole_run_ends(
-    make_trainer: Any, logits: Any, trained: Any
-) -> None:
+def test_a_resumed_run_has_the_jump_and_ends_as_the_whole_run(make_trainer: Any, logits: Any, trained: Any) -> None:
     schedule = SMALL | {"jump_every": 6, "settle": 0}
     saving = {"save_strategy": "steps", "save_steps": 9}
     whole = make_trainer([PredictExtendCallback(MERGED, **schedule)], steps=12, **saving)
@@ -158,7 +154,7 @@ def test_resume_from_checkpoint_brings_the_jump_back_and_ends_where_the_whole_ru
 @pytest.mark.parametrize(
     ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
 )
-def test_a_rolled_back_jump_leaves_a_plain_run_bit_for_bit(
+def test_a_rolled_back_jump_leaves_a_plain_run(
     make_trainer: Any, logits: Any, plain_logits: Any, predictor: Any, lora: bool
 ) -> None:
     measured = iter([0.9, 0.1])  # the probe falls from .9 to .1: far more than max_drop
@@ -174,7 +170,7 @@ def test_a_rolled_back_jump_leaves_a_plain_run_bit_for_bit(
 @pytest.mark.parametrize(
     ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
 )
-def test_a_jump_that_does_not_recover_is_rolled_back_with_its_optimizer_state(
+def test_a_failed_recovery_restores_the_optimizer_state(
     make_trainer: Any, logits: Any, predictor: Any, lora: bool
 ) -> None:
     measured = iter([0.5, 0.5, 0.3])  # before, right after, after recovery
@@ -225,7 +221,7 @@ MODULES = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(("predictor", "lora"), [(FACTORS, TOKENS), (MERGED, MODULES)])
-def test_jumps_next_to_tokens_and_modules_that_train_are_made_and_saved(
+def test_jumps_next_to_trained_modules_are_saved(
     make_trainer: Any, tmp_path: Path, predictor: Any, lora: dict[str, Any]
 ) -> None:
     callback = PredictExtendCallback(predictor, guards={"max_norm_ratio": None}, **SMALL)
@@ -278,7 +274,7 @@ def test_fused_experts_are_moved_in_their_factors(make_trainer: Any, tmp_path: P
     ("predictor", "lora", "refused"),
     [(FACTORS, True, False), (MERGED, True, True), (MERGED, False, False), ("next-mlp", True, True)],
 )
-def test_loading_the_best_model_at_the_end_is_refused_where_jump_adapters_would_stay(
+def test_loading_the_best_model_is_refused_with_jump_adapters(
     tmp_path: Path, predictor: Any, lora: bool, refused: bool
 ) -> None:
     from trl import GRPOConfig
@@ -323,9 +319,7 @@ def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
         make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()
 
 
-def test_what_a_trainer_logs_before_training_is_written_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_logged_before_training_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     PredictExtendCallback(FACTORS, **SMALL).on_log(None, TrainerState(), None, logs={"eval_reward": 1.0})
     assert not [*tmp_path.iterdir()]

@@ -75,7 +75,7 @@ def test_the_trainers_own_checkpoints_count_each_jump_once_wherever_the_run_fold
     [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"bias": "all"}],
     ids=["modules_to_save", "embeddings", "bias"],
 )
-def test_what_trains_beside_the_linear_layers_is_exported_as_trained(
+def test_other_trained_modules_are_exported_as_trained(
     make_trainer: Any, logits: Any, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     callback = PredictExtendCallback({"name": "secant", "space": "factors"}, **SCHEDULE | {"settle": 2})
@@ -97,9 +97,7 @@ def check_stay(source: Any, model: Any, logits: Any, folder: Path) -> Any:
     return prediction
 
 
-def test_a_mixture_of_experts_jumps_whole_and_is_exported(
-    make_trainer: Any, tokenizer: Any, logits: Any, tmp_path: Path
-) -> None:
+def test_experts_jump_whole_and_are_exported(make_trainer: Any, tokenizer: Any, logits: Any, tmp_path: Path) -> None:
     sizes = SMALL | {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 8}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     model = built("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **sizes, **experts)

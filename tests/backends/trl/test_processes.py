@@ -206,9 +206,7 @@ def test_a_run_resumed_in_a_recovery_window_ends_as_the_whole_run(runs: RunsOfTw
         ("sharded", "backend-unsupported", ["'weight'"]),
     ],
 )
-def test_an_error_in_one_process_ends_both_with_the_same_message(
-    runs: RunsOfTwo, run: str, kind: str, names: list[str]
-) -> None:
+def test_an_error_in_one_process_ends_both_alike(runs: RunsOfTwo, run: str, kind: str, names: list[str]) -> None:
     zero, one = runs.seen(run)
     assert zero["error"] == one["error"] is not None
     _, found, message = zero["error"]

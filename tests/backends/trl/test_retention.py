@@ -41,7 +41,7 @@ def steps(folder: Path) -> list[str]:
     [(FACTORS | {"window": 2}, True), (MERGED | {"window": 2}, True), (MERGED | {"window": 2}, False)],
     ids=["factors", "merged", "full"],
 )
-def test_what_is_kept_changes_no_jump_and_no_weight(
+def test_retention_changes_no_weight(
     predictor: Any, lora: bool, make_trainer: Any, logits: Any, tmp_path: Path
 ) -> None:
     every, some = (trained(make_trainer, keep, predictor, lora=lora) for keep in ("all", "needed"))

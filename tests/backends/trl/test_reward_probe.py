@@ -15,9 +15,7 @@ pytestmark = pytest.mark.trl
 EVALUATED = [{"prompt": prompt, "answer": str(eval(prompt[:-1]))} for prompt in PROMPTS]
 
 
-def test_the_probe_is_the_reward_of_greedy_completions_of_prompts_that_are_held_back(
-    make_trainer: Any, tokenizer: Any
-) -> None:
+def test_the_probe_is_the_reward_of_greedy_completions_of_held_back_prompts(make_trainer: Any, tokenizer: Any) -> None:
     callback = PredictExtendCallback(FACTORS, evaluate="reward", average=6, **SMALL)
     trainer = make_trainer([callback], steps=12)
     held = [(row["prompt"], row["answer"]) for row in callback._prompts]
@@ -40,9 +38,7 @@ def test_the_probe_is_the_reward_of_greedy_completions_of_prompts_that_are_held_
     assert all(jump["accuracy_before"] is not None for jump in callback.journal.jumps())
 
 
-def test_an_eval_dataset_is_evaluated_as_it_is_and_training_is_the_plain_run(
-    make_trainer: Any, logits: Any, plain_logits: Any
-) -> None:
+def test_an_eval_dataset_is_probed_and_the_run_stays_plain(make_trainer: Any, logits: Any, plain_logits: Any) -> None:
     callback = PredictExtendCallback("stay", evaluate="reward", **SMALL)
     trainer = make_trainer([callback], steps=8, eval_rows=EVALUATED)
     trainer.train()

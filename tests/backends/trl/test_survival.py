@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
-def test_a_run_killed_in_a_recovery_window_judges_the_jump_when_it_is_resumed(
+def test_a_run_killed_in_a_recovery_window_judges_the_jump_later(
     make_trainer: Any, trained: Any, predictor: Any
 ) -> None:
     # Saved at 8, in the window of the jump at 6 that is judged at 9, and rolled back there.
@@ -82,9 +82,7 @@ def test_a_run_that_was_not_watched_cannot_be_resumed_with_jumps(make_trainer: A
         make_trainer([callback()], steps=12).train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
 
 
-def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(
-    make_trainer: Any, tmp_path: Path, dead: int
-) -> None:
+def test_half_removed_folders_of_a_killed_process_do_no_harm(make_trainer: Any, tmp_path: Path, dead: int) -> None:
     make_trainer([callback()], steps=12, **SAVING).train()
     folder = tmp_path / "trainer" / "next-core"
     (folder / "checkpoints" / "step-000012" / "adapter_config.json").unlink()
@@ -94,9 +92,7 @@ def test_half_removed_folders_of_a_killed_process_are_not_in_the_way(
     assert names(folder / "checkpoints") == [f"step-{n:06d}" for n in (0, 3, 6, 9, 12)]
 
 
-def test_another_run_is_overwritten_when_asked_only_and_another_persons_files_never(
-    make_trainer: Any, tmp_path: Path
-) -> None:
+def test_another_run_is_overwritten_when_asked_only_and_other_files_never(make_trainer: Any, tmp_path: Path) -> None:
     with pytest.raises(NextCoreError, match="DoRA"):  # a setting that is refused leaves no run behind
         make_trainer([callback(folder=tmp_path)], steps=8, lora={"use_dora": True}).train()
     make_trainer([callback(folder=tmp_path)], steps=8).train()
@@ -109,7 +105,7 @@ def test_another_run_is_overwritten_when_asked_only_and_another_persons_files_ne
     assert (tmp_path / "checkpoints" / "mine").exists()
 
 
-def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
+def test_all_is_on_disk_when_training_returns(
     make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trainer([callback(folder=tmp_path / "w")], steps=9).train()
@@ -129,7 +125,7 @@ def test_everything_is_on_disk_when_training_returns_and_a_failed_write_is_said(
         make_trainer([callback(folder=tmp_path / "v")], steps=9).train()
 
 
-def test_a_jump_that_cannot_be_written_is_not_made(
+def test_an_unwritable_jump_is_not_made(
     make_trainer: Any, logits: Any, plain_logits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import next_backends.history_folder as history_folder

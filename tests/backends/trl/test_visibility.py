@@ -22,9 +22,7 @@ class Tracker(TrainerCallback):
         self.logged.append({"step": state.global_step, **logs})
 
 
-def test_decisions_are_logged_at_their_steps_for_every_tracker_and_in_the_history(
-    make_trainer: Any, tmp_path: Any
-) -> None:
+def test_decisions_are_logged_at_their_steps_for_trackers_and_history(make_trainer: Any, tmp_path: Any) -> None:
     def train(name: str, first: Tracker, last: Tracker) -> Any:
         measured = iter([0.4, 0.5, 0.5, 0.1])
         callback = PredictExtendCallback(
@@ -69,9 +67,7 @@ def test_the_first_refusal_of_each_kind_is_a_warning(make_trainer: Any, caplog: 
     assert "step 6" in warning
 
 
-def test_the_end_of_training_prints_what_was_done_and_gained_and_how_to_read_it(
-    make_trainer: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_summary_is_printed_at_the_end(make_trainer: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     measured = iter([0.4, 0.5, 0.45, 0.55])
     callback = PredictExtendCallback(FACTORS, evaluate=lambda model: next(measured), average=6, **SMALL)
     make_trainer([callback], steps=12, logging_steps=3).train()

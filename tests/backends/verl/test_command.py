@@ -75,7 +75,7 @@ def test_the_run_configs_settings_are_verls() -> None:
         ),
     ],
 )
-def test_an_algorithm_has_its_estimator_and_its_kl_penalty(
+def test_each_algorithm_has_its_estimator(
     training: dict[str, Any], block: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     found = overrides(training, **block)

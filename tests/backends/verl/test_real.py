@@ -77,9 +77,7 @@ def test_a_factor_jump_reaches_the_actor_and_the_engine(config: Callable[..., Ru
         assert record["training/rollout_probs_diff_mean"] < 1e-5, (step, record)
 
 
-def test_auto_in_a_full_parameter_run_that_is_killed_and_resumed(
-    config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_auto_in_a_full_parameter_run_killed_and_resumed(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Killed after step 6, it resumes from verl's checkpoint of step 5. Accuracy is verl's own validation."""
     out = tmp_path / "run"
     rows = (TASK / "validation.jsonl").read_text().splitlines(keepends=True)[:32]

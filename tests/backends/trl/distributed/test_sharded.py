@@ -142,9 +142,7 @@ def check_step(start: Weights, after: Seen, count: int) -> None:
 
 
 @each("factors", "merged", "full", "bf16")
-def test_a_jump_reaches_the_masters_the_forward_pass_and_the_next_step(
-    seen: Any, out: Path, mode: str, cell: str
-) -> None:
+def test_a_jump_reaches_masters_forward_pass_and_the_next_step(seen: Any, out: Path, mode: str, cell: str) -> None:
     ranks = seen(mode, cell)
     assert len(ranks) == 2
     for rank in ranks:

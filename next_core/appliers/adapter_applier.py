@@ -63,28 +63,33 @@ class PeftAdapterApplier(FolderApplier):
     def write(self, prediction: Prediction, alpha: float, folder: Path) -> WrittenFolder:
         source = prediction.source
         assert isinstance(source, PeftAdapterSource)
-        trained = source.adapter(prediction.step)
-        own = {module.target: (module.rank, module.scaling) for module in source.modules}
-        used, moving = dict(own), [module for module in source.modules if module.moves]
+        trained, modules = source.adapter(prediction.step), source.modules
+        moving = [module for module in modules if module.moves]
+        ranks = {module.target: module.rank for module in modules}
+        joins = self.config.rank is not None
         entries: dict[str, Entry] = {}
         others = ((key, trained.file.read(key)) for key in trained.skipped)
         kept = {key: entry_of(value.dtype, value.shape) for key, value in others}
-        ratios: dict[str, float] = {}
         tied: dict[str, AdapterModule] = {}
         for module in moving:  # only shapes: they are the file's header, and memory holds the tensors of one module
-            rank, scaling = used[module.target] = self._rank_and_scaling(prediction, source, module, alpha)
+            rank, joined = self._rank(prediction, source, module, alpha)
+            ranks[module.target], joins = rank, joins or joined
             (m, n), width = module.shape, rank * module.experts
             entries |= zip(module.keys, _entries((width, n), (m, width)), strict=True)
-            if scaling != module.scaling:  # PEFT scales a bias as it does B A
-                ratios[bias_key(module.name)] = module.scaling / scaling
             embedding = source.tied_embedding(module)
             if embedding is not None:
-                tied[module.name], used[embedding.target] = embedding, used[module.target]
+                tied[module.name], ranks[embedding.target] = embedding, rank
                 kept |= zip(embedding.keys, _entries((width, m), (n, width)), strict=True)
+        # One scaling for all: old names of modules, and vLLM, do not find the patterns that would give each its own.
+        scalings = (
+            {key: each.scaling for each in modules for key in (bias_key(each.name), *each.keys[1:])} if joins else {}
+        )
         transposed: dict[str, Tensor] = {}
         with TensorWriter(folder / WEIGHTS_FILE, entries | kept) as writer:
             for done, module in enumerate(moving, 1):
-                A, B = self._module(prediction, source, module, alpha)
+                A, B = module.fused(
+                    [self._factors(prediction, source, p.name, alpha, joins) for p in module.parameters]
+                )
                 for value in (A, B):
                     if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
                         raise GuardError(
@@ -97,21 +102,21 @@ class PeftAdapterApplier(FolderApplier):
                 self.report_progress("write adapter", done, len(moving))
             for key in kept:
                 value = transposed[key] if key in transposed else trained.file.read(key)
-                writer.write(value * ratios[key] if key in ratios else value)
+                writer.write(value * scalings[key] if key in scalings and key not in transposed else value)
         config = source.adapter_config()
-        if used != own:
-            config |= rank_settings(used) | {"init_lora_weights": True}
+        if joins:
+            config |= rank_settings(ranks) | {"init_lora_weights": True}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
         copy_files(tokenizer_files(trained.folder), trained.folder, folder)
         facts = facts_of(prediction, alpha, self)
         write_texts(folder, record_texts(facts, trained.folder / CARD, "peft"))
         return WrittenFolder(folder, facts, digests={WEIGHTS_FILE: writer.digest})
 
-    def _rank_and_scaling(
+    def _rank(
         self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float
-    ) -> tuple[int, float]:
-        """Return the rank and the scaling of a module's new A and B without computing them."""
-        ranks, scalings, limit = [], set(), self.config.rank
+    ) -> tuple[int, bool]:
+        """Return the rank of a module's new A and B without computing them, and whether anything joins its own."""
+        ranks, joined, limit = [], False, self.config.rank
         for name in (parameter.name for parameter in module.parameters):
             more = _joined(prediction, source, name, alpha)
             rank = module.rank + sum(term.rank for term in more)
@@ -119,31 +124,20 @@ class PeftAdapterApplier(FolderApplier):
                 A = _trained(prediction, source, name, alpha).A
                 rank = module.rank + sum(part.rank for part, same in _parts(A, more) if not same)
             ranks.append(rank if limit is None or limit >= rank else min(limit, *module.shape))
-            scalings.add(module.scaling if limit is None and not more else 1.0)
-        return max(ranks), scalings.pop() if len(scalings) == 1 else 1.0
-
-    def _module(
-        self, prediction: Prediction, source: PeftAdapterSource, module: AdapterModule, alpha: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new A and B of a module as they are stored."""
-        parts = [self._factors(prediction, source, parameter.name, alpha) for parameter in module.parameters]
-        if len({scaling for *_, scaling in parts}) == 1:  # always, but for experts of which only some move
-            return module.fused([(A, B) for A, B, _ in parts])
-        return module.fused([(A, scaling * B) for A, B, scaling in parts])
+            joined = joined or bool(more)
+        return max(ranks), joined
 
     def _factors(
-        self, prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float
-    ) -> tuple[Tensor, Tensor, float]:
-        """Return the new A and B of a parameter in fp32, and their scaling."""
+        self, prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float, joins: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new A and B of a parameter in fp32, with its scaling in B if anything joins those of any."""
         now, more = _trained(prediction, source, name, alpha), _joined(prediction, source, name, alpha)
-        if self.config.rank is None and not more:
-            return now.A.float(), now.B.float(), now.scaling
-        whole = _concatenated(now.scaling * now.B, now.A, more)
+        whole = _concatenated(now.scaling * now.B if joins else now.B, now.A, more)
         if self.config.rank is not None and self.config.rank < whole.rank:
             factors = truncated_svd(whole.to(torch.float64), self.config.rank)
             root = factors.S.sqrt()
             whole = LowRank(factors.U * root, (factors.V * root).T)
-        return whole.right.float(), whole.left.float(), 1.0
+        return whole.right.float(), whole.left.float()
 
 
 def _entries(*shapes: tuple[int, int]) -> list[Entry]:

@@ -12,20 +12,20 @@ from next_core.mathematics.low_rank import LowRank
 from next_core.sources.adapter_tensors import factor_keys, is_expert
 
 
-def rank_settings(used: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Return the fields of PEFT's ``LoraConfig`` that give each target its own rank and scaling, and no other target.
+def rank_settings(used: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields of PEFT's ``LoraConfig`` that give each target its own rank and scaling 1, and no other target.
 
     PEFT reads a pattern as a regular expression that may begin after any dot: "head" would match "lm.head" too.
     """
-    ranks = {f"^{re.escape(target)}": rank for target, (rank, _) in used.items()}
-    alphas = {f"^{re.escape(target)}": rank * scaling for target, (rank, scaling) in used.items()}
+    ranks = {f"^{re.escape(target)}": rank for target, rank in used.items()}
     common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]), default=(1, 0))[0]
+    others = {target: rank for target, rank in ranks.items() if rank != common}
     return {
         "r": common,
         "lora_alpha": common,
         "use_rslora": False,
-        "rank_pattern": {target: rank for target, rank in ranks.items() if rank != common},
-        "alpha_pattern": {target: alpha for target, alpha in alphas.items() if alpha != common},
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
     }
 
 
@@ -51,7 +51,7 @@ def adapter_settings(deltas: Mapping[str, LowRank]) -> dict[str, Any]:
         )
     moved = {name.removesuffix(".weight"): delta.rank for name, delta in deltas.items() if delta.rank > 0}
     return {
-        **rank_settings({module: (rank, 1.0) for module, rank in moved.items()}),
+        **rank_settings(moved),
         # A regular expression, which PEFT compares with whole names; a list would match their endings too.
         "target_modules": "|".join(map(re.escape, sorted(moved))),
         "lora_dropout": 0.0,

@@ -196,16 +196,18 @@ def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:
         return
     config = source.adapter_config() if source.steps else {}
     reasons = [f"the adapter {why} ({field})" for field, why in NOT_MERGEABLE.items() if config.get(field)]
-    head = next((parameter.name for parameter in source.parameters if parameter.name.endswith(HEADS)), None)
-    if head is not None and backbone.declares_tie():
-        reasons.append(f"the run trains '{head}', which shares its weights with the embedding: both would move")
+    built = architecture_of(backbone.folder)
+    reasons += [
+        f"the run trains '{parameter.name}', which shares its weights with another layer: both would move"
+        for parameter in source.parameters
+        if (built.is_tied(parameter.name) if built else backbone.declares_tie() and parameter.name.endswith(HEADS))
+    ]
     lost = (key for key in source.skipped if not _is_of_the_backbone(source, key, backbone))
     reasons += [f"the run trains '{key}', which a merged model would lose" for key in lost]
     expert = next((parameter.name for parameter in source.parameters if is_expert(parameter.name)), None)
     if expert is not None:
         reasons.append(f"'{expert}' is one of the fused experts of target_parameters")
-    unknown = architecture_of(backbone.folder) is None  # and so the orientation of its layers
-    if unknown and (config.get("fan_in_fan_out") or backbone.config().get("model_type") in TRANSPOSED):
+    if built is None and (config.get("fan_in_fan_out") or backbone.config().get("model_type") in TRANSPOSED):
         reasons.append("linear layers that are stored transposed can be told from others by transformers only")
     if reasons:
         raise CheckpointError(f"{reasons[0]}; use the applier 'peft-adapter'", kind="checkpoint-unsupported-adapter")

@@ -17,6 +17,7 @@ from next_core.interfaces.checkpoint_source import StoredModel
 from next_core.interfaces.weight_delta import BLOCK, LazyDelta, Resolved, merged
 from next_core.mathematics.low_rank import LowRank
 from next_core.mathematics.row_blocks import keep_freed_memory, row_blocks
+from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.backbone import use_names
 from next_core.sources.hf_model import ModelFiles, architecture_of
 from next_core.sources.matrices import matrices_in, stored_name
@@ -43,7 +44,10 @@ class TensorPlan:
             if source.steps:
                 self._checkpoint = source.model(source.steps[-1] if step is None else step)
         elif (built := architecture_of(backbone.folder)) is not None:
-            self.transposed = {name for name in self._shapes if built.is_transposed(name)}
+            # The factors of a parameter (target_parameters) are those of what is stored, whatever the layer's class.
+            modules = source.modules if isinstance(source, PeftAdapterSource) else ()
+            as_stored = {module.target for module in modules if module.target != module.name}
+            self.transposed = {name for name in self._shapes if built.is_transposed(name)} - as_stored
             self._shapes |= {name: (n, m) for name in self.transposed for m, n in [self._shapes[name]]}
         for head, embedding in source.tied.items():
             backbone.tie(head, embedding)

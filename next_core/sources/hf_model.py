@@ -15,7 +15,7 @@ from next_core.errors import CheckpointError, damaged, not_found, unsafe_path
 from next_core.sources.distributed_files import DISTRIBUTED, open_distributed
 from next_core.sources.fsdp_shards import LORA, has_shards, open_shards
 from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, has_any
-from next_core.sources.matrices import matrices_in, place_in_stack, stored_name
+from next_core.sources.matrices import HEADS, matrices_in, place_in_stack, stored_name
 from next_core.sources.tensor_files import Place, Replacement, TensorFile, is_unchanged, open_tensors, read_json
 from next_core.storage.reading import LARGE, Stamp, stamp
 
@@ -41,6 +41,10 @@ class Architecture:
     def is_transposed(self, name: str) -> bool:
         """Return whether a weight is stored (in, out)."""
         return self.in_memory(name)[0] in self.conv1d
+
+    def is_tied(self, name: str) -> bool:
+        """Return whether a tensor is that of several layers."""
+        return self.in_memory(name)[0] in {*self.tied, *self.tied.values()}
 
 
 def architecture_of(folder: Path) -> Architecture | None:
@@ -194,12 +198,16 @@ class ModelFiles:
         return read_json(path, verify=True) if os.path.lexists(path) else {}
 
     def declares_tie(self) -> bool | None:
-        """Return whether ``config.json`` says that head and embedding share their weights; None if it does not say."""
+        """Return whether head and embedding share their weights by config or class of the model; None: unknown."""
         config = self.config()
         inner = config.get("text_config")
         default = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
         tied = config.get("tie_word_embeddings", default)
-        return tied if isinstance(tied, bool) else None
+        if isinstance(tied, bool):
+            return tied
+        built = architecture_of(self.folder)
+        heads = [] if built is None else [name for name in built.names if name.endswith(HEADS)]
+        return None if built is None or not heads else heads[0] in built.tied
 
     def tie(self, head: str, embedding: str) -> None:
         """Read one parameter by either of its two names; ``shapes`` then has the embedding's only."""

@@ -120,6 +120,18 @@ def test_in_factor_space_the_adapter_keeps_its_ranks_and_its_config(
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
+@KINDS
+def test_a_matrix_that_stays_gets_the_scaling_of_those_that_move(
+    runs: dict[str, LoraRun], kind: str, tmp_path: Path, logits: Callable[[Any], Tensor]
+) -> None:
+    prediction, explicit = predict(opened(runs[kind]))
+    make_applier("peft-adapter").apply(prediction, alpha=1.5, out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (config["r"], config["rank_pattern"])
+    found = adapter_logits(runs[kind], tmp_path / "out", logits)
+    torch.testing.assert_close(found, expected_logits(runs[kind], explicit, logits), atol=1e-5, rtol=1e-5)
+
+
 def test_a_secant_in_merged_space_stores_the_newest_a_once(run: LoraRun, tmp_path: Path) -> None:
     make_applier("peft-adapter").apply(secant(run), out=tmp_path / "out")
     assert load_file(tmp_path / "out" / WEIGHTS)[KEY.format("A")].shape == (6, 16)  # of rank 3

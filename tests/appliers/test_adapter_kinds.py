@@ -23,6 +23,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "moe",
         {"target_modules": [], "target_parameters": EXPERTS, "rank_pattern": {"down_proj": 3}, "use_rslora": True},
     ),
+    "a transposed parameter": ("gpt2", {"target_modules": [], "target_parameters": ["attn.c_proj.weight"]}),
+    "a shared parameter": ("qwen2 tied", {"target_parameters": ["embed_tokens.weight"]}),
     "bias of B": ("qwen2", {"lora_bias": True, "alpha_pattern": {"up_proj": 3}}),
     "trained biases": ("qwen2", {"bias": "lora_only"}),
     "embedding": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 3}}),

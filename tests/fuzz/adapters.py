@@ -165,7 +165,7 @@ def by_hand(case: Draw, base: nn.Module, folder: Path, space: str) -> Tensor:
         A0, B0 = before[name].lora_A["default"].weight, before[name].lora_B["default"].weight
         if space == "factors":
             A.data, B.data = A + case.alpha * (A - A0), B + case.alpha * (B - B0)
-        elif hasattr(layer, "parameter_name"):
+        elif getattr(layer, "num_experts", 1) > 1:
             weight, r, experts = layer.get_param(), layer.r["default"], layer.num_experts
             for e in range(experts):
                 rows, columns = slice(e * r, (e + 1) * r), slice(e, None, experts)

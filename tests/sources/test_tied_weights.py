@@ -9,8 +9,9 @@ import torch
 
 from next_core import open_checkpoints
 from next_core.sources.full_model import FullModelSource
+from next_core.sources.hf_model import ModelFiles
 from tests.errors import raises_kind
-from tests.sources.models import model
+from tests.sources.models import SMALL, built, model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NOTE = f"{HEAD} and {EMBEDDING} are one parameter, read once as {EMBEDDING}"
@@ -57,6 +58,20 @@ def test_two_names_are_one_parameter_if_the_config_says_so(tmp_path: Path, confi
     source = opened(tmp_path)
     assert [p.name for p in source.parameters] == [*([] if one else [HEAD]), EMBEDDING, "w.weight"]
     assert (source.tied, source.notes) == (({HEAD: EMBEDDING}, [NOTE]) if one else ({}, []))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "tied"),
+    [("GemmaForCausalLM", "GemmaConfig", True), ("LlamaForCausalLM", "LlamaConfig", False)],
+)
+def test_without_the_flag_the_class_of_the_model_decides(
+    tmp_path: Path, architecture: str, config: str, tied: bool
+) -> None:
+    built(architecture, config, **SMALL).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored.pop("tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert ModelFiles(tmp_path).declares_tie() is tied
 
 
 def test_an_untied_head_must_be_in_every_checkpoint(tmp_path: Path) -> None:

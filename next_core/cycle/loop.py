@@ -136,6 +136,10 @@ class PredictExtendCycle:
         self._observe(step)
         if self._is_jump_due(step):
             jump = Jump(step, self.schedule.alpha)
+            if not self.backend.takes_weights(
+                step
+            ):  # a resumed trainer may generate at other steps than the schedule's
+                jump = jump.refused("roll-outs of the weights from before it are left to train on")
             for stage in (self._predict, self._guard, self._apply, self._verify):
                 if jump.accepted:
                     jump = stage(jump)

@@ -49,7 +49,8 @@ def check_arguments(
             "with roll-outs of the weights from before it; use predictor='auto', which makes no jumps",
             kind="backend-unsupported",
         )
-    unit = steps_of_a_generation(args)
+    reuse = batches_of_a_generation(args)
+    unit = reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
     for step in schedule.attempt_steps(total):
         for change, what in ((step, "observe and jump_every"), (step + (guards.recovery or 0), "guards.recovery")):
             if change % unit:
@@ -83,13 +84,12 @@ def check_jump_adapters(args: Any, predictor: Predictor, model: Any) -> None:
         )
 
 
-def steps_of_a_generation(args: Any) -> int:
-    """Return how many RL steps one generation serves: only between generations may weights change or training end.
+def batches_of_a_generation(args: Any) -> int:
+    """Return how many micro-batches one generation serves: only between generations may weights change or training end.
 
     1 for a trainer that does not generate.
     """
-    reuse = int(getattr(args, "steps_per_generation", None) or 1) * int(getattr(args, "num_iterations", 1))
-    return reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
+    return int(getattr(args, "steps_per_generation", None) or 1) * int(getattr(args, "num_iterations", 1))
 
 
 def check_reachable(model: nn.Module) -> None:

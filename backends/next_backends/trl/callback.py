@@ -105,7 +105,13 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         if not self._has_room(state):
             return
         self._check(args, state, kwargs["model"])
-        self.backend.trainer = trainer_of(self)
+        trainer = self.backend.trainer = trainer_of(self)
+        ours = [isinstance(one, PredictExtendCallback) for one in trainer.callback_handler.callbacks] if trainer else []
+        if sum(ours) > 1:
+            raise ConfigError(
+                "the trainer has several PredictExtendCallbacks: remove all but one (trainer.remove_callback)",
+                kind="config-contradiction",
+            )
         if self._given == "reward":
             if self._prompts is None:
                 raise ConfigError(

@@ -22,7 +22,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_ended(state.global_step)
-        if self.backend.ends_after(state.global_step, args):
+        if self.backend.ends_after(state.global_step):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from next_backends.history_folder import numbered
 from next_backends.sharding import sharded_by_dtensor, trained_weights
-from next_backends.trl.argument_checks import check_precision, steps_of_a_generation
+from next_backends.trl.argument_checks import batches_of_a_generation, check_precision
 from next_backends.trl.evaluate import averaged
 from next_backends.trl.live_history import LiveHistory, TrlApplied
 from next_backends.trl.logged_rewards import LoggedRewards
@@ -224,9 +224,9 @@ class TrlBackend(Backend):
     def stop(self) -> None:
         self._stopping = True
 
-    def ends_after(self, step: int, args: Any) -> bool:
+    def ends_after(self, step: int) -> bool:
         """Whether training should end here: ``stop`` was called, and no roll-outs are left over."""
-        return self._stopping and step % steps_of_a_generation(args) == 0
+        return self._stopping and self.takes_weights(step)
 
     def observe(self, step: int) -> None:
         self._history.observe(step)
@@ -321,4 +321,6 @@ class TrlBackend(Backend):
         return self._rewards
 
     def takes_weights(self, step: int) -> bool:
-        return step % steps_of_a_generation(self._args) == 0
+        # TRL counts micro-batches, and generates first when it resumes. An epoch may end with fewer of them in a step.
+        done = getattr(self.trainer, "_step", step * self._args.gradient_accumulation_steps)
+        return int(done) % batches_of_a_generation(self._args) == 0

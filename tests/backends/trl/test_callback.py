@@ -201,8 +201,18 @@ def test_a_jump_is_made_at_a_generation_boundary_and_refused_inside_one_before_t
     with raises_kind("config-schedule", "guards.recovery multiples of 4"):
         make_trainer([PredictExtendCallback(FACTORS, guards={"recovery": 3}, **fits)], steps=12, **reuse).train()
     callback = PredictExtendCallback(FACTORS | {"window": 4}, observe=8, every=4, horizon=4, settle=2)
-    make_trainer([callback], steps=12, **reuse).train()
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    make_trainer([callback], steps=12, **reuse, **saving).train()
     assert [jump["step"] for jump in callback.journal.jumps() if jump["accepted"]] == [8]
+    # Resumed inside a generation, TRL generates anew at that step, and then after every fourth.
+    resumed = make_trainer([callback], steps=12, **reuse)
+    free = dict[int, bool]()
+    resumed.add_callback(Watch(lambda step, model: free.update({step: callback.backend.takes_weights(step)})))
+    resumed.train(resume_from_checkpoint=str(Path(resumed.args.output_dir) / "checkpoint-6"))
+    assert [step for step, whole in free.items() if whole] == [10]
+    (jump,) = callback.journal.jumps()
+    assert not jump["accepted"]
+    assert "roll-outs" in jump["reason"]
 
 
 def test_a_run_with_a_reference_adapter_takes_factor_jumps(make_trainer: Any) -> None:
@@ -309,6 +319,11 @@ def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(mak
 def test_wrong_settings_are_named_when_the_callback_is_made(fields: dict[str, Any], kind: str, name: str) -> None:
     with raises_kind(kind, name):
         PredictExtendCallback(**{"predictor": "secant", **fields})
+
+
+def test_a_second_callback_in_one_trainer_is_refused(make_trainer: Any) -> None:
+    with raises_kind("config-contradiction", "remove_callback"):
+        make_trainer([PredictExtendCallback("auto"), PredictExtendCallback("auto")]).train()
 
 
 def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:

@@ -9,6 +9,8 @@ from next_core.storage.json_lines import append_json_line, parse_json_line
 from next_core.storage.reading import LARGE, read_bytes
 
 JOURNAL = "journal.jsonl"
+ENDING = ("end", "advice", "best")
+"""Events of a run's end, which a resume voids: the run was given more steps."""
 VERDICT = ("jump_step", "accepted", "reason", "accuracy")
 """Fields of a record of the event ``verify``."""
 
@@ -85,7 +87,8 @@ def counted_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     counted: list[dict[str, Any]] = []
     for record in records:
         if record["event"] == "resume":
-            counted = [earlier for earlier in counted if earlier["step"] <= record["step"]]
+            begun = [earlier for earlier in counted if earlier["event"] not in ENDING]
+            counted = [earlier for earlier in begun if earlier["step"] <= record["step"]]
         counted.append(dict(record))
     return counted
 

@@ -88,6 +88,7 @@ class KeptState:
 
 def check_state(weights: TrainedWeights) -> None:
     """Raise ``BackendError`` where the optimizer's state holds what cannot be kept, such as a list of tensors."""
+    weights.check()
     for shard in weights.shards:
         for key, value in weights.state(shard).items():
             if not isinstance(value, Tensor | int | float | str | None):

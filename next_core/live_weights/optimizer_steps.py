@@ -251,6 +251,7 @@ class OptimizerSteps(TrainerSteps):
             for tensor, part in zip(tensors[pack], parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
         self._trained.publish()
+        self._weights = self._sample(values)  # what was written here is no motion of a run that is trained further
 
     def _tensors(self) -> list[Tensor]:
         return [shard.tensor.detach() for shard in self._trained.shards]
@@ -300,6 +301,8 @@ class OptimizerSteps(TrainerSteps):
                 for index, value in enumerate(mean):
                     value.copy_(tensors[f"mean/{window}/{index}"])
             self._states.load(tensors, folder)
+            if self._momentum()[0] > 0 and not any(self._trained.state(shard) for shard in self._trained.shards):
+                self._updates, self._update = 0, torch.zeros_like(self._weights)  # saved without the optimizer
         except Exception as error:
             raise CheckpointError(
                 f"{file} does not hold the state of step scaling for this model and these processes "

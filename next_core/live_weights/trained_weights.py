@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from next_core.errors import BackendError
 from next_core.live_weights.processes import Processes
 
 
@@ -62,6 +63,9 @@ class TrainedWeights(ABC):
         groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", None) or [{}]
         return groups[shard.group]
 
+    def check(self) -> None:  # noqa: B027 - most have nothing to do
+        """Raise ``BackendError`` if what trains is not what the shards hold."""
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return one whole weight in the precision that it trains in; the same in every process, and not a copy."""
@@ -100,6 +104,17 @@ class WholeWeights(TrainedWeights):
     @property
     def shards(self) -> Sequence[Shard]:
         return self._all if self._processes is None or self._processes.leads else []
+
+    def check(self) -> None:
+        if self.optimizer is None:
+            return
+        trained = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if trained != {shard.key for shard in self._all} or not trained <= {*self.model.parameters()}:
+            raise BackendError(
+                f"{type(self.optimizer).__name__} steps on other weights than the model's that trained when training "
+                "began; unfreeze weights before it, and use no layer-wise optimizer",
+                kind="backend-unsupported",
+            )
 
     def read(self, name: str) -> Tensor:
         return self.parameters[name].detach()

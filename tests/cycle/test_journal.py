@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from next_core.cycle.journal import Journal, read_journal, valid_jumps
+from next_core.cycle.journal import Journal, counted_records, read_journal, valid_jumps
 from next_core.storage.json_lines import json_line
 from tests.errors import raises_kind
 
@@ -74,6 +74,11 @@ def test_jumps_and_verdicts_count_up_to_a_resume(
     records: list[dict[str, Any]], accepted: list[tuple[int, bool]]
 ) -> None:
     assert [(j["step"], j["accepted"]) for j in valid_jumps(records)] == accepted
+
+
+def test_the_end_of_a_run_that_is_given_more_steps_does_not_count() -> None:
+    ended = [jump(50), {"event": "advice", "step": 60, "text": "train longer"}, {"event": "end", "step": 60}]
+    assert [record["event"] for record in counted_records([*ended, resume(60), jump(70)])] == ["jump", "resume", "jump"]
 
 
 def test_a_jump_that_was_verified_has_the_facts_of_its_verdict() -> None:

@@ -225,6 +225,32 @@ def test_the_mean_is_that_of_all_steps_until_the_window_is_full_and_is_undone_bi
     assert torch.equal(run.weight, before)
 
 
+def test_a_run_that_goes_on_from_its_mean_does_not_count_the_way_there_as_motion() -> None:
+    plain, moved = Run(windows=(5,)), Run(windows=(5,))
+    for one in (plain, moved):
+        for _ in range(9):
+            one.step(torch.ones(SHAPE))
+        if one is moved:
+            one.steps.apply_mean(5)
+        one.step(torch.ones(SHAPE))
+        one.steps.end_block()
+    assert float((moved.weight - plain.weight).abs().max()) > 0.1
+    torch.testing.assert_close(moved.steps.products(), plain.steps.products(), rtol=1e-5, atol=0)
+
+
+def test_a_run_that_is_resumed_without_its_moments_measures_as_a_new_one_does(tmp_path: Path) -> None:
+    run, other, new = Run(), Run(), Run()
+    run.train(1, 9)
+    run.steps.end_block()
+    run.steps.save(tmp_path)
+    other.model.load_state_dict(run.model.state_dict())
+    other.steps.load(tmp_path)
+    for one in (other, new):
+        one.train(2, 5)
+        one.steps.end_block()
+    torch.testing.assert_close(other.steps.products()[1, 1], new.steps.products()[0, 0], rtol=1e-3, atol=0)
+
+
 def test_a_run_that_loads_what_was_saved_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, folder: Path | None
 ) -> None:
@@ -379,6 +405,19 @@ def test_an_optimizer_whose_steps_do_not_follow_its_rate_is_refused(kind: Any) -
     model = nn.Linear(2, 2)
     with raises_kind("backend-unsupported", kind.__name__, "adaptive-secant"):
         OptimizerSteps(WholeWeights(model, kind(model.parameters(), lr=None if kind is Adafactor else 0.1)))
+
+
+def test_weights_that_begin_to_train_later_or_are_not_the_models_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad = False
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = OptimizerSteps(WholeWeights(model, optimizer))
+    steps.keep(0)
+    model.bias.requires_grad = True
+    with raises_kind("backend-unsupported", "SGD"):
+        steps.keep(10)
+    with raises_kind("backend-unsupported", "SGD"):  # as layer-wise optimizers of transformers do
+        OptimizerSteps(WholeWeights(nn.Linear(2, 2), optimizer)).keep(0)
 
 
 def test_a_step_within_a_step_is_multiplied_once_and_an_error_leaves_no_rate_multiplied() -> None:

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+from next_core.backend import LoggedReward
 from next_core.comparison.comparison_results import Interval
-from next_core.cycle.collapse import SPREAD
+from next_core.cycle.collapse import RewardHistory
 from next_core.diagnostics import FIGURES, Analysis
 from next_core.diagnostics.backtest_results import Judged
 from next_core.diagnostics.plots import layer_maps
@@ -68,27 +69,28 @@ def reward_lines(recorded: Recorded, name: str, colour: str) -> list[Line]:
     """Return the logged reward with the 95% interval of its sampling error, where rollouts are known; or nothing.
 
     A record covers the steps since the one before. Its error is that of a mean of as many rollouts, widened because
-    prompts differ in difficulty (``SPREAD``).
+    those of one prompt succeed together (``clustering``).
     """
-    logged = [(step, numbers) for step, numbers in recorded.metrics.items() if "reward" in numbers]
-    if len(logged) < 2:
+    rewards = [(step, numbers) for step, numbers in recorded.metrics.items() if "reward" in numbers]
+    if len(rewards) < 2:
         return []
-    size, rollouts = math.ceil(len(logged) / MOST_POINTS), recorded.rollouts
-    covered = [step - before for (step, _), (before, _) in zip(logged, [(0, {}), *logged], strict=False)]
-    x, y, half = list[float](), list[float](), list[float | None]()
-    for first in range(0, len(logged), size):
-        some, steps = logged[first : first + size], covered[first : first + size]
-        total = sum(steps) or 1
-        x.append(some[-1][0])
-        y.append(sum(numbers["reward"] * n for (_, numbers), n in zip(some, steps, strict=True)) / total)
-        spread = [numbers.get("reward_std") for _, numbers in some]
-        known = None not in spread and rollouts
-        variance = sum((s or 0.0) ** 2 * n for s, n in zip(spread, steps, strict=True)) / total
-        half.append(STUDENT * SPREAD * math.sqrt(variance / (rollouts * total)) if known and rollouts else None)
-    band = all(one is not None for one in half)
-    low = [mean - (one or 0.0) for mean, one in zip(y, half, strict=True)] if band else ()
-    high = [mean + (one or 0.0) for mean, one in zip(y, half, strict=True)] if band else ()
-    return [Line(name, x, y, low, high, colour, dots=len(x) <= 30)]
+    history, logged = RewardHistory(), list[LoggedReward]()
+    for (step, numbers), (before, _) in zip(rewards, [(0, {}), *rewards], strict=False):
+        steps, spread = max(step - before, 1), numbers.get("reward_std", math.nan)
+        error = spread / math.sqrt((recorded.rollouts or math.nan) * steps)
+        logged.append(LoggedReward(step, steps, numbers["reward"], error))
+        history.add(logged[-1])
+    size = math.ceil(len(logged) / MOST_POINTS)
+    parts = [logged[first : first + size] for first in range(0, len(logged), size)]
+    totals = [sum(one.steps for one in part) for part in parts]
+    y = [sum(one.mean * one.steps for one in part) / total for part, total in zip(parts, totals, strict=True)]
+    width = STUDENT * math.sqrt(history.clustering(len(logged)))
+    half = [
+        width * math.hypot(*(one.error * one.steps for one in part)) / n for part, n in zip(parts, totals, strict=True)
+    ]
+    band = not math.isnan(sum(half))
+    low, high = ([mean + sign * one for mean, one in zip(y, half, strict=True)] if band else () for sign in (-1, 1))
+    return [Line(name, [part[-1].step for part in parts], y, low, high, colour, dots=len(parts) <= 30)]
 
 
 def multiples(recorded: Recorded, name: str, colour: str) -> list[Line]:

@@ -10,11 +10,14 @@ from next_core.backend import LoggedReward
 from next_core.cycle.collapse import RewardHistory, RewardTrend
 
 
-def rewards(probabilities: list[float], roll_outs: int = 64, every: int = 1, seed: int = 0) -> list[LoggedReward]:
-    """Logged means of binary rewards that succeed with these probabilities, one a step."""
+def rewards(
+    probabilities: list[float], roll_outs: int = 64, every: int = 1, seed: int = 0, together: int = 1
+) -> list[LoggedReward]:
+    """Logged means of binary rewards that succeed with these probabilities, one a step, ``together`` at a time."""
     generator, found = random.Random(seed), []
     for end in range(every, len(probabilities) + 1, every):
-        drawn = [float(generator.random() < p) for p in probabilities[end - every : end] for _ in range(roll_outs)]
+        of = probabilities[end - every : end]
+        drawn = [float(generator.random() < p) for p in of for _ in range(roll_outs // together)] * together
         mean = sum(drawn) / len(drawn)
         found.append(LoggedReward(end, every, mean, math.sqrt(mean * (1 - mean) / len(drawn))))
     return found
@@ -50,9 +53,28 @@ def test_a_fall_to_zero_is_seen_within_a_few_steps(p: float, every: int, within:
         assert 30 < seen <= 30 + within
 
 
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.5, 0.8])
+def test_rollouts_of_a_prompt_that_succeed_together_vary_more_and_do_not_count_as_collapsed(p: float) -> None:
+    wrong = [first_collapse(rewards([p] * 300, 128, seed=seed, together=4)) for seed in range(20)]
+    assert sum(step is not None for step in wrong) <= 1
+    for seed in range(10):
+        assert 60 < first_collapse(rewards([p] * 60 + [0.0] * 60, 128, seed=seed, together=4)) <= 60 + 12
+
+
 def test_a_fall_in_the_first_steps_is_seen() -> None:
     seen = first_collapse(rewards([0.2, 0.2, 0.1, 0.05, *[0.0] * 20]))
-    assert seen <= 16
+    assert seen <= 8
+
+
+def test_a_rare_reward_that_is_lost_in_the_first_steps_is_missed() -> None:
+    for seed in range(20):
+        assert first_collapse(rewards([0.05] * 2 + [0.0] * 40, 128, seed=seed)) <= 2 + 30
+
+
+@pytest.mark.parametrize("p", [0.0005, 0.002, 0.01])
+def test_a_reward_that_stays_rare_is_not_missed(p: float) -> None:
+    wrong = [first_collapse(rewards([p] * 300, 128, seed=seed)) for seed in range(20)]
+    assert sum(step is not None for step in wrong) <= 1
 
 
 def test_a_third_of_the_reward_is_a_collapse_and_a_tenth_is_not() -> None:

@@ -66,16 +66,6 @@ def test_the_run_that_scales_its_steps_starts_again_once(whole_scaling: Whole) -
     assert "trainer/checkpoint-9/next-core.safetensors" in whole_scaling.facts
 
 
-def test_what_is_compared_tells_one_seed_from_another(whole_run: Whole, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    outcome = call(work.go, "run", whole_run.raw | {"seed": 1}, out)
-    assert outcome.code == 0, outcome.error
-    found = differences(facts(out), whole_run.facts)
-    last = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
-    assert {f"trainer/checkpoint-14/{name}" for name in last} <= set(found)
-    assert {"journal.jsonl 0 start 0", "metrics.jsonl 1", "result.json"} <= set(found)
-
-
 @pytest.mark.parametrize("point", TELLING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
 def test_a_run_killed_at_a_write_goes_on_to_the_same_end(whole_run: Whole, point: Point, tmp_path: Path) -> None:
     killed_and_begun_again(whole_run, [point], tmp_path / "run")

@@ -76,6 +76,7 @@ def build(
     lora: bool | dict[str, Any] = True,
     rloo: bool = False,
     model: Any = None,
+    reward: Any = exact,
     eval_rows: list[dict[str, Any]] | None = None,
     **fields: Any,
 ) -> Any:
@@ -92,7 +93,7 @@ def build(
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     trainer = trainer_class(
         model=model if model is not None else AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-        reward_funcs=exact,
+        reward_funcs=reward,
         args=config_class(**settings),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),

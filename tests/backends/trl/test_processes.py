@@ -125,21 +125,6 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: RunsOfTwo, run
     assert [s for s, seen in one["after"].items() if not same_step(seen, one["before"][s])] == moved
 
 
-def test_both_processes_multiply_their_steps_alike(runs: RunsOfTwo) -> None:
-    zero, one = runs.seen("scaled")
-    scales = [record for record in zero["journal"] if record["event"] == "scale"]
-    assert [(record["step"], record["multiple"]) for record in scales[:2]] == [(2, 1.0), (4, 0.25)]
-    assert scales[1]["back_to"] == 0
-    for seen in (zero, one):
-        longest = [
-            max(np.abs(value - seen["after"][step - 1]["weights"][name]).max() for name, value in at["weights"].items())
-            for step, at in seen["before"].items()
-            if step in (2, 5)
-        ]
-        assert longest[1] == pytest.approx(0.25 * 0.01, rel=0.1)  # the first step of a new Adam is the rate
-        assert longest[0] > 2 * longest[1]
-
-
 @pytest.mark.parametrize(("run", "alpha"), [("factors", 3.0), ("full", 2.0)])
 def test_a_jump_moves_the_matrices_of_both_by_the_coefficients(runs: RunsOfTwo, run: str, alpha: float) -> None:
     for seen in runs.seen(run):

@@ -18,12 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.argument_checks import check_reachable
@@ -31,10 +28,9 @@ from next_backends.trl.drift import moving_tensors
 from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
 from next_core.mathematics.low_rank import LowRank
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, SMALL_RUN, Watch, exact
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, Watch, build
 
 RANK = int(os.environ.get("RANK", "0"))
-DATA = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 20) for b in range(10, 20)])
 TOKENIZER = AutoTokenizer.from_pretrained(BASE)
 
 
@@ -104,33 +100,14 @@ class Runs:
         **fields: Any,
     ) -> dict[str, Any]:
         """Train, and say what was seen."""
-        ahead, after = Seen(), Seen()
-        settings = (
-            SMALL_RUN
-            | {
-                "output_dir": str(self.out / name),
-                "max_steps": steps,
-                "per_device_train_batch_size": 4,
-            }
-            | fields
-        )
-        set_seed(3)
-        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
-        trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, tie_word_embeddings=tied),
-            reward_funcs=exact,
-            args=GRPOConfig(**settings),
-            train_dataset=DATA,
-            processing_class=TOKENIZER,
-            peft_config=adapter if lora else None,
-            callbacks=[*(before or []), ahead, *([callback] if callback else []), after],
-        )
-        trainer.remove_callback(PrinterCallback)
+        ahead, after, out = Seen(), Seen(), self.out / name
+        callbacks = [*(before or []), ahead, *([callback] if callback else []), after]
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, tie_word_embeddings=tied)
+        fields = {"steps": steps, "model": model, "per_device_train_batch_size": 4} | fields
+        trainer = build(TOKENIZER, out, callbacks, lora={"lora_dropout": 0.1} if lora else False, **fields)
         error = None
         try:
-            trainer.train(
-                resume_from_checkpoint=None if resume is None else str(self.out / name / f"checkpoint-{resume}")
-            )
+            trainer.train(resume_from_checkpoint=None if resume is None else str(out / f"checkpoint-{resume}"))
         except Exception as raised:
             error = type(raised).__name__, getattr(raised, "kind", ""), getattr(raised, "message", str(raised))
         return {

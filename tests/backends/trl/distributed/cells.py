@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, set_seed
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from next_core.live_weights import optimizer_steps
-from tests.backends.trl.conftest import BASE, SMALL_RUN
+from tests.backends.trl.conftest import BASE, build
 from tests.backends.trl.distributed import oracle
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -123,29 +123,15 @@ class Cells:
         **fields: Any,
     ) -> dict[str, Any]:
         """Train, and say what was seen before the callback acted at the end of a step, and after it."""
-        from datasets import Dataset
-        from peft import LoraConfig
-        from trl import GRPOConfig, GRPOTrainer
-
-        before, after = before or Watch(), after or Watch()
-        settings = SMALL_RUN | sharding(self.mode, bf16) | {"bf16": bf16, "gradient_checkpointing": bf16}
-        settings |= {"output_dir": str(self.out / name), "max_steps": steps, "logging_steps": 1, "ddp_timeout": 60}
-        settings |= {"per_device_train_batch_size": 4, "model_init_kwargs": {"dtype": "float32"}}
-        prompts = [{"prompt": f"{a}+{b}="} for a in range(10, 20) for b in range(10, 20)]
-        set_seed(3)
+        before, after, out = before or Watch(), after or Watch(), self.out / name
+        settings = sharding(self.mode, bf16) | {"bf16": bf16, "gradient_checkpointing": bf16, "ddp_timeout": 60}
+        settings |= {"per_device_train_batch_size": 4, "logging_steps": 1, "model_init_kwargs": {"dtype": "float32"}}
+        run = {"steps": steps, "lora": LORA if lora else False, "model": str(self.base), "reward": reward}
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
         error = trainer = None
         try:
-            trainer = GRPOTrainer(
-                model=str(self.base),
-                reward_funcs=reward,
-                args=GRPOConfig(**settings | fields),
-                train_dataset=Dataset.from_list(prompts),
-                processing_class=AutoTokenizer.from_pretrained(self.base),
-                peft_config=LoraConfig(**LORA) if lora else None,
-                callbacks=[before, callback, after],
-            )
-            trainer.remove_callback(PrinterCallback)
-            checkpoint = None if resume is None else str(self.out / name / f"checkpoint-{resume}")
+            trainer = build(tokenizer, out, [before, callback, after], **run, **settings | fields)
+            checkpoint = None if resume is None else str(out / f"checkpoint-{resume}")
             trainer.train(resume_from_checkpoint=checkpoint)
         except Exception as raised:
             traceback.print_exc()
@@ -181,20 +167,6 @@ class Cells:
     def bf16(self) -> Any:
         """Full parameters, with gradient checkpointing."""
         return self.go("bf16", jumps(MERGED), lora=False, bf16=True)
-
-    def unwritten(self) -> Any:
-        """What a jump leaves that is written into the weights of the forward pass alone."""
-        kept: dict[str, Any] = {}
-
-        def keep(step: int, model: Any) -> None:
-            if step == 4:
-                kept.update(oracle.masters(model))
-
-        def put_back(step: int, model: Any) -> None:
-            if step == 4:
-                oracle.set_masters(model, kept)
-
-        return self.go("unwritten", jumps(FACTORS), before=Watch(keep), after=Watch(put_back))
 
     def scaled(self, resume: int | None = None) -> Any:
         """A collapse at step 20 is undone to step 10; the run ends in the mean of the steps after it."""

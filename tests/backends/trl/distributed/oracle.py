@@ -55,19 +55,6 @@ def jump_adapters(model: Any) -> dict[str, Tensor]:
     return {name: _copy(value) for name, value in named if ".jump-" in name and value.ndim == 2}
 
 
-def set_masters(model: Any, values: dict[str, Tensor]) -> None:
-    """Write DeepSpeed's fp32 weights and leave those of the forward pass as they are."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    for name, parameter in trained(model).items():
-        if hasattr(parameter, "ds_id"):  # safe_set_full_fp32_param fails where parts are padded
-            size = safe_get_local_fp32_param(parameter).numel()
-            padded = torch.nn.functional.pad(values[name].flatten(), (0, size))
-            safe_set_local_fp32_param(parameter, padded[dist.get_rank() * size :][:size])
-        else:
-            safe_set_full_fp32_param(parameter, values[name])
-
-
 def _copy(tensor: Tensor) -> Tensor:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().float().cpu().clone()

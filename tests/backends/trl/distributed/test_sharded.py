@@ -29,7 +29,6 @@ CELLS = {
     "full": (),
     "full_again": ("full",),
     "bf16": (),
-    "unwritten": (),
     "scaled": (),
     "scaled_again": ("scaled",),
     "reward": (),
@@ -162,17 +161,6 @@ def test_a_jump_reaches_masters_forward_pass_and_the_next_step(seen: Any, out: P
         assert (after["logits"] - reference).abs().max() < tolerance
 
 
-@each("unwritten", modes=MODES[:3])
-def test_a_jump_that_skips_the_masters_is_detected(seen: Any, out: Path, mode: str, cell: str) -> None:
-    for rank in seen(mode, cell):
-        after, wanted = rank["after"][4], jumped(rank)
-        assert (after["logits"] - whole_logits(out / "base", wanted, {}, False)).abs().max() < 1e-5
-        with pytest.raises(AssertionError, match="lora_"):
-            check_close(after["masters"], wanted)
-        with pytest.raises(AssertionError, match="lora_"):
-            check_step(wanted, rank["before"][5], 5)
-
-
 @each("full", "merged")
 def test_a_late_rollback_restores_weights_and_moments_exactly(seen: Any, mode: str, cell: str) -> None:
     for rank in seen(mode, cell):
@@ -243,7 +231,7 @@ def test_the_reward_is_probed_by_all_processes_together(seen: Any, out: Path, mo
     ranks = seen(mode, cell)
     assert [rank["error"] for rank in ranks] == [None, None]
     (jump,) = (record for record in ranks[0]["journal"] if record["event"] == "jump")
-    data = Dataset.from_list([{"prompt": f"{a}+10="} for a in range(10, 20)])
+    data = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(10, 40) for b in (10, 20)])
     tokenizer: Any = AutoTokenizer.from_pretrained(BASE)
     for key, weights in (("accuracy_before", ranks[0]["before"][4]["masters"]), ("accuracy_after", jumped(ranks[0]))):
         model = unsharded(out / "base", weights, {})

@@ -41,22 +41,6 @@ PROMPTS = [{"prompt": f"{a}+20=", "answer": str(a + 20)} for a in range(10, 18)]
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8, "eval_rows": PROMPTS}
 
 
-class Late(PredictExtendCallback):
-    """Makes the jump in ``on_evaluate``, when vLLM has the weights of this step already, and has none sent again."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.backend.send_weights = lambda: None  # type: ignore[method-assign]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != JUMP["observe"]:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == JUMP["observe"]:
-            super().on_step_end(args, state, control, **kwargs)
-
-
 class Watch(TrainerCallback):
     """Compares vLLM's weights with the trainer's, and keeps what TRL logs of their log-probabilities.
 
@@ -148,7 +132,6 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "scaled": (scaled, {"steps": 16, "learning_rate": 1e-4, **EVALUATE}),
     "evaluated": (rolled_back, {"steps": 10, **EVALUATE}),
     "probed": (probed, EVALUATE),
-    "late": (lambda: Late(MERGED, **JUMP), EVALUATE),
 }
 
 

@@ -99,12 +99,3 @@ def test_a_probe_that_generates_with_vllm_measures_the_weights_of_its_moment(see
     assert decisions(run, "jump") == [(JUMP, True)]
     assert max(*run["eval_sampling"].values(), *run["sampling"].values()) < AGREE
     assert run.get("stale", {}).get("5", 0.0) < 1e-6
-
-
-def test_these_checks_fail_for_a_jump_that_comes_after_the_evaluation_of_its_step(seen: Any) -> None:
-    run = seen("late")
-    assert decisions(run, "jump") == [(JUMP, True)]
-    assert run["sampling"]["5"] > AGREE
-    assert max(value for step, value in run["sampling"].items() if step != "5") < AGREE
-    if run["mode"] == "colocate":
-        assert [step for step, distance in run["stale"].items() if distance > 1e-3] == ["5"]

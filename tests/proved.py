@@ -5,8 +5,6 @@ the proof passes. With --stale the targets are printed whose record is missing o
 test-pages only where a browser is installed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The run that is killed, and what it comes to when nobody kills it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run leaves that must not depend on how often it was killed, as values that can be compared."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Processes of their own that begin warm: a server imports the trainer once, and forks a process when one is wanted."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """What a reader finds in a run's folder after its process died: whatever is there is old or new, and whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The smallest run in which everything happens: jumps, a rollback, the mean at the end, checkpoints and a curve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two runs in one folder, and the signals that stop a run."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

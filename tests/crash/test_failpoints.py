@@ -1,7 +1,5 @@
 """A process that is killed before, within or after any write of ours, and the same command again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

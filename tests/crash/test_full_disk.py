@@ -1,7 +1,5 @@
 """A disk that is full, or read-only, at any moment of a run: a message, nothing lost, and on to the end."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Killed at random moments, again and again, until a run has ended all the same."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the processes do: a run from a config, or one through the callback, and at which point they end themselves."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -3,8 +3,6 @@
 The seed, its kind and its number determine a case.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import resource

@@ -4,8 +4,6 @@ A draw is a model, a PEFT config and checkpoints that drift linearly. ``extrapol
 spaces with each applier. The logits of what it wrote are those of a model built by hand, or it refused with a kind.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -1,7 +1,5 @@
 """Random damage to bytes, and to the values of JSON and YAML, so that files are nearly valid."""
 
-from __future__ import annotations
-
 import copy
 import json
 from random import Random

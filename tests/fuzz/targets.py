@@ -1,7 +1,5 @@
 """The files that are fuzzed: a real example of each kind, and the readers that a user's command would call."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Damaged files end in an error of ours or are valid: some hundreds here, a hundred thousand with ``make fuzz``."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from random import Random

@@ -1,7 +1,5 @@
 """The real OpenRLHF as a backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the tests of real trainers share: their environments, a run of the arithmetic task, and how a trainer dies."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping

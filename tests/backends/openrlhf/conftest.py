@@ -1,7 +1,5 @@
 """The real OpenRLHF on a CPU, and runs with a pretend trainer in its place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line that OpenRLHF is given: what each setting becomes, and what is refused before anything starts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

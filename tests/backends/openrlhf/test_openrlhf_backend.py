@@ -1,7 +1,5 @@
 """The backend with a simulated trainer: the contract of backends, and what trainers are asked, and when."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

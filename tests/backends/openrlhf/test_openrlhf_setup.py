@@ -1,7 +1,5 @@
 """What every trainer of a run is given: options, prompts, environment, settings."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The real OpenRLHF, driven through the cycle on the embedded arithmetic task. A launch takes about a minute."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

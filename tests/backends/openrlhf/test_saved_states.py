@@ -1,7 +1,5 @@
 """Which of OpenRLHF's folders are whole, and which are kept."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Our hooks in the real DeepSpeed on two ranks: what is written reaches masters, forward passes and engines."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The callback in two processes (DDP, gloo), real trainers: process 0 decides, and both hold the same bits."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

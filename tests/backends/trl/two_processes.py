@@ -4,8 +4,6 @@
 and ``OUT/RUN.rank1.pickle``.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

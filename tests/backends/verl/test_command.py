@@ -1,7 +1,5 @@
 """What a run config becomes for verl, and what is refused. `make test-verl` has verl's own Hydra read the overrides."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

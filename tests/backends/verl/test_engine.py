@@ -4,8 +4,6 @@ Ray and rollouts are missing: ``cpu/engine_trainer.py`` trains on right answers.
 gathered by torch after each step (``before``) and after the pause that may follow it (``after``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

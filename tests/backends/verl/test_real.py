@@ -1,7 +1,5 @@
 """The whole verl on a CPU: Ray, TransferQueue, vLLM's engine, FSDP2, driven through the cycle. Minutes a run."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The backend for verl with a simulated trainer: the contract of backends, resuming, and what is refused."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

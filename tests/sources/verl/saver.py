@@ -5,8 +5,6 @@ Next to each checkpoint that was saved or loaded, ``truth-NAME.safetensors`` has
 Adam's moments and the logits as these processes had them in memory, gathered by torch.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The oracle is the processes' memory: weights, Adam's moments and logits that torch gathered there.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

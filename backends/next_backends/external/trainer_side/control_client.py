@@ -3,8 +3,6 @@
 Needs the standard library only, so next-core's tests run it without a trainer.
 """
 
-from __future__ import annotations
-
 import json
 from multiprocessing.connection import Client
 from typing import Any

@@ -1,7 +1,5 @@
 """Accuracy without sampling: the exact probability of the right answer. Runs in every rank of the policy's actor."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Exits with status 2 when verl or Hydra refuses them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A policy that FSDP2 shards: its weights in and out, and its optimizer's steps. Runs in verl's actor workers."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Runs in verl's environment. verl's recipes bring a task runner of their own in the same way.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

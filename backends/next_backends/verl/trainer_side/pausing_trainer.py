@@ -1,7 +1,5 @@
 """verl's synchronous trainer under control of next-core. Runs in the Ray actor of the task runner."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

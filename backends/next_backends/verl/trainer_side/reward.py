@@ -1,7 +1,5 @@
 """The run config's reward, which next-core serves. Runs in verl's reward workers."""
 
-from __future__ import annotations
-
 import json
 import os
 import urllib.request

@@ -12,8 +12,6 @@ Three runs of three steps of a very small Qwen2, each saved by OpenRLHF itself a
 ``base`` is the model that they began with. The path of the base model is taken out of the adapters' configs.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 Anew, by hand: OPENRLHF_PYTHON tests/backends/openrlhf/cpu/recorded_options.py FILE, with ``openrlhf_env`` of conftest.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import runpy

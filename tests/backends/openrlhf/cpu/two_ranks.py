@@ -5,8 +5,6 @@ wait for it is sure to read it too early. OFFLOAD is "adam" (the optimizer is on
 between our calls, as with `vllm.sleep`) or "none".
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

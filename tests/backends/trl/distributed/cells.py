@@ -3,8 +3,6 @@
 ``cells.py OUT MODE CELL...`` writes ``OUT/MODE/CELL.rank0.pt`` and ``OUT/MODE/CELL.rank1.pt``.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

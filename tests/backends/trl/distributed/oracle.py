@@ -1,7 +1,5 @@
 """What a process holds, read with the public functions of DeepSpeed and torch alone. Every function is a collective."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 It knows both for GPUs only, and with ``use_cpu=True`` it drops ``deepspeed=`` without a word and trains plain DDP.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Real GRPO in two processes that share the weights' shards: DeepSpeed's ZeRO-1, 2 and 3, and FSDP2, on CPUs (gloo)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

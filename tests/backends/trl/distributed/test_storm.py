@@ -1,7 +1,5 @@
 """Sharded runs whose processes are killed at random, and started again until they end as a run that nobody killed."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 TRL sends it the weights before each run's first roll-outs.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """Real GRPO whose roll-outs vLLM generates on a CPU, in the trainer's process and on a server, with jumps in it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A CPU as a platform of verl, registered by its own extension point; imported through VERL_USE_EXTERNAL_MODULES."""
 
-from __future__ import annotations
-
 import contextlib
 import types
 from typing import Any

@@ -5,8 +5,6 @@ prompts. TRUTH is a folder for what the processes hold, gathered by torch: ``N-b
 stepped, ``N-after.safetensors`` after the pause that may follow it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

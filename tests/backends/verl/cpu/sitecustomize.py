@@ -3,8 +3,6 @@
 No file of verl or vLLM is changed, and nothing here has to do with how next-core drives the trainer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from wrapt import when_imported  # type: ignore[import-not-found]

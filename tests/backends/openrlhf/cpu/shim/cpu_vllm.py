@@ -1,7 +1,5 @@
 """vLLM on a CPU: weights that can be replaced, and a way to send them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

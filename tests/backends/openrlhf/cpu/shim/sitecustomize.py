@@ -4,8 +4,6 @@ OpenRLHF names CUDA and NCCL outright. The few places that do are replaced as th
 OpenRLHF or vLLM is changed, and nothing here has to do with how next-core drives the trainer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from cpu_vllm import GlooBroadcaster, weights_stay_writable  # type: ignore[import-not-found]

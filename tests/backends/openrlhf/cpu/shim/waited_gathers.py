@@ -1,7 +1,5 @@
 """DeepSpeed's gathers of weights over gloo."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 TRL sends weights to a server over NCCL only: gloo takes its place on both sides. No file of TRL or vLLM is changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

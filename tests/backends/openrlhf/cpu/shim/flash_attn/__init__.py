@@ -1,7 +1,5 @@
 """TEST-ONLY: what OpenRLHF imports of flash-attn, which has no build for the CPU; calling any of it fails."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 __version__ = "0.0.0"

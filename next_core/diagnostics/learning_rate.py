@@ -141,10 +141,11 @@ def learning_rate_advice(rate: LearningRate) -> str | None:
     elif rate.jumps:
         why += ", jumps excluded"
     low, high = rate.low / COVERS, rate.high * COVERS
-    capped = rate.agreement >= STRAIGHT
     most = f"{high:.2g}" if high < 100 else f"{high:.0f}"
+    # A quartile that is capped bounds nothing, and neither does what is made of it.
+    capped = rate.quartiles is not None and rate.quartiles[1] >= STRAIGHT
     between = f"{low:.2g} or more" if capped else f"{low:.2g} to {most}"
-    times = f"{'at least ' if capped else 'about '}{rate.factor:.2g} times too small ({between})"
+    times = f"{'at least ' if rate.agreement >= STRAIGHT else 'about '}{rate.factor:.2g} times too small ({between})"
     return f"{_action(rate)} It looks {times}: {why}{null_in_words(rate.null)}.{_doubts(rate)}"
 
 

@@ -158,7 +158,8 @@ def advised(**changes: Any) -> str:
 
 def test_the_advice_names_the_rate_to_use_and_what_makes_it_less_certain() -> None:
     assert advised(logged=(1e-4, 1e-4)).startswith("Raise learning_rate from 0.0001 to about 0.001, in steps.")
-    assert "12 times too small (3 to 54)" in advised()
+    assert "about 12 times too small (3 to 54)" in advised(quartiles=(0.8, 0.9))
+    assert "about 12 times too small (3 or more)" in advised(quartiles=(0.8, 0.99)), "its end is capped"
     assert "Note" not in advised(logged=(1e-4, 1e-4))
     assert "120 steps reads high" in advised(steps=120)
     assert "only one comparison" in advised(moments=1)

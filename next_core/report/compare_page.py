@@ -81,7 +81,11 @@ def _cost(page: Page, comparison: Comparison) -> list[Block]:
     for name, arm in comparison.arms.items():
         bound = "≥ " if arm.beyond else ""
         steps = _cell(arm.equals_step, whole, prefix=bound), _cell(arm.steps_saved, form.signed_whole, prefix=bound)
-        time = _cell(arm.seconds, seconds), form.less_or_more(arm.seconds_saved), _cell(arm.ours_seconds, seconds)
+        time = (
+            _cell(arm.seconds, seconds),
+            form.less_or_more(arm.seconds_saved, arm.beyond > 0),
+            _cell(arm.ours_seconds, seconds),
+        )
         rows.append([name, whole(arm.spent_steps), *steps, *time, _cell(arm.icer, form.one_digit)])
     names = ["arm", "RL steps spent", "equals plain step", "steps saved", "time", "than plain", "overhead", "ICER"]
     notes = [

@@ -41,11 +41,14 @@ def seconds(value: float | None) -> str:
     return f"{decimal(scaled, 2 if scaled < 1 else 1 if scaled < 100 else 0)} {unit}"
 
 
-def less_or_more(saved: Bounds | None) -> str:
-    """Return seconds saved as ``12.3 s less`` or ``12.3 s more``."""
+def less_or_more(saved: Bounds | None, at_least: bool) -> str:
+    """Return seconds saved as ``12.3 s less`` or ``12.3 s more``; where they are a lower bound, ``≥`` and ``≤``."""
     if saved is None:
         return NONE
-    return "same" if abs(saved.mean) < 0.05 else f"{seconds(abs(saved.mean))} {'less' if saved.mean > 0 else 'more'}"
+    if abs(saved.mean) < 0.05:
+        return "same or less" if at_least else "same"
+    bound, words = ("≥ ", "less") if saved.mean > 0 else ("≤ ", "more")
+    return f"{bound * at_least}{seconds(abs(saved.mean))} {words}"
 
 
 def span(interval: Bounds | None, form: Format = decimal) -> str:

@@ -19,7 +19,7 @@ UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uff
 MOST_ROWS = 10  # A longer table is folded
 MOST_SERIES = 40
 WHOLE = 1060  # Width in pixels of a chart that takes the whole page
-NUMBER = re.compile(r"[−+≥ ]*[\d.,]+%?( (s|min|h)( less| more)?| [↑↓])?|–|")
+NUMBER = re.compile(r"[−+≥≤ ]*[\d.,]+%?( (s|min|h)( less| more)?| [↑↓])?|–|")
 
 
 @dataclass(frozen=True)

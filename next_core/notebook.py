@@ -176,9 +176,12 @@ def extrapolate(
         raise ConfigError(
             f"{target} exists already; {remedy}, or choose another folder", kind="config-folder-not-empty"
         )
-    prediction = resolve_predictor(predictor)().fit(opened.history(rank)).predict(horizon)
+    made = resolve_predictor(predictor)()
+    prediction = made.fit(opened.history(rank)).predict(horizon)
     if prediction.abstention is not None:
-        raise CheckpointError(f"no prediction from {opened!r}: {prediction.abstention}", kind="predictor-abstained")
+        raise CheckpointError(
+            f"{made.name}: no prediction from {opened!r}: {prediction.abstention}", kind="predictor-abstained"
+        )
     if not earlier:
         return writer.apply(prediction, alpha, out=target)
     scratch = target.with_name(f".{target.name}.new")

@@ -70,9 +70,9 @@ def plan_checkpoints(
     applier_fields: Mapping[str, Any] | None = None,
     out: Path | None = None,
 ) -> Plan:
-    """Plan an extrapolation of checkpoints. Raises ``ConfigError`` for a horizon below 1 or a missing backbone."""
-    if horizon < 1:
-        raise invalid_value(f"horizon must be at least 1 (got {horizon})")
+    """Plan an extrapolation of checkpoints. Raises ``ConfigError`` for a horizon or rank below 1, or no backbone."""
+    if min(horizon, rank) < 1:
+        raise invalid_value(f"horizon and rank must be at least 1 (got {horizon} and {rank})")
     steps, gram = source.steps, "gram" in predictor.requires
     matrices = {parameter: source.precision(parameter.name).itemsize for parameter in source.parameters}
     spans, decompose, fit = predictor_work(predictor, matrices, steps, horizon, rank)

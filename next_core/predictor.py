@@ -26,6 +26,7 @@ from next_core.types import Anchor, Plugin, Progress, Space
 
 Config = TypeVar("Config", bound=Settings)
 Needs = Literal["global", "local", "target", "gram", "metrics"]
+MOST_LISTED = 8
 Recommended = Mapping[Literal["schedule", "guards"], Mapping[str, Any]]
 
 
@@ -236,9 +237,11 @@ class PerMatrixPredictor(TrajectoryPredictor):
             try:
                 source.factors(name, 0)
             except CheckpointError:
+                chosen = "space" in self.config_class.model_fields
+                other = "set space: merged" if chosen else "choose a predictor that can move the merged weights"
                 return Abstain(
-                    "space: factors needs the initial adapter, and the run kept no checkpoint of step 0; "
-                    "name it by --start, or set space: merged"
+                    "a move in factor space needs the initial adapter, and the run kept no checkpoint of step 0; "
+                    f"name it by --start, or {other}"
                 )
         return update, confidence
 
@@ -299,6 +302,16 @@ def no_checkpoint_before(steps: Sequence[int], distance: int) -> str | None:
         return None
     distances = sorted(newest - step for step in known if step < newest)
     return f"no checkpoint {distance} steps before step {newest}; checkpoints lie {distances} steps before it"
+
+
+def no_checkpoints_apart(steps: Sequence[int], distance: int) -> str | None:
+    """Return why no two checkpoints are ``distance`` steps apart, or None if two are."""
+    known = set(steps)
+    if any(step + distance in known for step in steps):
+        return None
+    known_distances = sorted(steps[-1] - step for step in known if step < steps[-1])[:MOST_LISTED]
+    choice = f"choose a horizon such as {', '.join(map(str, known_distances))}, or " if known_distances else ""
+    return f"no two of {len(steps)} checkpoints are {distance} steps apart; {choice}observe more"
 
 
 def _finite(update: Update) -> bool:

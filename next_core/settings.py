@@ -35,7 +35,7 @@ def explain(error: ValidationError, where: str, known: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             options = f" Known keys: {', '.join(keys)}." if keys else ""
-            message = f"unknown key{hint}{options}"
+            message = f"unknown key{hint or '.'}{options}"
         elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
             message = f"{message} (got {reprlib.repr(item.get('input'))})"  # bounded: YAML's aliases can nest
         lines.append(f"{where}{'.' + key if key else ''}: {message}")

@@ -59,6 +59,8 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
         names = trajectory_predictors()[0]
     elif predictors is not None:
         names = [name.strip() for name in predictors.split(",") if name.strip()]
+        if not names:
+            raise invalid_value("--predictors is empty; name predictors, all, or omit it")
     elif given:
         names = [*default_predictors()[0], *given]
     else:

@@ -1,4 +1,4 @@
-"""alpharl: fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
+"""fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
 
 import math
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class AlphaRL(PerMatrixPredictor):
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         if len(steps) < 3:
-            return f"alpharl: a regression needs at least 3 checkpoints (got {len(steps)})"
+            return f"a regression needs at least 3 checkpoints (got {len(steps)})"
         return None
 
     def prepare(self, horizon: int) -> Abstain | None:
@@ -115,11 +115,11 @@ class AlphaRL(PerMatrixPredictor):
             missing = [steps[row] for row, value in zip(rows, y, strict=True) if not math.isfinite(value)]
             if missing:
                 logged = ", ".join(sorted(self.history.source.metrics(self.history.newest))) or "none"
-                return Abstain(f"alpharl: no finite value of metric '{metric}' at steps {missing}; logged: {logged}")
+                return Abstain(f"no finite value of metric '{metric}' at steps {missing}; logged: {logged}")
         if len(rows) < 3:
-            return Abstain(f"alpharl: a regression needs at least 3 checkpoints (got {len(rows)})")
+            return Abstain(f"a regression needs at least 3 checkpoints (got {len(rows)})")
         if np.ptp(y) <= 1e-12 * np.abs(y).max():
-            return Abstain(f"alpharl: metric '{metric}' is {y[0]:g} at every checkpoint, so nothing can be fitted")
+            return Abstain(f"metric '{metric}' is {y[0]:g} at every checkpoint, so nothing can be fitted")
         t = np.array([steps[row] for row in rows], dtype=np.float64)
         slope = (t - t.mean()) @ (y - y.mean()) / ((t - t.mean()) @ (t - t.mean()))
         if self.config.target is None:
@@ -127,7 +127,7 @@ class AlphaRL(PerMatrixPredictor):
         ahead = self.config.target - y[-1]
         if ahead * slope <= 0:
             return Abstain(
-                f"alpharl: metric '{metric}' is {y[-1]:g} and moves by {slope:+.2g} per step, not towards target "
+                f"metric '{metric}' is {y[-1]:g} and moves by {slope:+.2g} per step, not towards target "
                 f"{self.config.target:g}"
             )
         return Series(rows, y, self.config.target)
@@ -144,7 +144,7 @@ def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain
     alive = spread > CONSTANT * spread.max()
     standard = (x[:, alive] - x[:, alive].mean(0)) / spread[alive]
     if not alive.any() or np.abs(standard.T @ (y - y.mean())).max() <= 1e-12 * len(y) * np.ptp(y):
-        return Abstain("alpharl: the leading direction does not vary with the metric")
+        return Abstain("the leading direction does not vary with the metric")
     pls = PLSRegression(n_components=1, scale=True).fit(x[:, alive], y)
     z = pls.transform(x[:, alive])[:, 0]
     # The scores are centred, so b is the mean of y.
@@ -155,7 +155,7 @@ def invert(x: Array, y: Array, y_target: float, min_t: float) -> Array | Abstain
     error = math.sqrt(float(residual @ residual) / (len(y) - 2) / float(z @ z))
     if abs(a) < min_t * error:
         t = abs(a) / error
-        return Abstain(f"alpharl: the slope of the metric on the PLS score is not distinguishable from 0 (t = {t:.2f})")
+        return Abstain(f"the slope of the metric on the PLS score is not distinguishable from 0 (t = {t:.2f})")
     z_target = (y_target - float(y.mean())) / a
     found = x.mean(0)
     found[alive] = pls.inverse_transform(np.array([[z_target]]))[0]

@@ -29,7 +29,7 @@ class EffOPD(PerMatrixPredictor):
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         newest = steps[-1]
         if newest & (newest - 1):  # a power of two has one bit
-            return f"effopd jumps after steps 1, 2, 4, 8, ...; {newest} is none of them"
+            return f"it jumps after steps 1, 2, 4, 8, ...; {newest} is none of them"
         return no_checkpoint_before(steps, newest - newest // 2)
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import Factors, LowRank, norm
-from next_core.predictor import TrajectoryPredictor, Work
+from next_core.predictor import TrajectoryPredictor, Work, no_checkpoints_apart
 from next_predictors.component_networks import (
     ComponentNetwork,
     Group,
@@ -88,10 +88,7 @@ class ComponentPredictor(TrajectoryPredictor):
         return super().fit(history)
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        if any(step + horizon in steps for step in steps):
-            return None
-        missing = steps[0] + horizon
-        return f"no two checkpoints are {horizon} steps apart; observe one at step {missing}, or choose another horizon"
+        return no_checkpoints_apart(steps, horizon)
 
     def work(self, shapes: Mapping[str, tuple[int, int]], steps: Sequence[int], horizon: int, rank: int) -> Work:
         pairs = sum(step + horizon in steps for step in steps)
@@ -137,7 +134,6 @@ class ComponentPredictor(TrajectoryPredictor):
                     jumps[name] = LowRank((S * U).mT, V)
             figures |= _diagnostics(groups, list(jumps.values()), [components["target"][name] for name in jumps])
             reason = None if jumps else "; ".join(sorted({abstained[name] for name in history.names}))
-        reason = reason and f"{self.name}: {reason}"
         updates = {name: LowRankUpdate(jump) for name, jump in jumps.items()}
         return Prediction(history.source, history.newest, horizon, "newest", updates, {}, abstained, reason, figures)
 

@@ -1,4 +1,4 @@
-"""random: a control that jumps as far as the run last moved, in a random direction."""
+"""a control that jumps as far as the run last moved, in a random direction."""
 
 import zlib
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class RandomDirection(PerMatrixPredictor):
         span = self.history.span(newest, newest - horizon)
         norm = self.history.inner_products([span])[matrix.name].clamp_min(0).sqrt().squeeze()
         if not norm > 0:
-            return Abstain(f"random: the matrix did not move over the last {horizon} steps")
+            return Abstain(f"the matrix did not move over the last {horizon} steps")
         (m, n), rank = matrix.shape, min(self.config.rank, *matrix.shape)
         key = f"{self.config.seed}/{newest}/{matrix.name}"
         random = torch.Generator().manual_seed(zlib.crc32(key.encode()))

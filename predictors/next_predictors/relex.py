@@ -1,4 +1,4 @@
-"""relex: continue the leading directions of a matrix's trajectory, each along a straight line in time."""
+"""continue the leading directions of a matrix's trajectory, each along a straight line in time."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ class Relex(PerMatrixPredictor):
     requires = frozenset({"gram"})
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
-        return "relex: a line over time needs at least 2 checkpoints (got 1)" if len(steps) < 2 else None
+        return "a line over time needs at least 2 checkpoints (got 1)" if len(steps) < 2 else None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         squares, Q = torch.linalg.eigh(matrix.gram())

@@ -1,6 +1,5 @@
 """ridge: regress the coming motion on position and velocity, next-mlp's inputs without its network."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Self
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import CoefficientUpdate
-from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor
+from next_core.predictor import Abstain, CoefficientConfig, Outcome, PerMatrixPredictor, no_checkpoints_apart
 
 
 class RidgeConfig(CoefficientConfig):
@@ -44,9 +43,7 @@ class Ridge(PerMatrixPredictor):
 
     def why_not(self, steps: Sequence[int], horizon: int) -> str | None:
         # At step 0 position and velocity are zero, so it teaches nothing.
-        if any(step != 0 and step + horizon in steps for step in steps):
-            return None
-        return f"ridge: no two checkpoints are {horizon} steps apart; {_remedy(steps, horizon)}"
+        return no_checkpoints_apart([step for step in steps if step != 0], horizon)
 
     def prepare(self, horizon: int) -> Abstain | None:
         self._pairs = [(i, j) for i, j in self.history.pairs(horizon) if self.history.steps[i] != 0]
@@ -62,7 +59,7 @@ class Ridge(PerMatrixPredictor):
         products = torch.einsum("aps,st,pt->a", inputs, gram, targets)
         scale = squares.diagonal().sqrt()
         if not bool((scale > 0).any()):
-            return Abstain("ridge: position and velocity are zero at every observed pair")
+            return Abstain("position and velocity are zero at every observed pair")
         scale = torch.where(scale > 0, scale, 1.0)
         # Standardised, so that the penalty is equal for a long position and a short velocity. pinv, because without a
         # penalty the two inputs may be collinear: with one pair on a straight line, position is a multiple of velocity.
@@ -83,14 +80,3 @@ def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor
     before = torch.cat([torch.zeros(1, count, dtype=torch.float64), unit[:-1]])
     start, end = [i for i, _ in pairs], [j for _, j in pairs]
     return torch.stack([unit[start], unit[start] - before[start]]), unit[end] - unit[start]
-
-
-def _remedy(steps: Sequence[int], horizon: int) -> str:
-    trained = [step for step in steps if step != 0]
-    gaps = [after - before for before, after in itertools.pairwise(trained)]
-    if not gaps:
-        return f"needs at least 2 checkpoints (got {len(trained)})"
-    every = min(gaps)
-    if horizon % every:
-        return f"choose a multiple of the {every} steps between checkpoints"
-    return f"needs at least {horizon // every + 1} checkpoints {every} steps apart (got {len(trained)})"

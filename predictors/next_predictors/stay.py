@@ -1,4 +1,4 @@
-"""stay: the control, which makes no jump."""
+"""the control, which makes no jump."""
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ class Stay(PerMatrixPredictor):
         return 0
 
     def prepare(self, horizon: int) -> Abstain | None:
-        return None if self.config.jump else Abstain("stay: the control makes no jump")
+        return None if self.config.jump else Abstain("the control makes no jump")
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
         return CoefficientUpdate({matrix.steps[-1]: 0.0})

@@ -32,6 +32,7 @@ def test_a_plan_of_checkpoints_writes_nothing(cli: Cli, lora_run: LoraRun, tmp_p
         (("--checkpoints", "RUN", "--horizon", 10, "--predictor", "secnat"), 5, "plugin", "secant"),
         (("--checkpoints", "RUN", "--horizon", 10, "--applier", "merged-model"), 2, "config", ""),
         (("--checkpoints", "nowhere", "--horizon", 10), 3, "checkpoint", "nowhere"),
+        (("--checkpoints", "RUN", "--horizon", 10, "--rank", 0), 2, "config-invalid-value", "rank"),
         (("none.yaml",), 2, "config", "none.yaml"),
     ],
 )

@@ -111,4 +111,5 @@ def test_from_where_rl_began_it_goes_on_only_if_the_initial_adapter_was_kept() -
     assert without.abstention is not None
     assert "step 0" in without.abstention
     assert "--start" in without.abstention
+    assert "space:" not in without.abstention, "it has no such setting"
     assert kept.updates

@@ -1,18 +1,13 @@
 """Prompts with answers, which every backend here reads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from next_core.errors import ConfigError, contradiction, describe
-from next_core.run_config import DATA_FILES, HubDataset
+from next_core.run_config import DATA_FILES, HubDataset, TrainingSettings
 from next_core.sources.hub import hub_folder
 from next_core.storage.reading import read_text
-
-if TYPE_CHECKING:
-    from next_core.run_config import TrainingSettings
 
 COLUMNS = ("prompt", "answer")
 Rows = list[dict[str, Any]]

@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,16 +23,14 @@ from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
 from next_core.live_weights.live_model import kept_file
 from next_core.mathematics.low_rank import LowRank, dense
+from next_core.run_config import RunConfig
+from next_core.settings import Settings
 from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.adapter_tensors import shift_keys
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.jumps import SHIFT_FILE, jump_folders
 from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory, remove_directory
-
-if TYPE_CHECKING:
-    from next_core.run_config import RunConfig
-    from next_core.settings import Settings
 
 
 class ExternalBackend(Backend):

@@ -1,18 +1,14 @@
 """What the config blocks of external trainers have in common: settings, and checks of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from next_core.errors import ConfigError, contradiction
+from next_core.run_config import TrainingSettings
 from next_core.settings import Settings
-
-if TYPE_CHECKING:
-    from next_core.run_config import TrainingSettings
 
 
 def _absolute(path: Path) -> Path:

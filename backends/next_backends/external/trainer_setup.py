@@ -1,14 +1,12 @@
 """What all trainer processes of one run share: prompts, rewards, options, launch settings."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import next_core
 from next_backends import sharding
@@ -22,11 +20,9 @@ from next_core.backend import LoggedReward
 from next_core.config import with_model_folder
 from next_core.errors import invalid_value
 from next_core.plugins import make_chosen
+from next_core.run_config import RunConfig
 from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.step_predictor import StepPredictor
-
-if TYPE_CHECKING:
-    from next_core.run_config import RunConfig
 
 LOG = "trainer.log"
 SHARED_SIDE = Path(__file__).parent / "trainer_side"

@@ -1,21 +1,17 @@
 """From a run config to OpenRLHF's command line. What OpenRLHF or this backend cannot do is refused here."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from next_backends.external.external_config import chosen_estimator, largest_divisor, unsupported_setting
 from next_backends.external.trainer_setup import scales_steps
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 from next_core.errors import contradiction, invalid_value
+from next_core.run_config import RunConfig, TrainingSettings
 from next_core.sources.tensor_files import read_json
-
-if TYPE_CHECKING:
-    from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-    from next_core.run_config import RunConfig, TrainingSettings
 
 Options = dict[str, tuple[str, Any]]
 """By option: what sets it, as an error names it, and the value. None and False leave it out, True is a flag."""

@@ -1,15 +1,11 @@
 """The environment that OpenRLHF is installed in, and what its own parser says about a command line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from next_backends.external.environment import ask
-
-if TYPE_CHECKING:
-    from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
 
 VERSION = "0.11.2"  # The release of OpenRLHF that this backend drives
 TRAINER_SIDE = Path(__file__).parent / "trainer_side"

@@ -1,15 +1,11 @@
 """From a run config to verl's Hydra overrides. What verl or this backend cannot do is refused here."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from next_backends.external.external_config import chosen_estimator, largest_divisor, unsupported_setting
+from next_backends.verl.verl_config import VerlConfig
 from next_core.errors import contradiction, invalid_value
-
-if TYPE_CHECKING:
-    from next_backends.verl.verl_config import VerlConfig
-    from next_core.run_config import RunConfig, TrainingSettings
+from next_core.run_config import RunConfig, TrainingSettings
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 Overrides = dict[str, tuple[str, Any]]  # By key of verl's config: what sets it, as an error names it, and the value

@@ -1,10 +1,7 @@
 """verl as a backend: a trainer in its own environment, which pauses and takes new weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from next_backends.external.environment import ask
 from next_backends.external.external_backend import ExternalBackend
@@ -12,9 +9,7 @@ from next_backends.external.trainer import Trainer
 from next_backends.verl.verl_config import VerlConfig
 from next_backends.verl.verl_setup import TRAINER_SIDE, VerlSetup
 from next_core.errors import unsupported
-
-if TYPE_CHECKING:
-    from next_core.types import Space
+from next_core.types import Space
 
 VERSION = "0.9.1"  # The release of verl that this backend drives
 

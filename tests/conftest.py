@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 STEPS = (10, 20, 30, 40, 50, 60)
-SLOW = ("ray", "trl")
-"""Markers of tests that take seconds to minutes."""
+SLOW = ("ray", "trl")  # Markers of tests that take seconds to minutes
 
 
 def noise(seed: str, *shape: int) -> Tensor:

@@ -13,8 +13,7 @@ from next_core.errors import ConfigError, contradiction, invalid_value
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
 from next_core.storage.atomic import enough_space, new_directory, seal
 
-SMALL_FILES = 64 * 2**20
-"""Bytes reserved on the disk for everything but weights: tokenizer, card, records."""
+SMALL_FILES = 64 * 2**20  # Bytes reserved on the disk for everything but weights: tokenizer, card, records
 
 
 @dataclass

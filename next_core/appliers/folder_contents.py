@@ -17,8 +17,7 @@ from next_core.storage.manifest import MANIFEST
 
 RECORD = "extrapolation.json"
 CARD = "README.md"
-CHAT_TEMPLATES = "additional_chat_templates"
-"""The one subfolder that a tokenizer reads."""
+CHAT_TEMPLATES = "additional_chat_templates"  # The one subfolder that a tokenizer reads
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
 NOT_COPIED = {MANIFEST, RECORD, CARD, "trainer_state.json", "adapter_config.json", "latest", "zero_to_fp32.py"}
 """Files that describe another folder or belong to a trainer. The model card is written anew."""

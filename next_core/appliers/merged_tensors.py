@@ -22,8 +22,7 @@ from next_core.sources.backbone import use_names
 from next_core.sources.hf_model import ModelFiles, architecture_of
 from next_core.sources.matrices import matrices_in, stored_name
 
-GEMM_BLOCK = 2**20
-"""Values in a block of rows where each block is a matrix product, which small blocks slow down."""
+GEMM_BLOCK = 2**20  # Values in a block of rows where each block is a matrix product, which small blocks slow down
 
 
 class TensorPlan:

@@ -15,12 +15,9 @@ from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches
 from next_core.settings import Settings
 
 Array = npt.NDArray[np.float32]
-_ROWS = 64
-"""Rows of A per block of A^T (A x): they are still in the processor's cache for the second product."""
-_EXHAUSTED = 1e-15
-"""A Lanczos coefficient at or below this part of sigma_1^2 is rounding: the Krylov space is complete."""
-_SLACK = 10.0
-"""Factor by which the true residual may exceed the estimate of Lanczos, because products round in fp32."""
+_ROWS = 64  # Rows of A per block of A^T (A x): they are still in the processor's cache for the second product
+_EXHAUSTED = 1e-15  # A Lanczos coefficient at or below this part of sigma_1^2 is rounding: the Krylov space is complete
+_SLACK = 10.0  # Factor by which the true residual may exceed the estimate of Lanczos, because products round in fp32
 
 
 class LanczosConfig(Settings):

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from next_core.backend import LoggedReward
 
-RECENT = (4, 12, 36)
-"""RL steps over which the recent reward is a mean: a rare reward needs many roll-outs to be missed."""
-BEST = 15
-"""RL steps over which the best reward is a mean."""
+RECENT = (4, 12, 36)  # RL steps over which the recent reward is a mean: a rare reward needs many roll-outs to be missed
+BEST = 15  # RL steps over which the best reward is a mean
 LUCKY = 10
 """The last steps are compared with the luckiest of many means: as if there had been this many times as many looks."""
-LOST = 0.25
-"""The part of the best reward that must be lost."""
+LOST = 0.25  # The part of the best reward that must be lost
 CLUSTERED, AS_PAIRS = 4.0, 4
 """The clustering as long as little is known, and the number of pairs of records that this counts as."""
 

@@ -9,10 +9,8 @@ from next_core.storage.json_lines import append_json_line, parse_json_line
 from next_core.storage.reading import LARGE, read_bytes
 
 JOURNAL = "journal.jsonl"
-ENDING = ("end", "advice", "best")
-"""Events of a run's end, which a resume voids: the run was given more steps."""
-VERDICT = ("jump_step", "accepted", "reason", "accuracy")
-"""Fields of a record of the event ``verify``."""
+ENDING = ("end", "advice", "best")  # Events of a run's end, which a resume voids: the run was given more steps
+VERDICT = ("jump_step", "accepted", "reason", "accuracy")  # Fields of a record of the event ``verify``
 
 
 class Journal:

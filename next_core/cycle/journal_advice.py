@@ -11,8 +11,7 @@ from next_core.interfaces import CheckpointSource
 Advise = Callable[[CheckpointSource, Sequence[Mapping[str, Any]]], str | None]
 """From a run's checkpoints and its journalled jumps to one sentence, or None when there is nothing to advise."""
 
-WORTH_SAYING = 1.5
-"""A learning rate that differs from the configured one by less is not worth a change."""
+WORTH_SAYING = 1.5  # A learning rate that differs from the configured one by less is not worth a change
 
 
 def rate_found(records: Sequence[Mapping[str, Any]]) -> str | None:

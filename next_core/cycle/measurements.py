@@ -8,8 +8,7 @@ from next_core.backend import Backend
 from next_core.cycle.journal import Journal
 from next_core.cycle.trainer_errors import trainer_errors
 
-CURVE = "curve"
-"""Event of a journal record with accuracies along the run, and the milestone that asks for them."""
+CURVE = "curve"  # Event of a journal record with accuracies along the run, and the milestone that asks for them
 SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 

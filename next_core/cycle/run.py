@@ -31,8 +31,7 @@ from next_core.storage.reading import read_text
 from next_core.types import Progress
 
 CONFIG = "config.yaml"
-RUNNING = "RL with next-core"
-"""The name of a run's progress."""
+RUNNING = "RL with next-core"  # The name of a run's progress
 MILESTONES = ("start", "before_jump", "after_jump", "final")
 
 

@@ -13,8 +13,7 @@ from next_core.process.containment import TimeLimitReached, same_random_states, 
 from next_core.run_config import Guards
 from next_core.step_predictor import StepHistory, StepPredictor, StepScale
 
-EVENTS = ("scale", "collapse")
-"""Journal events of step scaling."""
+EVENTS = ("scale", "collapse")  # Journal events of step scaling
 KEEP_EVERY = 10
 """RL steps between kept states. The step at which a state is kept must look as good as the best before it."""
 AFTER_COLLAPSE, AT_START = 2.0, 10.0

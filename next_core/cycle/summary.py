@@ -11,8 +11,7 @@ from next_core.cycle.scaling import EVENTS
 Record = Mapping[str, Any]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 LIST = re.compile("#(?:, #)+")
-MOST_REFUSALS = 3
-"""Kinds of refusals that a summary lists."""
+MOST_REFUSALS = 3  # Kinds of refusals that a summary lists
 
 
 def counted(count: int, what: str) -> str:

@@ -17,11 +17,9 @@ from next_core.mathematics.low_rank import Factors
 from next_core.storage.atomic import atomic_file, is_alive
 from next_core.types import Span
 
-VERSION = 1
-"""Part of every key; raise it when the same checkpoints give different bytes."""
+VERSION = 1  # Part of every key; raise it when the same checkpoints give different bytes
 LIMIT_BYTES = 10 * 2**30
-ENTRIES = "deltas"
-"""The subfolder that belongs to the cache; other files in its folder are left alone."""
+ENTRIES = "deltas"  # The subfolder that belongs to the cache; other files in its folder are left alone
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _LEFT_OVER = re.compile(r"\.[0-9a-f]{64}\.safetensors\.tmp-(\d+)")
 _PARTS = ("U", "S", "V", "energy", "nuclear")

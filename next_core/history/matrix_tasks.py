@@ -12,8 +12,7 @@ from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.types import LoraFactors, Span
 
-BLOCK_BYTES = 32 * 2**20
-"""Upper bound on the memory of the rows of dense deltas that are held at a time."""
+BLOCK_BYTES = 32 * 2**20  # Upper bound on the memory of the rows of dense deltas that are held at a time
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from next_core.errors import BackendError
 from next_core.live_weights.trained_weights import TrainedWeights
 from next_core.storage.atomic import atomic_file
 
-GROUP_STEP = "group/step"
-"""The name of a parameter group's step among the moments of its weights."""
+GROUP_STEP = "group/step"  # The name of a parameter group's step among the moments of its weights
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ from next_core.live_weights.trained_weights import TrainedWeights
 from next_core.storage.atomic import disk_operation, sweep
 from next_core.storage.manifest import MANIFEST, digest_of
 
-KEPT = 2
-"""States to return to: the newer may already be part of a collapse that the reward does not show yet."""
-PREFIX = "kept/"
-"""Of the names of states in a checkpoint's file."""
+KEPT = 2  # States to return to: the newer may already be part of a collapse that the reward does not show yet
+PREFIX = "kept/"  # Of the names of states in a checkpoint's file
 
 
 @dataclass

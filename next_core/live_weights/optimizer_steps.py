@@ -25,8 +25,7 @@ SAMPLE = 16_384
 """Coordinates in the sample: a cosine of two motions over it has a standard error of at most 1 / sqrt(16384) = .008."""
 SMALL = 8_192
 """Elements of a tensor up to which it is handled together with others: a call for each takes longer than a copy."""
-BLOCKS = 4
-"""Blocks whose motions can be compared."""
+BLOCKS = 4  # Blocks whose motions can be compared
 
 
 class OptimizerSteps(TrainerSteps):

@@ -29,8 +29,7 @@ from next_core.mathematics.low_rank import (
 from next_core.mathematics.row_blocks import keep_freed_memory
 from next_core.types import LoraFactors, Span
 
-_Term = tuple[int, int | None, Tensor]
-"""A row of the result, a step, and coefficients (r, k) on that step's factor."""
+_Term = tuple[int, int | None, Tensor]  # A row of the result, a step, and coefficients (r, k) on that step's factor
 _TOLERANCE = 1e-9
 """Relative error allowed in |D|^2 from differences of blocks; shorter deltas are decomposed from their own factors."""
 _EPS = torch.finfo(torch.float64).eps

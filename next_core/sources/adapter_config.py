@@ -34,8 +34,7 @@ IRRELEVANT = {
     *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "velora_config", "qalora_group_size"),
 }
 """Fields that do not change what the stored factors mean: initialisation, training, or tensors seen in the file."""
-VARIANT_NAME = re.compile(r"use_.+|.+_config")
-"""How PEFT names the fields of LoRA variants."""
+VARIANT_NAME = re.compile(r"use_.+|.+_config")  # How PEFT names the fields of LoRA variants
 MOST_PATTERNS = 20_000
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 

@@ -9,8 +9,7 @@ from next_core.errors import ambiguous_step
 
 NUMBER = re.compile(r"\d+")
 STEP_WORD = re.compile(r"(?:^|[^a-z])(?:global[-_ ]?)?(?:steps?|iter)[-_ ]?$", re.IGNORECASE)
-LARGEST_STEP = 10**15
-"""Larger numbers are not steps; arithmetic with them would not be exact."""
+LARGEST_STEP = 10**15  # Larger numbers are not steps; arithmetic with them would not be exact
 REMEDY = "rename them to checkpoint-N, or pass the folders of one run as a list"
 
 

@@ -20,8 +20,7 @@ from next_core.sources.tensor_files import Place, Replacement, TensorFile
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 READER = "deepspeed.utils.zero_to_fp32"
-KEPT = 3
-"""Checkpoints whose masters are in memory: the two of a delta, and the one of the next."""
+KEPT = 3  # Checkpoints whose masters are in memory: the two of a delta, and the one of the next
 Masters = Mapping[str, Tensor]
 
 

@@ -19,8 +19,7 @@ from next_core.sources.matrices import other_vocabulary
 from next_core.sources.metrics import read_metrics
 from next_core.storage.manifest import file_digest
 
-MOST = 1000
-"""Limit of names that are compared with one, and of characters of each: this is quadratic."""
+MOST = 1000  # Limit of names that are compared with one, and of characters of each: this is quadratic
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -55,8 +54,7 @@ def mismatch(ours: Shapes, theirs: Shapes, first: str) -> str | None:
     return None
 
 
-FRESH_ADAPTER = "lora-zero"
-"""Stands in a digest for the adapter that RL began with, if step 0 was not kept."""
+FRESH_ADAPTER = "lora-zero"  # Stands in a digest for the adapter that RL began with, if step 0 was not kept
 
 
 class DiskSourceConfig(Settings):

@@ -20,10 +20,8 @@ from next_core.errors import CheckpointError, damaged, incomplete
 from next_core.sources.tensor_files import PickleFile, Place, TensorFile, refuse_pickle
 
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-CONFIGS = "huggingface"
-"""The folder next to the shards with the model's config and tokenizer."""
-LORA = "lora_train_meta.json"
-"""What verl says about an adapter: its rank and alpha."""
+CONFIGS = "huggingface"  # The folder next to the shards with the model's config and tokenizer
+LORA = "lora_train_meta.json"  # What verl says about an adapter: its rank and alpha
 ADAPTER_KEY = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_delta")
 """The tensors of a model with an adapter that are the adapter's."""
 MERGER = "python -m verl.model_merger merge --backend fsdp --local_dir {} --target_dir FOLDER"

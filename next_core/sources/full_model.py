@@ -26,8 +26,7 @@ from next_core.sources.layouts import (
 from next_core.sources.matrices import EMBEDDINGS, HEADS, matrices_in, place_in_stack, stored_name
 from next_core.types import Parameter
 
-BLOCK = 2**22
-"""Number of values compared at a time."""
+BLOCK = 2**22  # Number of values compared at a time
 
 
 def tied_names(models: Sequence[ModelFiles]) -> tuple[str, str] | None:

@@ -90,12 +90,10 @@ def _built(folder: Path, _: Stamp) -> Architecture | None:
 
 SINGLE, INDEX = MODEL_FILES
 PICKLE_SINGLE, PICKLE_INDEX = MODEL_PICKLES
-LONGEST_NAME = 255
-"""Bytes of a file's name."""
+LONGEST_NAME = 255  # Bytes of a file's name
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """What torch.compile, FSDP, activation checkpointing and DeepSpeed add to the names of parameters."""
-PARALLEL = "module."
-"""What DistributedDataParallel adds, in front of every name."""
+PARALLEL = "module."  # What DistributedDataParallel adds, in front of every name
 PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.|\.modules_to_save\.")
 
 

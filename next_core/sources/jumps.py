@@ -17,8 +17,7 @@ from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.tensor_files import SafetensorsFile, read_json
 from next_core.storage.manifest import MANIFEST, check_manifest
 
-CACHE_BYTES = 256 * 2**20
-"""Limit of one cache."""
+CACHE_BYTES = 256 * 2**20  # Limit of one cache
 
 
 class TensorCache:
@@ -52,8 +51,7 @@ UNDONE = "undone.json"
 DELETED = "deleted.json"
 """Lies next to checkpoints of which a run has deleted some: at which step its history begins now."""
 SHIFT_FILE = "shift.safetensors"
-NAME = re.compile(r"[0-9]{1,9}")
-"""The name of a jump's folder."""
+NAME = re.compile(r"[0-9]{1,9}")  # The name of a jump's folder
 
 
 class Shifts:

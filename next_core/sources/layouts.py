@@ -29,30 +29,22 @@ LAYOUTS: dict[re.Pattern[str], tuple[str, ...]] = {
     ),
 }
 """How trainers name the folder of a step, and where in it the weights may be."""
-WRITTEN_LAST = "tokenizer_config.json"
-"""OpenRLHF writes the tokenizer last: a folder without it is incomplete."""
-RUN_FOLDER = ("journal.jsonl", "config.yaml", JUMPS)
-"""Lie next to the checkpoints of a run of this project."""
-REFERENCE = "ref"
-"""The adapter in which TRL keeps the reference policy."""
+WRITTEN_LAST = "tokenizer_config.json"  # OpenRLHF writes the tokenizer last: a folder without it is incomplete
+RUN_FOLDER = ("journal.jsonl", "config.yaml", JUMPS)  # Lie next to the checkpoints of a run of this project
+REFERENCE = "ref"  # The adapter in which TRL keeps the reference policy
 JUMP_PREFIX = "jump-"
 """How the names of frozen jump adapters begin in a live model, and in the trainer's own checkpoints."""
-UNFINISHED = (".", "tmp-")
-"""How the names of folders begin that are still being written."""
+UNFINISHED = (".", "tmp-")  # How the names of folders begin that are still being written
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 MODEL_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-LORA_FILES = (LORA, f"../{LORA}")
-"""With one of these, what looks like a model is the state of one with an adapter."""
-SHARDS = "model_world_size_W_rank_R.pt"
-"""Stands for the files of all ranks."""
+LORA_FILES = (LORA, f"../{LORA}")  # With one of these, what looks like a model is the state of one with an adapter
+SHARDS = "model_world_size_W_rank_R.pt"  # Stands for the files of all ranks
 WEIGHTS = (*MODEL_FILES, *MODEL_PICKLES, *ADAPTER_FILES, SHARDS, *DISTRIBUTED)
-STABLE = "STABLE"
-"""prime-rl marks a step's weights by this file once they are complete."""
+STABLE = "STABLE"  # prime-rl marks a step's weights by this file once they are complete
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 """verl and SkyRL write the step of a checkpoint here once it is complete."""
-DEEPEST = 4
-"""How many folders below one the files are looked for."""
+DEEPEST = 4  # How many folders below one the files are looked for
 FOREIGN = {
     "dist_ckpt": "Megatron's shards: convert each with verl, python -m verl.model_merger merge --backend megatron "
     "--local_dir {above} --target_dir FOLDER, or save hf_model too (checkpoint.save_contents) and list its folders",

@@ -30,16 +30,12 @@ from next_core.sources.matrices import EMBEDDINGS, HEADS
 from next_core.types import Parameter
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-BLOCK = 2**22
-"""Elements of a matrix that are processed together (32 MiB in fp64)."""
+BLOCK = 2**22  # Elements of a matrix that are processed together (32 MiB in fp64)
 ITERATIONS = 16
 """Steps of the power iteration if no singular value is given; its error is towards smaller ones, so towards drowned."""
-SAMPLE = 12
-"""Matrices of a source that are examined for its warnings."""
-SAMPLED_ROWS = 4096
-"""Limit of the rows examined in each of them."""
-PIECE = 256
-"""Consecutive rows in such a sample."""
+SAMPLE = 12  # Matrices of a source that are examined for its warnings
+SAMPLED_ROWS = 4096  # Limit of the rows examined in each of them
+PIECE = 256  # Consecutive rows in such a sample
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ STORED = {
 }
 """The precisions by their names in safetensors."""
 
-Place = slice | tuple[int, slice]
-"""Some rows of a tensor, or of one matrix in a stack."""
+Place = slice | tuple[int, slice]  # Some rows of a tensor, or of one matrix in a stack
 
 
 def read_json(path: Path, limit: int = SMALL, *, verify: bool = False) -> dict[str, Any]:
@@ -137,8 +136,7 @@ class TensorFile(ABC):
         return not_found(f"{self.path} has no tensor '{key}'")
 
 
-Replacement = Callable[[TensorFile], TensorFile]
-"""What a source may wrap the files in that it opens."""
+Replacement = Callable[[TensorFile], TensorFile]  # What a source may wrap the files in that it opens
 
 
 def is_unchanged(path: Path, then: Stamp) -> bool:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-SMALL = 4 * 2**20
-"""Limit in bytes for files that a person could have written."""
+SMALL = 4 * 2**20  # Limit in bytes for files that a person could have written
 LARGE = 128 * 2**20
 """Limit in bytes for indexes, manifests and logs; as Python objects they take up to 20 times as much memory."""
 _INTEGER_LIMIT = 2**64
@@ -98,8 +97,7 @@ def parse_checked(data: bytes) -> dict[str, Any]:
     return value
 
 
-MAX_HEADER = 100_000_000
-"""Bytes of a header, as the safetensors library limits it."""
+MAX_HEADER = 100_000_000  # Bytes of a header, as the safetensors library limits it
 
 
 @dataclass(frozen=True)

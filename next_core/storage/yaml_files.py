@@ -13,8 +13,7 @@ from next_core.storage.reading import read_text
 
 MAX_NODES = 10_000
 """Limit of values in one document, aliases written out: a few lines of aliases can stand for billions."""
-MAX_YAML = 2**20
-"""Limit in bytes of a YAML file."""
+MAX_YAML = 2**20  # Limit in bytes of a YAML file
 MAX_DIGITS = 100
 
 

@@ -13,10 +13,8 @@ from next_core.mathematics.agreement import SPAN, agreement, comparable_span
 from next_core.predictor import Abstain, Outcome, PerMatrixPredictor, Recommended, no_checkpoint_before
 from next_core.settings import Settings
 
-LEAST_MULTIPLE = 1.02
-"""Multiples below this are treated as 1: no jump."""
-MULTIPLE_OF = "multiple of "
-"""Prefix of the diagnostics that hold the multiple of each matrix."""
+LEAST_MULTIPLE = 1.02  # Multiples below this are treated as 1: no jump
+MULTIPLE_OF = "multiple of "  # Prefix of the diagnostics that hold the multiple of each matrix
 
 
 class AdaptiveSecantConfig(Settings):

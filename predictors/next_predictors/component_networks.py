@@ -18,8 +18,7 @@ from next_core.settings import Settings
 from next_core.types import Progress
 
 Part = Literal["u", "sigma", "v"]
-Key = tuple[Part, int]
-"""What a network predicts: a component and its length d (1 for sigma)."""
+Key = tuple[Part, int]  # What a network predicts: a component and its length d (1 for sigma)
 Precision = Literal["float32", "bfloat16"]
 
 

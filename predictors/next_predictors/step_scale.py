@@ -8,20 +8,14 @@ from pydantic import Field
 from next_core.predictor import Recommended
 from next_core.step_predictor import StepConfig, StepHistory, StepPredictor, StepScale
 
-TOO_FAST = -0.1
-"""Below this cosine of the first two blocks, steps have done damage that the reward does not show yet."""
-RESTART = 4.0
-"""A run that starts again divides its multiple by this."""
+TOO_FAST = -0.1  # Below this cosine of the first two blocks, steps have done damage that the reward does not show yet
+RESTART = 4.0  # A run that starts again divides its multiple by this
 CLEAR, FASTER = 0.5, 1.6
 """This far above the target, steps are about five times too small or more, and the gain is larger by this factor."""
-AGAIN = 0.3
-"""This far above the target, the steps that seemed to cancel did so by chance, and the multiple rises again."""
-SLOWER = 0.4
-"""The gain once the learning rate is found, relative to that before."""
-LIMIT = 1.0
-"""The largest change of the multiple's logarithm at once."""
-CAUTION = 60
-"""RL steps after a collapse for which the multiple stays below half of the one that led to it."""
+AGAIN = 0.3  # This far above the target, the steps that seemed to cancel did so by chance, and the multiple rises again
+SLOWER = 0.4  # The gain once the learning rate is found, relative to that before
+LIMIT = 1.0  # The largest change of the multiple's logarithm at once
+CAUTION = 60  # RL steps after a collapse for which the multiple stays below half of the one that led to it
 Phase = Literal["searching", "rising", "found"]
 PHASES: tuple[Phase, ...] = ("searching", "rising", "found")
 

@@ -10,8 +10,7 @@ from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.types import Space
 from tests.conftest import LoraRun, MakeRun
 
-ROW = "model.layers.0.self_attn.q_proj.weight"
-"""A matrix of (16, 16)."""
+ROW = "model.layers.0.self_attn.q_proj.weight"  # A matrix of (16, 16)
 BOTH = pytest.mark.parametrize("applier", ["peft-adapter", "merged-model"])
 
 

@@ -29,10 +29,8 @@ BEGIN, END = "<!-- table: made by python -m tests.appliers.matrix -->", "<!-- en
 STEPS = (10, 20, 30, 40, 50, 60)
 HORIZON = 10
 SETTINGS: dict[str, dict[str, Any]] = {"next-mlp": {"epochs": 20, "hidden": 8}, "next-mlp-reduced": {"epochs": 20}}
-NO_JUMP = ("stay", "effopd")
-"""The control, and the one that jumps at powers of two only, of which 60 is none."""
-QUICK = ("relex", "secant")
-"""One that counts from the backbone and one that does not; the command above compares all."""
+NO_JUMP = ("stay", "effopd")  # The control, and the one that jumps at powers of two only, of which 60 is none
+QUICK = ("relex", "secant")  # One that counts from the backbone and one that does not; the command above compares all
 APPLIERS = ("peft-adapter", "merged-model", "in-memory")
 EXACT = "exact"
 TOLERANCE = 2e-5

@@ -13,8 +13,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0
-"""Seconds after which a process that should have ended is ended."""
+PATIENCE = 300.0  # Seconds after which a process that should have ended is ended
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ SAVE_EVERY = 3
 """The trainer's checkpoints lie within the windows in which jumps are judged, which end three steps after them."""
 SCHEDULE = {"observe": 4, "every": 2, "horizon": 2, "jump_every": 2, "settle": 3, "alpha": 3.0, "average": 8}
 GUARDS = {"recovery": 3, "tolerance": 0.0, "max_drop": 1.0}
-LOGGED = {"logging_steps": 1}
-"""What TRL has gathered since it last logged is in none of its checkpoints."""
+LOGGED = {"logging_steps": 1}  # What TRL has gathered since it last logged is in none of its checkpoints
 PREDICTOR = {"name": "secant", "window": 2}
 
 

@@ -14,8 +14,7 @@ from tests.predictors.test_secant import weights
 from tests.predictors.trajectories import dense_run, drift, history
 
 LOOSE = Guards(probe=False, max_norm_ratio=None)
-LINE = {"observe": 20, "every": 10, "horizon": 10, "settle": 10}
-"""One jump along the last 10 steps, at step 20."""
+LINE = {"observe": 20, "every": 10, "horizon": 10, "settle": 10}  # One jump along the last 10 steps, at step 20
 
 
 def descended(alphas: list[float] | None, guards: Guards = LOOSE, accuracy: Any = None, **fields: Any) -> Any:

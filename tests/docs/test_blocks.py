@@ -17,8 +17,7 @@ from next_core.storage.yaml_files import parse_yaml
 from tests.conftest import Cli
 from tests.docs.blocks import ALL, LANGUAGES, PAGES, ROOT, Block, blocks, of
 
-TRAIN = ("run", "compare")
-"""Commands that take long: the page's own line is checked whole by their dry run."""
+TRAIN = ("run", "compare")  # Commands that take long: the page's own line is checked whole by their dry run
 
 
 def pages_with(language: str) -> list[Path]:

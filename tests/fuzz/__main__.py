@@ -19,10 +19,8 @@ from types import FrameType
 from next_core.errors import NextCoreError
 from tests.fuzz.targets import TARGETS, write_examples
 
-MEMORY = 2 * 2**30
-"""Bytes that reading may take beyond what the process has at the start."""
-SECONDS = 10
-"""Of one core, for one case."""
+MEMORY = 2 * 2**30  # Bytes that reading may take beyond what the process has at the start
+SECONDS = 10  # Of one core, for one case
 
 
 class TooSlow(BaseException):

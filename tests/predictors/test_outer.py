@@ -46,8 +46,7 @@ def test_snoo_abstains_without_a_round_of_k_steps() -> None:
     assert predicted("snoo", dense_run({"a": drift(1)}, [30, 50]), 20) == pytest.approx({50: 0.4, 30: -0.4})
 
 
-MOTIONS = noise(5, 12).tolist()
-"""What RL moved one weight by before each checkpoint."""
+MOTIONS = noise(5, 12).tolist()  # What RL moved one weight by before each checkpoint
 
 
 def snoo_jumps(eta: float, mu: float) -> list[float]:

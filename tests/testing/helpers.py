@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from next_core.testing import SyntheticRun, checks_of, dense_run
 from next_core.testing.check_runner import CheckedKind
 
-COMMON = "has_a_name_and_strict_settings"
-"""The check of every kind of plug-in, which ``test_kit`` breaks."""
+COMMON = "has_a_name_and_strict_settings"  # The check of every kind of plug-in, which ``test_kit`` breaks
 
 
 def fails(check: str, kind: CheckedKind, subject: Any) -> bool:

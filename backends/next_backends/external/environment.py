@@ -9,14 +9,10 @@ from typing import Any
 
 from next_core.errors import ConfigError, invalid_value
 
-ANSWER = "next-core answer: "
-"""How the line of a script begins that answers ``ask``; its libraries print other lines."""
-REFUSED = 2
-"""The exit status of such a script when the library refuses the options."""
-TIMEOUT = 300.0
-"""Seconds; most of it goes into imports."""
-OWN = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-"""Variables of our own environment that would mislead another Python."""
+ANSWER = "next-core answer: "  # How the line of a script begins that answers ``ask``; its libraries print other lines
+REFUSED = 2  # The exit status of such a script when the library refuses the options
+TIMEOUT = 300.0  # Seconds; most of it goes into imports
+OWN = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")  # Variables of our own environment that would mislead another Python
 
 
 def variables(config: Any) -> dict[str, str]:

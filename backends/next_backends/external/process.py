@@ -15,8 +15,7 @@ from next_backends.external import supervisor
 from next_backends.external.log import excerpt
 from next_core.errors import BackendError, trainer_lost
 
-GRACE = 10.0
-"""Seconds from SIGTERM to SIGKILL."""
+GRACE = 10.0  # Seconds from SIGTERM to SIGKILL
 KILL_TIME = 30.0
 """Seconds to wait for processes that got SIGKILL: freeing a GPU or writing out a memory image takes long."""
 

@@ -20,13 +20,10 @@ from next_core.errors import BackendError, CheckpointError, NextCoreError, descr
 from next_core.rewards import RewardFunction, make_reward
 from next_core.run_config import TrainingSettings
 
-LARGEST = 64 * 2**20
-"""Bytes of a request."""
-TICK = 0.05
-"""Seconds between looks at whether next-core has ended."""
+LARGEST = 64 * 2**20  # Bytes of a request
+TICK = 0.05  # Seconds between looks at whether next-core has ended
 
-CUT = 20
-"""Characters of a prompt that must be found in a query whose prompt was cut from the left."""
+CUT = 20  # Characters of a prompt that must be found in a query whose prompt was cut from the left
 
 
 class RewardProcess:

@@ -21,8 +21,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 TOKEN = "NEXT_CORE_TRAINER"
-JOB = "job.json"
-"""In the scratch folder: the command, its environment and more."""
+JOB = "job.json"  # In the scratch folder: the command, its environment and more
 TICK = 0.1
 PR_SET_CHILD_SUBREAPER = 36
 NOT_STARTED = 127

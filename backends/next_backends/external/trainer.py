@@ -13,16 +13,11 @@ from typing import Any
 from next_backends.external.trainer_setup import TrainerSetup
 from next_core.errors import BackendError, trainer_lost
 
-TICK = 0.05
-"""Seconds between looks at the trainer."""
-START_TIMEOUT = 3600.0
-"""Seconds for a trainer to get ready: large models take long to load."""
-END_TIMEOUT = 1800.0
-"""Seconds for its last save and the end of its processes."""
-LAST_WORDS = 20.0
-"""Seconds for a trainer that hung up to end and log the reason."""
-LONGEST = 2**20
-"""Bytes of one message of the trainer: answers are figures, never weights."""
+TICK = 0.05  # Seconds between looks at the trainer
+START_TIMEOUT = 3600.0  # Seconds for a trainer to get ready: large models take long to load
+END_TIMEOUT = 1800.0  # Seconds for its last save and the end of its processes
+LAST_WORDS = 20.0  # Seconds for a trainer that hung up to end and log the reason
+LONGEST = 2**20  # Bytes of one message of the trainer: answers are figures, never weights
 
 
 class Trainer:

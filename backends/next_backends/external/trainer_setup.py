@@ -25,8 +25,7 @@ from next_core.sources.metrics import METRICS, by_step, read_log
 from next_core.step_predictor import StepPredictor
 
 LOG = "trainer.log"
-SHARED_SIDE = Path(__file__).parent / "trainer_side"
-"""What every ``trainer_side`` imports."""
+SHARED_SIDE = Path(__file__).parent / "trainer_side"  # What every ``trainer_side`` imports
 
 
 class TrainerSetup(ABC):

@@ -15,8 +15,7 @@ from next_core.sources.metrics import METRICS
 from next_core.storage.atomic import move_directory
 from next_core.storage.manifest import MANIFEST
 
-EARLIER = "earlier"
-"""Prefix of the folders in which finished runs are kept."""
+EARLIER = "earlier"  # Prefix of the folders in which finished runs are kept
 
 
 def make_room(folder: Path, settings: Mapping[str, Any], output: Path) -> None:

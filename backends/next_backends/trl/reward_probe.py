@@ -11,10 +11,8 @@ from torch import nn
 from next_backends.trl.evaluate import greedy_accuracy
 from next_core.errors import ConfigError
 
-MOST_PROMPTS = 256
-"""Prompts that a probe evaluates."""
-SHARE = 10
-"""At most one of so many training prompts is held back."""
+MOST_PROMPTS = 256  # Prompts that a probe evaluates
+SHARE = 10  # At most one of so many training prompts is held back
 
 
 def prompts_of(trainer: Any) -> Any:

@@ -29,8 +29,7 @@ SMALL_RUN: dict[str, Any] = {
 }
 """Arguments of TRL's trainers for a run of seconds on a CPU."""
 PROMPTS = ["12+34=", "97-15=", "50+50=", "83-82="]
-SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}
-"""A schedule with one jump after step 6."""
+SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}  # A schedule with one jump after step 6
 FACTORS = {"name": "secant", "window": 3, "space": "factors"}
 MERGED = {"name": "secant", "window": 3, "space": "merged"}
 SAVING = {"save_strategy": "steps", "save_steps": 4}

@@ -27,8 +27,7 @@ pytestmark = pytest.mark.verl
 HERE = Path(__file__).parent
 FULL = ("fsdp2", "tied", "columns", "hybrid", "fsdp1")
 LORA = ("lora", "lora_only", "fsdp1_lora")
-EXPORTED = ("fsdp2", "tied", "lora")
-"""Those that verl also exports to huggingface/."""
+EXPORTED = ("fsdp2", "tied", "lora")  # Those that verl also exports to huggingface/
 STEPS = (10, 20, 30)
 MODEL = SMALL | {"vocab_size": 33, "num_key_value_heads": 1, "num_hidden_layers": 2}
 

@@ -7,8 +7,7 @@ import json
 from multiprocessing.connection import Client
 from typing import Any
 
-MOVES = ("load", "restore", "move")
-"""Methods of ``Policy`` after which the engines need its weights."""
+MOVES = ("load", "restore", "move")  # Methods of ``Policy`` after which the engines need its weights
 
 
 class ControlClient:

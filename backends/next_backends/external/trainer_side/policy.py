@@ -18,10 +18,8 @@ from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights
 
-FILE = 2**31
-"""Bytes of one file of a full model."""
-TIMEOUT = 3600.0
-"""Seconds that a rank waits for the others: rank 0 may write a large model meanwhile."""
+FILE = 2**31  # Bytes of one file of a full model
+TIMEOUT = 3600.0  # Seconds that a rank waits for the others: rank 0 may write a large model meanwhile
 
 
 class Policy:

@@ -18,8 +18,7 @@ from policy import in_parts
 from safetensors.torch import load_file
 
 FROZEN = "next_core_frozen_adapters"
-AT_ONCE = 2**28
-"""Bytes of merged weights in memory at a time."""
+AT_ONCE = 2**28  # Bytes of merged weights in memory at a time
 
 
 def broadcast_to_vllm(actor: Any) -> None:

@@ -26,8 +26,7 @@ from next_backends.sharding import ZeroWeights  # noqa: E402
 from next_core.errors import BackendError  # noqa: E402
 from next_core.live_weights.live_model import kept_file  # noqa: E402
 
-SIZES = {"large": (2048, 2049), "small": (7, 2048), "odd": (3, 7)}
-"""Shapes; parts of the last two are padded."""
+SIZES = {"large": (2048, 2049), "small": (7, 2048), "odd": (3, 7)}  # Shapes; parts of the last two are padded
 SCALING = 2.0
 
 

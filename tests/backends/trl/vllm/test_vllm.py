@@ -28,8 +28,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-AGREE = 0.02
-"""The largest difference of a token's log-probability between vLLM and the trainer."""
+AGREE = 0.02  # The largest difference of a token's log-probability between vLLM and the trainer
 JUMP = 4
 Seen = dict[str, Any]
 

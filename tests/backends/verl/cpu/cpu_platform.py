@@ -8,8 +8,7 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-MEMORY = 8 << 30
-"""Bytes that are said to be a device's."""
+MEMORY = 8 << 30  # Bytes that are said to be a device's
 
 
 def nothing(*_: Any) -> None:

@@ -24,8 +24,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from next_core.errors import NextCoreError
 
-ROWS = 8
-"""Rows of each rank in a step."""
+ROWS = 8  # Rows of each rank in a step
 
 
 class Trainer:

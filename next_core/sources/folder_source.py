@@ -16,7 +16,7 @@ from next_core.sources.checkpoint_names import missing_steps
 from next_core.sources.jumps import Shift, Shifts, history_begins
 from next_core.sources.layouts import CheckpointFolders, check_complete, contains_checkpoints, find_checkpoints
 from next_core.sources.matrices import other_vocabulary
-from next_core.sources.metrics import read_metrics
+from next_core.sources.metrics import check_one_run, read_metrics
 from next_core.storage.manifest import file_digest
 
 MOST = 1000  # Limit of names that are compared with one, and of characters of each: this is quadratic
@@ -144,6 +144,9 @@ class FolderSource(CheckpointSource, Generic[T]):
                 kind="checkpoint-damaged",
             )
         self._check(opened)
+        if not self.config.folders:
+            new = [step for step, checkpoint in opened.items() if self._checkpoints.get(step) is not checkpoint]
+            check_one_run({step: each.folder for step, each in self._own(opened).items()}, new)
         stale = {step for step, before in self._checkpoints.items() if opened.get(step) is not before}
         self._checkpoints, self._folders, self._skipped_folders = opened, found, skipped
         self._begins, self._start_is_right = history_begins(self.config.path)

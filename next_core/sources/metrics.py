@@ -1,12 +1,13 @@
 """The metrics that a trainer logged, by step."""
 
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import CheckpointError, damaged
+from next_core.errors import CheckpointError, damaged, other_model
 from next_core.sources.checkpoint_names import LARGEST_STEP
 from next_core.sources.layouts import RUN_FOLDER
 from next_core.sources.tensor_files import read_json
@@ -24,10 +25,32 @@ def read_metrics(folders: Mapping[int, Path]) -> dict[int, dict[str, float]]:
     newest = folders[max(folders)]
     if not os.path.lexists(newest / STATE):
         return by_step(read_log(newest.parent.parent / METRICS))
-    logged = read_json(newest / STATE, LARGE, verify=True).get("log_history", [])
+    return by_step(_trainers_log(newest))
+
+
+def _trainers_log(folder: Path) -> list[Any]:
+    logged = read_json(folder / STATE, LARGE, verify=True).get("log_history", [])
     if not isinstance(logged, list):
-        raise damaged(newest / STATE, "has a log_history that is not a list")
-    return by_step(logged)
+        raise damaged(folder / STATE, "has a log_history that is not a list")
+    return logged
+
+
+def check_one_run(folders: Mapping[int, Path], steps: Collection[int]) -> None:
+    """Raise ``CheckpointError`` if the log in a checkpoint, at one of ``steps``, does not continue the one before.
+
+    Then a run wrote over the first checkpoints of another one.
+    """
+    for before, step in itertools.pairwise(folders):
+        if {before, step} & set(steps) and all(os.path.lexists(folders[each] / STATE) for each in (before, step)):
+            try:
+                began, logged = (_trainers_log(folders[each]) for each in (before, step))
+            except CheckpointError:
+                continue  # whoever reads the metrics hears of it
+            if str(logged[: len(began)]) != str(began):  # as text NaN equals itself
+                raise other_model(
+                    f"{folders[step]}: its log ({STATE}) does not continue that of {folders[before]}, so it is left of "
+                    "another run in the same folder: remove it, or list the checkpoints of one run"
+                )
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -143,12 +143,22 @@ def test_a_damaged_line_of_our_log_is_named_and_ignored_in_other_programs_logs(o
 
 
 def test_metrics_that_are_not_finite_are_left_out(own_lora_run: LoraRun) -> None:
+    for step in (10, 20, 30, 40, 50):
+        (own_lora_run.folder(step) / STATE).unlink()
     state = own_lora_run.folder(60) / STATE
     state.write_text('{"log_history": [{"step": 10, "reward": 0.5, "loss": NaN, "grad_norm": -Infinity, "x": 1e999}]}')
     assert open_checkpoints(own_lora_run.path).metrics(60) == {"reward": 0.5}
     state.write_text('{"log_history": [{"step": 1' + "0" * 10_000 + "}]}")
     with raises_kind("checkpoint-damaged", state, "64 bits"):
         open_checkpoints(own_lora_run.path).metrics(60)
+
+
+def test_a_checkpoint_left_of_another_run_is_found_by_its_log(own_lora_run: LoraRun) -> None:
+    for step in (10, 20):
+        edit_json(own_lora_run.folder(step) / STATE, log_history=[{"step": 5, "reward": float("nan")}])
+    with raises_kind("checkpoint-other-model", own_lora_run.folder(30), own_lora_run.folder(20)):
+        open_checkpoints(own_lora_run.path)
+    assert open_checkpoints([own_lora_run.folder(step) for step in (20, 30)]).steps == (20, 30)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -102,6 +102,15 @@ def test_a_trainers_names_take_precedence(tmp_path: Path) -> None:
     assert (source.steps, source.naming, source.notes) == ((5,), "checkpoint-N", [])
 
 
+@pytest.mark.parametrize("names", [("sft-10", "rl-20"), ("checkpoint-10", "step-20"), ("checkpoint-10", "step-10")])
+def test_names_of_two_runs_in_one_folder_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    folders = [adapter(tmp_path / name, step) for name, step in zip(names, (10, 20), strict=True)]
+    with raises_kind("checkpoint-ambiguous-step", *(name.rstrip("012") + "N" for name in names)):
+        open_checkpoints(tmp_path)
+    if names[1].endswith("20"):
+        assert open_checkpoints(folders).steps == (10, 20)
+
+
 def test_a_checkpoint_is_not_taken_for_a_folder_of_checkpoints(tmp_path: Path) -> None:
     adapter(tmp_path / "run" / "jump-1", 1)
     adapter(tmp_path / "run" / "jump-2", 2)

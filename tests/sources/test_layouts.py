@@ -64,13 +64,6 @@ def test_full_models_of_every_trainer_are_read(tmp_path: Path, place: str) -> No
     assert torch.equal(dense(source.delta("w.weight", 20, 10)), torch.full((3, 2), 10.0, dtype=torch.float64))
 
 
-def test_one_step_of_two_trainers_is_ambiguous(lora_run: LoraRun, tmp_path: Path) -> None:
-    root = written_by(verl, lora_run, tmp_path / "x")
-    openrlhf(lora_run.folder(STEPS[0]), root, STEPS[0])
-    with raises_kind("checkpoint-ambiguous-step", f"step {STEPS[0]}"):
-        open_checkpoints(root)
-
-
 @pytest.mark.parametrize("name", ["checkpoint-{}", "step_{}"])
 @pytest.mark.parametrize("others", [(), ("ref", "jump-1")])
 def test_the_one_named_adapter_of_each_checkpoint_is_read(tmp_path: Path, name: str, others: tuple[str, ...]) -> None:

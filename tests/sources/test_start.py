@@ -77,7 +77,7 @@ def test_an_adapter_in_a_subfolder_of_its_own_name_can_be_the_start(continued: P
     assert torch.equal(source.delta(NAME, 10).dense(), torch.full((3, 4), 20.0).double())
 
 
-def test_what_only_the_run_trains_keeps_its_rank_and_scaling(continued: Path, tmp_path: Path) -> None:
+def test_what_only_the_run_trains_keeps_its_rank_and_effect(continued: Path, tmp_path: Path) -> None:
     """The adapter that RL began from may lack modules that are carried along."""
     more = {f"base_model.model.embed.lora_embedding_{side}": torch.ones(shape) for side, shape in EMBEDDING.items()}
     for folder in continued.iterdir():
@@ -87,7 +87,8 @@ def test_what_only_the_run_trains_keeps_its_rank_and_scaling(continued: Path, tm
     prediction = make_predictor("secant", space="merged").fit(History(source)).predict(10)
     make_applier("peft-adapter", rank=1).apply(prediction, out=tmp_path / "out")
     wrote = AdapterFiles(tmp_path / "out")  # which compares ranks with the config
-    assert (wrote.modules["embed"].rank, wrote.modules["embed"].scaling) == (3, pytest.approx(2 / 3))
+    assert (wrote.modules["embed"].rank, wrote.modules["embed"].scaling) == (3, 1.0)
+    assert torch.equal(wrote.file.read("base_model.model.embed.lora_embedding_B"), 2 / 3 * torch.ones(EMBEDDING["B"]))
     assert wrote.modules[MODULE].rank == 1
 
 

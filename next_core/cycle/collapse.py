@@ -52,15 +52,13 @@ class RewardHistory:
     def __init__(self, abandoned: Sequence[tuple[int, int]] = ()) -> None:
         self._abandoned = abandoned
         self._since = max((step for _, step in abandoned), default=0)
-        self._ends: list[int] = []
-        """The step that each record ends with."""
+        self._ends: list[int] = []  # The step that each record ends with
         self._steps, self._earned, self._variance = [0], [0.0], [0.0]
         """Sums over the records before: RL steps, rewards, and squared errors of sums of rewards."""
         self._apart, self._expected = [0.0], [0.0]
         """Sums over pairs of successive records: their squared difference, and what independent roll-outs give."""
         self._newest: LoggedReward | None = None
-        self._silent = 0
-        """The last records in each of which all roll-outs earned the same."""
+        self._silent = 0  # The last records in each of which all roll-outs earned the same
         self._best: list[tuple[float, int, int]] = []
         """The best window that ends with each record or an earlier one: its mean, and the records it is from and to."""
 

@@ -116,8 +116,7 @@ class ShardedFile(TensorFile):
         super().__init__(paths[0])
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE):
             self._shards = [_Shard(path) for path in paths]
-        self._copies: dict[str, list[list[Tensor]]] = {}
-        """By name the parts in their order, each with its copies."""
+        self._copies: dict[str, list[list[Tensor]]] = {}  # By name the parts in their order, each with its copies
         self._dims: dict[str, int] = {}
         for key in sorted(set().union(*(shard.parts for shard in self._shards))):
             lacking = next((shard for shard in self._shards if key not in shard.parts), None)

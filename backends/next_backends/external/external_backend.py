@@ -39,8 +39,7 @@ class ExternalBackend(Backend):
     in_process = False
     scales_steps = True
     setup_class: ClassVar[type[TrainerSetup]]
-    program: ClassVar[str]
-    """The trainer's own command line, as Python finds it."""
+    program: ClassVar[str]  # The trainer's own command line, as Python finds it
 
     def __init__(self, config: Settings) -> None:
         super().__init__(config)

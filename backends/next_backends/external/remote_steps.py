@@ -18,8 +18,7 @@ class RemoteSteps(TrainerSteps):
     def __init__(self, trainer: Trainer, windows: Sequence[int], state: Path | None) -> None:
         """Follow the steps from now on; ``state`` is the trainer's state that a resumed run has loaded."""
         self._trainer = trainer
-        self._now: dict[str, Any] = {}
-        """What the trainer answered last."""
+        self._now: dict[str, Any] = {}  # What the trainer answered last
         trainer.ask("follow_steps", windows=list(windows), folder=None if state is None else str(state))
         self.products()
 

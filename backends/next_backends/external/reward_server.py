@@ -202,8 +202,7 @@ def special_tokens(model: Path) -> list[str]:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 4096
-    """All rollouts of a step call at once; a call that finds the queue full waits for seconds."""
+    request_queue_size = 4096  # All rollouts of a step call at once; a call that finds the queue full waits for seconds
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -32,8 +32,7 @@ class Trainer:
         self.step, self.paused = start, False
         self._setup = setup
         self._requests = 0
-        self._new_weights = True
-        """Whether the engines got weights since the last step."""
+        self._new_weights = True  # Whether the engines got weights since the last step
         scratch = Path(tempfile.mkdtemp(prefix="next-core-"))  # short, as the paths of sockets have a limit
         self._caller: Connection | None = None
         self._listener = socket.socket(socket.AF_UNIX)

@@ -34,8 +34,7 @@ class TrainerSetup(ABC):
     Raises ``ConfigError`` for data that cannot be read or is too little.
     """
 
-    trainer_side: ClassVar[Path]
-    """The folder of ``launch.py`` and of what it imports."""
+    trainer_side: ClassVar[Path]  # The folder of ``launch.py`` and of what it imports
 
     def __init__(self, run: RunConfig, config: Any, out: Path) -> None:
         self.check_run(run, config)
@@ -50,12 +49,10 @@ class TrainerSetup(ABC):
                 f"{run.training.prompts_per_step}; add prompts or lower training.prompts_per_step"
             )
         self.rewards: RewardProcess | None = None
-        self.updates = 1
-        """Optimizer steps in one RL step."""
+        self.updates = 1  # Optimizer steps in one RL step
         self.step_ended: Callable[[int], None] = lambda step: None
         self.scales = scales_steps(run)
-        self.logged: list[LoggedReward] = []
-        """The rewards of the steps so far."""
+        self.logged: list[LoggedReward] = []  # The rewards of the steps so far
 
     @abstractmethod
     def check_run(self, run: RunConfig, config: Any) -> None:

@@ -85,8 +85,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         self._prompts: Any = None
         """What ``evaluate="reward"`` evaluates."""
         self._folder = None if folder is None else Path(folder)
-        self._shared: SharedRun | None = None
-        """The other processes; None in a run of one process."""
+        self._shared: SharedRun | None = None  # The other processes; None in a run of one process
 
     @property
     def journal(self) -> Journal:

@@ -60,8 +60,7 @@ class LiveHistory:
         self._source: PeftAdapterSource | FullModelSource | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
-        self._forget: Callable[[], None] | None = None
-        """Deletes what is not needed after the last checkpoint."""
+        self._forget: Callable[[], None] | None = None  # Deletes what is not needed after the last checkpoint
 
     def begin(self, step: int) -> None:
         """Keep the starting point of a training that begins at ``step`` 0, or resume the history of one.

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import work
 from tests.crash.conftest import Whole
-from tests.crash.facts import differences, facts
-from tests.crash.processes import call
 from tests.crash.reader import damages
 from tests.crash.work import Point
 
@@ -67,18 +64,6 @@ def test_the_run_that_scales_its_steps_starts_again_once(whole_scaling: Whole) -
 @pytest.mark.parametrize("point", TELLING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
 def test_a_run_killed_at_a_write_goes_on_to_the_same_end(whole_run: Whole, point: Point, tmp_path: Path) -> None:
     killed_and_begun_again(whole_run, [point], tmp_path / "run")
-
-
-def test_a_run_that_deletes_checkpoints_ends_as_one_that_keeps_all(whole_needed: Whole, tmp_path: Path) -> None:
-    raw = whole_needed.raw | {"schedule": whole_needed.raw["schedule"] | {"keep": "all"}}
-    outcome = call(work.go, "run", raw, tmp_path / "run")
-    assert outcome.code == 0, outcome.error
-    differ = {name for name in differences(facts(tmp_path / "run"), whole_needed.facts) if ".safetensors" in name}
-    assert differ == {
-        *(f"checkpoints/step-00000{step}/adapter_model.safetensors" for step in range(0, 10, 2)),
-        *(f"jumps/0001/{name}.safetensors" for name in ("shift", "before")),
-    }
-    assert not differ & set(whole_needed.facts)
 
 
 @pytest.mark.parametrize("point", DELETING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))

@@ -88,6 +88,12 @@ class Pretence:
         backend.start()
         return backend
 
+    def resumed(self, backend: ExternalBackend, step: int, **changes: Any) -> ExternalBackend:
+        """Kill the trainer, and resume its run at ``step``."""
+        self.kill_trainer()
+        backend.close()
+        return self.started(step=step, **changes)
+
     def observe(self, backend: ExternalBackend, step: int) -> dict[str, torch.Tensor]:
         """Train up to a step and return its weights."""
         backend.train(step, lambda _: None)

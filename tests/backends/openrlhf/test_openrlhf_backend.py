@@ -89,9 +89,7 @@ def test_restart_replaces_the_trainer_by_one_that_begins_at_the_jump(pretence: P
 def test_resume_uses_the_newest_state_and_forgets_what_came_after_it(pretence: Pretence, jump: str) -> None:
     backend = pretence.started(backend={"jump": jump})
     weights = pretence.observe(backend, 5)
-    pretence.kill_trainer()
-    backend.close()
-    backend = pretence.started(backend={"jump": jump}, step=4)
+    backend = pretence.resumed(backend, 4, backend={"jump": jump})
     assert not (pretence.out / "checkpoints" / "step-000005").exists()
     start = pretence.asked("start")[-1]
     assert "--ckpt.load_enable" in start["options"]
@@ -108,9 +106,7 @@ def test_a_resumed_run_keeps_the_jump_in_its_state_and_forgets_a_later_one(prete
     pretence.observe(backend, step)
     pretence.jump(backend, step, space="merged")
     pretence.observe(backend, 5)
-    pretence.kill_trainer()
-    backend.close()
-    pretence.started(step=4)
+    pretence.resumed(backend, 4)
     folder = pretence.out / "jumps" / "0001"
     assert folder.exists() is (step == 4)
     load = pretence.asked("load")[-1]
@@ -289,9 +285,7 @@ def test_a_resumed_run_of_scaled_steps_continues_with_its_multiple_and_its_rewar
         backend.train(step, lambda _: None)
         backend.steps.after_step()
         backend.steps.multiple = 1.0 + step
-    pretence.kill_trainer()
-    backend.close()
-    backend = pretence.started(step=4, **SCALING)
+    backend = pretence.resumed(backend, 4, **SCALING)
     backend.follow_steps([4])
     asked = pretence.asked("follow_steps")[-1]
     assert (asked["windows"], asked["folder"]) == ([4], str(pretence.trainer / "ckpt-000000/_actor/global_step4"))

@@ -33,6 +33,15 @@ SMALL = {"observe": 6, "every": 3, "horizon": 3, "settle": 2}  # A schedule with
 FACTORS = {"name": "secant", "window": 3, "space": "factors"}
 MERGED = {"name": "secant", "window": 3, "space": "merged"}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
+KINDS = {"factors": (FACTORS, True), "merged": (MERGED, True), "full": (MERGED, False)}
+of_each_kind = pytest.mark.parametrize(("predictor", "lora"), KINDS.values(), ids=KINDS)
+
+
+def jumping(predictor: Any = FACTORS, **fields: Any) -> Any:
+    """A callback with one jump after step 6, unless ``fields`` say otherwise."""
+    from next_backends.trl import PredictExtendCallback  # it imports TRL, which a shim may have to precede
+
+    return PredictExtendCallback(predictor, **SMALL | fields)
 
 
 class Watch(TrainerCallback):

@@ -20,7 +20,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from next_backends.trl import PredictExtendCallback
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, SMALL_RUN, exact
+from tests.backends.trl.conftest import BASE, MERGED, SMALL_RUN, exact, jumping
 from tests.errors import raises_kind
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore:.*experimental")]
@@ -90,9 +90,9 @@ def test_steps_are_scaled_and_jumps_made_in_any_trainer(kind: str, tokenizer: An
     multiples = [record["multiple"] for record in scaling.journal.records if record["event"] == "scale"]
     assert len(multiples) == 2
     assert multiples[-1] > 1.3 or kind == "online_dpo"  # supervised losses on easy sums go straight on
-    jumping = PredictExtendCallback(FACTORS, observe=6, every=3, horizon=3, settle=3)
-    make(tokenizer, tmp_path / "jumping", jumping).train()
-    assert [(jump["step"], jump["accepted"]) for jump in jumping.journal.jumps()] == [(6, True)]
+    moving = jumping(settle=3)
+    make(tokenizer, tmp_path / "jumping", moving).train()
+    assert [(jump["step"], jump["accepted"]) for jump in moving.journal.jumps()] == [(6, True)]
 
 
 def test_the_reward_of_online_dpo_is_the_probe_also_when_resumed(tokenizer: Any, tmp_path: Path, trained: Any) -> None:
@@ -121,7 +121,7 @@ def test_the_reward_of_online_dpo_is_the_probe_also_when_resumed(tokenizer: Any,
 def test_jumps_that_rollouts_would_miss_are_refused(
     make_trainer: Any, where: str, field: str, value: Any, name: str
 ) -> None:
-    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])
+    trainer = make_trainer([jumping(MERGED)])
     setattr(getattr(trainer, where), field, value)
     with raises_kind("backend-unsupported", name):
         trainer.train()

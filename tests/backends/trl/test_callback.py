@@ -18,7 +18,7 @@ from next_core.live_weights.frozen_adapters import jump_adapters
 from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
 from next_core.plugins import resolve_predictor
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch, jumping, of_each_kind
 from tests.errors import raises_kind
 from tests.fuzz.adapters import Draw, base_model, write_run
 
@@ -67,7 +67,7 @@ def test_log_probabilities_move_by_the_jump_and_only_by_it(
 
         return note
 
-    callback = PredictExtendCallback(predictor, alpha=2.0, guards={"max_norm_ratio": 100}, **SMALL)
+    callback = jumping(predictor, alpha=2.0, guards={"max_norm_ratio": 100})
     trainer = make_trainer([Watch(look("before")), callback, Watch(look("after"))], steps=9, lora=lora)
     trainer.train()
 
@@ -102,7 +102,7 @@ def test_a_jump_adapter_stays_as_made_beside_the_original_reference_policy(make_
     def look(step: int, model: Any) -> None:
         jumped[step] = {name: t.detach().clone() for name, t in model.state_dict().items() if ".jump-1." in name}
 
-    callback = PredictExtendCallback(MERGED, overwrite=True, **SMALL)
+    callback = jumping(MERGED, overwrite=True)
     trainer = make_trainer([callback, Watch(look), gradients], steps=9, beta=0.05)
     model = trainer.model
     with model.disable_adapter():
@@ -151,25 +151,21 @@ def test_a_resumed_run_has_the_jump_and_ends_as_the_whole_run(make_trainer: Any,
     assert torch.equal(logits(whole.model), logits(resumed.model))
 
 
-@pytest.mark.parametrize(
-    ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
-)
+@of_each_kind
 def test_a_rolled_back_jump_leaves_a_plain_run(
     make_trainer: Any, logits: Any, plain_logits: Any, predictor: Any, lora: bool
 ) -> None:
     measured = iter([0.9, 0.1])  # the probe falls from .9 to .1: far more than max_drop
-    callback = PredictExtendCallback(predictor, evaluate=lambda model: next(measured), **SMALL)
-    jumping = make_trainer([callback], steps=8, lora=lora)
-    jumping.train()
+    callback = jumping(predictor, evaluate=lambda model: next(measured))
+    trainer = make_trainer([callback], steps=8, lora=lora)
+    trainer.train()
     (jump,) = callback.journal.jumps()
     assert not jump["accepted"]
     assert "rolled back" in jump["reason"]
-    assert torch.equal(logits(jumping.model), plain_logits(8, lora))
+    assert torch.equal(logits(trainer.model), plain_logits(8, lora))
 
 
-@pytest.mark.parametrize(
-    ("predictor", "lora"), [(FACTORS, True), (MERGED, True), (MERGED, False)], ids=["factors", "merged", "full"]
-)
+@of_each_kind
 def test_a_failed_recovery_restores_the_optimizer_state(
     make_trainer: Any, logits: Any, predictor: Any, lora: bool
 ) -> None:
@@ -196,7 +192,7 @@ def test_a_failed_recovery_restores_the_optimizer_state(
 def test_a_jump_is_made_at_a_generation_boundary_and_refused_inside_one_before_training(make_trainer: Any) -> None:
     reuse = {"num_iterations": 2, "steps_per_generation": 2}  # one generation serves four steps
     with raises_kind("config-schedule", "step 6", "multiples of 4"):
-        make_trainer([PredictExtendCallback(FACTORS, **SMALL)], steps=12, **reuse).train()
+        make_trainer([jumping(FACTORS)], steps=12, **reuse).train()
     fits = {"observe": 4, "every": 4, "horizon": 4, "settle": 4}
     with raises_kind("config-schedule", "guards.recovery multiples of 4"):
         make_trainer([PredictExtendCallback(FACTORS, guards={"recovery": 3}, **fits)], steps=12, **reuse).train()
@@ -221,7 +217,7 @@ def test_a_run_with_a_reference_adapter_takes_factor_jumps(make_trainer: Any) ->
 
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
-    callback = PredictExtendCallback(FACTORS, **SMALL)
+    callback = jumping(FACTORS)
     make_trainer([callback], steps=8, lora=False, model=model, beta=0.05).train()
     assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
 
@@ -234,14 +230,14 @@ MODULES = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
 def test_jumps_next_to_trained_modules_are_saved(
     make_trainer: Any, tmp_path: Path, predictor: Any, lora: dict[str, Any]
 ) -> None:
-    callback = PredictExtendCallback(predictor, guards={"max_norm_ratio": None}, **SMALL)
+    callback = jumping(predictor, guards={"max_norm_ratio": None})
     make_trainer([callback], steps=8, lora=lora, save_strategy="steps", save_steps=8).train()
     assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
     assert (tmp_path / "trainer/checkpoint-8/adapter_model.safetensors").is_file()
 
 
 def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(make_trainer: Any) -> None:
-    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)], lora=TOKENS)
+    trainer = make_trainer([jumping(MERGED)], lora=TOKENS)
     with raises_kind("backend-unsupported", "trainable_tokens", "space: factors"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -273,7 +269,7 @@ def test_fused_experts_are_moved_in_their_factors(make_trainer: Any, tmp_path: P
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
     lora = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 2}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, vocab_size=19, num_experts_per_tok=2))
-    callback = PredictExtendCallback(FACTORS, guards={"max_norm_ratio": None}, **SMALL)
+    callback = jumping(FACTORS, guards={"max_norm_ratio": None})
     make_trainer([callback], steps=8, lora=lora, model=model).train()
     assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
     source = open_checkpoints(tmp_path / "trainer/next-core/checkpoints")
@@ -299,7 +295,7 @@ def test_loading_the_best_model_is_refused_with_jump_adapters(
 
 
 def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:
-    trainer = make_trainer([PredictExtendCallback(MERGED, **SMALL)])
+    trainer = make_trainer([jumping(MERGED)])
     trainer.args.load_best_model_at_end = True
     with raises_kind("config-contradiction", "load_best_model_at_end"):
         trainer.train()
@@ -331,10 +327,10 @@ def test_a_full_parameter_run_in_bf16_is_refused(make_trainer: Any) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     with raises_kind("backend-unsupported", "float32"):
-        make_trainer([PredictExtendCallback(MERGED, **SMALL)], steps=8, lora=False, model=model).train()
+        make_trainer([jumping(MERGED)], steps=8, lora=False, model=model).train()
 
 
 def test_what_is_logged_before_training_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    PredictExtendCallback(FACTORS, **SMALL).on_log(None, TrainerState(), None, logs={"eval_reward": 1.0})
+    jumping(FACTORS).on_log(None, TrainerState(), None, logs={"eval_reward": 1.0})
     assert not [*tmp_path.iterdir()]

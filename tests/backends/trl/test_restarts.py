@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_core.cycle.journal import read_journal
-from tests.backends.trl.conftest import FACTORS, MERGED, SAVING, SMALL
+from tests.backends.trl.conftest import FACTORS, MERGED, SAVING, SMALL, jumping
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -29,13 +29,9 @@ class Kill(TrainerCallback):
             raise Killed
 
 
-def callback(predictor: Any = FACTORS, **fields: Any) -> PredictExtendCallback:
-    return PredictExtendCallback(predictor, **SMALL | fields)
-
-
 def killed(make_trainer: Any, step: int, **fields: Any) -> None:
     with pytest.raises(Killed):
-        make_trainer([callback(), Kill(step)], **fields).train()
+        make_trainer([jumping(), Kill(step)], **fields).train()
 
 
 def test_a_run_without_a_checkpoint_starts_afresh_and_a_finished_one_is_kept(
@@ -43,11 +39,11 @@ def test_a_run_without_a_checkpoint_starts_afresh_and_a_finished_one_is_kept(
 ) -> None:
     killed(make_trainer, 7)
     folder = tmp_path / "trainer" / "next-core"
-    first = make_trainer([callback()])
+    first = make_trainer([jumping()])
     first.train()
     assert "step 6" in caplog.text
     journal = (folder / "journal.jsonl").read_bytes()
-    again = make_trainer([callback()])
+    again = make_trainer([jumping()])
     again.train()
     assert (folder / "earlier-1" / "journal.jsonl").read_bytes() == journal
     assert (folder / "earlier-1" / "checkpoints" / "step-000006").is_dir()
@@ -60,8 +56,8 @@ def test_a_run_without_a_checkpoint_starts_afresh_and_a_finished_one_is_kept(
 def test_a_run_that_can_be_resumed_is_not_started_anew_by_mistake(make_trainer: Any, tmp_path: Path) -> None:
     killed(make_trainer, 7, **SAVING)
     with raises_kind("config-other-run", "step 6", "resume_from_checkpoint"):
-        make_trainer([callback()], **SAVING).train()
-    make_trainer([callback()], **SAVING).train(resume_from_checkpoint=True)
+        make_trainer([jumping()], **SAVING).train()
+    make_trainer([jumping()], **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_another_predictor_after_a_resume_is_noted(
@@ -71,7 +67,7 @@ def test_another_predictor_after_a_resume_is_noted(
     killed(make_trainer, 7, **SAVING)
     for predictor in ("stay", "stay", FACTORS):
         killed_at = tmp_path / "trainer" / "checkpoint-4"
-        made = callback(predictor)
+        made = jumping(predictor)
         make_trainer([made], **SAVING).train(resume_from_checkpoint=str(killed_at))
     resumes = [record for record in made.journal.records if record["event"] == "resume"]
     assert [record.get("predictor", {}).get("name") for record in resumes] == ["stay", None, "secant"]
@@ -83,7 +79,7 @@ def test_another_predictor_after_a_resume_is_noted(
 def test_a_run_shorter_than_its_schedule_is_a_plain_run_with_a_warning(
     make_trainer: Any, logits: Any, plain_logits: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = callback(observe=9)
+    made = jumping(observe=9)
     trainer = make_trainer([made], steps=8)
     trainer.train()
     assert torch.equal(logits(trainer.model), plain_logits(8, True))

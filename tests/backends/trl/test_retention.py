@@ -10,7 +10,7 @@ from next_backends.trl import PredictExtendCallback
 from next_core import History, make_predictor, open_checkpoints
 from next_core.cycle.journal import read_journal
 from next_core.diagnostics import with_origin
-from tests.backends.trl.conftest import FACTORS, MERGED
+from tests.backends.trl.conftest import FACTORS, of_each_kind
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -36,14 +36,11 @@ def steps(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize(
-    ("predictor", "lora"),
-    [(FACTORS | {"window": 2}, True), (MERGED | {"window": 2}, True), (MERGED | {"window": 2}, False)],
-    ids=["factors", "merged", "full"],
-)
+@of_each_kind
 def test_retention_changes_no_weight(
     predictor: Any, lora: bool, make_trainer: Any, logits: Any, tmp_path: Path
 ) -> None:
+    predictor = predictor | {"window": 2}
     every, some = (trained(make_trainer, keep, predictor, lora=lora) for keep in ("all", "needed"))
     folders = tmp_path / "all" / "next-core", tmp_path / "needed" / "next-core"
     assert jumps(folders[0]) == jumps(folders[1])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from next_backends.trl import PredictExtendCallback
-from tests.backends.trl.conftest import FACTORS, PROMPTS, SMALL, exact
+from tests.backends.trl.conftest import FACTORS, PROMPTS, exact, jumping
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -16,7 +16,7 @@ EVALUATED = [{"prompt": prompt, "answer": str(eval(prompt[:-1]))} for prompt in 
 
 
 def test_the_probe_is_the_reward_of_greedy_completions_of_held_back_prompts(make_trainer: Any, tokenizer: Any) -> None:
-    callback = PredictExtendCallback(FACTORS, evaluate="reward", average=6, **SMALL)
+    callback = jumping(FACTORS, evaluate="reward", average=6)
     trainer = make_trainer([callback], steps=12)
     held = [(row["prompt"], row["answer"]) for row in callback._prompts]
     assert (len(held), len(trainer.train_dataset)) == (60, 540)
@@ -39,7 +39,7 @@ def test_the_probe_is_the_reward_of_greedy_completions_of_held_back_prompts(make
 
 
 def test_an_eval_dataset_is_probed_and_the_run_stays_plain(make_trainer: Any, logits: Any, plain_logits: Any) -> None:
-    callback = PredictExtendCallback("stay", evaluate="reward", **SMALL)
+    callback = jumping("stay", evaluate="reward")
     trainer = make_trainer([callback], steps=8, eval_rows=EVALUATED)
     trainer.train()
     assert callback._prompts["prompt"] == PROMPTS
@@ -48,7 +48,7 @@ def test_an_eval_dataset_is_probed_and_the_run_stays_plain(make_trainer: Any, lo
 
 
 def test_a_trainer_whose_reward_cannot_be_reached_is_refused(make_trainer: Any) -> None:
-    callback = PredictExtendCallback(FACTORS, evaluate="reward", **SMALL)
+    callback = jumping(FACTORS, evaluate="reward")
     trainer = make_trainer()
     trainer.add_callback(callback)
     with raises_kind("config-contradiction", "callbacks=[...]"):
@@ -65,7 +65,7 @@ def test_a_trainer_whose_reward_cannot_be_reached_is_refused(make_trainer: Any) 
 def test_the_best_model_at_the_end_may_be_the_mean_or_an_earlier_one_and_the_journal_says_which(
     make_trainer: Any, tmp_path: Path, best: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callback = PredictExtendCallback(FACTORS, evaluate=lambda model: next(measured), average=6, **SMALL)
+    callback = jumping(FACTORS, evaluate=lambda model: next(measured), average=6)
     measured = iter([0.1, 0.2, 0.3, 0.4])
     trainer = make_trainer(
         [callback], steps=12, eval_rows=EVALUATED, load_best_model_at_end=True, metric_for_best_model="wanted",

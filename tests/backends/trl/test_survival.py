@@ -11,14 +11,10 @@ from next_backends.trl import PredictExtendCallback, TrlBackend
 from next_core import History, open_checkpoints
 from next_core.errors import NextCoreError
 from next_core.storage.manifest import check_manifest
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, Watch
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, Watch, jumping
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
-
-
-def callback(predictor: Any = FACTORS, **fields: Any) -> PredictExtendCallback:
-    return PredictExtendCallback(predictor, **SMALL | fields)
 
 
 def names(folder: Path) -> list[str]:
@@ -32,7 +28,7 @@ def test_a_run_killed_in_a_recovery_window_judges_the_jump_later(
     # Saved at 8, in the window of the jump at 6 that is judged at 9, and rolled back there.
     def go(**fields: Any) -> tuple[Any, PredictExtendCallback]:
         readings = iter(fields.pop("readings"))
-        made = callback(predictor, guards={"recovery": 3}, evaluate=lambda model: next(readings), settle=3)
+        made = jumping(predictor, guards={"recovery": 3}, evaluate=lambda model: next(readings), settle=3)
         return make_trainer([made], steps=12, **SAVING), made
 
     whole, first = go(readings=[0.5, 0.5, 0.1])
@@ -50,7 +46,7 @@ def test_a_run_killed_in_a_recovery_window_judges_the_jump_later(
 
 def test_after_a_late_rollback_the_history_starts_anew_and_the_start_is_kept(make_trainer: Any, tmp_path: Path) -> None:
     readings = iter([0.5, 0.5, 0.1] + [0.5] * 20)
-    made = callback(
+    made = jumping(
         {"name": "rl-extra"}, guards={"recovery": 3}, evaluate=lambda m: next(readings), jump_every=3, settle=3
     )
     make_trainer([made], steps=15, lora=False, learning_rate=1e-4).train()
@@ -65,7 +61,7 @@ def test_a_resume_from_a_checkpoint_of_another_run_is_refused_and_changes_nothin
     make_trainer: Any, tmp_path: Path, predictor: dict[str, Any], reason: str
 ) -> None:
     def trainer() -> Any:
-        return make_trainer([callback(predictor | {"window": 2}, every=2, horizon=2)], steps=9, **SAVING)
+        return make_trainer([jumping(predictor | {"window": 2}, every=2, horizon=2)], steps=9, **SAVING)
 
     make_trainer([], steps=8, out="other", learning_rate=5e-3, **SAVING).train()
     trainer().train()
@@ -79,28 +75,28 @@ def test_a_resume_from_a_checkpoint_of_another_run_is_refused_and_changes_nothin
 def test_a_run_that_was_not_watched_cannot_be_resumed_with_jumps(make_trainer: Any, tmp_path: Path) -> None:
     make_trainer([], steps=8, **SAVING).train()
     with raises_kind("checkpoint-no-history", tmp_path / "trainer" / "next-core"):
-        make_trainer([callback()], steps=12).train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
+        make_trainer([jumping()], steps=12).train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
 
 
 def test_half_removed_folders_of_a_killed_process_do_no_harm(make_trainer: Any, tmp_path: Path, dead: int) -> None:
-    make_trainer([callback()], steps=12, **SAVING).train()
+    make_trainer([jumping()], steps=12, **SAVING).train()
     folder = tmp_path / "trainer" / "next-core"
     (folder / "checkpoints" / "step-000012" / "adapter_config.json").unlink()
     (folder / "checkpoints" / f".step-000009.tmp-{dead}").mkdir()
-    resumed = make_trainer([callback()], steps=12, **SAVING)
+    resumed = make_trainer([jumping()], steps=12, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-8"))
     assert names(folder / "checkpoints") == [f"step-{n:06d}" for n in (0, 3, 6, 9, 12)]
 
 
 def test_another_run_is_overwritten_when_asked_only_and_other_files_never(make_trainer: Any, tmp_path: Path) -> None:
     with pytest.raises(NextCoreError, match="DoRA"):  # a setting that is refused leaves no run behind
-        make_trainer([callback(folder=tmp_path)], steps=8, lora={"use_dora": True}).train()
-    make_trainer([callback(folder=tmp_path)], steps=8).train()
+        make_trainer([jumping(folder=tmp_path)], steps=8, lora={"use_dora": True}).train()
+    make_trainer([jumping(folder=tmp_path)], steps=8).train()
     with raises_kind("config-other-run", tmp_path, "predictor", "overwrite=True"):
-        make_trainer([callback("stay", folder=tmp_path)], steps=8).train()
+        make_trainer([jumping("stay", folder=tmp_path)], steps=8).train()
     (tmp_path / "notes.txt").write_text("keep me")
     (tmp_path / "checkpoints" / "mine").mkdir()
-    make_trainer([callback(folder=tmp_path, overwrite=True)], steps=8).train()
+    make_trainer([jumping(folder=tmp_path, overwrite=True)], steps=8).train()
     assert (tmp_path / "notes.txt").exists()
     assert (tmp_path / "checkpoints" / "mine").exists()
 
@@ -108,7 +104,7 @@ def test_another_run_is_overwritten_when_asked_only_and_other_files_never(make_t
 def test_all_is_on_disk_when_training_returns(
     make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_trainer([callback(folder=tmp_path / "w")], steps=9).train()
+    make_trainer([jumping(folder=tmp_path / "w")], steps=9).train()
     assert open_checkpoints(tmp_path / "w" / "checkpoints").steps == (3, 6, 9)
 
     import next_backends.trl.tensors as tensors
@@ -122,7 +118,7 @@ def test_all_is_on_disk_when_training_returns(
 
     monkeypatch.setattr(tensors, "save_file", full)
     with raises_kind("storage-not-writable", "step-000009", "No space left"):
-        make_trainer([callback(folder=tmp_path / "v")], steps=9).train()
+        make_trainer([jumping(folder=tmp_path / "v")], steps=9).train()
 
 
 def test_an_unwritable_jump_is_not_made(
@@ -135,11 +131,11 @@ def test_an_unwritable_jump_is_not_made(
 
     monkeypatch.setattr(history_folder, "save_file", full)
     for predictor in (FACTORS, MERGED):
-        made = callback(predictor, overwrite=True)
-        jumping = make_trainer([made], steps=8)
-        jumping.train()
+        made = jumping(predictor, overwrite=True)
+        trainer = make_trainer([made], steps=8)
+        trainer.train()
         assert "No space left" in made.journal.jumps()[0]["reason"]
-        assert torch.equal(logits(jumping.model), plain_logits(8, True))
+        assert torch.equal(logits(trainer.model), plain_logits(8, True))
 
 
 def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trainer: Any, tmp_path: Path) -> None:
@@ -153,7 +149,7 @@ def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trai
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    make_trainer([callback("stay")], steps=9, lora=False, model=model).train()
+    make_trainer([jumping("stay")], steps=9, lora=False, model=model).train()
     source = open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")
     for parameter in source.parameters:
         start = source.delta(parameter.name, 9, since=0)
@@ -169,7 +165,7 @@ def test_metrics_belong_to_the_steps_they_were_logged_for_live_and_offline(make_
         return History(open_checkpoints(tmp_path / "trainer" / "next-core" / "checkpoints")).metrics("reward")
 
     watch = Watch(lambda step, model: live.extend(rewards()) if step == 9 else None)
-    make_trainer([callback("stay"), watch], steps=12, logging_steps=3).train()
+    make_trainer([jumping("stay"), watch], steps=12, logging_steps=3).train()
     offline = rewards()
     assert None not in offline
     assert live[:2] == offline[:2]

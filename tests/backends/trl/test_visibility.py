@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
-from tests.backends.trl.conftest import FACTORS, SMALL
+from tests.backends.trl.conftest import FACTORS, SMALL, jumping
 
 pytestmark = pytest.mark.trl
 
@@ -60,7 +60,7 @@ def test_step_scaling_is_logged_with_its_multiple_and_agreement(make_trainer: An
 
 def test_the_first_refusal_of_each_kind_is_a_warning(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "next_core")
-    callback = PredictExtendCallback(FACTORS, guards={"max_norm_ratio": 1e-3}, **SMALL | {"jump_every": 3, "settle": 0})
+    callback = jumping(FACTORS, guards={"max_norm_ratio": 1e-3}, jump_every=3, settle=0)
     make_trainer([callback], steps=12).train()
     assert len(callback.journal.jumps()) == 3
     (warning,) = (record.getMessage() for record in caplog.records if "max_norm_ratio" in record.getMessage())
@@ -69,7 +69,7 @@ def test_the_first_refusal_of_each_kind_is_a_warning(make_trainer: Any, caplog: 
 
 def test_a_summary_is_printed_at_the_end(make_trainer: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     measured = iter([0.4, 0.5, 0.45, 0.55])
-    callback = PredictExtendCallback(FACTORS, evaluate=lambda model: next(measured), average=6, **SMALL)
+    callback = jumping(FACTORS, evaluate=lambda model: next(measured), average=6)
     make_trainer([callback], steps=12, logging_steps=3).train()
     printed = capsys.readouterr().out
     folder = tmp_path / "trainer" / "next-core"

@@ -50,9 +50,7 @@ def test_resume_uses_the_newest_complete_checkpoint_and_keeps_the_jump_in_it(pre
     four = pretence.observe(backend, 4)
     pretence.observe(backend, 5)
     backend.train(6, lambda _: None)
-    pretence.kill_trainer()
-    backend.close()
-    backend = pretence.started(steps=8, step=4)  # that of step 6 was not completed
+    backend = pretence.resumed(backend, 4, steps=8)  # that of step 6 was not completed
     assert (pretence.out / "jumps" / "0001").exists()
     assert not (pretence.out / "checkpoints" / "step-000005").exists()
     start = pretence.asked("start")[-1]["options"]

@@ -25,6 +25,8 @@ BASE_LAYER = ".base_layer"
 """PEFT nests the adapters of several parameters of one module: each inner one has this once more in its name."""
 ADAPTER_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB]|trainable_tokens_delta)\.(?!(?:weight|bias)$)[^.]+")
 SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+ORDERED = re.compile(r"((gate_)?up|gate|down)_proj")
+"""The experts' parameters, of which transformers defines the one called down last."""
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
 
 
@@ -205,7 +207,8 @@ def _expert_targets(
 ) -> dict[str, tuple[str, int]]:
     """Return the target of each module that holds fused experts (``layers.0.mlp.experts.down_proj``), and their number.
 
-    A file does not name the parameters: PEFT wraps them in the module's order, the first one innermost.
+    A file does not name the parameters: PEFT wraps them in the order in which the module defines them, the first one
+    innermost. Several whose order is not known are refused.
     """
     found: dict[str, tuple[str, int]] = {}
     layers: dict[str, list[str]] = defaultdict(list)
@@ -218,7 +221,7 @@ def _expert_targets(
         if not targets:
             continue
         names.sort(key=len, reverse=True)
-        if len(names) != len(targets):
+        if len(names) != len(targets) or not (len(targets) == 1 or all(map(ORDERED.fullmatch, targets))):
             raise _unsupported(
                 file.path,
                 f"'{layer}' has {len(names)} pairs of factors, and target_parameters names {targets} in it: which pair "

@@ -180,7 +180,7 @@ class FullModelSource(FolderSource[ModelFiles]):
 
     def stored(self, key: str, step: int) -> Tensor:
         """Return a tensor of a checkpoint, plus the jumps made right after it."""
-        value = self.model(step).read(key)
+        value = self.model(step).read(key).clone()  # what was read is kept for the next rows
         for shift in self._shifts.made_after(step):
             for name in matrices_in(key, value.shape):
                 index = place_in_stack(name)

@@ -130,6 +130,7 @@ def expert_tensors(ranks: dict[str, int]) -> dict[str, torch.Tensor]:
     [
         ({"": 7}, ["mlp.experts.down_proj"], "checkpoint-other-model"),
         ({"": 8, ".base_layer": 8}, ["mlp.experts.down_proj"], UNSUPPORTED),
+        ({"": 8, ".base_layer": 8}, ["mlp.experts.down_proj", "mlp.experts.v1"], UNSUPPORTED),
     ],
 )
 def test_fused_factors_must_fit_the_config(

@@ -162,3 +162,11 @@ def test_with_step_0_and_a_backbone_rl_began_at_the_former_and_positions_count_f
     assert torch.equal(source.delta(name, 30), expected)
     assert torch.equal(source.delta_rows(name, slice(1, 3), 30), expected[1:3])
     assert torch.equal(source.position(name, 30), weights(30)[name].double() - weights(0)[name])
+
+
+def test_a_jump_is_added_once_however_often_a_stack_is_read(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints" / "checkpoint-20", {"experts": torch.ones(2, 3, 3)})
+    write_jump(tmp_path, 20, {"experts[0]": torch.ones(3, 3)})
+    source = FullModelSource(FullModelSource.config_class(path=tmp_path / "checkpoints"))
+    assert [float(source.stored("experts", 20)[0, 0, 0]) for _ in range(3)] == [2.0] * 3
+    assert torch.equal(source.weight("experts[0]", 20), 2 * torch.ones(3, 3))

@@ -97,22 +97,6 @@ def test_a_history_has_the_same_deltas_as_its_source(own_lora_run: LoraRun) -> N
         torch.testing.assert_close(history.grams()[name].diagonal().sqrt(), torch.stack(norms))
 
 
-def test_refresh_reads_new_jumps_and_forgets_those_rolled_back(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
-    plain, first, second = opened(lora_run), moved("s"), moved("t")
-    source = opened(own_lora_run)
-    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
-    jump(own_lora_run, 1, 30, first)
-    folder = jump(own_lora_run, 2, 50, second)
-    source.refresh()
-    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first, second)
-    shutil.rmtree(folder)
-    source.refresh()
-    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20), first)
-    shutil.rmtree(own_lora_run.path.parent / "jumps")
-    source.refresh()
-    assert_moved(source.factors(NAME, 20), plain.factors(NAME, 20))
-
-
 def test_a_rolled_back_jump_is_forgotten_when_the_next_takes_its_name(own_lora_run: LoraRun, lora_run: LoraRun) -> None:
     source, plain = opened(own_lora_run), opened(lora_run).factors(NAME, 20)
     for seed, step in zip("stuvw", (30, 30, 40, 30, 40), strict=True):  # each takes the number of the one before

@@ -1,67 +1,14 @@
 """The folders of every trainer are found, and read alike."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from next_core import open_checkpoints
-from next_core.mathematics.low_rank import dense
-from next_core.storage.atomic import seal
 from tests.conftest import STEPS, LoraRun
 from tests.errors import raises_kind
 from tests.sources.models import adapter
-
-
-def openrlhf(source: Path, root: Path, step: int) -> Path:
-    target = Path(shutil.copytree(source, root / f"global_step{step}_hf"))
-    (target / "tokenizer_config.json").write_text("{}")
-    return target
-
-
-def verl(source: Path, root: Path, step: int) -> Path:
-    return Path(shutil.copytree(source, root / f"global_step_{step}" / "actor" / "lora_adapter"))
-
-
-def ours(source: Path, root: Path, step: int) -> Path:
-    target = Path(shutil.copytree(source, root / f"step-{step:06d}"))
-    seal(target)
-    return target
-
-
-def written_by(write: Callable[[Path, Path, int], Path], run: LoraRun, root: Path) -> Path:
-    (root / "_actor").mkdir(parents=True)  # a trainer's folder contains more than checkpoints
-    for step in STEPS:
-        write(run.folder(step), root, step)
-    return root
-
-
-@pytest.mark.parametrize("write", [openrlhf, verl, ours])
-def test_every_trainers_adapters_are_read(
-    lora_run: LoraRun, tmp_path: Path, write: Callable[[Path, Path, int], Path]
-) -> None:
-    source, expected = open_checkpoints(written_by(write, lora_run, tmp_path / "x")), open_checkpoints(lora_run.path)
-    assert source.name == "peft-adapter"
-    assert source.steps == expected.steps
-    assert source.parameters == expected.parameters
-    for parameter in source.parameters:
-        one, other = (dense(s.delta(parameter.name, STEPS[-1], STEPS[0])) for s in (source, expected))
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("place", ["global_step{}_hf", "global_step_{}/actor/huggingface", "checkpoint-{}"])
-def test_full_models_of_every_trainer_are_read(tmp_path: Path, place: str) -> None:
-    for step in (0, 10, 20):
-        folder = tmp_path / place.format(step)
-        folder.mkdir(parents=True)
-        (folder / "tokenizer_config.json").write_text("{}")
-        save_file({"w.weight": torch.full((3, 2), float(step))}, folder / "model.safetensors")
-    source = open_checkpoints(tmp_path)
-    assert (source.name, source.steps) == ("full-model", (10, 20))
-    assert torch.equal(dense(source.delta("w.weight", 20, 10)), torch.full((3, 2), 10.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["checkpoint-{}", "step_{}"])

@@ -128,22 +128,6 @@ def secant(name: str, **fields: Any) -> Prediction:
     return make_predictor("secant", window=2, **fields).fit(history).predict(2)
 
 
-@pytest.mark.parametrize("name", LORA)
-def test_an_adapter_is_extended_and_peft_loads_it(name: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    make_applier("peft-adapter").apply(secant(name, space="factors"), out=tmp_path / "out")
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    first, last = stored(name, 1), stored(name, NEW)
-    assert found.keys() == last.keys()
-    for key, value in found.items():
-        torch.testing.assert_close(value, 2 * last[key].float() - first[key].float(), rtol=1e-5, atol=1e-6)
-    base = AutoModelForCausalLM.from_pretrained(BASE)
-    assert len(PeftModel.from_pretrained(base, tmp_path / "out").peft_config) == 1
-    assert (tmp_path / "out" / "tokenizer_config.json").exists()
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_a_model_is_extended_and_transformers_loads_it(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ from next_core.backend import LoggedReward
 
 RECENT = (4, 12, 36)  # RL steps over which the recent reward is a mean: a rare reward needs many roll-outs to be missed
 BEST = 15  # RL steps over which the best reward is a mean
-LUCKY = 10
+LUCKY = 15
 """The last steps are compared with the luckiest of many means: as if there had been this many times as many looks."""
 LOST = 0.25  # The part of the best reward that must be lost
 CLUSTERED, AS_PAIRS = 4.0, 4
@@ -32,9 +32,9 @@ class RewardTrend:
     def collapsed(self) -> bool:
         """Whether the recent reward is below the best by more than chance and a part of it explain.
 
-        At look n, chance may reach it with a probability of 1 / (100 (n + 1)), so that few of all looks are wrong.
+        At look n, chance may reach it with a probability of 1 / (60 (n + 1)), so that few of all looks are wrong.
         """
-        errors = math.sqrt(2 * math.log(100 * (self.looks + 1)))
+        errors = math.sqrt(2 * math.log(60 * (self.looks + 1)))
         return self.short(errors) and self.recent < self.best - LOST * abs(self.best)
 
     def short(self, errors: float) -> bool:
@@ -46,7 +46,8 @@ class RewardHistory:
     """The rewards that count, and the means that they are judged by; a record takes O(log n) steps.
 
     ``abandoned``: pairs (back_to, step); the weights of the steps between were replaced by those of ``back_to``. Their
-    rewards do not count: the weights that the run returned to may never have earned as much.
+    rewards do not count: the weights that the run returned to may never have earned as much. A record of other steps
+    too does: that of the first step after ``back_to`` was earned by these weights.
     """
 
     def __init__(self, abandoned: Sequence[tuple[int, int]] = ()) -> None:
@@ -65,7 +66,7 @@ class RewardHistory:
     def add(self, reward: LoggedReward) -> None:
         """Take a record that the trainer logged after those before."""
         begin = reward.step - reward.steps
-        if any(back < reward.step and begin < step for back, step in self._abandoned):
+        if any(back < begin and reward.step <= step for back, step in self._abandoned):
             return
         self._ends.append(reward.step)
         self._steps.append(self._steps[-1] + reward.steps)

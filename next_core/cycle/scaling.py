@@ -126,9 +126,9 @@ class StepScaling:
         steps = self._backend.steps
         before, kept = steps.multiple, list(steps.kept)
         returned = [record["back_to"] for record in scaling_records(self._journal) if record["event"] == "collapse"]
-        # A state that is young, or of steps whose reward had fallen, or that has led to a collapse once.
-        suspect = kept[-1] > step - KEEP_EVERY or kept[-1] >= trend.begins or returned[-1:] == [kept[-1]]
-        target = kept[0] if suspect else kept[-1]
+        # Not a young state, nor one of steps whose reward had fallen, nor one that has led to a collapse once.
+        good = [at for at in kept if at <= step - KEEP_EVERY and at < trend.begins and at not in returned[-1:]]
+        target = good[-1] if good else kept[0]
         self._return_to(target)
         steps.multiple = before / (AT_START if target == 0 else AFTER_COLLAPSE)
         self._journal.append(

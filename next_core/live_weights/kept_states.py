@@ -19,6 +19,7 @@ from next_core.storage.atomic import disk_operation, sweep
 from next_core.storage.manifest import MANIFEST, digest_of
 
 KEPT = 2  # States to return to: the newer may already be part of a collapse that the reward does not show yet
+FIRST = 100  # RL steps until which the first weights are kept too: a rate that is far too large may show this late
 PREFIX = "kept/"  # Of the names of states in a checkpoint's file
 
 
@@ -61,9 +62,12 @@ class KeptStates:
         return [kept.step for kept in self._states]
 
     def keep(self, step: int, updates: int) -> None:
-        """Keep the present state; the oldest of more than ``KEPT`` is dropped."""
-        if len(self._states) == KEPT:
-            self._states.popleft().wait()  # on a slow disk, memory holds no more than ``KEPT`` states either
+        """Keep the present state; the oldest of more than ``KEPT``, besides the first weights, is dropped."""
+        first = int(step <= FIRST and bool(self._states) and self._states[0].step == 0)
+        while len(self._states) - first >= KEPT:
+            dropped = self._states[first]
+            del self._states[first]
+            dropped.wait()  # on a slow disk, memory holds no more than these states either
         kept = _Kept(step, updates, KeptState.of(self._trained))
         self._states.append(kept)
         if self._folder is not None and self._trained.shards:  # only process 0 of a data-parallel run has any

@@ -89,12 +89,12 @@ def test_after_a_return_recent_rewards_are_new_ones() -> None:
 
 
 def test_what_an_abandoned_path_earned_is_not_asked_of_the_weights_that_were_returned_to() -> None:
-    logged = rewards([0.1] * 10 + [0.3] * 20 + [0.1] * 60)
-    returned = [record for record in logged if record.step > 30]
+    logged = rewards([0.1] * 11 + [0.3] * 19 + [0.1] * 60)
+    returned = [record for record in logged if record.step == 1 or record.step > 30]
     assert any(trend.collapsed for trend in reward_trends(logged))
     for count in range(31, len(logged) + 1):
         assert not any(trend.collapsed for trend in reward_trends(logged[:count], [(10, 30)]))
-        assert reward_trends(logged[:count], [(0, 30)]) == reward_trends(returned[: count - 30])
+        assert reward_trends(logged[:count], [(0, 30)]) == reward_trends(returned[: count - 29])
 
 
 def test_rewards_of_any_scale_and_sign_are_judged_by_their_own_spread() -> None:

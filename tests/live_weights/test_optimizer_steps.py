@@ -142,21 +142,24 @@ def kept_files(folder: Path) -> list[int]:
 def test_only_the_last_two_states_and_those_of_the_newest_complete_checkpoint_are_kept(tmp_path: Path) -> None:
     folder, checkpoints = tmp_path / "kept", [tmp_path / "first", tmp_path / "second"]
     run = Run(folder=folder)
-    for step in (0, 10, 20):
+    for step in (0, 80, 90, 100):
         run.steps.keep(step)
-    assert list(run.steps.kept) == [10, 20]
-    for step, checkpoint in zip((30, 40), checkpoints, strict=True):
+    assert list(run.steps.kept) == [0, 90, 100]  # the first weights are kept for a while
+    for step in (110, 120):
+        run.steps.keep(step)
+    assert list(run.steps.kept) == [110, 120]
+    for step, checkpoint in zip((130, 140), checkpoints, strict=True):
         checkpoint.mkdir()
         run.steps.save(checkpoint)
         (checkpoints[0] / "manifest.json").touch()  # the second is not complete
         run.steps.keep(step)
-    run.steps.keep(50)
+    run.steps.keep(150)
     run.steps.save(tmp_path)
-    assert kept_files(folder) == [10, 20, 30, 40, 50]
+    assert kept_files(folder) == [110, 120, 130, 140, 150]
     (checkpoints[1] / "manifest.json").touch()
-    run.steps.keep(60)
+    run.steps.keep(160)
     run.steps.close()
-    assert kept_files(folder) == [20, 30, 40, 50]
+    assert kept_files(folder) == [120, 130, 140, 150]
     assert list(folder.glob(".*")) == []
 
 

@@ -43,7 +43,7 @@ class TrainedWeights(ABC):
         self.optimizer = optimizer
         """The ``torch.optim`` optimizer; None for a model that does not train."""
         self.parameters: dict[str, nn.Parameter] = {
-            name.replace("_checkpoint_wrapped_module.", ""): parameter
+            name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }

@@ -40,7 +40,14 @@ def check_arguments(
             "PredictExtendCallback in your own script, started with torchrun or accelerate launch",
             kind="backend-unsupported",
         )
-    if not isinstance(predictor, TrajectoryPredictor):
+    jumps = isinstance(predictor, TrajectoryPredictor)
+    if getattr(args, "sync_ref_model", False) and (not jumps or guards.recovery is not None):
+        raise ConfigError(
+            "sync_ref_model copies weights into the reference policy, where they stay when a collapse or a jump is "
+            "undone later; set it to False",
+            kind="config-contradiction",
+        )
+    if not jumps:
         return
     early = next((name for name in ("max_staleness", "async_prefetch") if getattr(args, name, None)), None)
     if early is not None:

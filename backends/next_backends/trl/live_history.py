@@ -1,5 +1,6 @@
 """The checkpoints and jumps of a model that trains in this process: written, read again, moved by and undone."""
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -62,13 +63,13 @@ class LiveHistory:
         self._writing: Future[None] | None = None
         self._forget: Callable[[], None] | None = None  # Deletes what is not needed after the last checkpoint
 
-    def begin(self, step: int) -> None:
-        """Keep the starting point of a training that begins at ``step`` 0, or resume the history of one.
+    def begin(self, step: int, checkpoint: Path) -> None:
+        """Keep the starting point of a training that begins at ``step`` 0, or resume from the trainer's ``checkpoint``.
 
         Everything is checked before anything is removed.
         """
         if step > 0:
-            self._check_resume(step)
+            self._check_resume(step, checkpoint)
             self.folder.forget_after(step)
             self._source = None
         elif self._lora and jump_adapters(self.live.model):
@@ -81,7 +82,7 @@ class LiveHistory:
             self.observe(0)
         self.source()  # what cannot be read back (DoRA, no linear layer) fails now, not at the first jump
 
-    def _check_resume(self, step: int) -> None:
+    def _check_resume(self, step: int, checkpoint: Path) -> None:
         """Raise ``CheckpointError`` unless the trainer's checkpoint and this folder are of one run."""
         path = self.folder.path
         if not self.folder.checkpoints.is_dir():
@@ -89,7 +90,7 @@ class LiveHistory:
                 f"{path} holds no history: this run was not observed from its start; resume it without jumps",
                 kind="checkpoint-no-history",
             )
-        self._restore_adapters(step)
+        self._restore_adapters(step, checkpoint)
         if not self.folder.checkpoint(step).is_dir():
             return
         source = self._open()
@@ -102,9 +103,12 @@ class LiveHistory:
                     kind="checkpoint-other-model",
                 )
 
-    def _restore_adapters(self, step: int) -> None:
+    def _restore_adapters(self, step: int, checkpoint: Path) -> None:
         """Make the jump adapters of ``step`` active. DeepSpeed brings none back: they are read from our folder."""
         expected = self.folder.active_adapters(step)
+        for name in self.folder.active_adapters(sys.maxsize):
+            if name not in expected and not (checkpoint / name).exists():  # the model was interrupted in this process
+                self.live.change_adapters(remove_adapter, name)
         found = self.live.change_adapters(activate_jumps) if self._lora else []
         if found != [*expected] and (found or self.live.weights.resumes_adapters):
             raise CheckpointError(

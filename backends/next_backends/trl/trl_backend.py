@@ -92,6 +92,13 @@ class TrlBackend(Backend):
     def check_jumps(self, space: Space | None) -> None:
         if not is_peft(self._model):
             return
+        kinds = {str(config.peft_type.value) for config in self._model.peft_config.values()}
+        if kinds != {"LORA"}:
+            raise BackendError(
+                f"the model trains {' and '.join(sorted(kinds))}, and jumps need LoRA or full parameters; use "
+                "predictor='auto', which makes none",
+                kind="backend-unsupported",
+            )
         if space != "factors" and sharded_by_dtensor(self._model):
             raise BackendError(
                 "FSDP2 takes no jump adapter next to the trained one, which a jump in merged space needs: "
@@ -156,7 +163,7 @@ class TrlBackend(Backend):
         if self._windows is not None:
             self._begin_steps(step, checkpoint)
             return
-        self._history.begin(step)
+        self._history.begin(step, checkpoint)
 
     def _begin_steps(self, step: int, checkpoint: Path) -> None:
         """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""

@@ -237,10 +237,18 @@ def test_jumps_next_to_trained_modules_are_saved(
 
 
 def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(make_trainer: Any) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     trainer = make_trainer([jumping(MERGED)], lora=TOKENS)
     with raises_kind("backend-unsupported", "trainable_tokens", "space: factors"):
         trainer.train()
     assert trainer.state.global_step == 0
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(BASE), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with raises_kind("backend-unsupported", "PROMPT_TUNING", "auto"):
+        make_trainer([jumping()], lora=False, model=model).train()
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
@@ -315,6 +323,13 @@ def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(mak
 def test_wrong_settings_are_named_when_the_callback_is_made(fields: dict[str, Any], kind: str, name: str) -> None:
     with raises_kind(kind, name):
         PredictExtendCallback(**{"predictor": "secant", **fields})
+
+
+def test_a_reference_policy_that_would_keep_what_is_undone_is_refused(make_trainer: Any) -> None:
+    trainer = make_trainer([PredictExtendCallback("auto")])
+    trainer.args.sync_ref_model = True
+    with raises_kind("config-contradiction", "sync_ref_model"):
+        trainer.train()
 
 
 def test_a_second_callback_in_one_trainer_is_refused(make_trainer: Any) -> None:

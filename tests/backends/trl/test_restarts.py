@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from next_backends.trl import PredictExtendCallback
 from next_core.cycle.journal import read_journal
+from next_core.live_weights.frozen_adapters import jump_adapters
 from tests.backends.trl.conftest import FACTORS, MERGED, SAVING, SMALL, jumping
 from tests.errors import raises_kind
 
@@ -85,6 +86,24 @@ def test_a_run_shorter_than_its_schedule_is_a_plain_run_with_a_warning(
     assert torch.equal(logits(trainer.model), plain_logits(8, True))
     assert not (tmp_path / "trainer" / "next-core").exists()
     assert caplog.text.count("observe 9") == 1
+
+
+def test_a_training_that_is_interrupted_and_resumed_in_one_process_ends_as_the_whole_one(
+    make_trainer: Any, logits: Any
+) -> None:
+    ends = []
+    for interrupted in (False, True):
+        made = jumping(MERGED, jump_every=3, settle=0)
+        trainer = make_trainer([made], steps=11, out=f"{interrupted}", **SAVING)
+        if interrupted:
+            trainer.add_callback(kill := Kill(10))
+            with pytest.raises(Killed):
+                trainer.train()
+            kill.step = 0
+        trainer.train(resume_from_checkpoint=interrupted)
+        assert jump_adapters(trainer.model) == ["jump-1", "jump-2"]
+        ends.append(logits(trainer.model))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("predictor", [MERGED, "auto"])

@@ -125,8 +125,7 @@ class ModelFiles:
             open_them = open_distributed if distributed else open_shards
             self.files = [replacement(open_them(folder, allow_pickle))]
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
-        if shard_of:
-            self._where = self._follow_index(shard_of)
+        self._check_index(shard_of)
         raw = next(filter(PEFT_NAME.search, self._where), None)
         if raw is not None:
             raise CheckpointError(
@@ -147,13 +146,17 @@ class ModelFiles:
         """Names in the files that are not those used here."""
         self._where = {name: self._where[key] for key, name in plain.items()}
 
-    def _follow_index(self, shard_of: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
-        by_name = {file.path.name: file for file in self.files}
+    def _check_index(self, shard_of: Mapping[str, str]) -> None:
+        """Raise ``CheckpointError`` unless each tensor is in one shard, where the index says."""
+        for file in self.files:
+            twice = next((key for key in file.shapes if self._where[key][0] is not file), None)
+            if twice is not None:
+                raise damaged(file.path, f"stores '{twice}', which {self._where[twice][0].path.name} stores too")
         for key, name in shard_of.items():
-            if key not in by_name[name].shapes:
-                elsewhere = f"; {self._where[key][0].path.name} has it" if key in self._where else ""
+            found = self._where[key][0].path.name if key in self._where else None
+            if found != name:
+                elsewhere = f"; {found} has it" if found else ""
                 raise damaged(self.folder / name, f"has no '{key}', which the index says it has{elsewhere}")
-        return {key: (by_name[name], key) for key, name in shard_of.items()}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows, in at least fp32. Raises ``CheckpointError`` for NaN or Inf."""
@@ -171,9 +174,8 @@ class ModelFiles:
         return file.dtype(key)
 
     def weight_files(self) -> list[Path]:
-        """Return the files that determine the weights; the index does, where two shards contain one name."""
-        index = [] if self._index is None else [self._index[0]]
-        return [*index, *(path for file in self.files for path in file.weight_files())]
+        """Return the files that determine the weights."""
+        return [path for file in self.files for path in file.weight_files()]
 
     def unchanged(self) -> bool:
         """Return whether shards and index on disk are still those that were opened."""

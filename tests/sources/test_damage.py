@@ -88,6 +88,18 @@ def test_an_index_that_names_the_wrong_shard_is_corrected_by_the_message(tmp_pat
         open_checkpoints(tmp_path)
 
 
+def test_two_shards_with_one_tensor_are_damage(tmp_path: Path) -> None:
+    """Readers differ: some follow the index, and transformers takes the last shard's."""
+    folder = tmp_path / "checkpoint-10"
+    folder.mkdir()
+    for name in "ab":
+        save_file({"w": torch.ones(2, 2), name: torch.ones(2)}, folder / f"{name}.safetensors")
+    shards = {"w": "a.safetensors", "a": "a.safetensors", "b": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with raises_kind("checkpoint-damaged", "a.safetensors", "b.safetensors", "'w'"):
+        open_checkpoints(tmp_path)
+
+
 def test_a_link_out_of_a_checkpoint_is_refused_and_one_inside_is_followed(tmp_path: Path) -> None:
     folder = model(tmp_path / "run" / "checkpoint-10", 10)
     weights, secret = folder / "model.safetensors", tmp_path / "secret.safetensors"

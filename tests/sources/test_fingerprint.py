@@ -1,6 +1,5 @@
 """A digest of all that determines the weights at a step: it follows the content, and nothing else."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -113,17 +112,3 @@ def test_there_is_none_after_a_jump_was_replaced(own_lora_run: LoraRun) -> None:
     os.utime(folder / "shift.safetensors", (10, 10))
     after = prints(source, 30, 40, None)
     assert [digest is None for digest in after] == [True, False, True]
-
-
-def test_an_index_that_names_the_other_of_two_shards_counts(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoint-10"
-    folder.mkdir(parents=True)
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        save_file({"w": torch.full((2, 2), value), name: torch.ones(1)}, folder / f"{name}.safetensors")
-    seen = []
-    for where in ("a", "b"):
-        shards = {"w": f"{where}.safetensors", "a": "a.safetensors", "b": "b.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-        seen.append(open_checkpoints(tmp_path / "run").fingerprint(10))
-    assert None not in seen
-    assert seen[0] != seen[1]

@@ -18,9 +18,9 @@ from next_core.backend import Backend
 from next_core.errors import NextCoreError, PluginError, describe, invalid_value
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
-from next_core.predictor import Predictor, TrajectoryPredictor
+from next_core.predictor import Needs, Predictor, TrajectoryPredictor
 from next_core.run_config import DEFAULT_PREDICTOR, Choice
-from next_core.settings import config_error
+from next_core.settings import Settings, config_error
 from next_core.step_predictor import StepPredictor
 from next_core.types import Plugin
 
@@ -77,11 +77,15 @@ class Entry:
 
 def check_class(kind: str, target: Any) -> type[Plugin]:
     """Return ``target`` if it is a complete class of this kind, else raise ``PluginError``."""
-    bases = BASES[kind]  # type: ignore[index]
+    bases, config = BASES[kind], getattr(target, "config_class", None)  # type: ignore[index]
     if not (isinstance(target, type) and issubclass(target, bases)):
         problem = f"{target!r} is not a subclass of {' or '.join(base.__name__ for base in bases)}"
     elif not isinstance(getattr(target, "name", None), str):
         problem = f"{target.__name__} has no name; set the class attribute `name`"
+    elif not (isinstance(config, type) and issubclass(config, Settings)):
+        problem = f"config_class of {target.__name__} is no subclass of next_core.Settings"
+    elif unknown := set(getattr(target, "requires", ())) - set(get_args(Needs)):
+        problem = f"requires of {target.__name__} has {sorted(unknown)}; known: {', '.join(get_args(Needs))}"
     elif inspect.isabstract(target):
         problem = f"{target.__name__} does not implement {', '.join(sorted(target.__abstractmethods__))}"
     else:
@@ -125,7 +129,10 @@ class Registry:
                 self._broken.append(Entry("plug-in", point.name, None, distribution, version, error=_reason(error)))
 
     def add_plugin(self, plugin: object, distribution: str = "local", version: str = "") -> None:
-        """Take what a plug-in's hooks register. Nothing is taken from a plug-in one of whose hooks fails."""
+        """Take what a plug-in's hooks register. Nothing is taken from a plug-in one of whose hooks fails.
+
+        Raises ``PluginError`` for one that registers nothing, or what is not complete.
+        """
         manager = pluggy.PluginManager(hookspecs.PROJECT)  # its own, so that no other plug-in's hooks are called
         manager.add_hookspecs(hookspecs)
         manager.register(plugin)
@@ -140,6 +147,12 @@ class Registry:
 
         for kind in KINDS:
             getattr(manager.hook, f"register_{kind}s")(register=functools.partial(register, kind))
+        if not collected:
+            raise PluginError(
+                "it registers nothing: put @hookimpl before def register_predictors(register), or another hook, and "
+                "call register in it",
+                kind="plugin-invalid",
+            )
         for entry in collected:
             self._add(entry)
 
@@ -170,6 +183,8 @@ class Registry:
             self._entries[key] = entry
             return
         both = f"both {taken.distribution} and {entry.distribution} provide it; uninstall one"
+        if taken.distribution == entry.distribution:
+            both = f"{entry.distribution} registers it twice; register it once"
         taken.error = taken.error or both
         self._broken.append(Entry(entry.kind, entry.name, None, entry.distribution, entry.version, error=both))
 
@@ -231,6 +246,8 @@ def _settings_of(cls: type[Plugin], fields: Mapping[str, Any], where: str) -> An
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, pluggy.PluginValidationError):
+        return " ".join(str(error).split())  # its first line does not say what is wrong
     return error.message if isinstance(error, NextCoreError) else describe(error)
 
 

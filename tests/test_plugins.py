@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +114,10 @@ def test_an_installed_distribution_adds_its_predictor_by_name_and_an_unknown_nam
         ),
         (HOOK + "    register(dict)", "<class 'dict'>"),
         (HOOK + "    register('their_module:Mine')", "'their_module:Mine'"),
-        (HOOK.replace("(register)", "(registry)") + "    pass", "PluginValidationError"),
+        (HOOK.replace("(register)", "(registry)") + "    pass", "registry"),
+        (HOOK.replace("@hookimpl", "") + "    pass", "@hookimpl"),
+        (PREDICTOR.format(name="half").replace("    def pred", "    requires = 'gram'\n    def pred"), "target, gram"),
+        (PREDICTOR.format(name="half").replace("    def pred", "    config_class = dict\n    def pred"), "Settings"),
         (HOOK.replace("_predictors(", "_predictor(") + "    pass", "'register_predictor'"),
         (
             "from next_core.predictor import TrajectoryPredictor\n"
@@ -152,6 +156,11 @@ def test_a_name_claimed_twice_names_both_distributions_and_can_be_used_by_neithe
     ]
     with raises_kind("plugin-broken", "a-dist", "b-dist"):
         plugins.make_predictor("same")
+    registry.add_plugin(
+        types.SimpleNamespace(register_predictors=hookimpl(lambda register: (register(Greedy), register(Greedy))))
+    )
+    with raises_kind("plugin-broken", "local", "twice"):
+        registry.get("predictor", "greedy")
     assert plugins.make_predictor("secant").name == "secant"
 
 

@@ -7,12 +7,12 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from next_core.errors import GuardError, PluginError, not_found
+from next_core.errors import GuardError, PluginError
 from next_core.interfaces.checkpoint_source import CheckpointSource
 from next_core.interfaces.weight_delta import FactorStep, LazyDelta, Resolved, WeightDelta, merged
 from next_core.mathematics import low_rank
@@ -35,6 +35,15 @@ class CoefficientUpdate:
 
     weights: Mapping[int, float]
     space: Space = "merged"
+
+    def __post_init__(self) -> None:
+        """Raise ``PluginError`` for weights that are no mapping, or an unknown space."""
+        if not isinstance(self.weights, Mapping) or self.space not in get_args(Space):
+            raise PluginError(
+                f"a CoefficientUpdate takes weights by step and one of {', '.join(get_args(Space))} "
+                f"(got {type(self.weights).__name__}, {self.space!r})",
+                kind="predictor-wrong-answer",
+            )
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,12 @@ class Prediction:
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
     def weight(self, name: str) -> float:
-        """Return the factor on alpha of one parameter."""
-        return self.confidence.get(name, 1.0)
+        """Return the factor on alpha of one parameter. Raises ``PluginError`` for a negative one."""
+        weight = self.confidence.get(name, 1.0)
+        if weight < 0.0:  # it would reverse the jump
+            message = f"the confidence of '{name}' is {weight}; it must be 0 or more"
+            raise PluginError(message, kind="predictor-wrong-answer")
+        return weight
 
     @functools.cached_property
     def _parameters(self) -> Mapping[str, Parameter]:
@@ -135,8 +148,8 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
     """Return alpha * confidence * (predicted - W_T) of one parameter; None where nothing moves.
 
     Factors are in fp64. A dense parameter of a source that can read single rows gives a ``LazyDelta``, which has read
-    nothing yet. Raises ``GuardError`` when the move is not finite, ``PluginError`` for an update of another shape or an
-    unknown parameter, and ``CheckpointError`` for steps that the run does not have.
+    nothing yet. Raises ``GuardError`` when the move is not finite, and ``PluginError`` for an update of another shape,
+    an unknown parameter, a negative confidence or steps that the run does not have.
     """
     update = prediction.updates.get(name)
     scale = alpha * prediction.weight(name)
@@ -161,11 +174,17 @@ def resolve(prediction: Prediction, name: str, alpha: float) -> Resolved | None:
 def coefficients(prediction: Prediction, name: str, alpha: float) -> dict[int, float]:
     """Return the coefficient of each step's W_t - W_0 in alpha * confidence * (predicted - W_T).
 
-    For a parameter with a ``CoefficientUpdate``. Raises ``GuardError`` when one is not finite.
+    For a parameter with a ``CoefficientUpdate``. Raises ``GuardError`` when one is not finite, ``PluginError`` for a
+    step that was not observed.
     """
     update, scale = prediction.updates[name], alpha * prediction.weight(name)
     assert isinstance(update, CoefficientUpdate)
     weights = dict(update.weights)
+    for step in weights:
+        if step != 0 and step not in prediction.source.steps:
+            known = f"{prediction.source.steps}; correct the predictor"
+            message = f"the update of '{name}' weighs step {step!r}, which was not observed; observed: {known}"
+            raise PluginError(message, kind="predictor-wrong-answer")
     if prediction.anchor == "backbone":  # counted from W_0: subtract what the newest checkpoint already has
         weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
     weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
@@ -212,9 +231,6 @@ def _lazy(
     differences of neighbouring checkpoints: the backbone is not read, and nothing large cancels.
     """
     about: dict[int | None, float] = {step: w for step, w in weights.items() if step not in (0, prediction.step)}
-    unknown = set(about) - set(prediction.source.steps)
-    if unknown:
-        raise not_found(f"step {min(map(str, unknown))} was not observed; observed steps: {prediction.source.steps}")
     rest = weights.get(0, 0.0) - sum(weights.values())  # step 0 is where RL began: its own term is W_0 - W_0
     if not abs(rest) <= ROUNDING * sum(map(abs, weights.values())):
         about[None] = rest

@@ -202,7 +202,7 @@ def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
         10: ("ZeroDivisionError", "by hand"),
         20: ("GuardError", name(0)),
         30: ("GuardError", name(0)),
-        40: ("CheckpointError", name(0), "step 50"),
+        40: ("PluginError", name(0), "step 50"),
         50: ("PluginError", name(0), "(5, 7)", "(7, 5)"),
         60: ("PluginError", name(0), "str"),
         70: ("PluginError", "NoneType"),

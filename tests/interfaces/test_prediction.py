@@ -158,8 +158,14 @@ def test_an_update_of_another_shape_or_parameter_or_step_is_refused_by_name(sour
     for other in (update, CoefficientUpdate({30: 1.0})):
         with raises_kind("predictor-wrong-answer", "'other'"):
             weight_delta(Prediction(source, 30, 10, updates={"other": other}), "other", 1.0)
-    with pytest.raises(CheckpointError, match="step 25"):
-        weight_delta(predict(source, CoefficientUpdate({25: 1.0})), "lora", 1.0)
+    for step in (25, "20"):
+        with raises_kind("predictor-wrong-answer", "'lora'", repr(step)):
+            weight_delta(predict(source, CoefficientUpdate({step: 1.0})), "lora", 1.0)
+    with raises_kind("predictor-wrong-answer", "'lora'", "-0.5"):
+        weight_delta(predict(source, CoefficientUpdate({30: 1.0}), confidence=-0.5), "lora", 1.0)
+    for wrong in (([0.5], "merged"), ({30: 1.0}, "factor")):
+        with raises_kind("predictor-wrong-answer", "factors"):
+            CoefficientUpdate(*wrong)
 
 
 class RowSource(MemorySource):
@@ -194,9 +200,3 @@ def test_a_move_that_is_read_by_rows_is_the_same(
     torch.testing.assert_close(found.dense(), expected)
     torch.testing.assert_close(dense(streamed, "full", 2.0), expected)
     assert jump_norms(streamed, 2.0)["full"] == pytest.approx(float(expected.norm()))
-
-
-def test_read_by_rows_a_step_that_was_not_observed_is_refused_before_reading() -> None:
-    source = RowSource({10: {"full": noise(1, 6, 5)}}, {"full": noise(2, 6, 5)})
-    with raises_kind("checkpoint-not-found", "step 7"):
-        resolve(Prediction(source, 10, 10, updates={"full": CoefficientUpdate({7: 1.0})}), "full", 1.0)

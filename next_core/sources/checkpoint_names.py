@@ -9,6 +9,8 @@ from next_core.errors import ambiguous_step
 
 NUMBER = re.compile(r"\d+")
 STEP_WORD = re.compile(r"(?:^|[^a-z])(?:global[-_ ]?)?(?:steps?|iter)[-_ ]?$", re.IGNORECASE)
+MULTIPLE = re.compile(r"[km](?![a-z])|[e.]\d", re.IGNORECASE)
+"""What makes another number of the digits before it: 10k, 1e3, 0.5."""
 LARGEST_STEP = 10**15  # Larger numbers are not steps; arithmetic with them would not be exact
 REMEDY = "rename them to checkpoint-N, or pass the folders of one run as a list"
 
@@ -34,7 +36,11 @@ def steps_in_names(names: Sequence[str], remedy: str = REMEDY) -> dict[str, tupl
     steps: dict[str, tuple[int, str]] = {}
     for group in groups.values():
         index = _index_of_step(group, remedy)
-        steps |= {name: (int(NUMBER.findall(name)[index]), pattern_of(name, index)) for name in group}
+        for name in group:
+            number = list(NUMBER.finditer(name))[index]
+            if MULTIPLE.match(name, number.end()):
+                raise ambiguous_step(f"'{name}' is not step {number[0]}; {remedy}")
+            steps[name] = int(number[0]), pattern_of(name, index)
     return steps
 
 

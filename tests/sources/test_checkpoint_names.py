@@ -29,6 +29,8 @@ from tests.sources.models import MODULE, adapter, model
         (("seed0", "seed0"), None),
         (("seed1-rank8", "seed2-rank8", "seed1-rank4"), None),
         (("final",), None),
+        (("step9k", "step10k"), None),
+        (("ckpt-1e3", "ckpt-2e3"), None),
     ],
 )
 def test_the_step_is_the_number_that_differs(names: tuple[str, ...], expected: tuple[int, ...] | None) -> None:

@@ -111,11 +111,9 @@ TRIED: Sequence[tuple[str, Attack, str]] = [
     ("scribbles over what it is given", scribbles, "it did what it wanted to"),
     ("NaN", lambda history, horizon: to(history, horizon, float("nan")), "not finite"),
     ("a hundred times too far", lambda history, horizon: secant(history, horizon, 100.0), "times the motion of"),
-    ("coefficients that are NaN", lambda history, horizon: secant(history, horizon, float("nan")), "not finite"),
     ("other shapes", lambda history, horizon: to(history, horizon, more=1), r"not \("),
     ("unknown names", lambda history, horizon: to(history, horizon, name="nobody.weight"), "nobody.weight"),
     ("None", lambda history, horizon: None, "NoneType"),
-    ("a text", lambda history, horizon: "forward!", "a str"),
     (
         "another step",
         lambda history, horizon: secant(history, horizon, 1.0, step=2),
@@ -132,7 +130,6 @@ TRIED: Sequence[tuple[str, Attack, str]] = [
     ("the end of the program", raising(SystemExit(3)), "SystemExit"),
     ("a loop that catches what it can", stubborn, "longer than time_limit, 1 s"),
     ("dice", throws_dice, "it did what it wanted to"),
-    ("scribbles once more", scribbles, "it did what it wanted to"),
 ]
 FIRST, EVERY = 2, 1
 STEPS = FIRST + EVERY * (len(TRIED) - 1) + small_run.SCHEDULE["settle"]
@@ -197,10 +194,3 @@ def test_the_run_under_attack_is_the_run_left_alone_bit_for_bit(runs: dict[str, 
     found = differences(facts(runs["wild"]), facts(runs["tame"]))
     logged = re.compile(r"(checkpoints|metrics|trainer/.*(?<!trainer_state\.json)$)")  # decisions are in that file
     assert [name for name in found if logged.match(name)] == []
-
-
-def test_the_mean_at_the_end_is_of_what_was_observed(
-    runs: dict[str, Path],
-) -> None:
-    wild, tame = (next(values for name, values in facts(out).items() if " average " in name) for out in runs.values())
-    assert wild == tame

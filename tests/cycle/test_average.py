@@ -65,15 +65,6 @@ def test_a_run_that_swings_about_its_optimum_ends_in_the_middle() -> None:
     assert max(record["tried"].values()) > record["accuracy_before"]
 
 
-def test_a_run_that_still_climbs_is_left_where_it_is() -> None:
-    climbing, plain = Descent(lr=0.001), Descent(lr=0.001)
-    plain.train(20, lambda step: None)
-    [record] = [r for r in descend(climbing).records if r["event"] == "average"]
-    assert not record["accepted"]
-    assert set(record["tried"]) == {"2", "4", "8"}
-    assert climbing.loss == plain.loss
-
-
 def test_a_last_step_without_a_checkpoint_gets_one() -> None:
     backend = Descent(lr=1.999)
     [record] = [r for r in descend(backend, every=3, observe=9, average=6).records if r["event"] == "average"]

@@ -57,16 +57,8 @@ def test_a_checkpoint_that_cannot_be_read_fails_the_run() -> None:
 
 
 def scale(step: int, multiple: float, phase: int) -> dict[str, Any]:
-    rate = 1e-4 * multiple
-    return {
-        "event": "scale",
-        "step": step,
-        "accepted": True,
-        "multiple": multiple,
-        "rate": rate,
-        "found": phase == 2,
-        "diagnostics": {},
-    }
+    facts = {"accepted": True, "multiple": multiple, "rate": 1e-4 * multiple, "found": phase == 2, "diagnostics": {}}
+    return {"event": "scale", "step": step, **facts}
 
 
 def test_step_scaling_names_the_rate_it_found_and_the_range_it_used() -> None:

@@ -73,12 +73,8 @@ def test_a_trend_is_not_measured_without_a_recovery_window() -> None:
 def test_without_an_earlier_measure_the_trend_is_flat() -> None:
     schedule = Schedule(observe=10, every=5, horizon=5, settle=10)
     backend = Descent(accuracy=reading(0.7, 0.7, 0.69))
-    made = cycle(
-        backend,
-        guards=Guards(recovery=10, against="trend"),
-        schedule=schedule,
-        predictor={"name": "secant", "window": 5},
-    )
+    guards, predictor = Guards(recovery=10, against="trend"), {"name": "secant", "window": 5}
+    made = cycle(backend, guards=guards, schedule=schedule, predictor=predictor)
     made.run()
     assert verdicts(made.journal) == [(10, True)]
 

@@ -1,9 +1,7 @@
 """``PredictExtendCallback`` in the real GRPOTrainer and RLOOTrainer."""
 
-import contextlib
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +9,11 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from next_backends.trl import PredictExtendCallback
-from next_backends.trl.argument_checks import check_jump_adapters
 from next_core import open_checkpoints
 from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.live_weights.frozen_adapters import jump_adapters
 from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
-from next_core.plugins import resolve_predictor
 from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch, jumping, of_each_kind
 from tests.errors import raises_kind
 from tests.fuzz.adapters import Draw, base_model, write_run
@@ -285,32 +281,6 @@ def test_fused_experts_are_moved_in_their_factors(make_trainer: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("predictor", "lora", "refused"),
-    [(FACTORS, True, False), (MERGED, True, True), (MERGED, False, False), ("next-mlp", True, True)],
-)
-def test_loading_the_best_model_is_refused_with_jump_adapters(
-    tmp_path: Path, predictor: Any, lora: bool, refused: bool
-) -> None:
-    from trl import GRPOConfig
-
-    steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    args = GRPOConfig(str(tmp_path), load_best_model_at_end=True, use_cpu=True, bf16=False, **steps)
-    chosen = resolve_predictor(predictor)()
-    model = SimpleNamespace(**({"peft_config": {}, "base_model": None} if lora else {}))
-    with raises_kind("config-contradiction", "space to factors") if refused else contextlib.nullcontext():
-        check_jump_adapters(args, chosen, model)
-    check_jump_adapters(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), chosen, model)
-
-
-def test_a_training_whose_jumps_loading_the_best_model_would_undo_is_refused(make_trainer: Any) -> None:
-    trainer = make_trainer([jumping(MERGED)])
-    trainer.args.load_best_model_at_end = True
-    with raises_kind("config-contradiction", "load_best_model_at_end"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-@pytest.mark.parametrize(
     ("fields", "kind", "name"),
     [
         ({"observe": 7, "every": 3}, "config-contradiction", "observe (7)"),
@@ -325,11 +295,13 @@ def test_wrong_settings_are_named_when_the_callback_is_made(fields: dict[str, An
         PredictExtendCallback(**{"predictor": "secant", **fields})
 
 
-def test_a_reference_policy_that_would_keep_what_is_undone_is_refused(make_trainer: Any) -> None:
-    trainer = make_trainer([PredictExtendCallback("auto")])
-    trainer.args.sync_ref_model = True
-    with raises_kind("config-contradiction", "sync_ref_model"):
+@pytest.mark.parametrize(("predictor", "field"), [(MERGED, "load_best_model_at_end"), ("auto", "sync_ref_model")])
+def test_what_a_trainer_would_not_undo_is_refused(make_trainer: Any, predictor: Any, field: str) -> None:
+    trainer = make_trainer([PredictExtendCallback(predictor, **SMALL if predictor is MERGED else {})])
+    setattr(trainer.args, field, True)
+    with raises_kind("config-contradiction", field):
         trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_second_callback_in_one_trainer_is_refused(make_trainer: Any) -> None:

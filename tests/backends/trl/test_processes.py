@@ -250,12 +250,8 @@ def test_weights_that_we_cannot_reach_are_refused_by_name() -> None:
         check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind=kind), several=True)
     with raises_kind("backend-unsupported", "Megatron-LM"):
         check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind="MEGATRON_LM"), several=True)
-
-
-def test_a_config_in_several_processes_is_refused_and_the_callback_named() -> None:
     with raises_kind("backend-unsupported", "2 processes", "PredictExtendCallback"):
-        schedule, args = Schedule(observe=10, every=5), arguments(world_size=2, kind="MULTI_CPU")
-        check_arguments(make_predictor("secant"), schedule, Guards(), 20, args)
+        check_arguments(secant, schedule, guards, 20, arguments(world_size=2, kind="MULTI_CPU"))
 
 
 def test_a_digest_tells_the_last_bit_the_place_and_the_chunk() -> None:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from next_backends.external.external_backend import ExternalBackend
 from next_backends.external.trainer import Trainer
-from next_backends.openrlhf.environment import parse
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
-from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup
+from next_backends.openrlhf.openrlhf_setup import OpenRlhfSetup, parse
 from next_backends.openrlhf.saved_states import LATEST, newest_state, remove_old_models
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import unsupported

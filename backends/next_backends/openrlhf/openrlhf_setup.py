@@ -1,17 +1,25 @@
 """What all OpenRLHF processes of one run share: prompts, rewards, command line, launch settings."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from next_backends.data import is_chat
+from next_backends.external.environment import ask
 from next_backends.external.trainer_setup import TrainerSetup
 from next_backends.openrlhf import command
-from next_backends.openrlhf.environment import TRAINER_SIDE
 from next_core.errors import BackendError
 from next_core.storage.atomic import write_text
 
+VERSION = "0.11.2"  # The release of OpenRLHF that this backend drives
 PROMPTS = "prompts.jsonl"
+TRAINER_SIDE = Path(__file__).parent / "trainer_side"
+
+
+def parse(config: Any, options: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that OpenRLHF's own parser and checks make of a command line. Raises as ``ask`` does."""
+    return ask(config, "OpenRLHF", VERSION, TRAINER_SIDE / "parse.py", options)
 
 
 class OpenRlhfSetup(TrainerSetup):
@@ -21,16 +29,13 @@ class OpenRlhfSetup(TrainerSetup):
     check_run = staticmethod(command.check_run)
 
     def serve_rewards(self) -> None:
-        """Serve the reward of the run config, unless the config names a reward file for OpenRLHF."""
         if self.config.reward_file is None:
             super().serve_rewards()
 
     def states(self, start: int) -> Path:
-        """Return the folder of the checkpoints of a trainer that began at ``start``."""
         return self.folder / f"ckpt-{start:06d}"
 
     def options(self, start: int, load: bool = False) -> list[str]:
-        """Return OpenRLHF's options for a trainer that begins at ``start``, or resumes with ``load``."""
         run, batch = self.run, self.run.training.prompts_per_step
         reward = self.config.reward_file or (self.rewards.url if self.rewards is not None else "http://127.0.0.1:0/")
         options = {

@@ -23,7 +23,6 @@ class VerlSetup(TrainerSetup):
         return self.folder / "checkpoints"
 
     def options(self, start: int, load: bool = False) -> list[str]:
-        """Return verl's overrides for a trainer that begins at ``start``, or resumes there with ``load``."""
         folder = self.states(start)
         template = {} if is_chat(self.rows) else {"+actor_rollout_ref.model.custom_chat_template": command.TEXT}
         validation = [self._file(split) for split in self.splits] or [self._file("train")]

@@ -269,7 +269,8 @@ def main() -> None:
         print(f"next-core answer: {json.dumps({'rollout': step, 'train': train})}")
         return
     settings = json.loads(Path(first).read_text())
-    seen = {name: os.environ.get(name) for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")}
+    names = ("PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "NEXT_CORE_REWARD")
+    seen = {name: os.environ.get(name) for name in names}
     note(do="start", options=options, seen=seen, **settings)
     if PLAN.get("does_not_start_at") == int(options["--train.seed"]):
         sys.exit("no such device")

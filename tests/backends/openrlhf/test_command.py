@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from next_backends.external import environment as external_environment
-from next_backends.openrlhf import environment
+from next_backends.openrlhf import openrlhf_setup
 from next_backends.openrlhf.command import FIELDS, REFUSED, Options, check_run, make_command
-from next_backends.openrlhf.environment import parse
 from next_backends.openrlhf.openrlhf_config import OpenRlhfConfig
+from next_backends.openrlhf.openrlhf_setup import parse
 from next_core.run_config import RunConfig
 from tests.backends.openrlhf.cpu import recorded_options
 from tests.errors import raises_kind
@@ -358,7 +358,7 @@ def test_openrlhfs_own_refusals_are_reported(make: Make, real: OpenRlhfConfig, w
 
 @pytest.mark.openrlhf
 def test_another_release_is_refused(make: Make, real: OpenRlhfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "VERSION", "0.11.1")
+    monkeypatch.setattr(openrlhf_setup, "VERSION", "0.11.1")
     with raises_kind("config-missing-package", "it has OpenRLHF 0.11.2"):
         parse(real, make())
 

@@ -35,12 +35,13 @@ def test_it_is_said_to_be_experimental(pretence: Pretence) -> None:
 
 
 def test_a_trainer_gets_its_reward_and_what_it_imports(pretence: Pretence) -> None:
-    pretence.started()
+    backend = pretence.started()
     (start,) = pretence.asked("start")
     _, *scripts = map(Path, start["seen"]["PYTHONPATH"].split(os.pathsep))
     parts = [path.relative_to(BACKENDS).parts for path in scripts]
     assert parts == [("verl", "trainer_side"), ("external", "trainer_side")]
     assert start["options"]["reward.custom_reward_function.path"] == str(scripts[0] / "reward.py")
+    assert start["seen"]["NEXT_CORE_REWARD"] == backend._setup.rewards.url
 
 
 def test_resume_uses_the_newest_complete_checkpoint_and_keeps_the_jump_in_it(pretence: Pretence) -> None:

@@ -89,6 +89,11 @@ def unsupported(message: str) -> BackendError:
     return BackendError(message, kind="backend-unsupported")
 
 
+def trainer_failed(message: str) -> BackendError:
+    """Return the error for a trainer that did not do what was asked of it."""
+    return BackendError(message, kind="backend-failed")
+
+
 def trainer_lost(message: str) -> BackendError:
     """Return the error for a trainer's process that has ended or does not answer."""
     return BackendError(message, kind="backend-process-lost")
@@ -125,6 +130,11 @@ def ambiguous_step(message: str) -> CheckpointError:
 def not_found(message: str) -> CheckpointError:
     """Return the error for a folder, step or tensor that does not exist."""
     return CheckpointError(message, kind="checkpoint-not-found")
+
+
+def no_history(message: str) -> CheckpointError:
+    """Return the error for checkpoints that are needed and were not kept."""
+    return CheckpointError(message, kind="checkpoint-no-history")
 
 
 def other_model(message: str) -> CheckpointError:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError, CheckpointError, describe
+from next_core.errors import BackendError, CheckpointError, describe, no_history
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import ADAPTER
 from next_core.sources.jumps import (
@@ -129,11 +129,10 @@ class HistoryFolder:
         there = {step for step, _ in numbered(self.checkpoints, "step-*")}
         gone = [step for step in steps if step % every == 0 and step not in there]
         if gone:
-            raise CheckpointError(
+            raise no_history(
                 f"resuming needs the checkpoint of step {gone[0]} in {self.checkpoints}, and the run has deleted it: "
                 "keep: needed keeps what its own predictor reads after a resume from the checkpoints in the trainer's "
-                "folder; resume with that predictor, from the newest of these",
-                kind="checkpoint-no-history",
+                "folder; resume with that predictor, from the newest of these"
             )
         self._begin_at(steps.start, start or steps.start == 0)
 

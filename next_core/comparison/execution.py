@@ -22,7 +22,7 @@ from next_core.cycle.run import CONFIG, RUNNING, run
 from next_core.cycle.run_result import RESULT, read_result
 from next_core.cycle.trainer_errors import ERROR_LOG
 from next_core.diagnostics.learning_rate import run_advice
-from next_core.errors import BackendError, CheckpointError, ConfigError, describe
+from next_core.errors import CheckpointError, ConfigError, describe, trainer_failed
 from next_core.run_config import RunConfig
 from next_core.storage.atomic import move_directory, new_directory, remove_directory, sweep, write_text
 from next_core.storage.json_lines import json_line, json_text
@@ -106,7 +106,7 @@ def _check_failures(failed: Mapping[str, str], plan: RacePlan, done: Sequence[Ra
     if {arm for arm, _ in variants} > {arm for arm, _ in variants - lacking}:
         message = f"{len(failed)} of {len(plan.races)} runs failed; the same command retries them."
         reasons = [f"{title}: {reason}" for title, reason in failed.items()]
-        raise BackendError("\n".join([message, *reasons]), kind="backend-failed")
+        raise trainer_failed("\n".join([message, *reasons]))
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
 from next_core.cycle.retention import Retention
 from next_core.cycle.scaling import StepScaling
-from next_core.errors import BackendError, CheckpointError, GuardError, unsupported
+from next_core.errors import BackendError, GuardError, no_history, unsupported
 from next_core.history.executor import Executor
 from next_core.history.history import History
 from next_core.interfaces import Applied, Compressor
@@ -344,10 +344,9 @@ class PredictExtendCycle:
             return
         applied = self.backend.active_jump(record["step"])
         if applied is None:
-            raise CheckpointError(
+            raise no_history(
                 f"the recovery window of the jump after step {record['step']} is open, and the weights from before the "
-                "jump were not kept; resume from an earlier checkpoint",
-                kind="checkpoint-no-history",
+                "jump were not kept; resume from an earlier checkpoint"
             )
         self._recovering = Jump(
             record["step"], record["alpha"], applied=applied, accuracy_before=record["accuracy_before"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from next_core.backend import Backend
-from next_core.errors import BackendError, NextCoreError, StorageError, describe
+from next_core.errors import NextCoreError, StorageError, describe, trainer_failed
 from next_core.storage.atomic import is_full
 from next_core.types import Progress
 
@@ -53,9 +53,7 @@ def trainer_errors(out: Path) -> Iterator[None]:
         log = out / ERROR_LOG
         with contextlib.suppress(OSError):  # the trainer's own error matters more
             log.write_text(traceback.format_exc(), encoding="utf-8")
-        raise BackendError(
-            f"the trainer failed: {describe(error)}; the whole traceback is in {log}", kind="backend-failed"
-        ) from error
+        raise trainer_failed(f"the trainer failed: {describe(error)}; the whole traceback is in {log}") from error
 
 
 def report_progress(progress: Progress | None, what: str, done: int, total: int) -> None:

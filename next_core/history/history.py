@@ -12,7 +12,7 @@ from torch import Tensor
 
 from next_core.compressors.exact import ExactCompressor
 from next_core.compressors.lanczos import LanczosCompressor
-from next_core.errors import CheckpointError, contradiction, invalid_value
+from next_core.errors import CheckpointError, contradiction, invalid_value, no_history
 from next_core.history.delta_cache import DeltaCache, cache_key, compression_settings
 from next_core.history.executor import Executor, Task
 from next_core.history.matrix_tasks import Compress, InnerProducts
@@ -51,7 +51,7 @@ class History:
             raise invalid_value(f"rank must be at least 1 (got {rank})")
         if not source.steps:
             message = "the run has no checkpoint yet; observe at least one before fitting"
-            raise CheckpointError(message, kind="checkpoint-no-history")
+            raise no_history(message)
         self.source = source
         self.rank = rank
         self.spectrum = spectrum

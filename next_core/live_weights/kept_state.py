@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from next_core.appliers.safetensors_writer import TensorWriter, entry_of
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.live_weights.trained_weights import TrainedWeights
 from next_core.storage.atomic import atomic_file
 
@@ -91,10 +91,9 @@ def check_state(weights: TrainedWeights) -> None:
     for shard in weights.shards:
         for key, value in weights.state(shard).items():
             if not isinstance(value, Tensor | int | float | str | None):
-                raise BackendError(
+                raise unsupported(
                     f"{type(weights.optimizer).__name__} keeps a {type(value).__name__} as '{key}' in its state, which "
-                    "no rollback could restore; choose another optimizer, such as AdamW",
-                    kind="backend-unsupported",
+                    "no rollback could restore; choose another optimizer, such as AdamW"
                 )
 
 

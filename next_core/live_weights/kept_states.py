@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from next_core.errors import CheckpointError, StorageError, describe
+from next_core.errors import StorageError, describe, no_history
 from next_core.live_weights.kept_state import KeptState
 from next_core.live_weights.trained_weights import TrainedWeights
 from next_core.storage.atomic import disk_operation, sweep
@@ -102,10 +102,9 @@ class KeptStates:
                 raise ValueError("it is gone or damaged")  # noqa: TRY301
             kept.state = KeptState.from_tensors(load_file(file), self._trained)
         except Exception as error:
-            raise CheckpointError(
+            raise no_history(
                 f"{file} does not hold the weights of step {step}, to which the run should return "
-                f"({describe(error)}); resume from the trainer's last checkpoint",
-                kind="checkpoint-no-history",
+                f"({describe(error)}); resume from the trainer's last checkpoint"
             ) from error
 
     def restore(self) -> int:

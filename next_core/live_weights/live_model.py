@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from next_core.errors import BackendError, CheckpointError, describe
+from next_core.errors import BackendError, describe, no_history
 from next_core.live_weights.kept_state import KeptState
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights, WholeWeights
@@ -98,10 +98,9 @@ class LiveModel:
         try:
             self._states[number] = KeptState.from_tensors(load_file(file) if self.weights.shards else {}, self.weights)
         except Exception as error:
-            raise CheckpointError(
+            raise no_history(
                 f"{file} does not hold this run's weights from before the jump ({describe(error)}); resume with as "
-                "many processes as before, or from another checkpoint",
-                kind="checkpoint-no-history",
+                "many processes as before, or from another checkpoint"
             ) from error
 
     @everywhere

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import CheckpointError, describe, unsupported
+from next_core.errors import CheckpointError, describe, no_history, unsupported
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 from next_core.live_weights.kept_state import check_state, local
@@ -303,10 +303,9 @@ class OptimizerSteps(TrainerSteps):
             if self._momentum()[0] > 0 and not any(self._trained.state(shard) for shard in self._trained.shards):
                 self._updates, self._update = 0, torch.zeros_like(self._weights)  # saved without the optimizer
         except Exception as error:
-            raise CheckpointError(
+            raise no_history(
                 f"{file} does not hold the state of step scaling for this model and these processes "
-                f"({describe(error)}); resume from another checkpoint, with as many processes, or start again",
-                kind="checkpoint-no-history",
+                f"({describe(error)}); resume from another checkpoint, with as many processes, or start again"
             ) from error
 
     def _file(self, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from next_core.errors import BackendError, NextCoreError, describe, trainer_lost
+from next_core.errors import BackendError, NextCoreError, describe, trainer_failed, trainer_lost
 
 Answer = TypeVar("Answer")
 Owner = TypeVar("Owner")
@@ -258,7 +258,7 @@ def as_ours(error: BaseException) -> NextCoreError:
     The constructor is not called: a class of ours may want more than a message.
     """
     if not isinstance(error, NextCoreError):
-        return BackendError(f"process 0 failed: {describe(error)}", kind="backend-failed")
+        return trainer_failed(f"process 0 failed: {describe(error)}")
     ours: Any = next(cls for cls in type(error).__mro__ if cls.__module__ == NextCoreError.__module__)
     copy: NextCoreError = ours.__new__(ours, error.message)
     copy.message, copy.kind, copy.exit_code = error.message, error.kind, error.exit_code

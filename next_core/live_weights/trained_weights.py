@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from next_core.errors import BackendError
+from next_core.errors import unsupported
 from next_core.live_weights.processes import Processes
 
 
@@ -110,10 +110,9 @@ class WholeWeights(TrainedWeights):
             return
         trained = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
         if trained != {shard.key for shard in self._all} or not trained <= {*self.model.parameters()}:
-            raise BackendError(
+            raise unsupported(
                 f"{type(self.optimizer).__name__} steps on other weights than the model's that trained when training "
-                "began; unfreeze weights before it, and use no layer-wise optimizer",
-                kind="backend-unsupported",
+                "began; unfreeze weights before it, and use no layer-wise optimizer"
             )
 
     def read(self, name: str) -> Tensor:

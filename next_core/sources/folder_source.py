@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field
 
-from next_core.errors import CheckpointError, not_found, other_model
+from next_core.errors import CheckpointError, no_history, not_found, other_model
 from next_core.interfaces import CheckpointSource
 from next_core.settings import Settings
 from next_core.sources.checkpoint_names import missing_steps
@@ -177,10 +177,9 @@ class FolderSource(CheckpointSource, Generic[T]):
     def _step_0(self) -> T | None:
         """Return the checkpoint of step 0, if any. Raises ``CheckpointError`` if a jump after it was deleted."""
         if not self._start_is_right:
-            raise CheckpointError(
+            raise no_history(
                 f"{self.config.path}: {self._deleted()}, so deltas since RL began are not known; use a predictor that "
-                "reads recent checkpoints only, such as secant, or train with keep: all",
-                kind="checkpoint-no-history",
+                "reads recent checkpoints only, such as secant, or train with keep: all"
             )
         return self._checkpoints.get(0)
 

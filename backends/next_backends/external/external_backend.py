@@ -17,7 +17,7 @@ from next_backends.external.trainer_setup import TrainerSetup
 from next_backends.history_folder import JumpAdapter
 from next_core.appliers.jump_adapter import adapter_settings, adapter_tensors
 from next_core.backend import Backend, LoggedReward
-from next_core.errors import BackendError, describe, trainer_lost, unsupported
+from next_core.errors import describe, trainer_failed, trainer_lost, unsupported
 from next_core.interfaces import Applied, Prediction
 from next_core.interfaces.prediction import weight_deltas
 from next_core.interfaces.weight_delta import FactorStep
@@ -98,9 +98,7 @@ class ExternalBackend(Backend):
         if self._resumed is not None:
             self.continue_from(*self._resumed)
             if self._running.step != self._at:
-                raise BackendError(
-                    f"the trainer resumed from step {self._running.step}, not {self._at}", kind="backend-failed"
-                )
+                raise trainer_failed(f"the trainer resumed from step {self._running.step}, not {self._at}")
             return
         self._setup.write_prompts(0)
         self._trainer = Trainer(self._setup, 0)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from next_core.errors import BackendError, CheckpointError, NextCoreError, describe, trainer_lost
+from next_core.errors import BackendError, CheckpointError, NextCoreError, describe, trainer_failed, trainer_lost
 from next_core.rewards import RewardFunction, make_reward
 from next_core.run_config import TrainingSettings
 
@@ -125,7 +125,7 @@ class RewardServer:
                 for _, answer in waiting:
                     if not answer.done():
                         answer.set_exception(error)
-                raise BackendError(f"the reward failed: {describe(error)}", kind="backend-failed") from error
+                raise trainer_failed(f"the reward failed: {describe(error)}") from error
 
     def close(self) -> None:
         """Stop the server; pending requests get an error."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from next_backends.external.trainer_setup import TrainerSetup
-from next_core.errors import BackendError, trainer_lost
+from next_core.errors import BackendError, trainer_failed, trainer_lost
 
 TICK = 0.05  # Seconds between looks at the trainer
 START_TIMEOUT = 3600.0  # Seconds for a trainer to get ready: large models take long to load
@@ -57,7 +57,7 @@ class Trainer:
         self._send({"do": "train", "until": until})
         self.step = self._wait_for_pause()
         if self.step != until:
-            raise BackendError(f"the trainer paused after step {self.step}, not {until}", kind="backend-failed")
+            raise trainer_failed(f"the trainer paused after step {self.step}, not {until}")
 
     def ask(self, what: str, **request: Any) -> Any:
         """Have the paused trainer do something. Raises ``BackendError`` with its reason if it cannot."""
@@ -68,7 +68,7 @@ class Trainer:
             answer = self._message()
         self._new_weights = self._new_weights or what in ("load", "restore", "move")
         if "error" in answer:
-            raise BackendError(f"the trainer failed to do '{what}': {answer['error']}", kind="backend-failed")
+            raise trainer_failed(f"the trainer failed to do '{what}': {answer['error']}")
         return answer.get("value")
 
     def finish(self) -> None:

@@ -9,7 +9,7 @@ from next_backends.data import is_chat
 from next_backends.external.environment import ask
 from next_backends.external.trainer_setup import TrainerSetup
 from next_backends.openrlhf import command
-from next_core.errors import BackendError
+from next_core.errors import trainer_failed
 from next_core.storage.atomic import write_text
 
 VERSION = "0.11.2"  # The release of OpenRLHF that this backend drives
@@ -80,8 +80,7 @@ class OpenRlhfSetup(TrainerSetup):
         super().step_logged(step, metrics, check)
         bound, found = self.config.max_vllm_kl, metrics.get("vllm_kl")
         if check and bound is not None and found is not None and not abs(found) <= bound:
-            raise BackendError(
+            raise trainer_failed(
                 f"step {step}: vllm_kl is {found:.2g}, above the bound {bound:g}: the engines sample from other "
-                "weights than the actor's. If the cause is their precision, raise backend.max_vllm_kl",
-                kind="backend-failed",
+                "weights than the actor's. If the cause is their precision, raise backend.max_vllm_kl"
             )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from next_backends.sharding import sharded_by_dtensor
-from next_core.errors import BackendError, ConfigError
+from next_core.errors import ConfigError, contradiction, unsupported
 from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft
 from next_core.predictor import Predictor, TrajectoryPredictor
 from next_core.run_config import Guards, Schedule
@@ -29,32 +29,28 @@ def check_arguments(
     """
     name = UNREACHABLE.get(args.distributed_state.distributed_type.value)
     if name is not None:
-        raise BackendError(
+        raise unsupported(
             f"neither jumps nor step scaling are supported under {name}; train with plain data parallelism, DeepSpeed "
-            "ZeRO or FSDP2",
-            kind="backend-unsupported",
+            "ZeRO or FSDP2"
         )
     if (args.world_size > 1 or args.deepspeed or args.fsdp) and not several:
-        raise BackendError(
+        raise unsupported(
             f"{args.world_size} processes, or DeepSpeed or FSDP: a config trains in one, without them; use "
-            "PredictExtendCallback in your own script, started with torchrun or accelerate launch",
-            kind="backend-unsupported",
+            "PredictExtendCallback in your own script, started with torchrun or accelerate launch"
         )
     jumps = isinstance(predictor, TrajectoryPredictor)
     if getattr(args, "sync_ref_model", False) and (not jumps or guards.recovery is not None):
-        raise ConfigError(
+        raise contradiction(
             "sync_ref_model copies weights into the reference policy, where they stay when a collapse or a jump is "
-            "undone later; set it to False",
-            kind="config-contradiction",
+            "undone later; set it to False"
         )
     if not jumps:
         return
     early = next((name for name in ("max_staleness", "async_prefetch") if getattr(args, name, None)), None)
     if early is not None:
-        raise BackendError(
+        raise unsupported(
             f"this trainer generates while it trains ({early}: {getattr(args, early)}): after a jump it would go on "
-            "with roll-outs of the weights from before it; use predictor='auto', which makes no jumps",
-            kind="backend-unsupported",
+            "with roll-outs of the weights from before it; use predictor='auto', which makes no jumps"
         )
     reuse = batches_of_a_generation(args)
     unit = reuse // math.gcd(reuse, int(args.gradient_accumulation_steps))
@@ -82,12 +78,11 @@ def check_jump_adapters(args: Any, predictor: Predictor, model: Any) -> None:
     elif hasattr(model, "vllm_engine") or getattr(args, "vllm_lora_sync", False):  # Unsloth; axolotl
         problem = "vLLM gets the trained adapter alone, and would generate without the jump adapters"
     if problem is not None:
-        raise BackendError(f"{problem}: {FACTORS_INSTEAD}", kind="backend-unsupported")
+        raise unsupported(f"{problem}: {FACTORS_INSTEAD}")
     if args.load_best_model_at_end:
-        raise ConfigError(
+        raise contradiction(
             "load_best_model_at_end would undo training, but not the jumps next to the trained adapter: set it to "
-            "False, or the predictor's space to factors, which makes none",
-            kind="config-contradiction",
+            "False, or the predictor's space to factors, which makes none"
         )
 
 
@@ -103,9 +98,8 @@ def check_reachable(model: nn.Module) -> None:
     """Raise ``BackendError`` if the weights are sharded in a way that we cannot read and write."""
     sharded_by_dtensor(model)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise BackendError(
-            "the weights are sharded by FSDP version 1; set fsdp_version to 2 (`version` in the trainer's fsdp_config)",
-            kind="backend-unsupported",
+        raise unsupported(
+            "the weights are sharded by FSDP version 1; set fsdp_version to 2 (`version` in the trainer's fsdp_config)"
         )
 
 

@@ -15,7 +15,7 @@ from next_backends.history_folder import numbered
 from next_backends.trl.argument_checks import check_arguments
 from next_backends.trl.evaluate import greedy_accuracy, likelihood_accuracies
 from next_core.config import with_model_folder
-from next_core.errors import CheckpointError, ConfigError, describe
+from next_core.errors import CheckpointError, ConfigError, contradiction, describe, invalid_value
 from next_core.plugins import import_object, make_chosen
 from next_core.process.optional_packages import import_optional
 from next_core.rewards import RewardFunction, make_reward
@@ -86,7 +86,7 @@ def build_trainer(
             peft_config=lora,
         )
     except ValueError as error:
-        raise ConfigError(f"TRL refuses the settings: {describe(error)}", kind="config-invalid-value") from None
+        raise invalid_value(f"TRL refuses the settings: {describe(error)}") from None
     if optimizer is not None:
         settings = {"lr": training.learning_rate, **optimizer.fields}
         trainer.optimizer_cls_and_kwargs = import_object(optimizer.name), settings
@@ -113,10 +113,7 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     for key in extra:
         if key in OURS:
-            raise ConfigError(
-                f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config",
-                kind="config-contradiction",
-            )
+            raise contradiction(f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
@@ -151,16 +148,13 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
     try:
         made = config_class(**(fields | extra))
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"TRL's {config_class.__name__} refuses the settings: {describe(error)}", kind="config-invalid-value"
-        ) from None
+        raise invalid_value(f"TRL's {config_class.__name__} refuses the settings: {describe(error)}") from None
     a_step = made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
     if a_step != training.prompts_per_step * training.generations:
-        raise ConfigError(
+        raise contradiction(
             f"backend.args make a step of {a_step} roll-outs, but prompts_per_step * generations is "
             f"{training.prompts_per_step * training.generations}; choose per_device_train_batch_size and "
-            "gradient_accumulation_steps with that product",
-            kind="config-contradiction",
+            "gradient_accumulation_steps with that product"
         )
     return made
 

@@ -22,7 +22,7 @@ from next_core.cycle.journal import JOURNAL, Journal
 from next_core.cycle.journal_advice import journal_advice
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.diagnostics.learning_rate import run_advice
-from next_core.errors import ConfigError, NextCoreError
+from next_core.errors import NextCoreError, contradiction, invalid_value
 from next_core.plugins import PredictorLike, resolve_any_predictor, steps_or_jumps
 from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
@@ -61,9 +61,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         **schedule: Any,
     ) -> None:
         if rank < 1:
-            raise ConfigError(f"rank must be at least 1 (got {rank})", kind="config-invalid-value")
+            raise invalid_value(f"rank must be at least 1 (got {rank})")
         if not (evaluate is None or evaluate == "reward" or callable(evaluate)):
-            raise ConfigError(f"evaluate is {evaluate!r}, not a function or 'reward'", kind="config-invalid-value")
+            raise invalid_value(f"evaluate is {evaluate!r}, not a function or 'reward'")
         if isinstance(predictor, str | Mapping):
             predictor = steps_or_jumps(predictor, TrlBackend)
         self._make_predictor = resolve_any_predictor(predictor)
@@ -107,15 +107,13 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.backend.trainer = trainer_of(self)
         ours = [isinstance(one, PredictExtendCallback) for one in trainer.callback_handler.callbacks] if trainer else []
         if sum(ours) > 1:
-            raise ConfigError(
-                "the trainer has several PredictExtendCallbacks: remove all but one (trainer.remove_callback)",
-                kind="config-contradiction",
+            raise contradiction(
+                "the trainer has several PredictExtendCallbacks: remove all but one (trainer.remove_callback)"
             )
         if self._given == "reward":
             if self._prompts is None:
-                raise ConfigError(
-                    "evaluate='reward': give the callback to the trainer's constructor, in callbacks=[...]",
-                    kind="config-contradiction",
+                raise contradiction(
+                    "evaluate='reward': give the callback to the trainer's constructor, in callbacks=[...]"
                 )
             self._evaluate = reward_probe(self.backend.trainer, self._prompts)
         measure = None if self._evaluate is None else self._measure
@@ -191,10 +189,9 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
     def _check(self, args: Any, state: Any, model: Any) -> None:
         """Raise ``ConfigError`` or ``BackendError`` for a training that cannot jump; changes nothing."""
         if state.global_step > state.max_steps:
-            raise ConfigError(
+            raise contradiction(
                 f"the checkpoint is of step {state.global_step}, after the last of {state.max_steps}: resume from an "
-                "earlier one, or raise max_steps",
-                kind="config-contradiction",
+                "earlier one, or raise max_steps"
             )
         predictor = self._make_predictor()
         check_arguments(predictor, self.schedule, self.guards, state.max_steps, args, several=True)

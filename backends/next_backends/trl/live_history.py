@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from next_backends.history_folder import HistoryFolder, JumpAdapter
 from next_backends.trl.tensors import adapter_config, jump_tensors, live_tensors, write_checkpoint
-from next_core.errors import BackendError, CheckpointError
+from next_core.errors import CheckpointError, no_history, unsupported
 from next_core.interfaces import Applied
 from next_core.live_weights.frozen_adapters import (
     activate_jumps,
@@ -73,9 +73,8 @@ class LiveHistory:
             self.folder.forget_after(step)
             self._source = None
         elif self._lora and jump_adapters(self.live.model):
-            raise BackendError(
-                "the model holds jump adapters of an earlier training; make a new model, or resume from a checkpoint",
-                kind="backend-unsupported",
+            raise unsupported(
+                "the model holds jump adapters of an earlier training; make a new model, or resume from a checkpoint"
             )
         else:
             self.folder.clear()
@@ -86,9 +85,8 @@ class LiveHistory:
         """Raise ``CheckpointError`` unless the trainer's checkpoint and this folder are of one run."""
         path = self.folder.path
         if not self.folder.checkpoints.is_dir():
-            raise CheckpointError(
-                f"{path} holds no history: this run was not observed from its start; resume it without jumps",
-                kind="checkpoint-no-history",
+            raise no_history(
+                f"{path} holds no history: this run was not observed from its start; resume it without jumps"
             )
         self._restore_adapters(step, checkpoint)
         if not self.folder.checkpoint(step).is_dir():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from next_backends.trl.evaluate import greedy_accuracy
-from next_core.errors import ConfigError
+from next_core.errors import contradiction
 
 MOST_PROMPTS = 256  # Prompts that a probe evaluates
 SHARE = 10  # At most one of so many training prompts is held back
@@ -31,10 +31,9 @@ def prompts_of(trainer: Any) -> Any:
     data = trainer.train_dataset
     count = min(MOST_PROMPTS, len(data) // SHARE) if isinstance(data, Dataset) else 0
     if count == 0:
-        raise ConfigError(
+        raise contradiction(
             "evaluate='reward' finds no prompts: give the trainer an eval_dataset (none can be held back from a "
-            f"train_dataset that is streamed or has fewer than {SHARE} rows)",
-            kind="config-contradiction",
+            f"train_dataset that is streamed or has fewer than {SHARE} rows)"
         )
     held = {index * len(data) // count for index in range(count)}
     trainer.train_dataset = data.select([index for index in range(len(data)) if index not in held])
@@ -57,7 +56,7 @@ def reward_probe(trainer: Any, data: Any) -> Callable[[Any], float]:
     if getattr(trainer, "tools", None) or getattr(trainer, "environments", None):
         problem = "completions call tools"
     if problem is not None:
-        raise ConfigError(f"evaluate='reward': {problem}; pass a function of the model", kind="config-contradiction")
+        raise contradiction(f"evaluate='reward': {problem}; pass a function of the model")
     assert functions is not None
     ours = {"trainer_state": trainer.state, "log_extra": _ignored, "log_metric": _ignored}
 

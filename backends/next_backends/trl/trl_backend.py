@@ -17,7 +17,7 @@ from next_backends.trl.live_history import LiveHistory, TrlApplied
 from next_backends.trl.logged_rewards import LoggedRewards
 from next_core.backend import Backend, LoggedReward
 from next_core.cycle.decisions import PREFIX
-from next_core.errors import BackendError
+from next_core.errors import trainer_failed, unsupported
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft, rehearse_adapter
 from next_core.live_weights.in_memory import InMemoryApplier
@@ -94,16 +94,14 @@ class TrlBackend(Backend):
             return
         kinds = {str(config.peft_type.value) for config in self._model.peft_config.values()}
         if kinds != {"LORA"}:
-            raise BackendError(
+            raise unsupported(
                 f"the model trains {' and '.join(sorted(kinds))}, and jumps need LoRA or full parameters; use "
-                "predictor='auto', which makes none",
-                kind="backend-unsupported",
+                "predictor='auto', which makes none"
             )
         if space != "factors" and sharded_by_dtensor(self._model):
-            raise BackendError(
+            raise unsupported(
                 "FSDP2 takes no jump adapter next to the trained one, which a jump in merged space needs: "
-                f"{FACTORS_INSTEAD}",
-                kind="backend-unsupported",
+                f"{FACTORS_INSTEAD}"
             )
         if space == "merged":
             self._rehearse()
@@ -223,9 +221,8 @@ class TrlBackend(Backend):
         finally:
             self.trainer.remove_callback(callback)
         if self.trainer.state.global_step < until and not self._stopping:
-            raise BackendError(
-                f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?",
-                kind="backend-failed",
+            raise trainer_failed(
+                f"training ended at step {self.trainer.state.global_step} of {until}; does `args` shorten it?"
             )
 
     def stop(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError
+from next_core.errors import trainer_failed
 from next_core.live_weights.live_model import LiveModel
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.processes import Processes, everywhere
@@ -69,9 +69,7 @@ class Policy:
         found = [refused] if self.processes is None else self.processes.gather(refused, "in 'load'")
         places = [f"'{names[0]}' on rank {rank}" for rank, names in enumerate(found) if names]
         if places:
-            raise BackendError(
-                f"the trainer did not take the new weights of {', '.join(places)}", kind="backend-failed"
-            )
+            raise trainer_failed(f"the trainer did not take the new weights of {', '.join(places)}")
 
     def prepare_load(self, adapters: list[str], schedule: int) -> None:
         """Do the parts of ``load`` that depend on the trainer's library."""

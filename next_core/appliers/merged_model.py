@@ -22,16 +22,8 @@ from next_core.settings import Settings
 from next_core.sources.adapter_source import PeftAdapterSource
 from next_core.sources.adapter_tensors import BASE_LAYER, PREFIX, is_expert
 from next_core.sources.backbone import refuse_quantized, require
-from next_core.sources.hf_model import (
-    INDEX,
-    MODEL_CONFIG,
-    PICKLE_INDEX,
-    PICKLE_SINGLE,
-    SINGLE,
-    ModelFiles,
-    architecture_of,
-)
-from next_core.sources.layouts import SHARDS, has_any
+from next_core.sources.hf_model import MODEL_CONFIG, SINGLE, ModelFiles, architecture_of
+from next_core.sources.layouts import MODEL_FILES, MODEL_PICKLES, SHARDS, has_any
 from next_core.sources.matrices import HEADS
 from next_core.sources.tensor_files import TensorFile
 
@@ -179,15 +171,13 @@ class ModelWriter:
 
 def _refuse_pickles(folder: Path) -> None:
     """Raise ``CheckpointError`` for a model without safetensors files, whose layout the written model takes."""
-    if any((folder / name).exists() for name in (SINGLE, INDEX)):
-        return
-    for name in (PICKLE_SINGLE, PICKLE_INDEX, SHARDS):
-        if has_any(folder, (name,)):
-            raise CheckpointError(
-                f"{folder / name} is a pickle, and a merged model takes the layout of a safetensors backbone: load it "
-                "with transformers and save it by save_pretrained, or pass the base model as --backbone",
-                kind="checkpoint-pickle",
-            )
+    name = next((name for name in (*MODEL_FILES, *MODEL_PICKLES, SHARDS) if has_any(folder, (name,))), SINGLE)
+    if name not in MODEL_FILES:
+        raise CheckpointError(
+            f"{folder / name} is a pickle, and a merged model takes the layout of a safetensors backbone: load it "
+            "with transformers and save it by save_pretrained, or pass the base model as --backbone",
+            kind="checkpoint-pickle",
+        )
 
 
 def _refuse_unmergeable(source: CheckpointSource, backbone: ModelFiles) -> None:

@@ -23,7 +23,7 @@ from tests.errors import raises_kind
 from tests.sources.models import built, edit_json, straight_run, write_jump
 
 MODEL = "model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -142,28 +142,6 @@ def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
     make_applier("merged-model").apply(Prediction(open_checkpoints(run.path, run.base), 20, 10), out=tmp_path / "out")
     expected = load_file(run.base / MODEL)[HEAD] + run.deltas[20][HEAD]
     torch.testing.assert_close(load_file(tmp_path / "out" / MODEL)[HEAD], expected.float())
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize(
-    ("lora", "config", "named"),
-    [
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {}, "lm_head.weight"),
-        ({"target_modules": ["q_proj", "lm_head"]}, {"tie_word_embeddings": True}, "lm_head.weight"),
-    ],
-    ids=["a whole module", "a tied head"],
-)
-def test_an_adapter_that_a_merged_model_would_lose_or_misplace_is_refused(
-    make_lora_run: MakeRun, tmp_path: Path, lora: dict[str, Any], config: dict[str, Any], named: str
-) -> None:
-    run = make_lora_run(tmp_path / "run", (10, 20), **lora)
-    tied = "tie_word_embeddings" in config
-    backbone = changed_base(
-        run.base, tmp_path / "base", lambda t: t | ({HEAD: t[EMBEDDING].clone()} if tied else {}), **config
-    )
-    prediction = Prediction(open_checkpoints(run.path, backbone), 20, 10)
-    with raises_kind("checkpoint-unsupported-adapter", named, "peft-adapter"):
-        make_applier("merged-model").apply(prediction, out=tmp_path / "out")
 
 
 @pytest.fixture

@@ -1,53 +1,33 @@
 """GPT-2's layers store (in, out): what PEFT's product is added to depends on the class of a module, not on a flag."""
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from next_core import make_applier, open_checkpoints
 from next_core.interfaces import LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
-from tests.sources.models import built, edit_json
+from tests.fuzz.adapters import NAMES, STEPS, Draw, base_model, write_run
+from tests.sources.models import edit_json
 
-SIZES = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 32}
-SQUARE = "transformer.h.0.attn.c_proj"
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+SQUARE = "transformer.h.0.attn.c_proj.weight"
 MODEL = "model.safetensors"
-
-
-def gpt2() -> Any:
-    return built("GPT2LMHeadModel", "GPT2Config", **SIZES)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """LoRA checkpoints 10 and 20 of all layers of a GPT-2, its base, and the models that PEFT merges them into."""
-    from peft import LoraConfig, get_peft_model
-
-    gpt2().save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
-    model = get_peft_model(gpt2(), config)
-    for step in (10, 20):
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "lora_B" in name:
-                    value.copy_(step / 100 * noise(name, *value.shape))
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        model.save_pretrained(folder)
-        edit_json(folder / "adapter_config.json", fan_in_fan_out=False)
-    model.merge_and_unload().save_pretrained(tmp_path / "merged-20")
+    """LoRA checkpoints of all layers of the model in ``gpt2``, whose configs do not say that these are transposed."""
+    case = Draw(7, "gpt2", {"r": 2, "target_modules": NAMES["gpt2"]}, "default", 1.0, start=False)
+    write_run(case, base_model("gpt2", tmp_path), tmp_path / "run")
+    for step in STEPS:
+        edit_json(tmp_path / f"run/checkpoint-{step}/adapter_config.json", fan_in_fan_out=False)
     return tmp_path
-
-
-def written(run: Path, jump: dict[str, LowRankUpdate], backbone: str = "base") -> dict[str, Tensor]:
-    source = open_checkpoints(run / "checkpoints", backbone=run / backbone)
-    make_applier("merged-model").apply(Prediction(source, 20, 10, updates=jump), out=run / "out")
-    return load_file(run / "out" / MODEL)
 
 
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
@@ -55,19 +35,23 @@ def written(run: Path, jump: dict[str, LowRankUpdate], backbone: str = "base") -
 def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(
     run: Path, prefix: str, architectures: list[str] | None
 ) -> None:
-    edit_json(run / "base" / "config.json", architectures=architectures)
-    if prefix == "":  # the Hub's gpt2 was saved without its head, and so without this prefix
-        base = load_file(run / "base" / MODEL)
-        names = {name: name.removeprefix("transformer.") for name in base}
-        save_file({names[name]: value for name, value in base.items()}, run / "base" / MODEL, metadata={"format": "pt"})
-    jump = LowRank(noise("left", 16, 1), noise("right", 1, 16))
-    found = written(run, {f"{SQUARE}.weight": LowRankUpdate(jump)})
-    expected = load_file(run / "merged-20" / MODEL)
-    expected[f"{SQUARE}.weight"] += jump.dense().T
-    assert len(found) == len(expected)
-    for name, value in expected.items():
-        key = name if prefix else name.removeprefix("transformer.")
-        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0)
+    from peft import PeftModel
+
+    edit_json(run / "gpt2" / "config.json", architectures=architectures)
+    # The Hub's gpt2 was saved without its head, and so without this prefix.
+    base = {prefix + key.removeprefix("transformer."): x for key, x in load_file(run / "gpt2" / MODEL).items()}
+    save_file(base, run / "gpt2" / MODEL, metadata={"format": "pt"})
+    jump = LowRank(noise("left", 8, 1), noise("right", 1, 8))
+    source = open_checkpoints(run / "run", backbone=run / "gpt2")
+    updates = {SQUARE: LowRankUpdate(jump)}
+    make_applier("merged-model").apply(Prediction(source, 20, 10, updates=updates), out=run / "out")
+    found = load_file(run / "out" / MODEL)
+    trained = PeftModel.from_pretrained(copy.deepcopy(base_model("gpt2", run)), run / "run/checkpoint-20")
+    expected = trained.merge_and_unload().state_dict()
+    expected[SQUARE] += jump.dense().T
+    assert found.keys() == base.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected["transformer." + name.removeprefix("transformer.")])
 
 
 def test_a_flag_does_not_transpose_a_linear_layer(own_lora_run: LoraRun, tmp_path: Path) -> None:
@@ -80,7 +64,7 @@ def test_a_flag_does_not_transpose_a_linear_layer(own_lora_run: LoraRun, tmp_pat
 
 
 def test_a_model_that_transformers_cannot_build_is_refused(run: Path) -> None:
-    edit_json(run / "base" / "config.json", architectures=["OfNobody"])
-    source = open_checkpoints(run / "checkpoints")
+    edit_json(run / "gpt2" / "config.json", architectures=["OfNobody"])
+    source = open_checkpoints(run / "run")
     with raises_kind("checkpoint-unsupported-adapter", "transposed"):
-        make_applier("merged-model", backbone=run / "base").check_source(source, run / "out")
+        make_applier("merged-model", backbone=run / "gpt2").check_source(source, run / "out")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from next_core import open_checkpoints
-from next_core.sources.folder_source import mismatch
+from next_core.sources.folder_source import check_same_shapes
 from next_core.sources.full_model import FullModelSource
 from tests.conftest import noise
 from tests.errors import raises_kind
@@ -110,8 +110,10 @@ def test_a_backbone_must_have_every_parameter_of_the_run_and_may_have_more(run: 
 def test_a_renamed_parameter_is_named_with_the_likeliest_new_name_of_its_shape() -> None:
     ours = {"layers.0.q": (2, 2), "layers.0.up": (4, 2), "norm": (2,)}
     theirs = {"norm": (2,), "layers.0.qq": (3, 3), "zzz": (2, 2), "model.layers.0.q": (2, 2), "model.up": (4, 2)}
-    message = mismatch(ours, theirs, "step 10") or ""
-    assert "'layers.0.q' of step 10 is missing and 'model.layers.0.q' is new (of 2 missing, 4 new)" in message
+    with raises_kind(
+        "checkpoint-other-model", "'layers.0.q' of step 10", "'model.layers.0.q' is new", "2 missing, 4 new"
+    ):
+        check_same_shapes(ours, theirs, Path("checkpoint-20"), "step 10")
 
 
 @pytest.mark.parametrize(

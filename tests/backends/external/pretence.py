@@ -88,10 +88,10 @@ class Pretence:
         backend.start()
         return backend
 
-    def resumed(self, backend: ExternalBackend, step: int, **changes: Any) -> ExternalBackend:
-        """Kill the trainer, and resume its run at ``step``."""
+    def resumed(self, killed: ExternalBackend, step: int, **changes: Any) -> ExternalBackend:
+        """Kill the trainer of a backend, and resume its run at ``step``."""
         self.kill_trainer()
-        backend.close()
+        killed.close()
         return self.started(step=step, **changes)
 
     def observe(self, backend: ExternalBackend, step: int) -> dict[str, torch.Tensor]:

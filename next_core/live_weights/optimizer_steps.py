@@ -40,7 +40,8 @@ class OptimizerSteps(TrainerSteps):
     are summed over processes. Methods marked ``everywhere`` are called in process 0; ``after_step`` in every process.
 
     Memory: eight vectors of the sample; the trained weights once for each window, on their device; and on the CPU the
-    weights with the optimizer's moments, until they are written to ``folder``. Without it, twice these.
+    weights with the optimizer's moments, until they are written to ``folder``. Without it, twice these, and the weights
+    once more for the first steps.
     """
 
     def __init__(

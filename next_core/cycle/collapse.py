@@ -118,6 +118,11 @@ class RewardHistory:
         deviate = math.sqrt(2 * successes * math.log(self._steps[last] / self._steps[first]))
         return [RewardTrend(recent, before, (before - recent) / deviate, self._begins(first), first)]
 
+    def mean_after(self, step: int, until: int) -> float | None:
+        """Return the mean reward of the records that end after ``step``, until a later one; None without a record."""
+        first, last = bisect_right(self._ends, step), bisect_right(self._ends, until)
+        return self._mean(first, last) if first < last else None
+
     def clustering(self, records: int) -> float:
         """Return how much larger the variance of mean rewards is than that of independent roll-outs: at least 1.
 

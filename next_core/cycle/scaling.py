@@ -126,8 +126,8 @@ class StepScaling:
         steps = self._backend.steps
         before, kept = steps.multiple, list(steps.kept)
         returned = [record["back_to"] for record in scaling_records(self._journal) if record["event"] == "collapse"]
-        # Not a young state, nor one of steps whose reward had fallen, nor one that has led to a collapse once.
-        good = [at for at in kept if at <= step - KEEP_EVERY and at < trend.begins and at not in returned[-1:]]
+        # Not a young state, nor one that has led to a collapse once, nor one whose reward had fallen.
+        good = [at for at in kept if at <= step - KEEP_EVERY and at not in returned[-1:] and self._earned(at, trend)]
         target = good[-1] if good else kept[0]
         self._return_to(target)
         steps.multiple = before / (AT_START if target == 0 else AFTER_COLLAPSE)
@@ -135,6 +135,12 @@ class StepScaling:
             "collapse", step, back_to=target, reward=trend.recent, best=trend.best, error=trend.error,
             multiple_before=before, multiple=steps.multiple, rate=steps.learning_rate * steps.multiple,
         )  # fmt: skip
+
+    def _earned(self, at: int, trend: RewardTrend) -> bool:
+        """Whether the weights of a kept state still earned half of the best reward."""
+        assert self._rewards is not None
+        found = self._rewards.mean_after(at, min(at + KEEP_EVERY, trend.begins)) if at < trend.begins else -math.inf
+        return found is None or found >= trend.best - abs(trend.best) / 2
 
 
 def scaling_records(journal: Journal) -> list[dict[str, Any]]:

@@ -171,6 +171,23 @@ def test_a_state_of_steps_whose_reward_had_fallen_is_not_returned_to() -> None:
     assert (collapse["multiple_before"], collapse["multiple"]) == (1.0, 0.1)
 
 
+def test_a_state_whose_reward_fell_too_slowly_to_be_noticed_is_not_returned_to() -> None:
+    """The fall is so noisy that states are kept on the way down."""
+    backend = Descent()
+    made = cycle(backend, lambda history: StepScale(1.0), total=200)
+
+    def log(step: int) -> None:
+        undone = any(record["event"] == "collapse" for record in scaling_records(made.journal))
+        mean = 0.02 if step <= 15 or undone else 0.002 * (step <= 70 and step % 10 == 0)
+        if step % 5 == 0:
+            backend.logged.append(LoggedReward(step, 5, mean, math.sqrt(mean / 640)))
+
+    made.run(log)
+    collapse = next(record for record in scaling_records(made.journal) if record["event"] == "collapse")
+    assert collapse["step"] > 30
+    assert collapse["back_to"] <= 10
+
+
 def test_a_state_that_led_to_a_collapse_twice_is_not_returned_to_again() -> None:
     backend = Descent()
     made = cycle(backend, lambda history: StepScale(1.0), total=60)

@@ -162,7 +162,7 @@ def test_a_contradiction_of_values_the_default_predictor_fills_in_is_explained(l
         load(predictor="step-scale", guards={"recovery": 10})
 
 
-def test_a_run_that_is_shorter_than_a_block_of_step_scaling_is_only_too_short_for_jumps(
+def test_a_run_shorter_than_a_block_of_step_scaling_is_only_too_short_for_jumps(
     load: Callable[..., RunConfig],
 ) -> None:
     assert load(predictor="step-scale", steps=3).steps == 3
@@ -187,7 +187,7 @@ def test_an_unknown_plugin_is_named_with_the_nearest_one(load: Callable[..., Run
         load(training__reward="math-verfy")
 
 
-def test_a_predictor_may_be_a_class_next_to_the_config(
+def test_a_predictor_may_be_a_local_class(
     load: Callable[..., RunConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -32,9 +32,7 @@ def config(base: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("predictor", "wanted"), [("next-mlp", {"global", "local", "target"}), ("alpharl", {"global"})]
 )
-def test_the_deltas_are_those_that_the_predictor_then_has_decomposed(
-    predictor: str, wanted: set[str], lora_run: LoraRun
-) -> None:
+def test_the_deltas_are_those_the_predictor_decomposes(predictor: str, wanted: set[str], lora_run: LoraRun) -> None:
     source = open_checkpoints(lora_run.path)
     made = make_predictor(predictor, **({"epochs": 1} if predictor == "next-mlp" else {}))
     counting = Counting()
@@ -69,7 +67,7 @@ def test_a_merged_model_is_as_large_as_its_backbone(lora_run: LoraRun, tmp_path:
         )
 
 
-def test_notes_name_a_prediction_of_nothing_and_a_full_disk(
+def test_notes_name_no_motion_and_a_full_disk(
     lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = open_checkpoints(lora_run.path)
@@ -97,9 +95,7 @@ def test_a_run_names_its_jumps_checkpoints_and_their_size(config: dict[str, Any]
     assert not (tmp_path / "deep").exists()
 
 
-def test_step_scaling_takes_no_checkpoints_and_states_what_it_keeps_in_memory(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_step_scaling_takes_no_checkpoints_and_states_its_memory(config: dict[str, Any], tmp_path: Path) -> None:
     config = {key: value for key, value in config.items() if key != "schedule"} | {"save_every": 50}
     plan = planning.plan_run(make_config(config | {"predictor": "step-scale"}), tmp_path / "run")
     each = plan["write"]["bytes a checkpoint"]
@@ -119,9 +115,7 @@ class Launched(Descent):
         return {"command": ["train", "--steps", str(run.steps)]}
 
 
-def test_a_trainer_tells_what_it_would_start(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_shows_the_command(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry(), "_entries", dict(registry()._entries))
     registry().add(Launched)
     plan = planning.plan_run(make_config(config | {"backend": "launched"}), tmp_path / "run")
@@ -139,9 +133,7 @@ def test_a_full_parameter_run_is_larger(config: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("targets", "count"), [("all-linear", 14), (["q_proj", "v_proj"], 4), (r".*layers\.0\..*_proj", 7), (["x_proj"], 0)]
 )
-def test_the_trained_matrices_are_those_peft_would_adapt(
-    targets: str | list[str], count: int, config: dict[str, Any]
-) -> None:
+def test_trained_matrices_are_those_peft_adapts(targets: str | list[str], count: int, config: dict[str, Any]) -> None:
     training = config["training"] | {"lora": {"rank": 4, "target_modules": targets}}
     assert len(planning.trained_parameters(make_config(config | {"training": training}))) == count
 

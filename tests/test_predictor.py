@@ -132,7 +132,7 @@ def test_names_the_matrix_whose_outcome_is_of_another_type() -> None:
         ("backbone", {100: 1.0, 90: -1.0}, True),
     ],
 )
-def test_factor_space_needs_step_0_unless_the_weights_sum_to_zero_past_the_anchor(
+def test_factor_space_needs_step_0_unless_weights_cancel(
     anchor: Anchor, weights: dict[int, float], counts_from_step_0: bool
 ) -> None:
     @matrix_predictor("weighs", anchor=anchor)

@@ -35,7 +35,7 @@ WRONG = [
 @pytest.mark.parametrize(
     ("completion", "answer", "wanted"), [(*pair, 1.0) for pair in RIGHT] + [(*pair, 0.0) for pair in WRONG]
 )
-def test_what_equals_the_answer_is_right_and_anything_else_wrong(
+def test_only_what_equals_the_answer_is_right(
     reward: MathVerifyReward, completion: str, answer: str, wanted: float
 ) -> None:
     assert reward([completion], [answer]) == [wanted]

@@ -91,7 +91,7 @@ def adapter_logits(run: LoraRun, folder: Path, logits: Callable[[Any], Tensor]) 
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("plain", 3), ("mixed ranks and rslora", 2), ("plain", 50)])
-def test_a_truncated_adapter_is_the_best_of_its_rank(
+def test_truncation_is_optimal(
     runs: dict[str, LoraRun], kind: str, rank: int, tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
     run = runs[kind]
@@ -108,9 +108,7 @@ def test_a_truncated_adapter_is_the_best_of_its_rank(
 
 
 @KINDS
-def test_in_factor_space_the_adapter_keeps_its_ranks_and_its_config(
-    runs: dict[str, LoraRun], kind: str, tmp_path: Path
-) -> None:
+def test_in_factor_space_the_adapter_keeps_its_config(runs: dict[str, LoraRun], kind: str, tmp_path: Path) -> None:
     make_applier("peft-adapter").apply(secant(runs[kind], space="factors"), alpha=1.5, out=tmp_path / "out")
     stored, out = runs[kind].folder(20), tmp_path / "out"
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (stored, out)]
@@ -121,7 +119,7 @@ def test_in_factor_space_the_adapter_keeps_its_ranks_and_its_config(
 
 
 @KINDS
-def test_a_matrix_that_stays_gets_the_scaling_of_those_that_move(
+def test_a_still_matrix_is_scaled_alike(
     runs: dict[str, LoraRun], kind: str, tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
     prediction, explicit = predict(opened(runs[kind]))
@@ -137,7 +135,7 @@ def test_a_secant_in_merged_space_stores_the_newest_a_once(run: LoraRun, tmp_pat
     assert load_file(tmp_path / "out" / WEIGHTS)[KEY.format("A")].shape == (6, 16)  # of rank 3
 
 
-def test_memory_holds_the_factors_of_one_module_at_a_time(
+def test_one_modules_factors_are_in_memory_at_a_time(
     run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[weakref.ref[Tensor]] = []
@@ -174,9 +172,7 @@ def test_a_jump_that_is_not_finite_in_fp32_is_refused_and_leaves_nothing(
 
 
 @BOTH
-def test_nothing_is_written_onto_an_existing_folder_or_into_one_that_is_read(
-    run: LoraRun, tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_folder_is_overwritten(run: LoraRun, tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     with raises_kind("config-folder-not-empty", "there"):
         make_applier(applier).apply(secant(run), out=tmp_path / "there")

@@ -53,7 +53,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @BOTH
-def test_too_little_space_is_refused_before_anything_is_written(
+def test_too_little_space_is_refused(
     prediction: Prediction, tmp_path: Path, applier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "free_bytes", lambda folder: 2_500_000)

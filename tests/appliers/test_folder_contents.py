@@ -56,7 +56,7 @@ def full_folders(make_lora_run: MakeRun, base: Path, tmp_path: Path) -> LoraRun:
 
 
 @BOTH
-def test_a_folder_has_the_files_of_a_loader_and_a_card_but_none_of_the_trainer(
+def test_a_folder_has_a_loaders_files_and_a_card_and_no_trainers(
     full_folders: LoraRun, tmp_path: Path, applier: str
 ) -> None:
     from transformers import AutoTokenizer

@@ -68,7 +68,7 @@ def test_columns_of_zeros_stay_zeros(zero: tuple[str, ...]) -> None:
     torch.testing.assert_close(B @ A, left @ right, rtol=1e-12, atol=1e-15)
 
 
-def test_it_loads_in_peft_with_scaling_1_and_acts_as_the_deltas(
+def test_it_acts_as_the_deltas_in_peft(
     base: Path, deltas: dict[str, LowRank], tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
     from peft import PeftModel

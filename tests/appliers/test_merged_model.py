@@ -67,7 +67,7 @@ def moves(run: LoraRun) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards"])
-def test_the_model_loads_with_the_logits_of_the_explicit_weights(
+def test_it_loads_with_the_right_logits(
     run: LoraRun, sharded: Path, layout: str, tmp_path: Path, logits: Callable[[Any], Tensor]
 ) -> None:
     backbone = run.base if layout == "one file" else sharded
@@ -123,7 +123,7 @@ def test_the_backbones_precision_is_kept_and_values_beyond_it_are_refused(run: L
     ],
     ids=["another model", "another shape", "quantised"],
 )
-def test_a_backbone_that_the_run_cannot_be_added_to_is_refused(
+def test_a_backbone_that_does_not_fit_is_refused(
     run: LoraRun, tmp_path: Path, change: Any, kind: str, named: str
 ) -> None:
     other = changed_base(run.base, tmp_path / "other", change)
@@ -134,9 +134,7 @@ def test_a_backbone_that_the_run_cannot_be_added_to_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_a_head_with_an_adapter_is_merged_although_peft_saves_its_weights_along(
-    make_lora_run: MakeRun, tmp_path: Path
-) -> None:
+def test_a_head_with_an_adapter_is_merged_although_peft_saves_it_whole(make_lora_run: MakeRun, tmp_path: Path) -> None:
     run = make_lora_run(tmp_path / "run", (10, 20), target_modules=["q_proj", "lm_head"])
     assert any("base_layer" in key for key in load_file(run.folder(20) / "adapter_model.safetensors"))
     make_applier("merged-model").apply(Prediction(open_checkpoints(run.path, run.base), 20, 10), out=tmp_path / "out")
@@ -155,7 +153,7 @@ def full_run(tmp_path: Path, base: Path) -> dict[int, dict[str, Tensor]]:
     return weights
 
 
-def test_a_jump_that_the_newest_checkpoint_already_has_is_not_added_again(
+def test_a_jump_in_the_newest_checkpoint_is_added_once(
     full_run: dict[int, dict[str, Tensor]], tmp_path: Path, base: Path
 ) -> None:
     write_jump(tmp_path, 10, {ROW: noise("jump", 16, 16)})

@@ -57,9 +57,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}])
-def test_integers_scalars_and_8_bit_floats_come_from_the_newest_checkpoint(
-    folder: Path, options: dict[str, Any]
-) -> None:
+def test_integers_scalars_and_8_bit_floats_are_the_newest(folder: Path, options: dict[str, Any]) -> None:
     make_applier("merged-model", **options).apply(jump(folder), out=folder / "out")
     written, backbone = load_file(folder / "out" / MODEL), load_file(folder / "base" / MODEL)
     assert written.keys() == backbone.keys()

@@ -70,9 +70,7 @@ def test_values_beyond_the_range_are_infinite_and_never_wrap(dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("rounding", "shares"), [("nearest", (0.32, 0.55, 0.80, 0.94)), ("stochastic", (1.0, 1.0, 1.0, 1.0))]
 )
-def test_the_written_share_of_a_rank_1_jump_in_bf16_is_as_documented(
-    rounding: Rounding, shares: tuple[float, ...]
-) -> None:
+def test_the_written_share_of_a_rank_1_jump_is_as_documented(rounding: Rounding, shares: tuple[float, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(1536, 1536, generator=generator)).bfloat16().float()
     u, v = (torch.randn(1536, 1, generator=generator) for _ in range(2))

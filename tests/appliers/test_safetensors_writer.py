@@ -53,7 +53,7 @@ class WithoutDirectWrites(io.FileIO):
 
 @pytest.mark.parametrize("buffer", [4096, 4 * 2**20])
 @pytest.mark.parametrize("file", [io.FileIO, WithoutDirectWrites])
-def test_the_library_reads_back_the_same_tensors(
+def test_the_library_reads_it(
     tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int, file: Any
 ) -> None:
     monkeypatch.setattr(safetensors_writer, "BUFFER", buffer)

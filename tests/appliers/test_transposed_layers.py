@@ -32,9 +32,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
 @pytest.mark.parametrize("prefix", ["", "transformer."], ids=["names of the Hub", "names of transformers"])
-def test_an_adapter_is_merged_as_peft_merges_it_plus_the_transposed_jump(
-    run: Path, prefix: str, architectures: list[str] | None
-) -> None:
+def test_an_adapter_is_merged_with_the_transposed_jump(run: Path, prefix: str, architectures: list[str] | None) -> None:
     from peft import PeftModel
 
     edit_json(run / "gpt2" / "config.json", architectures=architectures)

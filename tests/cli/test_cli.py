@@ -56,9 +56,7 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
         (BrokenPipeError(), 0),
     ],
 )
-def test_each_error_has_its_exit_code(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
-) -> None:
+def test_errors_have_exit_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
     def fail() -> None:
         raise error
 

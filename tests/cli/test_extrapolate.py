@@ -25,7 +25,7 @@ def trained(lora_run: LoraRun) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
-def test_every_predictor_writes_another_adapter(
+def test_a_predictor_writes_an_adapter(
     predictor: str, extrapolate: Cli, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     found = facts(extrapolate("--json", *QUICK.get(predictor, ()), predictor=predictor))
@@ -147,9 +147,7 @@ def test_what_cannot_be_written_fails_before_anything_is_decomposed(
         assert str(name) in outcome.err
 
 
-def test_a_second_predictor_reads_the_first_ones_cache(
-    extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_predictor_reads_the_cache(extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "kept"
     assert extrapolate("--predictor", "alpharl", "--cache", kept).code == 0
     first = load_file(tmp_path / "out" / WEIGHTS)
@@ -177,9 +175,7 @@ class Mine(Secant):
 """
 
 
-def test_a_predictor_can_be_a_class_in_the_current_folder(
-    extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_predictor_can_be_a_local_class(extrapolate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_predictors.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

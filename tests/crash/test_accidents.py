@@ -41,9 +41,7 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_ever(whole_
     ],
     ids=["Ctrl-C", "SIGTERM"],
 )
-def test_a_signal_stops_the_command_which_resumes(
-    action: work.Action, code: int, said: str, whole_run: Whole, tmp_path: Path
-) -> None:
+def test_a_stopped_command_resumes(action: work.Action, code: int, said: str, whole_run: Whole, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "run"
     config = tmp_path / "config.yaml"
     config.write_text(small_run.dumped(whole_run.raw))

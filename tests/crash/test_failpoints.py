@@ -67,9 +67,7 @@ def test_a_run_killed_at_a_write_goes_on_to_the_same_end(whole_run: Whole, point
 
 
 @pytest.mark.parametrize("point", DELETING, ids=lambda point: f"{point.what} {point.path}".replace(" ", "-"))
-def test_a_run_killed_while_it_deletes_goes_on_to_the_same_end(
-    whole_needed: Whole, point: Point, tmp_path: Path
-) -> None:
+def test_a_run_killed_while_it_deletes_ends_the_same(whole_needed: Whole, point: Point, tmp_path: Path) -> None:
     killed_and_begun_again(whole_needed, [point], tmp_path / "run")
 
 

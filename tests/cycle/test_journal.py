@@ -70,7 +70,7 @@ def test_an_empty_journal_has_no_records_and_one_that_cannot_be_read_is_named(tm
     ],
     ids=["resumed before a jump", "verified", "resumed before the verdict", "verified after a resume"],
 )
-def test_jumps_and_verdicts_count_up_to_a_resume(
+def test_jumps_and_verdicts_count_until_a_resume(
     records: list[dict[str, Any]], accepted: list[tuple[int, bool]]
 ) -> None:
     assert [(j["step"], j["accepted"]) for j in valid_jumps(records)] == accepted

@@ -71,9 +71,7 @@ def test_an_abstention_is_journalled_with_its_reason() -> None:
     ("name", "fields", "horizon"),
     [("secant", {"window": 7}, 10), ("secant", {"window": 5, "gate": {"window": 30}}, 10), ("next-mlp", {}, 55)],
 )
-def test_a_predictor_that_can_never_act_is_refused_before_the_run(
-    name: str, fields: dict[str, Any], horizon: int
-) -> None:
+def test_a_predictor_that_can_never_act_is_refused_at_once(name: str, fields: dict[str, Any], horizon: int) -> None:
     schedule = SCHEDULE.model_copy(update={"horizon": horizon})
     with raises_kind("config-schedule", f"'{name}'", "after step 50"):
         PredictExtendCycle(Descent(), lambda: make_predictor(name, **fields), schedule, Guards(), 60, Journal())

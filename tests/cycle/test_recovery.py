@@ -144,7 +144,7 @@ def test_a_launched_trainer_stands_still_wherever_something_is_measured(average:
     [(), (0.5, 0.6, 0.65, 0.5), (0.5, float("nan"), 0.6, 0.6, 0.75, 0.75, 0.8)],
     ids=["recovers", "fails", "has a probe that failed"],
 )
-def test_a_resumed_run_decides_as_the_whole_run(
+def test_a_resumed_run_decides_alike(
     trainer: type[Descent], step: int, against: Any, readings: tuple[float, ...]
 ) -> None:
     guards = Guards(recovery=10, against=against)

@@ -328,9 +328,7 @@ FIRST, CONTROL = ["1 prepare", "1 train", "1 close"], ["2 prepare", "2 train", "
         ("2 close", FIRST + CONTROL),
     ],
 )
-def test_a_trainer_is_ended_once(
-    fails: str, events: list[str], watched: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_trainers_end_once(fails: str, events: list[str], watched: Callable[..., RunConfig], tmp_path: Path) -> None:
     with raises_kind("backend-failed", f"ZeroDivisionError: {fails} failed"):
         run(watched(fails), tmp_path / "run")
     assert Watched.events == events
@@ -348,9 +346,7 @@ def test_the_first_error_is_the_one_that_is_seen(fails: str, watched: Callable[.
     assert f"{fails[0]} close failed" in note
 
 
-def test_an_interrupted_trainer_and_one_that_cannot_resume_are_ended(
-    watched: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_an_interrupted_or_unresumable_trainer_is_ended(watched: Callable[..., RunConfig], tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 

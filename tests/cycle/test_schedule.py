@@ -35,9 +35,7 @@ def test_a_predictor_must_find_what_it_needs_in_the_checkpoints_up_to_a_jump(win
     settle=st.integers(0, 30),
     total=st.integers(0, 120),
 )
-def test_every_attempt_is_at_a_checkpoint(
-    every: int, observe: int, jump_every: int | None, settle: int, total: int
-) -> None:
+def test_attempts_are_at_checkpoints(every: int, observe: int, jump_every: int | None, settle: int, total: int) -> None:
     spacing = None if jump_every is None else jump_every * every
     schedule = Schedule(every=every, observe=observe * every, jump_every=spacing, settle=settle)
     steps = schedule.attempt_steps(total)

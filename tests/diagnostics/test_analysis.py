@@ -109,9 +109,7 @@ def test_a_group_shows_the_median_and_its_quartiles() -> None:
         ((0, 10, 20, 30, 40), {"msd_exponent", "line_r2_out"}, {"top_5_share"}),
     ],
 )
-def test_few_or_uneven_checkpoints_leave_figures_out_with_a_reason(
-    steps: Sequence[int], there: set[str], missing: set[str]
-) -> None:
+def test_too_few_checkpoints_leave_out_figures(steps: Sequence[int], there: set[str], missing: set[str]) -> None:
     analysis = analyze(history(dense_run({name(0): drift(0), name(1): drift(2)}, steps)))
     assert analysis.steps == tuple(step for step in steps if step)
     assert analysis.missing.keys() >= missing

@@ -77,9 +77,7 @@ def reopened(run: LoraRun, target: Path, step: int) -> CheckpointSource:
     return open_checkpoints(root / "checkpoints")
 
 
-def test_jumps_of_a_run_folder_count_as_they_did_when_the_cut_was_reached(
-    own_lora_run: LoraRun, tmp_path: Path
-) -> None:
+def test_jumps_of_a_run_folder_count_as_when_the_cut_was_reached(own_lora_run: LoraRun, tmp_path: Path) -> None:
     jump(own_lora_run, 1, 30, moved("s"))
     jump(own_lora_run, 2, 50, moved("t"))
     found = backtest(open_checkpoints(own_lora_run.path), ALONE, horizon=20, draws=0)

@@ -96,9 +96,7 @@ def test_shipped_base_has_the_recorded_accuracy(task: Any, kit: ModuleType) -> N
     assert f"{sampled:.3f}, {greedy:.3f} |".replace("0.", ".") in (EXAMPLES / "README.md").read_text()
 
 
-def test_exact_accuracy_is_what_generation_gives_and_the_reward_agrees(
-    task: Any, kit: ModuleType, benchmark: ModuleType
-) -> None:
+def test_exact_accuracy_is_that_of_generation_and_reward(task: Any, kit: ModuleType, benchmark: ModuleType) -> None:
     """Teacher forcing must agree with the model's own ``generate``, run with the settings shipped beside it.
 
     A task's own reward that paid for more than the answer with its end would show as well.

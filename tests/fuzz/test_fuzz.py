@@ -29,7 +29,7 @@ def test_a_seed_determines_a_case_and_most_cases_are_damaged(examples: Path) -> 
         assert len(set(cases) - {whole}) > 30
 
 
-def test_a_fault_is_counted_and_shown(
+def test_a_fault_is_counted(
     examples: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(TARGETS, "jump", dataclasses.replace(TARGETS["jump"], read=lambda file: 1 / 0))

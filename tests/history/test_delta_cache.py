@@ -141,9 +141,7 @@ def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_kep
     assert not dead.exists()
 
 
-def test_another_users_file_is_read_although_it_cannot_be_marked_as_used(
-    cache: DeltaCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_users_file_is_read_and_not_marked_as_used(cache: DeltaCache, monkeypatch: pytest.MonkeyPatch) -> None:
     History(on_disk(lora_run()), 1, Counting(), cache=cache).compress("global")
     monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(13, "not yours")))
     counting = Counting()

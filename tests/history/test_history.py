@@ -86,9 +86,7 @@ def spans(kind: DeltaKind) -> list[tuple[int, int | None]]:
 
 @pytest.mark.parametrize("kind", ["global", "local", "target"])
 @pytest.mark.parametrize("rank", [1, 2])
-def test_components_are_the_leading_triplets_of_the_dense_deltas(
-    source: MemorySource, kind: DeltaKind, rank: int
-) -> None:
+def test_components_are_leading_triplets_of_dense_deltas(source: MemorySource, kind: DeltaKind, rank: int) -> None:
     history = History(source, rank, ExactCompressor())
     found = history.components(kind, 20 if kind == "target" else None)
     assert set(found) == {"a", "b", "c", "d"}

@@ -186,7 +186,7 @@ class RowSource(MemorySource):
         LowRankUpdate(LowRank(noise(4, 6, 1), noise(5, 1, 5))),
     ],
 )
-def test_a_move_that_is_read_by_rows_is_the_same(
+def test_a_move_by_rows_is_the_same(
     source: MemorySource, update: Update, anchor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("next_core.interfaces.weight_delta.BLOCK", 10)

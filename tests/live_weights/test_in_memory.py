@@ -72,9 +72,7 @@ def test_an_error_half_way_undoes_the_parameters_before_it(model: Any, lora_run:
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
-def test_an_adapter_that_fails_half_way_is_removed(
-    model: Any, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_made_adapter_is_removed(model: Any, lora_run: LoraRun, monkeypatch: pytest.MonkeyPatch) -> None:
     before = weights(model)
     halves = iter([frozen_adapters.balanced(low_rank()[ROW].matrix)])
     monkeypatch.setattr(frozen_adapters, "balanced", lambda delta: next(halves))
@@ -103,7 +101,7 @@ def test_exactly_one_adapter_must_train(model: Any, lora_run: LoraRun, active: l
     ("shape", "dtype", "kind"),
     [((4, 6), torch.bfloat16, "backend-unsupported"), ((6, 4), torch.float32, "checkpoint-other-model")],
 )
-def test_full_weights_in_half_precision_or_of_another_shape_are_refused(
+def test_weights_of_another_precision_or_shape_are_refused(
     shape: tuple[int, int], dtype: torch.dtype, kind: str
 ) -> None:
     source = MemorySource(

@@ -446,9 +446,7 @@ def test_a_state_that_no_rollback_could_restore_is_refused_at_the_first_step(mon
 
 
 @pytest.mark.parametrize("kind", [Adafactor, Counting])
-def test_undo_restores_a_step_that_the_optimizer_counts_as_a_number(
-    tmp_path: Path, folder: Path | None, kind: Any
-) -> None:
+def test_undo_restores_a_step_that_is_counted_as_a_number(tmp_path: Path, folder: Path | None, kind: Any) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 8), torch.randn(64, 8)
     settings = {"relative_step": False, "scale_parameter": False} if kind is Adafactor else {}

@@ -85,9 +85,7 @@ def test_rounding_noise_in_most_features_does_not_reach_the_others() -> None:
         ([[0.0], [2.0], [0.1], [2.1]], [0.0, 0.0, 1.0, 1.0], "t = 0.07"),
     ],
 )
-def test_abstains_where_the_slope_is_not_distinguishable_from_0(
-    x: list[list[float]], y: list[float], reason: str
-) -> None:
+def test_abstains_where_the_slope_may_be_0(x: list[list[float]], y: list[float], reason: str) -> None:
     found = invert(np.array(x), np.array(y), 3.0, min_t=2.0)
     assert reason in found.reason
 
@@ -103,7 +101,7 @@ def test_abstains_where_the_slope_is_not_distinguishable_from_0(
     ],
     ids=["constant", "not finite", "logged late", "falling to", "rising to"],
 )
-def test_abstains_on_a_metric_that_cannot_be_fitted(
+def test_abstains_on_unfit_metrics(
     values: dict[int, float], fields: dict[str, float], figures: tuple[str, ...]
 ) -> None:
     source = dense_run({"a": drift(1), "b": drift(4)}, metrics=rewards(values))

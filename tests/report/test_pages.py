@@ -90,9 +90,7 @@ def test_nothing_is_cut_off_covered_or_hard_to_read(pages: Mapping[str, Path], s
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-def test_maps_of_real_weights_are_readable(
-    make_lora_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_of_weights_are_readable(make_lora_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "CUTS", 3)
     monkeypatch.setattr(geometry, "DRAWS", 2)
     run = make_lora_run(tmp_path / "run" / "checkpoints")

@@ -85,7 +85,7 @@ def test_scaling_and_rank_are_pefts(make_lora_run: MakeRun, tmp_path: Path, fiel
         ({"r": 8}, "checkpoint-other-model", "model.layers.0.mlp.down_proj"),
     ],
 )
-def test_a_config_without_low_rank_deltas_is_refused(
+def test_a_config_of_no_low_rank_is_refused(
     own_lora_run: LoraRun, change: dict[str, Any], kind: str, name: str
 ) -> None:
     for step in (0, *STEPS):
@@ -182,7 +182,7 @@ def test_a_value_that_is_not_finite_is_named_by_file_and_tensor(own_lora_run: Lo
         ({"use_rslora": True}, ("scaled by 4 ", "by 2 ")),
     ],
 )
-def test_a_checkpoint_of_another_run_is_named(
+def test_another_run_is_named(
     own_lora_run: LoraRun, make_lora_run: MakeRun, lora: dict[str, Any], figures: tuple[str, ...]
 ) -> None:
     shutil.rmtree(own_lora_run.folder(30))

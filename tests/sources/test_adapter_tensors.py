@@ -133,9 +133,7 @@ def expert_tensors(ranks: dict[str, int]) -> dict[str, torch.Tensor]:
         ({"": 8, ".base_layer": 8}, ["mlp.experts.down_proj", "mlp.experts.v1"], UNSUPPORTED),
     ],
 )
-def test_fused_factors_must_fit_the_config(
-    tmp_path: Path, ranks: dict[str, int], targets: list[str], kind: str
-) -> None:
+def test_fused_factors_fit_the_config(tmp_path: Path, ranks: dict[str, int], targets: list[str], kind: str) -> None:
     made = configured(tmp_path / "a", target_parameters=targets)
     save_file(expert_tensors(ranks), made / "adapter_model.safetensors")
     with raises_kind(kind, "down_proj"):

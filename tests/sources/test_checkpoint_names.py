@@ -75,7 +75,7 @@ def read(source: CheckpointSource, step: int, since: int) -> float:
 
 @pytest.mark.parametrize("name", ["lora-step{}", "model_{:04d}", "epoch1-step-{}"])
 @pytest.mark.parametrize(("write", "layout", "motion"), [(adapter, "peft-adapter", 60), (model, "full-model", 30)])
-def test_any_names_are_read(
+def test_names_are_read(
     tmp_path: Path, name: str, write: Callable[[Path, int], Path], layout: str, motion: int
 ) -> None:
     for step in (10, 20, 40):

@@ -57,9 +57,7 @@ def opened(root: Path) -> FullModelSource:
 
 
 @pytest.mark.parametrize("place", ["_actor/global_step{}", "global_step{0}_hf/global_step{0}"])
-def test_masters_show_hidden_motion(
-    tmp_path: Path, asked: list[str], place: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_masters_show_motion(tmp_path: Path, asked: list[str], place: str, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, place)
     stored, source = open_checkpoints(tmp_path), opened(tmp_path)
     assert not torch.as_tensor(stored.delta("w", 20, 10)).any()
@@ -93,9 +91,7 @@ def test_masters_must_fit_the_weights(
         opened(tmp_path).delta("w", 20, 10)
 
 
-def test_masters_need_permission_and_deepspeed(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masters_are_read_only_if_allowed(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
     file = next((tmp_path / "_actor" / "global_step20").iterdir())
     assert states_folder(tmp_path / "global_step20_hf", 20) == file.parent

@@ -110,9 +110,7 @@ def shard_twice(folder: Path) -> None:
         (shard_twice, "checkpoint-unsupported-model", "verl.model_merger"),
     ],
 )
-def test_what_is_no_whole_model_is_refused(
-    tmp_path: Path, break_it: Callable[[Path], Any], kind: str, named: str
-) -> None:
+def test_parts_of_models_are_refused(tmp_path: Path, break_it: Callable[[Path], Any], kind: str, named: str) -> None:
     break_it(save_shards(tmp_path, WHOLE))
     with raises_kind(kind, named):
         open_shards(tmp_path, allow_pickle=True)

@@ -39,9 +39,7 @@ def test_checkpoints_next_to_a_final_adapter_are_the_steps(tmp_path: Path) -> No
         (("checkpoint-{}/adapters/policy",), "checkpoint-10/adapters/policy"),
     ],
 )
-def test_without_a_layout_the_message_says_how_to_list_folders(
-    tmp_path: Path, places: tuple[str, ...], listed: str
-) -> None:
+def test_without_a_layout_the_message_lists_folders(tmp_path: Path, places: tuple[str, ...], listed: str) -> None:
     for step in (10, 20):
         for place in places:
             made = adapter(tmp_path / f"made/{step}{place}", step)

@@ -56,9 +56,7 @@ def test_deltas_count_from_the_start_that_is_named(continued: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("space", ["factors", "merged"])
-def test_a_whole_jump_leaves_out_earlier_training(
-    continued: Path, tmp_path: Path, cli: Callable[..., Any], space: str
-) -> None:
+def test_jumps_leave_out_earlier_training(continued: Path, tmp_path: Path, cli: Callable[..., Any], space: str) -> None:
     """From 1060, on by 30/30 of the 60 that RL moved: 1120. The jump's norm is that of 60 in 12 places."""
     settings = ["--set", "anchor=backbone", "--set", f"space={space}", "--start", tmp_path / "sft", "--json"]
     ran = cli("extrapolate", "--checkpoints", continued, "--out", tmp_path / "out", "--horizon", 30, *settings)

@@ -64,9 +64,7 @@ def test_two_names_are_one_parameter_if_the_config_says_so(tmp_path: Path, confi
     ("architecture", "config", "tied"),
     [("GemmaForCausalLM", "GemmaConfig", True), ("LlamaForCausalLM", "LlamaConfig", False)],
 )
-def test_without_the_flag_the_class_of_the_model_decides(
-    tmp_path: Path, architecture: str, config: str, tied: bool
-) -> None:
+def test_without_the_flag_the_models_class_decides(tmp_path: Path, architecture: str, config: str, tied: bool) -> None:
     built(architecture, config, **SMALL).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     stored.pop("tie_word_embeddings")

@@ -97,9 +97,7 @@ def test_a_copied_manifest_is_replaced_and_not_listed(tmp_path: Path) -> None:
     check_manifest(tmp_path / "second")
 
 
-def test_files_hashed_while_they_were_written_are_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_hashed_while_being_written_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = manifest.digest_of
     monkeypatch.setattr(manifest, "digest_of", lambda path, *more: (read.append(path.name), real(path, *more))[1])
@@ -169,9 +167,7 @@ def test_a_folder_that_a_killed_process_moved_aside_is_put_back_unless_it_was_re
 
 
 @pytest.mark.parametrize("can", [True, False], ids=["exchanged", "in two renames"])
-def test_a_reader_of_a_folder_that_is_replaced_finds_the_old_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
-) -> None:
+def test_a_reader_finds_the_old_or_the_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     target = tmp_path / "target"
     write(target, "old")
     seen: list[str | None] = []
@@ -205,7 +201,7 @@ def test_a_fresh_folder_takes_over_once_it_is_committed(tmp_path: Path, dead: in
 @pytest.mark.parametrize(
     ("number", "kind"), [(28, "storage-full"), (30, "storage-not-writable"), (5, "storage-failed")]
 )
-def test_an_error_of_the_disk_names_the_path_and_leaves_nothing(
+def test_an_error_of_the_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
 ) -> None:
     def refuse(descriptor: int) -> None:

@@ -46,7 +46,7 @@ def predictors() -> list[TrajectoryPredictor]:
 
 
 @parametrize_with_checks(predictors())
-def test_a_predictor_keeps_the_contract(
+def test_predictors_keep_the_contract(
     plugin: TrajectoryPredictor, check: Check, request: pytest.FixtureRequest
 ) -> None:
     if (plugin.name, check.__name__) == ("stay", "predicts_on_its_schedule"):

@@ -130,9 +130,7 @@ def fails(**_: Any) -> list[float]:
         (lengths, ["something else"], ["'1+1='", "'something else'", "backend.reward_file"]),
     ],
 )
-def test_a_failed_reward_ends_the_run_and_tells_the_client(
-    served: Served, reward: Any, queries: list[str], names: list[str]
-) -> None:
+def test_a_failed_reward_ends_the_run(served: Served, reward: Any, queries: list[str], names: list[str]) -> None:
     server = served(reward)
     with ThreadPoolExecutor(1) as clients:
         asked = clients.submit(ask, server, queries, ["1+1="] * len(queries))
@@ -156,9 +154,7 @@ def test_a_malformed_request_is_refused_and_others_are_served(served: Served, bo
 @pytest.mark.parametrize(
     ("path", "length", "wanted"), [("/reward", 2, 404), ("/reward/guess", 2, 404), (None, 2**40, 413), (None, -1, 413)]
 )
-def test_strangers_and_large_requests_are_refused_unread(
-    served: Served, path: str | None, length: int, wanted: int
-) -> None:
+def test_strange_or_large_requests_are_refused(served: Served, path: str | None, length: int, wanted: int) -> None:
     url = urlsplit(served(lengths).url)
     with contextlib.closing(http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)) as connection:
         connection.request("POST", path or url.path, headers={"Content-Length": str(length)})

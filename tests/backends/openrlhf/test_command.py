@@ -67,9 +67,7 @@ def check(jump: str, extra: list[str] | None = None, training: dict[str, Any] | 
         ("reinforce++", "reinforce", "reinforce"),
     ],
 )
-def test_each_algorithm_has_its_estimator_and_kl_term(
-    make: Make, algorithm: str, estimator: str | None, expected: str
-) -> None:
+def test_each_algorithm_has_its_estimator(make: Make, algorithm: str, estimator: str | None, expected: str) -> None:
     found = recorded_options.parse(make({"algorithm": algorithm, "beta": 0.05}, estimator=estimator))
     assert found["--algo.advantage.estimator"] == expected
     assert found["--algo.kl.init_coef"] == 0.05
@@ -141,9 +139,7 @@ def test_a_micro_batch_divides_the_rollouts_of_a_rank(
 @pytest.mark.parametrize(
     ("extra", "gpus", "names"), [([], 2, ["9 rollouts", "2 data-parallel"]), (RING, 3, ["ring_attn_size 2", "3 GPUs"])]
 )
-def test_rollouts_that_ranks_cannot_share_evenly_are_refused(
-    make: Make, extra: list[str], gpus: int, names: list[str]
-) -> None:
+def test_rollouts_that_ranks_cannot_share_fail(make: Make, extra: list[str], gpus: int, names: list[str]) -> None:
     with raises_kind("config-contradiction", *names):
         make({"prompts_per_step": 3, "generations": 3}, gpus=gpus, extra_args=extra)
 
@@ -304,7 +300,7 @@ def test_the_parsers_answer_is_found_among_other_lines(tmp_path: Path) -> None:
         ("exec sleep 60", "config-missing-package", "0.5 s"),
     ],
 )
-def test_a_parser_that_does_not_answer_is_reported(
+def test_a_silent_parser_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, kind: str, name: str
 ) -> None:
     if "sleep" in script:

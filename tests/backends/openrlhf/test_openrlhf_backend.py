@@ -150,9 +150,7 @@ def test_a_trainer_that_resumes_from_another_step_is_refused(pretence: Pretence)
         ({"does_not_start_at": 0}, "no such device"),
     ],
 )
-def test_a_dead_trainer_is_reported_with_its_last_lines(
-    pretence: Pretence, plan: dict[str, Any], last_words: str
-) -> None:
+def test_a_dead_trainer_is_reported_with_last_lines(pretence: Pretence, plan: dict[str, Any], last_words: str) -> None:
     backend = pretence.prepared(plan)
     with raises_kind("backend-process-lost", "status 1", "trainer.log", last_words):
         backend.start()

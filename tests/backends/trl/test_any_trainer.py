@@ -118,9 +118,7 @@ def test_the_reward_of_online_dpo_is_the_probe_also_when_resumed(tokenizer: Any,
         ("model", "vllm_engine", object(), "factors"),  # Unsloth's fast inference
     ],
 )
-def test_jumps_that_rollouts_would_miss_are_refused(
-    make_trainer: Any, where: str, field: str, value: Any, name: str
-) -> None:
+def test_jumps_unseen_by_rollouts_are_refused(make_trainer: Any, where: str, field: str, value: Any, name: str) -> None:
     trainer = make_trainer([jumping(MERGED)])
     setattr(getattr(trainer, where), field, value)
     with raises_kind("backend-unsupported", name):

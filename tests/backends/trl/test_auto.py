@@ -126,9 +126,7 @@ def test_jumps_need_no_setting_either_and_survive_a_resume(make_trainer: Any, tr
     assert same_weights(trained, whole, resumed)
 
 
-def test_an_adapter_in_half_precision_trains_with_a_warning(
-    make_trainer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_half_precision_adapter_trains_with_a_warning(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
     callback = PredictExtendCallback("auto")
     trainer = make_trainer([callback], steps=1)
     for parameter in trainer.model.parameters():

@@ -148,7 +148,7 @@ def test_a_resumed_run_has_the_jump_and_ends_as_the_whole_run(make_trainer: Any,
 
 
 @of_each_kind
-def test_a_rolled_back_jump_leaves_a_plain_run(
+def test_a_refused_jump_leaves_no_trace(
     make_trainer: Any, logits: Any, plain_logits: Any, predictor: Any, lora: bool
 ) -> None:
     measured = iter([0.9, 0.1])  # the probe falls from .9 to .1: far more than max_drop
@@ -162,9 +162,7 @@ def test_a_rolled_back_jump_leaves_a_plain_run(
 
 
 @of_each_kind
-def test_a_failed_recovery_restores_the_optimizer_state(
-    make_trainer: Any, logits: Any, predictor: Any, lora: bool
-) -> None:
+def test_a_failed_recovery_restores_the_moments(make_trainer: Any, logits: Any, predictor: Any, lora: bool) -> None:
     measured = iter([0.5, 0.5, 0.3])  # before, right after, after recovery
     callback = PredictExtendCallback(
         predictor, evaluate=lambda model: next(measured), guards={"recovery": 3}, **SMALL | {"settle": 3}
@@ -223,7 +221,7 @@ MODULES = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(("predictor", "lora"), [(FACTORS, TOKENS), (MERGED, MODULES)])
-def test_jumps_next_to_trained_modules_are_saved(
+def test_jumps_with_other_modules_are_saved(
     make_trainer: Any, tmp_path: Path, predictor: Any, lora: dict[str, Any]
 ) -> None:
     callback = jumping(predictor, guards={"max_norm_ratio": None})

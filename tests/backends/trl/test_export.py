@@ -75,7 +75,7 @@ def test_the_trainers_own_checkpoints_count_each_jump_once_wherever_the_run_fold
     [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"bias": "all"}],
     ids=["modules_to_save", "embeddings", "bias"],
 )
-def test_other_trained_modules_are_exported_as_trained(
+def test_other_trained_modules_are_exported(
     make_trainer: Any, logits: Any, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     callback = PredictExtendCallback({"name": "secant", "space": "factors"}, **SCHEDULE | {"settle": 2})

@@ -61,7 +61,7 @@ def test_a_run_that_can_be_resumed_is_not_started_anew_by_mistake(make_trainer: 
     make_trainer([jumping()], **SAVING).train(resume_from_checkpoint=True)
 
 
-def test_another_predictor_after_a_resume_is_noted(
+def test_a_resume_with_another_predictor_is_noted(
     make_trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "next_core")

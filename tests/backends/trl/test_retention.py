@@ -37,9 +37,7 @@ def steps(folder: Path) -> list[str]:
 
 
 @of_each_kind
-def test_retention_changes_no_weight(
-    predictor: Any, lora: bool, make_trainer: Any, logits: Any, tmp_path: Path
-) -> None:
+def test_retention_moves_no_weight(predictor: Any, lora: bool, make_trainer: Any, logits: Any, tmp_path: Path) -> None:
     predictor = predictor | {"window": 2}
     every, some = (trained(make_trainer, keep, predictor, lora=lora) for keep in ("all", "needed"))
     folders = tmp_path / "all" / "next-core", tmp_path / "needed" / "next-core"

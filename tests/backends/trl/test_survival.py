@@ -22,9 +22,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("predictor", [FACTORS, MERGED], ids=["factors", "merged"])
-def test_a_run_killed_in_a_recovery_window_judges_the_jump_later(
-    make_trainer: Any, trained: Any, predictor: Any
-) -> None:
+def test_a_run_killed_while_recovering_judges_the_jump_later(make_trainer: Any, trained: Any, predictor: Any) -> None:
     # Saved at 8, in the window of the jump at 6 that is judged at 9, and rolled back there.
     def go(**fields: Any) -> tuple[Any, PredictExtendCallback]:
         readings = iter(fields.pop("readings"))
@@ -101,9 +99,7 @@ def test_another_run_is_overwritten_when_asked_only_and_other_files_never(make_t
     assert (tmp_path / "checkpoints" / "mine").exists()
 
 
-def test_all_is_on_disk_when_training_returns(
-    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_disk_after_training(make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trainer([jumping(folder=tmp_path / "w")], steps=9).train()
     assert open_checkpoints(tmp_path / "w" / "checkpoints").steps == (3, 6, 9)
 
@@ -121,7 +117,7 @@ def test_all_is_on_disk_when_training_returns(
         make_trainer([jumping(folder=tmp_path / "v")], steps=9).train()
 
 
-def test_an_unwritable_jump_is_not_made(
+def test_no_jump_on_a_full_disk(
     make_trainer: Any, logits: Any, plain_logits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import next_backends.history_folder as history_folder

@@ -73,9 +73,7 @@ def test_the_run_configs_settings_are_verls() -> None:
         ),
     ],
 )
-def test_each_algorithm_has_its_estimator(
-    training: dict[str, Any], block: dict[str, Any], expected: tuple[str, ...]
-) -> None:
+def test_algorithms_have_estimators(training: dict[str, Any], block: dict[str, Any], expected: tuple[str, ...]) -> None:
     found = overrides(training, **block)
     names = ("adv_estimator", "norm_adv_by_std_in_grpo", "use_kl_in_reward")
     estimator, norm, in_reward = (found[f"algorithm.{name}"] for name in names)

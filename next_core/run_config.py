@@ -237,9 +237,7 @@ class RunConfig(Settings):
     guards: Guards = Guards()
     control: Literal["plain", "none"] = Field("none", description="Also run the same seed and steps without jumps")
     save_every: int | None = Field(
-        None,
-        ge=1,
-        description="Steps between the trainer's own checkpoints, from which an interrupted run is resumed",
+        None, ge=1, description="Steps between the trainer's own checkpoints, from which an interrupted run is resumed"
     )
     measure_every: int | None = Field(
         None, ge=1, description="Steps between measurements of both accuracies, for curves"

@@ -162,9 +162,7 @@ def test_a_contradiction_of_values_the_default_predictor_fills_in_is_explained(l
         load(predictor="step-scale", guards={"recovery": 10})
 
 
-def test_a_run_shorter_than_a_block_of_step_scaling_is_only_too_short_for_jumps(
-    load: Callable[..., RunConfig],
-) -> None:
+def test_a_run_shorter_than_a_block_of_step_scaling_is_only_too_short_for_jumps(load: Callable[..., RunConfig]) -> None:
     assert load(predictor="step-scale", steps=3).steps == 3
     with raises_kind("config-schedule", "observe (50)", "3 steps"):
         load(predictor="secant", steps=3)

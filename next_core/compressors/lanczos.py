@@ -24,9 +24,7 @@ class LanczosConfig(Settings):
     """Settings of Lanczos."""
 
     tol: float = Field(
-        1e-6,
-        ge=1e-6,
-        description="Residual |A^T A v - sigma^2 v| / sigma_1^2 of each triplet; fp32 products hold 1e-6",
+        1e-6, ge=1e-6, description="Residual |A^T A v - sigma^2 v| / sigma_1^2 of each triplet; fp32 products hold 1e-6"
     )
     iterations: int = Field(300, ge=2, description="Passes over the matrix before the full SVD is taken instead")
 

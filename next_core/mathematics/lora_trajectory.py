@@ -18,14 +18,7 @@ from torch import Tensor
 
 from next_core.errors import NextCoreError, wrong_shape
 from next_core.mathematics.gram_svd import LowRankGrams, Triplets, triplets_from_grams
-from next_core.mathematics.low_rank import (
-    Factors,
-    LowRank,
-    concatenate_batches,
-    inner,
-    lora_difference,
-    truncated_svd,
-)
+from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches, inner, lora_difference, truncated_svd
 from next_core.mathematics.row_blocks import keep_freed_memory
 from next_core.types import LoraFactors, Span
 
@@ -61,10 +54,7 @@ class LoraTrajectory:
     """
 
     def __init__(
-        self,
-        factors: Mapping[int, LoraFactors],
-        start: LoraFactors | None = None,
-        workspace: Workspace | None = None,
+        self, factors: Mapping[int, LoraFactors], start: LoraFactors | None = None, workspace: Workspace | None = None
     ) -> None:
         stored: dict[int | None, LoraFactors] = dict(factors.items())
         if start is not None:

@@ -29,8 +29,7 @@ class AlphaRlConfig(Settings):
         None, description="Logged metric to regress on (an accuracy or reward); none: the RL step itself"
     )
     target: float | None = Field(
-        None,
-        description="Value of the metric to reach; none: the value of its linear trend after the horizon",
+        None, description="Value of the metric to reach; none: the value of its linear trend after the horizon"
     )
     anchor: Anchor = Field(
         "backbone",

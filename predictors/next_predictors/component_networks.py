@@ -122,11 +122,7 @@ def make_groups(
 
 
 def train(
-    groups: Sequence[Group],
-    config: NetworkConfig,
-    precision: Precision,
-    progress: Progress | None,
-    what: str,
+    groups: Sequence[Group], config: NetworkConfig, precision: Precision, progress: Progress | None, what: str
 ) -> None:
     """Train every network once per epoch with AdamW and a cosine schedule; with ``patience``, each may stop early.
 

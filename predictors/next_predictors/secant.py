@@ -37,13 +37,10 @@ class SecantConfig(CoefficientConfig):
     """Settings of the secant."""
 
     anchor: Anchor = Field(
-        "newest",
-        description="newest: continue the mean velocity over the last window; backbone: over the whole run",
+        "newest", description="newest: continue the mean velocity over the last window; backbone: over the whole run"
     )
     window: int | None = Field(
-        None,
-        ge=1,
-        description="RL steps between the two checkpoints of the secant (anchor: newest); none: the horizon",
+        None, ge=1, description="RL steps between the two checkpoints of the secant (anchor: newest); none: the horizon"
     )
     damping: float = Field(1.0, gt=0, description="Factor on the extrapolated motion; 1 is the secant itself")
     space: Space = Field(

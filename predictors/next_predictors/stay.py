@@ -12,8 +12,7 @@ class StayConfig(Settings):
     """Settings of the control."""
 
     jump: bool = Field(
-        False,
-        description="Make jumps of length zero, to measure what a jump itself costs, such as a restart",
+        False, description="Make jumps of length zero, to measure what a jump itself costs, such as a restart"
     )
 
 

@@ -113,12 +113,7 @@ def test_several_alphas_write_several_adapters(extrapolate: Cli, tmp_path: Path)
     ],
 )
 def test_a_mistake_has_its_kind_and_writes_nothing(
-    extrapolate: Cli,
-    tmp_path: Path,
-    more: tuple[str, ...],
-    code: int,
-    kind: str,
-    names: tuple[str, ...],
+    extrapolate: Cli, tmp_path: Path, more: tuple[str, ...], code: int, kind: str, names: tuple[str, ...]
 ) -> None:
     assert_fails(extrapolate("--json", *more), code, kind, *names)
     assert list(tmp_path.iterdir()) == []
@@ -126,11 +121,7 @@ def test_a_mistake_has_its_kind_and_writes_nothing(
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_what_cannot_be_written_fails_before_anything_is_decomposed(
-    extrapolate: Cli,
-    lora_run: LoraRun,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    more: tuple[str, ...],
+    extrapolate: Cli, lora_run: LoraRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr("next_core.cli.options.RunOptions.history", None)
     for step in (10, 20):

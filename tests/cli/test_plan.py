@@ -37,13 +37,7 @@ def test_a_plan_of_checkpoints_writes_nothing(cli: Cli, lora_run: LoraRun, tmp_p
     ],
 )
 def test_an_impossible_plan_fails_with_its_kind(
-    arguments: tuple[object, ...],
-    code: int,
-    kind: str,
-    name: str,
-    cli: Cli,
-    lora_run: LoraRun,
-    tmp_path: Path,
+    arguments: tuple[object, ...], code: int, kind: str, name: str, cli: Cli, lora_run: LoraRun, tmp_path: Path
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("steps: 100\n")

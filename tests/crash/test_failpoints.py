@@ -19,10 +19,7 @@ TELLING = [
     Point("before renaming", "run/trainer/checkpoint-9/manifest.json", 1),
     Point("before renaming", "run/result.json", 1),
 ]
-DELETING = [
-    Point("before renaming", "run/checkpoints/deleted.json", 1),
-    Point("after removing", "run/jumps/0001", 1),
-]
+DELETING = [Point("before renaming", "run/checkpoints/deleted.json", 1), Point("after removing", "run/jumps/0001", 1)]
 BEFORE_ANYTHING_IS_SAVED = Point("within appending to", "run/journal.jsonl", 3)
 PAST_MUCH_THAT_IS_FORGOTTEN = Point("before renaming", "run/trainer/checkpoint-12/manifest.json", 1)
 BETWEEN_TWO_RENAMES = Point("between two renames", "run", 1)
@@ -89,11 +86,7 @@ def test_killed_at_every_kind_of_write_a_run_ends_the_same(
 @pytest.mark.crash
 @pytest.mark.parametrize(
     "before",
-    [
-        [BEFORE_ANYTHING_IS_SAVED],
-        [PAST_MUCH_THAT_IS_FORGOTTEN],
-        [BEFORE_ANYTHING_IS_SAVED, BETWEEN_TWO_RENAMES],
-    ],
+    [[BEFORE_ANYTHING_IS_SAVED], [PAST_MUCH_THAT_IS_FORGOTTEN], [BEFORE_ANYTHING_IS_SAVED, BETWEEN_TWO_RENAMES]],
     ids=["it starts again", "it goes on", "what was put aside is put back"],
 )
 def test_killed_at_the_writes_of_a_process_that_goes_on_a_run_ends_the_same(

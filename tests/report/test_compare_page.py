@@ -27,9 +27,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[WrittenReport, Seen
     return write(tmp_path_factory.mktemp("usual") / "race", comparison())
 
 
-def test_the_summary_names_the_arms_that_beat_plain_and_compares_the_best(
-    usual: tuple[WrittenReport, Seen],
-) -> None:
+def test_the_summary_names_the_arms_that_beat_plain_and_compares_the_best(usual: tuple[WrittenReport, Seen]) -> None:
     ahead, plain, best = usual[0].summary
     for words in ("2 of 3 arms beat plain RL (auto and secant)", "none beats tuned learning rate", "beat no jump"):
         assert words in ahead

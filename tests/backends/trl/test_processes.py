@@ -109,13 +109,7 @@ def test_both_processes_hold_the_same_bits_after_every_step(runs: RunsOfTwo, run
         for step, before in process["before"].items():
             assert all(map(np.array_equal, before["random"], process["after"][step]["random"])), step
     moved = [step for step, seen in zero["after"].items() if not same_step(seen, zero["before"][step])]
-    wanted = {
-        "factors": [6, 9],
-        "merged": [6, 9],
-        "recovery": [6, 9],
-        "whole": [6, 9],
-        "resumed": [9],
-    }
+    wanted = {"factors": [6, 9], "merged": [6, 9], "recovery": [6, 9], "whole": [6, 9], "resumed": [9]}
     if run == "scaled":  # undone after step 4 and perhaps again, then the mean at the end
         assert (moved[0], moved[-1]) == (4, 11)
     else:

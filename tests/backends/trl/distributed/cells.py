@@ -173,15 +173,7 @@ class Cells:
         before, after = (Watch(steps=(10, *range(19, 25))) for _ in range(2))
         fields = {"learning_rate": 1e-4, **SAVING, "save_steps": 13}
         return self.go(
-            "scaled",
-            made,
-            before=before,
-            after=after,
-            steps=24,
-            lora=False,
-            reward=collapsing,
-            resume=resume,
-            **fields,
+            "scaled", made, before=before, after=after, steps=24, lora=False, reward=collapsing, resume=resume, **fields
         )
 
     def scaled_again(self) -> Any:

@@ -133,8 +133,7 @@ def check_step(start: Weights, after: Seen, count: int) -> None:
     first, second = 1 - 0.9**count, 1 - 0.999**count
     m, v = ({name: after["moments"][f"{key}/{name}"] for name in start} for key in oracle.MOMENTS)
     check_close(
-        after["masters"],
-        {k: w - 1e-3 * (m[k] / first) / ((v[k] / second).sqrt() + 1e-8) for k, w in start.items()},
+        after["masters"], {k: w - 1e-3 * (m[k] / first) / ((v[k] / second).sqrt() + 1e-8) for k, w in start.items()}
     )
 
 

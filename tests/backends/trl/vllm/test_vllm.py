@@ -83,9 +83,7 @@ def test_scaled_steps_reach_vllm(seen: Any) -> None:
     check_agreement(run, 16, [4, 8, 12, 16])
 
 
-def test_an_evaluation_at_the_step_of_a_jump_or_rollback_generates_with_the_weights_after_it(
-    seen: Any,
-) -> None:
+def test_an_evaluation_at_the_step_of_a_jump_or_rollback_generates_with_the_weights_after_it(seen: Any) -> None:
     run = seen("evaluated")
     assert decisions(run, "jump") + decisions(run, "verify") == [(JUMP, True), (JUMP + 4, False)]
     check_agreement(run, 10, [4, 8, 10])

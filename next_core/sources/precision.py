@@ -17,7 +17,7 @@ drowned.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,6 @@ from next_core.errors import not_found
 from next_core.interfaces import CheckpointSource
 from next_core.mathematics.row_blocks import row_blocks
 from next_core.sources.matrices import EMBEDDINGS, HEADS
-from next_core.types import Parameter
 
 LOW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 2**22  # Elements of a matrix that are processed together (32 MiB in fp64)
@@ -145,7 +144,8 @@ def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[st
         return []
     since, step = source.steps[-2:]
     inner = [p for p in low if not p.name.endswith((*HEADS, *EMBEDDINGS))]
-    chosen = _spread(inner or low, sample)
+    among = inner or low
+    chosen = [among[round(i)] for i in torch.linspace(0, len(among) - 1, min(sample, len(among))).tolist()]
     reports = [rounding_report(source, p.name, step, since, most_rows=SAMPLED_ROWS) for p in chosen]
     drowned = [report.name for report in reports if report.drowned]
     ratios = sorted(report.delta_to_ulp for report in reports)
@@ -161,13 +161,6 @@ def rounding_warnings(source: CheckpointSource, sample: int = SAMPLE) -> list[st
             "LoRA factors, or space checkpoints further apart"
         )
     return lines
-
-
-def _spread(parameters: Sequence[Parameter], count: int) -> list[Parameter]:
-    """Return an even choice, first and last included."""
-    if len(parameters) <= count:
-        return list(parameters)
-    return [parameters[round(i * (len(parameters) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _blocks(shape: tuple[int, int], most_rows: int | None = None) -> Iterator[slice]:

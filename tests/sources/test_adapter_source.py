@@ -74,14 +74,12 @@ def test_scaling_and_rank_are_pefts(make_lora_run: MakeRun, tmp_path: Path, fiel
 @pytest.mark.parametrize(
     ("change", "kind", "name"),
     [
-        ({"use_dora": True}, "checkpoint-unsupported-adapter", "DoRA"),
         ({"peft_type": "IA3"}, "checkpoint-unsupported-adapter", "IA3"),
         ({"peft_type": None}, "checkpoint-unsupported-adapter", "None"),
         ({"init_lora_weights": "pissa_niter_4"}, "checkpoint-unsupported-adapter", "pissa_niter_4"),
         ({"rank_pattern": ["q_proj"]}, "checkpoint-damaged", "rank_pattern"),
         ({"alpha_pattern": {"(": 3}}, "checkpoint-damaged", "alpha_pattern"),
         ({"lora_alpha": None}, "checkpoint-damaged", "lora_alpha"),
-        ({"lora_alpha": "many"}, "checkpoint-damaged", "many"),
         ({"r": 8}, "checkpoint-other-model", "model.layers.0.mlp.down_proj"),
     ],
 )

@@ -1,9 +1,9 @@
 """Checkpoints that the real OpenRLHF 0.11.2 wrote (tests/backends/openrlhf/cpu/record.py), read and extended."""
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,23 +88,16 @@ def test_a_folder_without_the_tokenizer_is_incomplete(name: str, copied: Callabl
     assert any("global_step2_hf" in note for note in source.notes)
 
 
-@pytest.fixture
-def recorded_masters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """Replace DeepSpeed's reader by what it returned for the recorded states."""
-    module: Any = ModuleType(READER)
+@pytest.mark.parametrize(
+    "recorded",
+    [True, pytest.param(False, marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"))],
+)
+def test_masters_replace_the_stored_weights(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
     masters = load_file(RECORDED / "lora-zero2" / "masters.safetensors")
-
-    def read(root: str, tag: str, exclude_frozen_parameters: bool) -> dict[str, Tensor]:
-        assert (Path(root) / tag).is_dir()
-        assert exclude_frozen_parameters
-        return masters
-
-    module.get_fp32_state_dict_from_zero_checkpoint = read
-    monkeypatch.setitem(sys.modules, READER, module)
-    return masters
-
-
-def check_masters(masters: dict[str, Tensor]) -> None:
+    if recorded:  # what DeepSpeed's reader returned, instead of the reader
+        module: Any = ModuleType(READER)
+        module.get_fp32_state_dict_from_zero_checkpoint = lambda *_, **__: masters
+        monkeypatch.setitem(sys.modules, READER, module)
     source = opened("lora-zero2", [RECORDED / "lora-zero2" / "global_step3_hf"], masters=True, allow_pickle=True)
     assert {source.precision(layer) for layer in LAYERS} == {torch.float32}
     for layer in LAYERS:
@@ -112,15 +105,6 @@ def check_masters(masters: dict[str, Tensor]) -> None:
         key = f"base_model.model.{layer.removesuffix('.weight')}.lora_{{}}.default.weight"
         assert torch.equal(found.A, masters[key.format("A")])
         assert torch.equal(found.B, masters[key.format("B")])
-
-
-def test_masters_replace_the_stored_weights(recorded_masters: dict[str, Tensor]) -> None:
-    check_masters(recorded_masters)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-def test_deepspeed_reads_the_recorded_states() -> None:
-    check_masters(load_file(RECORDED / "lora-zero2" / "masters.safetensors"))
 
 
 def secant(name: str, **fields: Any) -> Prediction:

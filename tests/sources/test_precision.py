@@ -12,7 +12,7 @@ from next_core.sources.full_model import FullModelSource
 from next_core.sources.precision import _blocks, _largest, rounding_report, rounding_warnings, ulp
 from tests.conftest import LoraRun, noise
 from tests.errors import raises_kind
-from tests.sources.models import adapter
+from tests.sources.models import MODULE, adapter, adapter_tensors
 
 STD = 0.02
 
@@ -128,15 +128,11 @@ def test_a_precision_is_that_of_the_newest_checkpoint(tmp_path: Path, lora_run: 
     with raises_kind("checkpoint-not-found", "'x'"):
         source.precision("x")
     assert open_checkpoints(lora_run.path).precision("model.layers.0.self_attn.q_proj.weight") == torch.float32
-    folder = adapter(tmp_path / "lora" / "checkpoint-10", 10)
-    factors = open_checkpoints(tmp_path / "lora")
-    name = factors.parameters[0].name
-    tensors = {
-        f"base_model.model.{name.removesuffix('.weight')}.lora_{s}.weight": t
-        for s, t in (("A", torch.ones(2, 4)), ("B", torch.ones(3, 2).bfloat16()))
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    assert open_checkpoints(tmp_path / "lora").precision(name) == torch.bfloat16
+    tensors = adapter_tensors(10)
+    key = next(key for key in tensors if "lora_B" in key)
+    weights = adapter(tmp_path / "lora" / "checkpoint-10", 10) / "adapter_model.safetensors"
+    save_file(tensors | {key: tensors[key].bfloat16()}, weights)
+    assert open_checkpoints(tmp_path / "lora").precision(f"{MODULE}.weight") == torch.bfloat16
 
 
 def test_integers_are_skipped(tmp_path: Path) -> None:

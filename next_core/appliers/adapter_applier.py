@@ -68,8 +68,9 @@ class PeftAdapterApplier(FolderApplier):
         ranks = {module.target: module.rank for module in modules}
         joins = self.config.rank is not None
         entries: dict[str, Entry] = {}
-        others = ((key, trained.file.read(key)) for key in trained.skipped)
-        kept = {key: entry_of(value.dtype, value.shape) for key, value in others}
+        stored = {key: trained.file.dtype(key) for key in trained.skipped}
+        as_read = {key: dtype if dtype.itemsize >= 4 else torch.float32 for key, dtype in stored.items()}
+        kept = {key: entry_of(dtype, trained.file.shapes[key]) for key, dtype in as_read.items()}
         tied: dict[str, AdapterModule] = {}
         for module in moving:  # only shapes: they are the file's header, and memory holds the tensors of one module
             rank, joined = self._rank(prediction, source, module, alpha)
@@ -80,10 +81,9 @@ class PeftAdapterApplier(FolderApplier):
             if embedding is not None:
                 tied[module.name], ranks[embedding.target] = embedding, rank
                 kept |= zip(embedding.keys, _entries((width, m), (n, width)), strict=True)
-        # One scaling for all: old names of modules, and vLLM, do not find the patterns that would give each its own.
-        scalings = (
-            {key: each.scaling for each in modules for key in (bias_key(each.name), *each.keys[1:])} if joins else {}
-        )
+        # All scalings become 1: vLLM ignores alpha_pattern, and PEFT finds no names in it that transformers changed.
+        scaled = modules if joins else ()
+        scalings = {key: each.scaling for each in scaled for key in (bias_key(each.name), each.keys[1])}
         transposed: dict[str, Tensor] = {}
         with TensorWriter(folder / WEIGHTS_FILE, entries | kept) as writer:
             for done, module in enumerate(moving, 1):
@@ -117,12 +117,9 @@ class PeftAdapterApplier(FolderApplier):
     ) -> tuple[int, bool]:
         """Return the rank of a module's new A and B without computing them, and whether anything joins its own."""
         ranks, joined, limit = [], False, self.config.rank
-        for name in (parameter.name for parameter in module.parameters):
-            more = _joined(prediction, source, name, alpha)
-            rank = module.rank + sum(term.rank for term in more)
-            if rank >= 2 * module.rank:  # wide enough to contain the adapter's own A
-                A = _trained(prediction, source, name, alpha).A
-                rank = module.rank + sum(part.rank for part, same in _parts(A, more) if not same)
+        for parameter in module.parameters:
+            now, more = _moved(prediction, source, parameter.name, alpha)
+            rank = module.rank + sum(part.rank for part, same in _parts(now.A, more) if not same)
             ranks.append(rank if limit is None or limit >= rank else min(limit, *module.shape))
             joined = joined or bool(more)
         return max(ranks), joined
@@ -131,7 +128,7 @@ class PeftAdapterApplier(FolderApplier):
         self, prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float, joins: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the new A and B of a parameter in fp32, with its scaling in B if anything joins those of any."""
-        now, more = _trained(prediction, source, name, alpha), _joined(prediction, source, name, alpha)
+        now, more = _moved(prediction, source, name, alpha)
         whole = _concatenated(now.scaling * now.B if joins else now.B, now.A, more)
         if self.config.rank is not None and self.config.rank < whole.rank:
             factors = truncated_svd(whole.to(torch.float64), self.config.rank)
@@ -144,22 +141,14 @@ def _entries(*shapes: tuple[int, int]) -> list[Entry]:
     return [entry_of(torch.float32, shape) for shape in shapes]
 
 
-def _in_factor_space(prediction: Prediction, name: str) -> bool:
-    update = prediction.updates.get(name)
-    return isinstance(update, CoefficientUpdate) and update.space == "factors"
-
-
-def _trained(prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float) -> LoraFactors:
-    """Return the trained factors of a parameter, with the jump if that is in factor space."""
-    now = source.factors(name, prediction.step)
-    moved = resolve(prediction, name, alpha) if _in_factor_space(prediction, name) else None
-    return replace(now, A=now.A + moved.dA, B=now.B + moved.dB) if isinstance(moved, FactorStep) else now
-
-
-def _joined(prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float) -> list[LowRank]:
-    """Return what is added to a parameter's own factors: earlier jumps, and the jump if it is in merged space."""
-    moved = None if _in_factor_space(prediction, name) else resolve(prediction, name, alpha)
-    return source.jump_deltas(name, prediction.step) + ([moved] if isinstance(moved, LowRank) else [])
+def _moved(
+    prediction: Prediction, source: PeftAdapterSource, name: str, alpha: float
+) -> tuple[LoraFactors, list[LowRank]]:
+    """Return a parameter's factors, with the jump if that moves them, and what joins them: earlier jumps, and this."""
+    now, moved = source.factors(name, prediction.step), resolve(prediction, name, alpha)
+    if isinstance(moved, FactorStep):
+        now = replace(now, A=now.A + moved.dA, B=now.B + moved.dB)
+    return now, source.jump_deltas(name, prediction.step) + ([moved] if isinstance(moved, LowRank) else [])
 
 
 def _parts(right: Tensor, terms: list[LowRank]) -> Iterator[tuple[LowRank, bool]]:

@@ -59,7 +59,7 @@ def extrapolate(
         history = run.history(source, plugins.rank, progress)
         prediction = predictor.fit(history).predict(horizon)
         _check_abstentions(prediction, plugins.predictor, strict)
-        norm = jump_norm(prediction, alpha, history)
+        norm, ratio = jump_norm(prediction, alpha, history)
         written: Mapping[float, Applied] = {}
         if not dry_run and alphas is None:
             written = {alpha: applier.apply(prediction, alpha, out=out)}
@@ -74,8 +74,8 @@ def extrapolate(
         "moved": len(prediction.moving),
         "moved_share": prediction.moved_share,
         "abstained": dict(prediction.abstained),
-        "norm": norm.jump,
-        "norm_ratio": norm.ratio,
+        "norm": norm,
+        "norm_ratio": ratio,
         "diagnostics": dict(prediction.diagnostics),
         "applier": applier.name,
         "out": None if dry_run else str(out),

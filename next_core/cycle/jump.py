@@ -41,8 +41,8 @@ class Jump:
     def measured(self, history: History) -> Self:
         """Return this jump with its size. Raises ``GuardError`` when it is not finite."""
         assert self.prediction is not None
-        size = jump_norm(self.prediction, self.alpha, history)
-        return dataclasses.replace(self, norm=size.jump, norm_ratio=size.ratio)
+        norm, ratio = jump_norm(self.prediction, self.alpha, history)
+        return dataclasses.replace(self, norm=norm, norm_ratio=ratio)
 
     def record(self) -> dict[str, Any]:
         """Return the fields of the journal's record; those of a stage that was not reached are left out."""
@@ -70,23 +70,14 @@ def check_origin(prediction: Any, history: History) -> None:
     raise GuardError(problem, kind="guard-refused")
 
 
-@dataclass(frozen=True)
-class JumpNorm:
-    """The size of a jump and of the run's recent motion: Frobenius norms over all matrices, in merged space."""
+def jump_norm(prediction: Prediction, alpha: float, history: History) -> tuple[float, float]:
+    """Return the norm of a jump, and its ratio to that of the run's recent motion: infinite when nothing moved.
 
-    jump: float
-    recent: float
-
-    @property
-    def ratio(self) -> float:
-        """jump / recent motion; infinite when nothing moved."""
-        return self.jump / self.recent if self.recent > 0 else float("inf") if self.jump > 0 else 0.0
-
-
-def jump_norm(prediction: Prediction, alpha: float, history: History) -> JumpNorm:
-    """Measure a jump before it is made. Raises ``GuardError`` when it is not finite."""
+    Frobenius norms over all matrices, in merged space. Raises ``GuardError`` when the jump is not finite.
+    """
     jump = math.sqrt(sum(norm**2 for norm in jump_norms(prediction, alpha).values()))
-    return JumpNorm(jump, recent_motion(history, prediction.horizon))
+    recent = recent_motion(history, prediction.horizon)
+    return jump, jump / recent if recent > 0 else math.inf if jump > 0 else 0.0
 
 
 def recent_motion(history: History, window: int) -> float:

@@ -68,29 +68,23 @@ class LiveModel:
         self._states = {old: state for old, state in self._states.items() if old in wanted}
         self._states[number] = KeptState.of(self.weights)
 
+    @everywhere
     def restore(self, kept: Kept) -> None:
         """Restore what was kept."""
-        self._restore(kept.number)
+        self._states[kept.number].restore(self.weights)
 
     @everywhere
-    def _restore(self, number: int) -> None:
-        self._states[number].restore(self.weights)
-
     def save_kept(self, kept: Kept, folder: Path) -> None:
         """Write what was kept into ``folder``, which all processes can write to: a file for each."""
-        self._save(kept.number, folder)
-
-    @everywhere
-    def _save(self, number: int, folder: Path) -> None:
-        tensors = {name: value.contiguous() for name, value in self._states[number].tensors()}
+        tensors = {name: value.contiguous() for name, value in self._states[kept.number].tensors()}
         if tensors:
             save_file(tensors, kept_file(folder, self._rank))
 
     def restore_saved(self, folder: Path) -> None:
         """Restore what ``save_kept`` wrote. Raises ``CheckpointError`` if it is missing or of other processes."""
-        number = next(self._numbers)
-        self._load(number, folder)  # a file that one process lacks has to be found before all of them communicate
-        self._restore(number)
+        kept = Kept(next(self._numbers))
+        self._load(kept.number, folder)  # a file that one process lacks has to be found before all of them communicate
+        self.restore(kept)
 
     @everywhere
     def _load(self, number: int, folder: Path) -> None:

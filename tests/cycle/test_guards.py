@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import Tensor
 
-from next_core.cycle.jump import JumpNorm, jump_norm, recent_motion
+from next_core.cycle.jump import jump_norm, recent_motion
 from next_core.history.history import History
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction
 from next_core.mathematics.low_rank import LowRank
@@ -44,16 +44,11 @@ def test_the_norm_of_a_jump_is_that_of_the_matrices_it_moves(source: MemorySourc
     update = LowRankUpdate(LowRank(noise(3, 6, 1), noise(4, 1, 5)))
     secant = CoefficientUpdate({20: 1.0, 15: -1.0})
     prediction = Prediction(source, 20, 5, updates={"a": update, "b": secant}, confidence={"a": 0.5})
-    norm = jump_norm(prediction, 3.0, History(source))
+    norm, ratio = jump_norm(prediction, 3.0, History(source))
     a = 1.5 * float(update.matrix.dense().norm())
     b = 3.0 * float((dense(weights(10, 20)) - dense(weights(10, 15))).norm())
-    assert norm.jump == pytest.approx(math.hypot(a, b), rel=1e-9)
-    assert norm.ratio == pytest.approx(math.hypot(a, b) / motion(20, 15), rel=1e-9)
-
-
-def test_a_jump_out_of_nothing_is_infinitely_large_and_no_jump_is_none() -> None:
-    assert JumpNorm(jump=1.0, recent=0.0).ratio == math.inf
-    assert JumpNorm(jump=0.0, recent=0.0).ratio == 0.0
+    assert norm == pytest.approx(math.hypot(a, b), rel=1e-9)
+    assert ratio == pytest.approx(math.hypot(a, b) / motion(20, 15), rel=1e-9)
 
 
 def test_a_motion_of_much_less_than_one_is_measured_as_it_is() -> None:
@@ -62,6 +57,8 @@ def test_a_motion_of_much_less_than_one_is_measured_as_it_is() -> None:
     assert recent_motion(History(slow), 5) == pytest.approx(float(moved.norm()), rel=1e-6)
 
 
-def test_where_nothing_moves_there_is_no_recent_motion() -> None:
+def test_a_jump_out_of_nothing_is_infinitely_large_and_no_jump_is_none() -> None:
     still = MemorySource({5: {"a": weights(1, 5)}, 10: {"a": weights(1, 5)}})
-    assert recent_motion(History(still), 5) == 0.0
+    moved = Prediction(still, 10, 5, updates={"a": LowRankUpdate(LowRank(noise(3, 6, 1), noise(4, 1, 5)))})
+    assert jump_norm(moved, 1.0, History(still))[1] == math.inf
+    assert jump_norm(Prediction(still, 10, 5, updates={}), 1.0, History(still)) == (0.0, 0.0)

@@ -23,9 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from next_backends.trl import PredictExtendCallback
 from next_backends.trl.argument_checks import check_reachable
 from next_backends.trl.drift import moving_tensors
-from next_core import LowRankUpdate, matrix_predictor
 from next_core.errors import BackendError
-from next_core.mathematics.low_rank import LowRank
 from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, SMALL, Watch, build
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -71,12 +69,6 @@ class Probe:
         _ = torch.rand(3), random.random(), np.random.rand()
         self.models.append(type(model).__name__)
         return next(self.readings)
-
-
-@matrix_predictor("nudge", anchor="newest")
-def nudge(matrix: Any, horizon: int, config: Any) -> LowRankUpdate:
-    m, n = matrix.shape
-    return LowRankUpdate(LowRank(torch.full((m, 1), 1e-3), torch.full((1, n), 1e-3 * matrix.steps[-1])))
 
 
 class Runs:
@@ -151,16 +143,6 @@ class Runs:
         """Embeddings and head are one parameter."""
         made = PredictExtendCallback(MERGED, alpha=2.0, **SMALL)
         return self.go(made, "full", lora=False, tied=True, weight_decay=0.1)
-
-    def recovery(self) -> Any:
-        """``jump-1`` is rolled back after its window, and another ``jump-1`` is made at that step."""
-        made = PredictExtendCallback(
-            nudge,
-            evaluate=Probe([0.5, 0.5, 0.1, 0.1, 0.1]),
-            guards={"recovery": 3, "max_norm_ratio": None},
-            **SMALL | {"jump_every": 3, "settle": 3},
-        )
-        return self.go(made, "recovery", steps=12)
 
     def whole(self) -> Any:
         return self._saved("whole")

@@ -111,8 +111,8 @@ def expect_raises(error: type[Exception], call: Callable[[], object], what: str)
 
 def expect_equal(before: Mapping[Any, Any], after: Mapping[Any, Any], what: str) -> None:
     """Raise ``CheckError`` unless two mappings are equal, their tensors bit for bit."""
-    changed = next((key for key in [*before, *after] if not _same(before.get(key), after.get(key))), None)
-    expect(changed is None, what, f"{changed} differs")
+    changed = [key for key in [*before, *after] if not _same(before.get(key), after.get(key))]
+    expect(not changed, what, f"{changed[:1]} differs")
 
 
 def _same(one: Any, other: Any) -> bool:

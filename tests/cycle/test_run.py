@@ -87,7 +87,7 @@ def test_a_run_jumps_and_measures_itself(whole: Whole, plain: RunResult) -> None
     assert (RUNNING, 16, 16) in whole.progress
     assert json.loads((whole.out / "result.json").read_text()) == result.as_dict()
     assert load_config(whole.out / "config.yaml") == whole.config
-    assert all(result.seconds[part] > 0 for part in ("rl", "ours", "total"))
+    assert all(result.seconds[part] > 0 for part in ("rl", "ours", "ours_predict", "ours_probe", "total"))
 
 
 def test_a_predictor_that_stays_gives_the_plain_run_bit_for_bit(plain: RunResult) -> None:

@@ -93,6 +93,8 @@ def test_silent_damage_and_stale_fingerprints_are_found(tmp_path: Path) -> None:
     check_source(right)
     stale = type("Stale", (type(right),), {"fingerprint": lambda self, step: f"step {step}"})
     assert fails("names_damaged_files", "source", stale(right.config))
+    placed = type("Placed", (type(right),), {"fingerprint": lambda self, step: f"{self.config.path}, {step}"})
+    assert fails("names_damaged_files", "source", placed(right.config))
     assert fails("names_damaged_files", "source", open_checkpoints(tmp_path / "checkpoints", skip_damaged=True))
 
 

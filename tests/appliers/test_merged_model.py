@@ -86,13 +86,6 @@ def test_it_loads_with_the_right_logits(
     assert written == {*before, "manifest.json", "extrapolation.json", "README.md"}
 
 
-def test_a_written_model_is_a_backbone_for_the_next_run(run: LoraRun, tmp_path: Path) -> None:
-    for name, backbone in (("first", run.base), ("second", tmp_path / "first")):
-        make_applier("merged-model").apply(secant(run, backbone), out=tmp_path / name)
-        check_manifest(tmp_path / name)
-    assert load_file(tmp_path / "second" / MODEL).keys() == load_file(run.base / MODEL).keys()
-
-
 def test_the_backbone_can_be_named_by_the_applier_and_is_not_written_into(run: LoraRun, tmp_path: Path) -> None:
     prediction = Prediction(open_checkpoints(run.path), 20, 10)
     with raises_kind("config-missing-backbone", "--backbone"):

@@ -152,8 +152,6 @@ def test_a_batch_is_scaled_matrix_by_matrix() -> None:
     a = LowRank(noise(0, 2, 5, 3), noise(1, 2, 3, 4))
     alpha = torch.tensor([2.0, -1.0], dtype=torch.float64)
     torch.testing.assert_close(a.scale(alpha).dense(), alpha[:, None, None] * a.dense())
-    with raises_kind("numbers-shape", "(3,)", "(2,)"):
-        a.scale(torch.ones(3))
 
 
 @pytest.mark.parametrize("decades", [0, 3, 7])
@@ -287,6 +285,7 @@ def test_a_reference_of_another_shape_is_refused_and_a_history_without_rows_need
         (lambda: LowRank.stack([LowRank.zero(4, 3), LowRank.zero(5, 3)]), ("(4, 3)", "(5, 3)")),
         (lambda: concatenate([LowRank.zero(4, 3, (2,)), LowRank.zero(4, 3)]), ("(2, 4, 3)", "(4, 3)")),
         (lambda: concatenate([]), ()),
+        (lambda: LowRank.zero(4, 3, (2,)).scale(torch.ones(3)), ("(3,)", "(2,)")),
         (lambda: LowRank(torch.zeros(4, 2), torch.zeros(3, 5)), ("(4, 2)", "(3, 5)")),
         (lambda: LowRank(torch.zeros(2, 4, 3), torch.zeros(3, 5)), ("(2, 4, 3)", "(3, 5)")),
         (lambda: LowRank(torch.zeros(2), torch.zeros(2, 5)), ("(2,)",)),

@@ -200,12 +200,12 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, what: str) -> 
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
-def test_matrices_without_values_are_skipped(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_matrices_of_integers_or_without_values_are_skipped(tmp_path: Path, shape: tuple[int, int]) -> None:
     for step in (10, 20):
-        model(tmp_path / f"checkpoint-{step}", step, none=torch.zeros(shape))
+        model(tmp_path / f"checkpoint-{step}", step, none=torch.zeros(shape), packed=torch.ones(2, 2).byte())
     source = open_checkpoints(tmp_path)
     assert [parameter.name for parameter in source.parameters] == ["w.weight"]
-    assert "none" in source.skipped
+    assert source.skipped == {"none": "has no values", "packed": "stored as integers; stays as it is"}
 
 
 def test_an_adapter_of_integers_or_without_values_is_named(tmp_path: Path) -> None:

@@ -135,12 +135,6 @@ def test_a_precision_is_that_of_the_newest_checkpoint(tmp_path: Path, lora_run: 
     assert open_checkpoints(tmp_path / "lora").precision(f"{MODULE}.weight") == torch.bfloat16
 
 
-def test_integers_are_skipped(tmp_path: Path) -> None:
-    source = save(tmp_path, {s: {"w": torch.ones(2, 2), "packed": torch.ones(2, 2).byte()} for s in (10, 20)})
-    assert [p.name for p in source.parameters] == ["w"]
-    assert source.skipped == {"packed": "stored as integers; stays as it is"}
-
-
 def test_a_report_needs_full_weights_and_a_known_parameter(tmp_path: Path, lora_run: LoraRun) -> None:
     lora = open_checkpoints(lora_run.path)
     with raises_kind("checkpoint-no-full-weights", "peft-adapter"):

@@ -26,7 +26,7 @@ FACTORS = {"name": "secant", "window": 2, "space": "factors"}
 MERGED = {"name": "secant", "window": 2, "space": "merged"}
 LORA = {"r": 3, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SAVING = {"save_strategy": "steps", "save_steps": 5}
-MISSED = range(16, 20)  # Steps whose roll-outs earn nothing in the run whose reward collapses
+MISSED = range(18, 20)  # Steps whose roll-outs earn nothing in the run whose reward collapses
 
 
 def make_base(folder: Path) -> None:

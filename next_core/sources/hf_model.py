@@ -109,21 +109,21 @@ class ModelFiles:
         if not folder.is_dir():
             raise not_found(f"the model folder {folder} does not exist")
         present = [name for name in (*MODEL_FILES, *MODEL_PICKLES) if os.path.lexists(folder / name)]
-        distributed = not present and has_any(folder, DISTRIBUTED)
-        if not present and not distributed and not has_shards(folder):
-            raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}, so it is no model folder")
         shard_of: dict[str, str] = {}
         self._index: tuple[Path, Stamp] | None = None
         if present and present[0] in (INDEX, PICKLE_INDEX):
             self._index = folder / present[0], stamp(folder / present[0])
             shard_of = _read_index(folder / present[0])
-        self.files: list[TensorFile] = [
-            replacement(open_tensors(folder / name, allow_pickle))
-            for name in sorted(set(shard_of.values())) or present[:1]
-        ]
-        if not present:
-            open_them = open_distributed if distributed else open_shards
-            self.files = [replacement(open_them(folder, allow_pickle))]
+        if present:
+            names = sorted(set(shard_of.values())) or present[:1]
+            files = [open_tensors(folder / name, allow_pickle) for name in names]
+        elif has_any(folder, DISTRIBUTED):
+            files = [open_distributed(folder, allow_pickle)]
+        elif has_shards(folder):
+            files = [open_shards(folder, allow_pickle)]
+        else:
+            raise not_found(f"{folder} contains neither {SINGLE} nor {INDEX}, so it is no model folder")
+        self.files: list[TensorFile] = [replacement(file) for file in files]
         self._where = {key: (file, key) for file in self.files for key in file.shapes}
         self._check_index(shard_of)
         raw = next(filter(PEFT_NAME.search, self._where), None)

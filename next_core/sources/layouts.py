@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def find_checkpoints(path: Path, listed: Sequence[Path] = ()) -> CheckpointFolde
 
     Under a folder, names that a trainer gives (``LAYOUTS``) take precedence. Otherwise it may be a cache of the Hugging
     Face Hub, or contain adapters or models with steps in their names. Raises ``CheckpointError`` if a folder is
-    missing, two have the same step, or names are ambiguous.
+    missing, two have the same step, or names are ambiguous or of several runs.
     """
     return _collect(*(_rows_listed(path, listed) if listed else _rows_under(path)))
 
@@ -93,24 +93,18 @@ def _rows_under(path: Path) -> Rows:
     if not path.is_dir():
         raise not_found(f"{path} is not a folder; pass the folder that holds checkpoint-N or step-N")
     named = _trainers_folders(path)
-    if named:
-        _refuse_several_runs(path, named)
-        return [(step, folder, _naming(child, folder)) for child, (step, folder) in named.items()], []
-    snapshots = hub.find_snapshots(path, has_any)
+    snapshots = [] if named else hub.find_snapshots(path, has_any)
     if snapshots:
         return _rows_from_hub(snapshots)
-    numbered = _numbered(path)
-    _refuse_several_runs(path, numbered)
-    rows, notes = _rows_from_names({child.name: child for child in numbered})
-    ignored = [child for child in path.iterdir() if rows and not NUMBER.search(child.name) and has_any(child)]
-    return rows, [*notes, *(f"ignored {child}: no number in its name" for child in sorted(ignored))]
-
-
-def _refuse_several_runs(path: Path, children: Iterable[Path]) -> None:
-    """Raise ``CheckpointError`` if the names of checkpoints in one folder differ by more than numbers."""
+    children = [*named] or _numbered(path)
     patterns = sorted({pattern_of(child.name) for child in children})
     if len(patterns) > 1:
         raise ambiguous_step(f"{path} holds {' and '.join(patterns)}, as of several runs: list the folders of one")
+    if named:
+        return [(step, folder, _naming(child, folder)) for child, (step, folder) in named.items()], []
+    rows, notes = _rows_from_names({child.name: child for child in children})
+    ignored = [child for child in path.iterdir() if rows and not NUMBER.search(child.name) and has_any(child)]
+    return rows, [*notes, *(f"ignored {child}: no number in its name" for child in sorted(ignored))]
 
 
 def _trainers_folders(path: Path) -> dict[Path, tuple[int, Path]]:

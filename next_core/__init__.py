@@ -5,7 +5,9 @@ Everything public is an attribute of this package and is imported on first use: 
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,36 +56,9 @@ if TYPE_CHECKING:
     from next_predictors.snoo import Snoo as Snoo
     from next_predictors.stay import Stay as Stay
 
-_MODULES = {
-    "next_core.checkpoints": ["open_checkpoints"],
-    "next_core.config": ["load_config"],
-    "next_core.errors": ["NextCoreError"],
-    "next_core.history.history": ["History", "MatrixHistory"],
-    "next_core.interfaces": ["CoefficientUpdate", "LowRankUpdate", "Prediction"],
-    "next_core.live_weights.logits_extrapolation": ["generate_extrapolated"],
-    "next_core.mathematics.low_rank": ["Factors", "LowRank"],
-    "next_core.notebook": ["RecordedRun", "analyze", "backtest", "extrapolate", "open_run"],
-    "next_core.plugins": ["make_applier", "make_compressor", "make_predictor", "registry"],
-    "next_core.predictor": ["Abstain", "PerMatrixPredictor", "TrajectoryPredictor", "matrix_predictor"],
-    "next_core.settings": ["Settings"],
-    "next_core.step_predictor": ["StepConfig", "StepHistory", "StepPredictor", "StepScale"],
-    "next_predictors.adaptive_secant": ["AdaptiveSecant"],
-    "next_predictors.alpharl": ["AlphaRL"],
-    "next_predictors.effopd": ["EffOPD"],
-    "next_predictors.ema_pull": ["EmaPull"],
-    "next_predictors.expo": ["Expo"],
-    "next_predictors.next_mlp": ["NextMLP"],
-    "next_predictors.next_mlp_reduced": ["NextMLPReduced"],
-    "next_predictors.random_direction": ["RandomDirection"],
-    "next_predictors.re_grounding": ["ReGrounding"],
-    "next_predictors.relex": ["Relex"],
-    "next_predictors.ridge": ["Ridge"],
-    "next_predictors.rl_extra": ["RLExtra"],
-    "next_predictors.secant": ["Secant"],
-    "next_predictors.snoo": ["Snoo"],
-    "next_predictors.stay": ["Stay"],
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_IMPORTS = (node for node in ast.walk(ast.parse(Path(__file__).read_text("utf-8"))) if isinstance(node, ast.ImportFrom))
+_HOME = {name.asname: node.module for node in _IMPORTS for name in node.names if node.module and name.asname}
+"""The module of each public name, from the imports above, which type checkers read."""
 __all__ = sorted(_HOME)
 
 

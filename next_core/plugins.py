@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pluggy
-from pydantic import ValidationError
 
 from next_core import hookspecs
 from next_core.backend import Backend
@@ -20,7 +19,7 @@ from next_core.history.history import History
 from next_core.interfaces import CheckpointSource, Compressor, Reward, WeightApplier
 from next_core.predictor import Needs, Predictor, TrajectoryPredictor
 from next_core.run_config import DEFAULT_PREDICTOR, Choice
-from next_core.settings import Settings, config_error
+from next_core.settings import Settings, validated
 from next_core.step_predictor import StepPredictor
 from next_core.types import Plugin
 
@@ -224,7 +223,7 @@ class Registry:
 
     def make_config(self, kind: Kind, name: str, fields: Mapping[str, Any], where: str | None = None) -> Any:
         """Return the validated config of one plug-in. Raises ``ConfigError`` naming each wrong key."""
-        return _settings_of(self.get(kind, name), fields, where or f"{kind} '{name}'")
+        return validated(self.get(kind, name).config_class, fields, where or f"{kind} '{name}'")
 
     def make(self, kind: Kind, name: str, /, **fields: Any) -> Any:
         """Return an instance of one plug-in with its validated config."""
@@ -236,13 +235,6 @@ def _redefines(cls: type[Plugin], earlier: type[Plugin] | str | None) -> bool:
     if not isinstance(earlier, type) or cls.__module__ != earlier.__module__:
         return False
     return cls.__module__ == "__main__" or cls.__qualname__ == earlier.__qualname__
-
-
-def _settings_of(cls: type[Plugin], fields: Mapping[str, Any], where: str) -> Any:
-    try:
-        return cls.config_class.model_validate(dict(fields))
-    except ValidationError as error:
-        raise config_error(error, where, cls.config_class) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -338,7 +330,7 @@ def resolve_any_predictor(given: PredictorLike, /) -> Callable[[], Predictor]:
     fields = dict(given) if isinstance(given, Mapping) else {}
     chosen = fields.pop("name", DEFAULT_PREDICTOR) if isinstance(given, Mapping) else given
     cls: Any = registry().get("predictor", chosen) if isinstance(chosen, str) else check_class("predictor", chosen)
-    return functools.partial(cls, _settings_of(cls, fields, f"predictor '{cls.name}'"))
+    return functools.partial(cls, validated(cls.config_class, fields, f"predictor '{cls.name}'"))
 
 
 def _copied(predictor: Predictor) -> Predictor:

@@ -2,7 +2,8 @@
 
 import difflib
 import reprlib
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +17,17 @@ class Settings(BaseModel):
     """Immutable settings; an unknown key or a number that is not finite is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
+    """Return the settings of a mapping. Raises ``ConfigError`` with one line for each wrong key."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise config_error(error, where, model) from None
 
 
 def config_error(error: ValidationError, where: str, known: type[BaseModel]) -> ConfigError:

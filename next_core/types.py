@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ValidationError
-
 from next_core.errors import contradiction
-from next_core.settings import Settings, config_error
+from next_core.settings import Settings, validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +31,7 @@ class Plugin(ABC):
         """Take a config, or its fields: ``Secant(window=10)``. Raises ``ConfigError`` naming each wrong field."""
         if config is not None and fields:
             raise contradiction(f"{self.name}: pass a config or its fields, not both")
-        try:
-            self.config: Any = config if config is not None else self.config_class(**fields)
-        except ValidationError as error:
-            raise config_error(error, self.name, self.config_class) from None
+        self.config: Any = config if config is not None else validated(self.config_class, fields, self.name)
 
 
 @dataclass(frozen=True)

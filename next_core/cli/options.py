@@ -124,18 +124,13 @@ class RunOptions(CacheOptions, SourceOptions):
         self, source: CheckpointSource, rank: int, progress: Progress | None = None, *, spectrum: bool = False
     ) -> History:
         """Return the history that predictors and diagnostics read."""
-        from pydantic import ValidationError
-
         from next_core.history.executor import Executor
         from next_core.history.history import History
         from next_core.plugins import make_compressor, registry
-        from next_core.settings import config_error
+        from next_core.settings import validated
 
         given = {"name": self.executor, "workers": self.workers, "address": self.address}
-        try:
-            executor = Executor.model_validate(given)
-        except ValidationError as error:
-            raise config_error(error, "executor", Executor) from None
+        executor = validated(Executor, given, "executor")
         name = self.compressor
         compressor = None if name is None else make_compressor(name)
         cache = self.open_cache("" if name is None else registry().version("compressor", name))

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
 from next_core.config import absolute_path, located, make_config, recommended_blocks
 from next_core.errors import ConfigError, contradiction, invalid_value
 from next_core.run_config import DEFAULT_PREDICTOR, RunConfig
-from next_core.settings import Settings, config_error
+from next_core.settings import Settings, validated
 from next_core.storage.yaml_files import load_yaml
 
 Role = Literal["plain", "control", "arm"]
@@ -103,11 +103,7 @@ def load_comparison(path: str | Path) -> tuple[CompareConfig, list[Arm]]:
     Its folder, and that of its base, go on ``sys.path``: a reward that a config names may be there.
     """
     file = Path(path)
-    raw = load_yaml(file, "see docs/compare.md")
-    try:
-        config = CompareConfig.model_validate(raw)
-    except ValidationError as error:
-        raise config_error(error, str(file), CompareConfig) from None
+    config = validated(CompareConfig, load_yaml(file, "see docs/compare.md"), str(file))
     base = None if config.base is None else absolute_path(file.parent, config.base, str(file))
     for folder in (file.resolve().parent, *([] if base is None else [base.parent])):
         if folder.is_dir() and str(folder) not in sys.path:  # Python would open a FIFO there and wait

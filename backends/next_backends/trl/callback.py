@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from next_backends.trl.argument_checks import check_arguments, check_jump_adapters, check_reachable
@@ -28,7 +27,7 @@ from next_core.predictor import TrajectoryPredictor, described
 from next_core.process.containment import same_random_states
 from next_core.process.hardware import hardware, versions
 from next_core.run_config import DEFAULT_PREDICTOR, Guards, Schedule
-from next_core.settings import config_error
+from next_core.settings import validated
 from next_core.storage.locking import hold, release
 
 
@@ -70,13 +69,11 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
         chosen = type(self._make_predictor())
         given = {"schedule": schedule, "guards": {} if isinstance(guards, Guards) else guards or {}}
         refuse_jump_settings(chosen, given)
-        recommended = recommended_of(chosen, given)
-        self.schedule: Schedule = _validated(Schedule, {**recommended.get("schedule", {}), **schedule})
-        self.guards: Guards = (
-            guards
-            if isinstance(guards, Guards)
-            else _validated(Guards, {**recommended.get("guards", {}), **(guards or {})})
-        )
+        recommended, where = recommended_of(chosen, given), type(self).__name__
+        self.schedule = validated(Schedule, {**recommended.get("schedule", {}), **schedule}, where)
+        if not isinstance(guards, Guards):
+            guards = validated(Guards, {**recommended.get("guards", {}), **(guards or {})}, where)
+        self.guards = guards
         self.guards.check(self.schedule)
         self.backend = TrlBackend()
         self.cycle: PredictExtendCycle | None = None
@@ -264,10 +261,3 @@ def _about(args: Any, model: Any, trainer: Any) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(),
     }
-
-
-def _validated(model: type[Any], fields: Mapping[str, Any]) -> Any:
-    try:
-        return model(**fields)
-    except ValidationError as error:
-        raise config_error(error, "PredictExtendCallback", model) from None

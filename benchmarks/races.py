@@ -15,6 +15,7 @@ from typing import Any
 from tables import RESULTS, put, table
 
 PREFIX = "compare-"
+KINDS = ("sampled", "greedy")
 KEPT = ("hardware", "steps", "longer", "seeds", "metric", "base", "versions")
 OF_ARM = (
     "role",
@@ -51,25 +52,20 @@ def _jumps(arm: dict[str, Any]) -> float:
     return sum(made) / len(made)
 
 
-def of_comparison(found: dict[str, Any]) -> str:
-    """One row an arm."""
-    metric = found["metric"]
-    rows = []
-    for name, arm in found["arms"].items():
+def of_comparisons(found: list[dict[str, Any]]) -> str:
+    """Return one row for each arm. Comparisons share their task, seeds and plain run, so each control is shown once."""
+    arms = {name: arm for one in reversed(found) for name, arm in one["arms"].items()}
+    seeds, rows = len(found[0]["seeds"]), []
+    for name in dict.fromkeys(name for one in found for name in one["arms"]):
+        arm = arms[name]
         chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm["chosen"].items())
-        rows.append(
-            [
-                name + (f" ({chosen})" if chosen else ""),
-                _of(arm["test"][metric], ".3f"),
-                _of(arm["difference"], "+.3f"),
-                ("≥ " if arm["beyond"] else "") + f"{arm['equals_step']['mean']:.0f}",
-                f"{arm['jumps']:.0f}",
-                str(arm["spent_steps"]),
-            ]
-        )
-    headings = ["arm", metric, "- plain, 95%", "equals plain step", "jumps", "steps spent"]
-    seeds = len(found["seeds"])
-    return table(headings, rows) + f"\n\n{seeds} seed{'s' * (seeds > 1)}. {found['hardware']}."
+        cells = [name + (f" ({chosen})" if chosen else ""), *(_of(arm["test"][kind], ".3f") for kind in KINDS)]
+        cells += [_of(arm["difference"], "+.3f")] if seeds > 1 else []
+        cells += [("≥ " if arm["beyond"] else "") + f"{arm['equals_step']['mean']:.0f}", f"{arm['jumps']:.0f}"]
+        rows.append(cells)
+    paired = ["- plain, 95%"] if seeds > 1 else []
+    text = table(["arm", *KINDS, *paired, "equals plain step", "jumps"], rows)
+    return f"{text}\n\n{seeds} seed{'s' * (seeds > 1)}. {found[0]['hardware']}."
 
 
 def _of(figure: dict[str, Any] | None, form: str) -> str:
@@ -86,11 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.keep is not None:
         keep(args.keep)
-    parts = []
-    for file in sorted(RESULTS.glob(f"{PREFIX}*.json")):
-        name = file.stem.removeprefix(PREFIX)
-        parts.append(f"**{name}** (`benchmarks/compare/{name}.yaml`)\n\n{of_comparison(json.loads(file.read_text()))}")
-    put("embedded-task.md", "races.py", "\n\n".join(parts))
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{PREFIX}*.json"))]
+    put("embedded-task.md", "races.py", of_comparisons(found))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ class StepScaling:
         self._rewards, self._trends = None, []  # of an abandoned path
 
     def _can_restart(self, step: int) -> bool:
-        return 0 in self._backend.steps.kept and self._backend.takes_weights(step)
+        # One state was kept since, at most: later a restart would cost too much.
+        return 0 in self._backend.steps.kept[-2:] and self._backend.takes_weights(step)
 
     def _problem(self, found: Any, step: int) -> str | None:
         """Return why a prediction cannot be used; None where it can."""

@@ -88,20 +88,20 @@ def fails(history: StepHistory) -> Any:
         (lambda history: StepScale(0.0), "0"),
         (lambda history: StepScale(2.0, {"phase": "rising"}), "ValueError"),
         (lambda history: StepScale(2.0, None), "AttributeError"),
-        (lambda history: StepScale(1.0, {}, restart=history.step == 120), "not kept"),
+        (lambda history: StepScale(1.0, {}, restart=history.step == 30), "not kept"),
     ],
 )
 def test_a_prediction_that_cannot_be_used_changes_nothing_and_is_journalled(act: Any, reason: str) -> None:
     plain, backend = Descent(), Descent()
-    plain.train(120, lambda step: None)
-    made = cycle(backend, act, total=120)
+    plain.train(30, lambda step: None)
+    made = cycle(backend, act, total=30)
     made.run()
     assert torch.equal(backend.model.weight, plain.model.weight)
     last = scaling_records(made.journal)[-1]
     assert not last["accepted"]
     assert reason in last["reason"]
     with raises_kind("guard-refused", "step "):
-        cycle(Descent(), act, total=120, strict=True).run()
+        cycle(Descent(), act, total=30, strict=True).run()
 
 
 def test_a_restart_returns_to_the_first_weights() -> None:
@@ -121,8 +121,8 @@ def test_a_predictor_knows_whether_the_first_weights_can_be_returned_to(monkeypa
         seen[history.step] = history.can_restart
         return StepScale(1.0)
 
-    cycle(backend, look, total=120).run()
-    assert seen == {step: step != 4 and step <= 110 for step in range(2, 121, 2)}
+    cycle(backend, look, total=24).run()
+    assert seen == {step: step != 4 and step <= 20 for step in range(2, 25, 2)}
 
 
 def collapsing(backend: Descent, made: PredictExtendCycle, after: int, times: int = 1) -> Callable[[int], None]:

@@ -86,22 +86,6 @@ def test_a_resized_vocabulary_needs_no_backbone(tmp_path: Path, cli: Cli) -> Non
     assert run.differing(tmp_path / "out", resized, step=30) == []
 
 
-@pytest.mark.parametrize(("precision", "tied"), [(torch.bfloat16, True), (torch.float16, False)])
-def test_precisions_and_tied_heads_are_the_backbones(tmp_path: Path, precision: Any, tied: bool, cli: Cli) -> None:
-    run = straight_run(tmp_path, model(tie_word_embeddings=tied))
-    half = type(model()).from_pretrained(run.base)
-    half.model.layers.to(precision)
-    half.save_pretrained(run.base)
-    command = ("extrapolate", "--checkpoints", run.path, "--backbone", run.base, "--horizon", 10)
-    assert cli(*command, "--out", tmp_path / "out").code == 0
-    found, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.base))
-    assert found.keys() == stored.keys()
-    for name, value in found.items():
-        assert value.dtype == stored[name].dtype
-        exact = run.at(30 if value.dim() == 2 else 20)[name]
-        torch.testing.assert_close(value, exact.to(value.dtype), atol=1e-5 if value.itemsize == 4 else 4e-3, rtol=0)
-
-
 def test_matrices_that_the_checkpoints_do_not_store_are_named(tmp_path: Path, cli: Cli) -> None:
     run, name = straight_run(tmp_path, model()), "model.layers.0.mlp.up_proj.weight"
     for step in (10, 20):

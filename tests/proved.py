@@ -88,6 +88,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "tests/backends/environment.py",
         "tests/backends/external",
         "tests/backends/openrlhf",
+        "tests/backends/trl/launch.py",
     ),
 }
 

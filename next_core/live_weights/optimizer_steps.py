@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,12 @@ class OptimizerSteps(TrainerSteps):
         self._depth += 1
         if self._depth > 1:
             return
-        for index, group in self._stepping():
+        now = self._optimizer.param_groups
+        if not all(any(group is known for known in self._groups) for group in now):
+            self._groups = list(now)  # the optimizer has loaded a state
+        places = {id(group): index for index, group in enumerate(self._groups)}
+        for group in now:
+            index = places[id(group)]
             self._scheduled[index] = float(group["lr"])
             self._rates.append((group, group["lr"]))
             group["lr"] = group["lr"] * self.multiple
@@ -129,14 +134,6 @@ class OptimizerSteps(TrainerSteps):
         for group, rate in self._rates:
             group["lr"] = rate
         self._rates.clear()
-
-    def _stepping(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the groups that the optimizer steps on now, with their places among all groups."""
-        now = self._optimizer.param_groups
-        if not all(any(group is known for known in self._groups) for group in now):
-            self._groups = list(now)  # the optimizer has loaded a state
-        places = {id(group): index for index, group in enumerate(self._groups)}
-        yield from ((places[id(group)], group) for group in now)
 
     @property
     def learning_rate(self) -> float:

@@ -114,16 +114,8 @@ TRIED: Sequence[tuple[str, Attack, str]] = [
     ("other shapes", lambda history, horizon: to(history, horizon, more=1), r"not \("),
     ("unknown names", lambda history, horizon: to(history, horizon, name="nobody.weight"), "nobody.weight"),
     ("None", lambda history, horizon: None, "NoneType"),
-    (
-        "another step",
-        lambda history, horizon: secant(history, horizon, 1.0, step=2),
-        "counts from step 2, and the run is at",
-    ),
-    (
-        "another source",
-        lambda history, horizon: secant(history, horizon, 1.0, source=another(history)),
-        "another source",
-    ),
+    ("another step", lambda history, horizon: secant(history, horizon, 1.0, step=2), "from step 2, and the run is at"),
+    ("another source", lambda past, horizon: secant(past, horizon, 1.0, source=another(past)), "another source"),
     ("an error", raising(ValueError("my own mistake")), "the predictor failed: ValueError: my own mistake"),
     ("an error without end", without_end, "RecursionError"),
     ("no memory", raising(MemoryError("77 GB")), "77 GB"),

@@ -24,22 +24,6 @@ from next_core.storage.manifest import MANIFEST, check_manifest
 if TYPE_CHECKING:
     from next_core.run_config import Choice, RunConfig, TrainingSettings
 
-OURS = frozenset(
-    {
-        "output_dir",
-        "max_steps",
-        "seed",
-        "learning_rate",
-        "lr_scheduler_type",
-        "num_generations",
-        "temperature",
-        "beta",
-        "max_completion_length",
-        "save_strategy",
-        "save_steps",
-    }
-)
-"""Fields of TRL's config that the run config sets under its own names."""
 PACKAGES = ("transformers", "peft", "datasets", "trl")
 Evaluate = Callable[[Any, str], dict[str, float]]
 
@@ -111,8 +95,21 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
     training = run.training
     config_class = RLOOConfig if training.algorithm == "rloo" else GRPOConfig
     known = {field.name for field in dataclasses.fields(config_class)}
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": run.steps,
+        "seed": run.seed,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "num_generations": training.generations,
+        "max_completion_length": training.max_new_tokens,
+        "temperature": training.temperature,
+        "beta": training.beta,
+        "save_strategy": "no" if run.save_every is None else "steps",
+        "save_steps": run.save_every or run.steps,
+    }
     for key in extra:
-        if key in OURS:
+        if key in ours:
             raise contradiction(f"backend.args.{key}: set this in `training`, `steps` or `seed` of the run config")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -121,20 +118,9 @@ def make_args(run: RunConfig, extra: dict[str, Any], output: Path) -> Any:
                 + (f"; did you mean '{near[0]}'?" if near else ""),
                 kind="config-unknown-key",
             )
-    fields: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": run.steps,
-        "seed": run.seed,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.lr_scheduler,
+    fields: dict[str, Any] = ours | {
         "per_device_train_batch_size": training.prompts_per_step * training.generations,
-        "num_generations": training.generations,
-        "max_completion_length": training.max_new_tokens,
-        "temperature": training.temperature,
-        "beta": training.beta,
         "logging_steps": run.schedule.every,
-        "save_strategy": "no" if run.save_every is None else "steps",
-        "save_steps": run.save_every or run.steps,
         "report_to": "none",
         "disable_tqdm": True,
         "bf16": False,

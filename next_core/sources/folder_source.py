@@ -141,7 +141,8 @@ class FolderSource(CheckpointSource, Generic[T]):
         self._check(opened)
         if not self.config.folders:
             new = [step for step, checkpoint in opened.items() if self._checkpoints.get(step) is not checkpoint]
-            check_one_run({step: each.folder for step, each in self._own(opened).items()}, new)
+            # Step 0 may be a copy of what another training, such as SFT, ended with.
+            check_one_run({step: each.folder for step, each in opened.items() if step > 0}, new)
         stale = {step for step, before in self._checkpoints.items() if opened.get(step) is not before}
         self._checkpoints, self._folders, self._skipped_folders = opened, found, skipped
         self._begins, self._start_is_right = history_begins(self.config.path)

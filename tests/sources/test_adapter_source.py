@@ -152,8 +152,13 @@ def test_metrics_that_are_not_finite_are_left_out(own_lora_run: LoraRun) -> None
 
 
 def test_a_checkpoint_left_of_another_run_is_found_by_its_log(own_lora_run: LoraRun) -> None:
-    for step in (10, 20):
+    def log_otherwise(step: int) -> None:
         edit_json(own_lora_run.folder(step) / STATE, log_history=[{"step": 5, "reward": float("nan")}])
+
+    log_otherwise(0)  # a copy of what SFT ended with
+    assert open_checkpoints(own_lora_run.path).steps == STEPS
+    log_otherwise(10)
+    log_otherwise(20)
     with raises_kind("checkpoint-other-model", own_lora_run.folder(30), own_lora_run.folder(20)):
         open_checkpoints(own_lora_run.path)
     assert open_checkpoints([own_lora_run.folder(step) for step in (20, 30)]).steps == (20, 30)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from next_core.cycle.jump import check_origin
 from next_core.diagnostics.backtest_results import Backtest, Failure, Judged, Score, WalkNull, skill_interval
 from next_core.diagnostics.replay import CutHistory, Replay, Shared, make_replay
 from next_core.errors import PluginError, describe
@@ -149,7 +150,8 @@ class _WalkForward:
             begin = time.perf_counter()
             prediction = predictor.fit(history).predict(horizon)
             seconds = time.perf_counter() - begin
-            _check(prediction, cut, self.whole)
+            check_origin(prediction, history)
+            _check(prediction)
         except Exception as error:  # anyone's code: it must not end the backtest
             self._failed(name, draw, cut, error)
             return None
@@ -190,16 +192,11 @@ class _WalkForward:
         )
 
 
-def _check(prediction: Any, cut: int, whole: History) -> None:
-    """Raise ``PluginError`` for what is no prediction of this run from this step."""
-    problem = None
-    if not isinstance(prediction, Prediction):
-        problem = f"predict returned {type(prediction).__name__}; return a Prediction"
-    elif prediction.step != cut:
-        problem = f"the prediction counts from step {prediction.step}, but the newest observed step is {cut}"
-    elif unknown := sorted(set(prediction.updates) - set(whole.shapes)):
-        problem = f"the prediction names '{unknown[0]}', which the run does not have"
-    elif odd := [name for name, update in prediction.updates.items() if not isinstance(update, Update)]:
-        problem = f"the update of '{odd[0]}' is {type(prediction.updates[odd[0]]).__name__}; return an Update"
-    if problem is not None:
-        raise PluginError(problem, kind="predictor-wrong-answer")
+def _check(prediction: Prediction) -> None:
+    """Raise ``PluginError`` for updates of what the run does not have, and for what is no update."""
+    updates: Mapping[str, object] = prediction.updates
+    for name, update in updates.items():
+        prediction.parameter(name)
+        if not isinstance(update, Update):
+            problem = f"the update of '{name}' is {type(update).__name__}; return an Update"
+            raise PluginError(problem, kind="predictor-wrong-answer")

@@ -82,8 +82,6 @@ def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_the
         (("--predictors", "secant", "--set", "secant.windw=5"), 2, "config", ("windw", "window")),
         (("--predictors", " , "), 2, "config-invalid-value", ("--predictors",)),
         (("--predictors", "secnt"), 5, "plugin", ("secnt", "secant")),
-        (("--horizon", "15"), 2, "config", ("15",)),
-        (("--draws", "1"), 2, "config", ("draws",)),
     ],
 )
 def test_a_mistake_has_its_kind(

@@ -203,9 +203,9 @@ def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
         40: ("PluginError", name(0), "step 50"),
         50: ("PluginError", name(0), "(5, 7)", "(7, 5)"),
         60: ("PluginError", name(0), "str"),
-        70: ("PluginError", "NoneType"),
+        70: ("GuardError", "NoneType"),
         80: ("PluginError", "elsewhere"),
-        90: ("PluginError", "step 10", "90"),
+        90: ("GuardError", "step 10", "90"),
     }
     assert [failure.cut for failure in judged.failures] == list(expected)
     for failure in judged.failures:

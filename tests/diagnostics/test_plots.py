@@ -9,7 +9,6 @@ from next_core.diagnostics import Analysis, analyze
 from next_core.diagnostics.plots import PICTURES, write_plots
 from next_core.drawing import Chart
 from tests.diagnostics.runs import history, lora_walks, straight
-from tests.errors import raises_kind
 from tests.predictors.trajectories import dense_run, drift
 
 
@@ -39,9 +38,3 @@ def test_what_cannot_be_drawn_says_why() -> None:
 def test_a_single_straight_matrix_is_drawn() -> None:
     drawn = analyze(history(straight()), draws=20).draw()
     assert all(isinstance(one, Chart) and one.svg() for one in drawn.values())
-
-
-def test_a_file_in_the_folders_place_is_refused(analysis: Analysis, tmp_path: Path) -> None:
-    (tmp_path / "plots").write_text("")
-    with raises_kind("config-invalid-value", "plots"):
-        write_plots(analysis.draw(), tmp_path / "plots")

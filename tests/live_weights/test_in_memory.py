@@ -24,6 +24,8 @@ from tests.errors import raises_kind
 from tests.fuzz.adapters import Draw, base_model, write_run
 
 MOE = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+TIED = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+"""PEFT trains one tensor as a factor of the head and of the embedding."""
 ROW, LAST = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -122,34 +124,38 @@ def test_a_dense_jump_cannot_become_an_adapter(model: Any) -> None:
         InMemoryApplier().apply(prediction, out=model)
 
 
-@pytest.fixture
-def moe(tmp_path: Path) -> Any:
-    """A run of fused experts, continued from step 20, and its folder."""
+def continued(base: str, lora: dict[str, Any], folder: Path) -> Any:
+    """A run in ``folder``, continued from step 20."""
     from peft import PeftModel
 
-    case = Draw(5, "moe", MOE, "default", 1.0, start=False)
-    write_run(case, base_model("moe", tmp_path), tmp_path / "run")
-    return PeftModel.from_pretrained(
-        copy.deepcopy(base_model("moe", tmp_path)), tmp_path / "run/checkpoint-20", is_trainable=True
-    )
+    write_run(Draw(5, base, lora, "default", 1.0, start=False), base_model(base, folder), folder / "run")
+    model = copy.deepcopy(base_model(base, folder))
+    return PeftModel.from_pretrained(model, folder / "run/checkpoint-20", is_trainable=True)
 
 
-def test_a_factor_jump_of_fused_experts_moves_each_as_in_the_files_and_is_undone(moe: Any, tmp_path: Path) -> None:
-    before = weights(moe)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(("base", "lora"), [("moe", MOE), ("qwen2 tied", TIED)])
+def test_a_factor_jump_moves_experts_and_shared_factors_as_in_the_files_and_is_undone(
+    tmp_path: Path, base: str, lora: dict[str, Any]
+) -> None:
+    model = continued(base, lora, tmp_path)
+    before = weights(model)
     source = open_checkpoints(tmp_path / "run")
     moves = {p.name: CoefficientUpdate({20: 1.0, 10: -1.0}, "factors") for p in source.parameters}
-    applied = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), 2.0, out=moe)
+    applied = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), 2.0, out=model)
     files = [load_file(tmp_path / f"run/checkpoint-{step}/adapter_model.safetensors") for step in (10, 20)]
-    after = weights(moe)
-    for key, value in files[1].items():
-        moved = after[key.replace(".weight", ".default.weight")]
-        torch.testing.assert_close(moved, value + 2.0 * (value - files[0][key]), atol=1e-6, rtol=1e-6)
-    assert set(applied.shift) == {f"{key[17:-14]}.weight.{key[-13:-7]}" for key in files[1]}
+    after = weights(model)
+    factors = [key for key in files[1] if ".lora_" in key]
+    for key in factors:
+        moved = after[key.removesuffix(".weight") + ".default" + ".weight" * key.endswith(".weight")]
+        torch.testing.assert_close(moved, 3 * files[1][key] - 2 * files[0][key], atol=1e-6, rtol=1e-6)
+    if base == "moe":
+        assert set(applied.shift) == {f"{key[17:-14]}.weight.{key[-13:-7]}" for key in factors}
     applied.rollback()
-    assert all(torch.equal(value, before[name]) for name, value in weights(moe).items())
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
-def test_jumps_in_merged_space_are_tried_on_a_model_before_it_trains(model: Any, moe: Any) -> None:
+def test_jumps_in_merged_space_are_tried_on_a_model_before_it_trains(model: Any, tmp_path: Path) -> None:
     before, states = weights(model), torch.get_rng_state()
     rehearse_adapter(model)
     assert model.base_model.active_adapters == ["default"]
@@ -157,7 +163,7 @@ def test_jumps_in_merged_space_are_tried_on_a_model_before_it_trains(model: Any,
     assert torch.equal(torch.get_rng_state(), states)
     assert weights(model).keys() == before.keys()
     with raises_kind("backend-unsupported", "experts", "space: factors"):
-        rehearse_adapter(moe)
+        rehearse_adapter(continued("moe", MOE, tmp_path))
     model.peft_config["ref"] = model.peft_config["default"]
     with raises_kind("backend-unsupported", "'ref'", "space: factors"):
         rehearse_adapter(model)

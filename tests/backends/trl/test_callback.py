@@ -1,6 +1,5 @@
 """``PredictExtendCallback`` in the real GRPOTrainer and RLOOTrainer."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,10 @@ from transformers import TrainerCallback, TrainerState
 
 from next_backends.trl import PredictExtendCallback
 from next_core import open_checkpoints
-from next_core.interfaces import CoefficientUpdate, Prediction
 from next_core.live_weights.frozen_adapters import jump_adapters
-from next_core.live_weights.in_memory import InMemoryApplier
 from next_core.mathematics.low_rank import LowRank
 from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch, jumping, of_each_kind
 from tests.errors import raises_kind
-from tests.fuzz.adapters import Draw, base_model, write_run
 
 pytestmark = pytest.mark.trl
 
@@ -243,25 +239,6 @@ def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(m
     )
     with raises_kind("backend-unsupported", "PROMPT_TUNING", "auto"):
         make_trainer([jumping()], lora=False, model=model).train()
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
-def test_undoing_a_jump_restores_parameters_that_share_their_values(tmp_path: Path) -> None:
-    """With ``ensure_weight_tying`` PEFT trains one tensor as a factor of the head and of the embedding."""
-    from peft import PeftModel
-
-    lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
-    base = base_model("qwen2 tied", tmp_path)
-    write_run(Draw(3, "qwen2 tied", lora, "default", 1.0, start=False), base, tmp_path / "run")
-    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "run/checkpoint-20", is_trainable=True)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    source = open_checkpoints(tmp_path / "run")
-    moves = {p.name: CoefficientUpdate({20: 1.0, 10: -1.0}, "factors") for p in source.parameters}
-    live = InMemoryApplier().apply(Prediction(source, 20, 10, updates=moves), out=model)
-    table = model.base_model.model.model.embed_tokens.lora_embedding_A["default"]
-    assert not torch.equal(table, before["base_model.model.model.embed_tokens.lora_embedding_A.default"])
-    live.rollback()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_fused_experts_are_moved_in_their_factors(make_trainer: Any, tmp_path: Path) -> None:

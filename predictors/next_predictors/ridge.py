@@ -16,7 +16,7 @@ class RidgeConfig(CoefficientConfig):
     """Settings of the ridge regression."""
 
     use_global: bool = Field(True, description="Regress on the global delta W_t - W_0 (position)")
-    use_local: bool = Field(True, description="Regress on the local delta W_t - W_{t-1} (velocity)")
+    use_local: bool = Field(True, description="Regress on the local delta W_t - W_{t-1} per RL step (velocity)")
     alpha_ridge: float = Field(
         1e-3, ge=0, description="Penalty on each coefficient, relative to the sum of squares of its input"
     )
@@ -32,8 +32,8 @@ class Ridge(PerMatrixPredictor):
     """Fit T_t ~ a G_t + b L_t over the pairs of checkpoints ``horizon`` apart, per matrix; predict a G_T + b L_T.
 
     The linear control for NExt (arXiv 2604.11446): the same inputs, global and local deltas, and the same target
-    T_t = W_{t+h} - W_t, with two numbers to learn instead of a network. It uses whole deltas, not their rank-k parts:
-    all inner products follow from the Gram matrix of global deltas.
+    T_t = W_{t+h} - W_t, with two numbers to learn instead of a network. L_t is per RL step: checkpoints need not be
+    evenly spaced. It uses whole deltas, not their rank-k parts: all inner products follow from their Gram matrix.
     """
 
     name = "ridge"
@@ -50,7 +50,7 @@ class Ridge(PerMatrixPredictor):
         return None
 
     def predict_matrix(self, matrix: MatrixHistory, horizon: int) -> Outcome:
-        inputs, targets = _contrasts(len(matrix.steps), self._pairs)
+        inputs, targets = _contrasts(matrix.steps, self._pairs)
         used = torch.tensor([self.config.use_global, self.config.use_local])
         inputs = inputs[used]
         gram = matrix.gram()
@@ -68,15 +68,16 @@ class Ridge(PerMatrixPredictor):
         coefficients = torch.zeros(2, dtype=scale.dtype)
         coefficients[used] = torch.linalg.pinv(penalised, hermitian=True) @ (products / scale) / scale
         a, b = coefficients.tolist()
-        # a G_T + b L_T with L_T = G_T - G_{T-1}.
         before, newest = matrix.steps[-2:]
+        b /= newest - before  # a G_T + b L_T with L_T = (G_T - G_{T-1}) / (t_T - t_{T-1})
         return CoefficientUpdate({newest: a + b, before: -b}, self.config.space)
 
 
-def _contrasts(count: int, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Return global and local deltas (2, pairs, count) and targets (pairs, count) as weights of global deltas."""
+def _contrasts(steps: Sequence[int], pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Return positions and velocities (2, pairs, T) and targets (pairs, T) as weights of the T global deltas."""
     # A delta is a combination of the G_t, so every inner product that the regression needs is weights^T Gram weights.
-    unit = torch.eye(count, dtype=torch.float64)
-    before = torch.cat([torch.zeros(1, count, dtype=torch.float64), unit[:-1]])
+    unit = torch.eye(len(steps), dtype=torch.float64)
+    gaps = torch.tensor((0, *steps)).diff().clamp_min(1)  # 0 only at step 0, where no pair starts
+    velocity = unit.diff(dim=0, prepend=torch.zeros_like(unit[:1])) / gaps[:, None]
     start, end = [i for i, _ in pairs], [j for _, j in pairs]
-    return torch.stack([unit[start], unit[start] - before[start]]), unit[end] - unit[start]
+    return torch.stack([unit[start], velocity[start]]), unit[end] - unit[start]

@@ -28,7 +28,6 @@ def test_a_plan_of_checkpoints_writes_nothing(cli: Cli, lora_run: LoraRun, tmp_p
         (("CONFIG", "--checkpoints", "RUN"), 2, "config-contradiction", "CONFIG"),
         (("CONFIG", "--horizon", 50), 2, "config-contradiction", "CONFIG"),
         (("CONFIG", "--predictor", "relex"), 2, "config-contradiction", "CONFIG"),
-        (("CONFIG", "--set", "window=5"), 2, "config-contradiction", "CONFIG"),
         (("--checkpoints", "RUN", "--horizon", 10, "--predictor", "secnat"), 5, "plugin", "secant"),
         (("--checkpoints", "RUN", "--horizon", 10, "--applier", "merged-model"), 2, "config", ""),
         (("--checkpoints", "nowhere", "--horizon", 10), 3, "checkpoint", "nowhere"),

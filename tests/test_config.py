@@ -228,12 +228,11 @@ def test_numbers_as_people_write_them_are_numbers_and_what_only_looks_like_one_i
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"training__model": "nowhere"}, {"training__data__train": "nowhere"}, {"training__data__test": "nowhere"}],
+    ("key", "path"), [("model", "models/a/nowhere"), ("data__train", "data/nowhere.jsonl"), ("data__test", "nowhere")]
 )
-def test_a_path_that_does_not_exist_is_named(load: Callable[..., RunConfig], changes: dict[str, Any]) -> None:
-    with raises_kind("config-missing-file", "nowhere"):
-        load(**changes)
+def test_a_path_that_does_not_exist_is_named(load: Callable[..., RunConfig], key: str, path: str) -> None:
+    with raises_kind("config-missing-file", path):
+        load(**{f"training__{key}": path})
 
 
 def test_paths_count_from_the_config_file(

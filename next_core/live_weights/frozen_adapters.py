@@ -22,7 +22,7 @@ def is_peft(model: nn.Module) -> bool:
 
 def trained_adapter(model: Any) -> str:
     """Return the name of the adapter that trains."""
-    names = [name for name in _active(model) if not name.startswith(JUMP_PREFIX)]
+    names: list[str] = [name for name in model.base_model.active_adapters if not name.startswith(JUMP_PREFIX)]
     if len(names) != 1:
         raise unsupported(f"the active adapters to train are {names or 'none'}; activate exactly one")
     return names[0]
@@ -137,7 +137,7 @@ def remove_adapter(model: Any, name: str) -> None:
     """Delete a jump adapter, if the model has it; the others stay active."""
     if name not in model.peft_config:
         return
-    active = [other for other in _active(model) if other != name]
+    active = [other for other in model.base_model.active_adapters if other != name]
     model.delete_adapter(name)
     model.base_model.set_adapter(active)
     activate_jumps(model)
@@ -151,7 +151,3 @@ def _freeze(model: Any, adapter: str) -> None:
                 weight = table[adapter].weight.detach()
                 del table[adapter].weight
                 table[adapter].register_buffer("weight", weight)
-
-
-def _active(model: Any) -> list[str]:
-    return list(model.base_model.active_adapters)

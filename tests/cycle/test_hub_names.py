@@ -17,7 +17,6 @@ import yaml
 from next_core.config import load_config
 from next_core.planning import plan_run
 from tests.crash import small_run
-from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
 COMMIT = hashlib.sha1(b"commit").hexdigest()
@@ -125,11 +124,3 @@ def test_a_plan_downloads_nothing(tmp_path: Path) -> None:
     raw["training"]["model"] = "someone/tiny"
     plan = plan_run(small_run.checked(raw), tmp_path / "run")
     assert "hf download someone/tiny" in plan["notes"][0]
-
-
-def test_a_file_that_does_not_exist_is_no_name_of_the_hub(tmp_path: Path) -> None:
-    for key, name in (("model", "models/a/b"), ("data", "data/gone.jsonl")):
-        raw = small_run.raw_config(tmp_path / "data")
-        raw["training"][key] = name if key == "model" else {"train": name}
-        with raises_kind("config-missing-file", name):
-            small_run.checked(raw)

@@ -44,6 +44,15 @@ def jumping(predictor: Any = FACTORS, **fields: Any) -> Any:
     return PredictExtendCallback(predictor, **SMALL | fields)
 
 
+def adapted(config: Any = None) -> Any:
+    """The base model with an adapter, by default LoRA's on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config or lora)
+
+
 class Watch(TrainerCallback):
     """Calls ``look(step, model)`` when a step has ended: before the jump's callback or after it, as it is listed."""
 

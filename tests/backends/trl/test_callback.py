@@ -11,7 +11,7 @@ from next_backends.trl import PredictExtendCallback
 from next_core import open_checkpoints
 from next_core.live_weights.frozen_adapters import jump_adapters
 from next_core.mathematics.low_rank import LowRank
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch, jumping, of_each_kind
+from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SMALL, Watch, adapted, jumping, of_each_kind
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -202,13 +202,8 @@ def test_a_jump_is_made_at_a_generation_boundary_and_refused_inside_one_before_t
 
 
 def test_a_run_with_a_reference_adapter_takes_factor_jumps(make_trainer: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
     callback = jumping(FACTORS)
-    make_trainer([callback], steps=8, lora=False, model=model, beta=0.05).train()
+    make_trainer([callback], steps=8, lora=False, model=adapted(), beta=0.05).train()
     assert [jump["accepted"] for jump in callback.journal.jumps()] == [True]
 
 
@@ -227,16 +222,13 @@ def test_jumps_with_other_modules_are_saved(
 
 
 def test_jumps_that_every_later_save_would_fail_at_are_refused_before_training(make_trainer: Any) -> None:
-    from peft import PromptTuningConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from peft import PromptTuningConfig
 
     trainer = make_trainer([jumping(MERGED)], lora=TOKENS)
     with raises_kind("backend-unsupported", "trainable_tokens", "space: factors"):
         trainer.train()
     assert trainer.state.global_step == 0
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(BASE), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
+    model = adapted(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with raises_kind("backend-unsupported", "PROMPT_TUNING", "auto"):
         make_trainer([jumping()], lora=False, model=model).train()
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from next_backends.trl import PredictExtendCallback, TrlBackend
 from next_core import History, open_checkpoints
 from next_core.errors import NextCoreError
 from next_core.storage.manifest import check_manifest
-from tests.backends.trl.conftest import BASE, FACTORS, MERGED, SAVING, Watch, jumping
+from tests.backends.trl.conftest import FACTORS, MERGED, SAVING, Watch, adapted, jumping
 from tests.errors import raises_kind
 
 pytestmark = pytest.mark.trl
@@ -135,12 +134,7 @@ def test_no_jump_on_a_full_disk(
 
 
 def test_an_adapter_that_was_trained_before_counts_from_where_rl_began(make_trainer: Any, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+    model = adapted()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

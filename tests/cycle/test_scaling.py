@@ -13,7 +13,6 @@ from next_core.backend import LoggedReward
 from next_core.cycle.journal import Journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.scaling import scaling_records
-from next_core.plugins import resolve_any_predictor
 from next_core.run_config import Guards, Schedule
 from next_core.settings import Settings
 from next_core.step_predictor import StepConfig, StepHistory, StepPredictor, StepScale
@@ -102,15 +101,6 @@ def test_a_prediction_that_cannot_be_used_changes_nothing_and_is_journalled(act:
     assert reason in last["reason"]
     with raises_kind("guard-refused", "step "):
         cycle(Descent(), act, total=30, strict=True).run()
-
-
-def test_a_restart_returns_to_the_first_weights() -> None:
-    backend = Descent()
-    start = backend.model.weight.detach().clone()
-    made = cycle(backend, lambda history: StepScale(history.multiple / 4, {}, restart=history.step == 4), total=4)
-    made.run()
-    assert torch.equal(backend.model.weight, start)
-    assert scaling_records(made.journal)[-1]["back_to"] == 0
 
 
 def test_a_predictor_knows_whether_the_first_weights_can_be_returned_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +216,6 @@ def test_a_backend_that_cannot_reach_the_optimizer_refuses_before_training() -> 
 
     with raises_kind("backend-unsupported", "'far'"):
         cycle(Far(), doubled)
-
-
-def test_it_is_the_default_and_needs_no_room_in_the_schedule() -> None:
-    make = resolve_any_predictor("step-scale")
-    made = PredictExtendCycle(Descent(), make, Schedule(observe=50), Guards(probe=False), 3, Journal())
-    assert made.scales_steps
-    assert made.run() == 3
 
 
 @pytest.mark.parametrize(("rate", "ends_in_mean"), [(1.5, True), (0.01, False)])

@@ -24,7 +24,6 @@ from next_core.storage.manifest import MANIFEST, check_manifest
 if TYPE_CHECKING:
     from next_core.run_config import Choice, RunConfig, TrainingSettings
 
-PACKAGES = ("transformers", "peft", "datasets", "trl")
 Evaluate = Callable[[Any, str], dict[str, float]]
 
 
@@ -32,7 +31,7 @@ def build_trainer(
     run: RunConfig, extra: dict[str, Any], output: Path, optimizer: Choice | None = None
 ) -> tuple[Any, Evaluate]:
     """Return the trainer and a function that measures a split. Raises ``ConfigError`` or ``BackendError``."""
-    for package in PACKAGES:
+    for package in ("transformers", "peft", "datasets", "trl"):
         import_optional(package, "trl")
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed

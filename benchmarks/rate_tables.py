@@ -92,14 +92,13 @@ def every_rate(found: By) -> str:
                     _with_mean(auto),
                     mean([row["curve"][-1]["greedy"] for row in auto.values()]),
                     paired(ours, finals(plain)),
-                    paired(ours, finals(jumps)),
                     paired(ours, rival.finals) if rival else "",
                     ", ".join(str(len(arm)) for arm in (plain, jumps, auto)),
                 ]
             )
     headings = (
         "task|learning rate|plain, with mean|adaptive-secant|auto, with mean|greedy|auto - plain with mean, 95%|"
-        "auto - adaptive-secant, 95%|auto - best known, 95%|seeds"
+        "auto - best known, 95%|seeds"
     )
     return table(headings.split("|"), rows)
 

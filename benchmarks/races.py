@@ -52,12 +52,10 @@ def _jumps(arm: dict[str, Any]) -> float:
     return sum(made) / len(made)
 
 
-def of_comparisons(found: list[dict[str, Any]]) -> str:
-    """Return one row for each arm. Comparisons share their task, seeds and plain run, so each control is shown once."""
-    arms = {name: arm for one in reversed(found) for name, arm in one["arms"].items()}
-    seeds, rows = len(found[0]["seeds"]), []
-    for name in dict.fromkeys(name for one in found for name in one["arms"]):
-        arm = arms[name]
+def of_comparison(found: dict[str, Any]) -> str:
+    """Return one row for each arm."""
+    seeds, rows = len(found["seeds"]), []
+    for name, arm in found["arms"].items():
         chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm["chosen"].items())
         cells = [name + (f" ({chosen})" if chosen else ""), *(_of(arm["test"][kind], ".3f") for kind in KINDS)]
         cells += [_of(arm["difference"], "+.3f")] if seeds > 1 else []
@@ -65,7 +63,7 @@ def of_comparisons(found: list[dict[str, Any]]) -> str:
         rows.append(cells)
     paired = ["- plain, 95%"] if seeds > 1 else []
     text = table(["arm", *KINDS, *paired, "equals plain step", "jumps"], rows)
-    return f"{text}\n\n{seeds} seed{'s' * (seeds > 1)}. {found[0]['hardware']}."
+    return f"{text}\n\n{seeds} seed{'s' * (seeds > 1)}. {found['hardware']}."
 
 
 def _of(figure: dict[str, Any] | None, form: str) -> str:
@@ -82,8 +80,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.keep is not None:
         keep(args.keep)
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{PREFIX}*.json"))]
-    put("embedded-task.md", "races.py", of_comparisons(found))
+    parts = []
+    for file in sorted(RESULTS.glob(f"{PREFIX}*.json")):
+        name = file.stem.removeprefix(PREFIX)
+        parts.append(f"**{name}** (`benchmarks/compare/{name}.yaml`)\n\n{of_comparison(json.loads(file.read_text()))}")
+    put("embedded-task.md", "races.py", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

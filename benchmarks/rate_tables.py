@@ -263,14 +263,12 @@ def other_settings(rows: list[Row]) -> str:
     for setting in SETTINGS:
         found = by_arm(rows, setting)
         for rate in SETTING_RATES:
-            plain, jumps, auto = (
-                found.get(("arithmetic", rate, arm), {}) for arm in ("plain", "adaptive-secant", "auto")
-            )
+            plain, auto = (found.get(("arithmetic", rate, arm), {}) for arm in ("plain", "auto"))
             if auto:
                 ours = finals(auto)
-                cells = [mean(list(finals(arm).values())) if arm else "" for arm in (plain, jumps, auto)]
+                cells = [mean(list(finals(arm).values())) if arm else "" for arm in (plain, auto)]
                 lines.append([setting, f"{rate:g}", *cells, paired(ours, finals(plain)), str(len(ours))])
-    headings = "setting|learning rate|plain, with mean|adaptive-secant|auto, with mean|auto - plain with mean|seeds"
+    headings = "setting|learning rate|plain, with mean|auto, with mean|auto - plain with mean|seeds"
     return table(headings.split("|"), lines)
 
 

@@ -11,7 +11,6 @@ from next_core.errors import CheckpointError, ConfigError, NextCoreError
 from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
 from next_core.interfaces import CheckpointSource
-from next_core.plugins import registry
 from next_core.report import charts
 from next_core.report.formatting import NONE, counted, decimal, signed
 from next_core.report.inputs import Recorded
@@ -38,12 +37,6 @@ class GeometryOptions:
     predictor: str = "secant"
     backbone: Path | None = None
     cache: DeltaCache | None = None
-
-
-def check_predictor(options: GeometryOptions) -> None:
-    """Raise ``PluginError`` for an unknown predictor, before the work."""
-    if options.wanted:
-        registry().make_config("predictor", options.predictor, {})
 
 
 def add_geometry(

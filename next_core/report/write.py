@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from next_core.drawing import check_folder
 from next_core.errors import ConfigError, invalid_value
+from next_core.plugins import resolve_predictor
 from next_core.report.compare_page import compare_page
-from next_core.report.geometry import GeometryOptions, check_predictor
+from next_core.report.geometry import GeometryOptions
 from next_core.report.inputs import Recorded, open_folder
 from next_core.report.page import Page, make_environment
 from next_core.report.run_page import run_page, runs_page
@@ -46,7 +47,7 @@ def write_report(
 
     ``out`` is by default ``report/index.html`` in the folder, of several in the one that holds them all; ``figures`` is
     a folder for each chart as SVG. Raises ``ConfigError`` for a folder of neither, a wrong ``out`` and without jinja2,
-    ``CheckpointError`` for a damaged file, ``PluginError`` for an unknown predictor.
+    ``CheckpointError`` for a damaged file, ``PluginError`` for a predictor that is unknown or scales steps.
     """
     folders = [folder] if isinstance(folder, Path) else list(folder)
     settings = settings or GeometryOptions()
@@ -78,6 +79,7 @@ def _page(
         return "runs", runs_page({str(folder.resolve().relative_to(root)): run for folder, run in runs.items()})
     found = opened[folders[0]]
     if isinstance(found, Recorded):
-        check_predictor(settings)
+        if settings.wanted:
+            resolve_predictor(settings.predictor)  # a wrong one is an error before the work
         return "run", run_page(found, settings, progress)
     return "comparison", compare_page(found, folders[0].resolve().name)

@@ -218,8 +218,9 @@ def test_a_predictor_that_never_acts_is_missing_with_its_reason(own_lora_run: Lo
 
 
 def test_an_unknown_predictor_is_an_error_before_the_work(ended: Path) -> None:
-    with raises_kind("plugin-unknown", "sekant", "secant"):
-        write_report(ended, settings=GeometryOptions(predictor="sekant"))
+    for name, kind in (("sekant", "plugin-unknown"), ("step-scale", "predictor-needs-trainer")):
+        with raises_kind(kind, name, "secant"):
+            write_report(ended, settings=GeometryOptions(predictor=name))
     assert not (ended / "report").exists()
 
 

@@ -64,13 +64,14 @@ def test_it_raises_a_rate_that_is_too_small_and_a_resumed_run_ends_alike(make_tr
         late.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-13"))
 
 
-def test_a_run_that_is_resumed_before_the_newest_checkpoint_returns_to_that_step_and_says_so(make_trainer: Any) -> None:
+def test_a_resumed_run_returns_to_the_states_that_are_left_or_to_that_step_and_says_so(make_trainer: Any) -> None:
     saving = {"save_strategy": "steps", "save_steps": 7}
     whole = make_trainer([PredictExtendCallback("auto")], steps=22, **saving)
     whole.train()
     kept = Path(whole.args.output_dir) / "next-core" / "kept"
-    assert sorted(path.name for path in kept.iterdir()) == ["step-000010-0.safetensors", "step-000020-0.safetensors"]
-    for step, left in ((21, [10, 20]), (14, [10]), (7, [7])):
+    assert sorted(path.name for path in kept.iterdir()) == [f"step-{at:06d}-0.safetensors" for at in (0, 10, 20)]
+    for step, lost, left in ((21, 99, [0, 10, 20]), (14, 10, [0, 15]), (7, 0, [7])):
+        (kept / f"step-{lost:06d}-0.safetensors").unlink(missing_ok=True)
         again, kept_then = PredictExtendCallback("auto"), list[list[int]]()
 
         def look(at: int, model: Any, backend: Any = again.backend, seen: list[list[int]] = kept_then) -> None:
@@ -79,7 +80,7 @@ def test_a_run_that_is_resumed_before_the_newest_checkpoint_returns_to_that_step
         resumed = make_trainer([again, Watch(look)], steps=22)
         resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{step}"))
         assert kept_then[0] == left
-        assert [f"step {left[-1]}" in note for note in again.backend.notes] == [True] * (step < 21)
+        assert [f"step {left[0]}" in note for note in again.backend.notes] == [True] * (step < 21)
 
 
 def test_far_too_large_steps_are_undone_to_the_first_weights_and_moments(make_trainer: Any, trained: Any) -> None:

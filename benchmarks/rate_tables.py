@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rates import ARM_RATES, RATES, SETTING_RATES, SETTINGS, STEPS, UNSEEN_RATES, By, Row, by_arm
+from rates import ARM_RATES, RATES, STEPS, UNSEEN_RATES, By, Row, by_arm
 from tables import half_width, mean, table
 from tasks import MARKS, TASKS, UNSEEN
 from tasks import RESULTS as TASK_RESULTS
@@ -257,21 +257,6 @@ def unseen(found: By) -> str:
     return table(headings, rows)
 
 
-def other_settings(rows: list[Row]) -> str:
-    """Arithmetic with other settings: the final accuracy of each arm at two learning rates."""
-    lines = []
-    for setting in SETTINGS:
-        found = by_arm(rows, setting)
-        for rate in SETTING_RATES:
-            plain, auto = (found.get(("arithmetic", rate, arm), {}) for arm in ("plain", "auto"))
-            if auto:
-                ours = finals(auto)
-                cells = [mean(list(finals(arm).values())) if arm else "" for arm in (plain, auto)]
-                lines.append([setting, f"{rate:g}", *cells, paired(ours, finals(plain)), str(len(ours))])
-    headings = "setting|learning rate|plain, with mean|auto, with mean|auto - plain with mean|seeds"
-    return table(headings.split("|"), lines)
-
-
 def advice(found: By) -> str:
     """The learning-rate advice of plain runs' checkpoints: the median over seeds."""
     rows = []
@@ -294,7 +279,6 @@ def tables(rows: list[Row]) -> str:
         "One run against a sweep": sweeps(found),
         "The learning rate that `auto` finds: median and range over starting rates and seeds": rates_found(found),
         "Tasks that no constant was chosen on, seed 0 (in parentheses: `auto` - the best plain run)": unseen(found),
-        "Other settings, arithmetic": other_settings(rows),
         "Learning-rate advice of plain runs": advice(found),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())

@@ -1,4 +1,4 @@
-"""fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
+"""alpharl: fit each matrix's leading direction as a linear function of the accuracy; evaluate it at a higher one."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""a control that jumps as far as the run last moved, in a random direction."""
+"""random: a control that jumps as far as the run last moved, in a random direction."""
 
 import zlib
 from collections.abc import Sequence

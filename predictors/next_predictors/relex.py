@@ -1,4 +1,4 @@
-"""continue the leading directions of a matrix's trajectory, each along a straight line in time."""
+"""relex: continue the leading directions of a matrix's trajectory, each along a straight line in time."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""the control, which makes no jump."""
+"""stay: the control, which makes no jump."""
 
 from pydantic import Field
 

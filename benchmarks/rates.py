@@ -173,10 +173,10 @@ def missing(rows: list[Row], seeds: int) -> list[Key]:
     return [key for key in wanted if key not in have]
 
 
-def by_arm(rows: list[Row], setting: str = "") -> By:
-    """Rows of one setting by task, rate and arm, and in each by seed."""
+def by_arm(rows: list[Row]) -> By:
+    """Rows without other settings, by task, rate and arm, and in each by seed."""
     found: By = {}
-    for row in (row for row in rows if row["setting"] == setting):
+    for row in (row for row in rows if not row["setting"]):
         found.setdefault((row["task"], row["learning_rate"], row["arm"]), {})[row["seed"]] = row
     return found
 

@@ -117,14 +117,16 @@ class LanczosCompressor(ExactCompressor):
 def _products(blocks: Sequence[Array], v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale A v and scale^2 A^T (A v): fp32 products, fp64 input and output; every block of rows is read once.
 
-    By NumPy, whose OpenBLAS multiplies a transposed block in the cache a third faster than torch's MKL.
+    By NumPy, whose OpenBLAS multiplies a transposed block in the cache a third faster than torch's MKL. On some CPUs it
+    warns of an invalid value though all products are finite (numpy/numpy#24067); the caller checks the residual.
     """
     x = (v * scale).float().numpy()
     out = np.zeros_like(x)
     images = []
-    for block in blocks:
-        images.append(block @ x)
-        out += images[-1] @ block
+    with np.errstate(invalid="ignore"):
+        for block in blocks:
+            images.append(block @ x)
+            out += images[-1] @ block
     return torch.from_numpy(np.concatenate(images)).double(), torch.from_numpy(out).double() * scale
 
 

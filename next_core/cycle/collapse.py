@@ -94,7 +94,8 @@ class RewardHistory:
             best, start, end = self._best[before - 1]
             steps = self._steps[end] - self._steps[start]
             # Of the steps before: once all fail, the last ones say nothing. The luckiest window varies least of all.
-            lucky, usual = (self._variance[end] - self._variance[start]) / steps, self._variance[before] / begins
+            lucky = (self._variance[end] - self._variance[start]) / steps
+            usual = self._variance[before] / self._steps[before]
             error = math.sqrt(self.clustering(before) * max(lucky, usual) * (1 / covered + 1 / steps))
             trends.append(RewardTrend(self._mean(first, last), best, error, begins, LUCKY * before))
         return trends + self._silence()

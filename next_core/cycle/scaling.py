@@ -140,7 +140,9 @@ class StepScaling:
     def _earned(self, at: int, trend: RewardTrend) -> bool:
         """Whether the weights of a kept state still earned half of the best reward."""
         assert self._rewards is not None
-        found = self._rewards.mean_after(at, min(at + KEEP_EVERY, trend.begins)) if at < trend.begins else -math.inf
+        if at >= trend.begins:  # the reward that is judged may be its own
+            return False
+        found = self._rewards.mean_after(at, min(at + KEEP_EVERY, trend.begins))
         return found is None or found >= trend.best - abs(trend.best) / 2
 
 

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,13 @@ def test_what_an_abandoned_path_earned_is_not_asked_of_the_weights_that_were_ret
     for count in range(31, len(logged) + 1):
         assert not any(trend.collapsed for trend in reward_trends(logged[:count], [(10, 30)]))
         assert reward_trends(logged[:count], [(0, 30)]) == reward_trends(returned[: count - 29])
+
+
+def test_steps_that_an_abandoned_path_took_do_not_make_rewards_surer() -> None:
+    kept = rewards([0.5] * 40 + [0.98] * 15 + [0.9] * 36)
+    later = [replace(record, step=record.step + 100) for record in kept[1:]]
+    errors = [[trend.error for trend in reward_trends(records)] for records in (kept, [kept[0], *later])]
+    assert errors[0] == errors[1]
 
 
 def test_rewards_of_any_scale_and_sign_are_judged_by_their_own_spread() -> None:

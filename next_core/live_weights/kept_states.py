@@ -41,20 +41,19 @@ class _Kept:
 class KeptStates:
     """One process's part of the states to return to, oldest first.
 
-    A background thread writes each to ``folder``, if there is one, and drops it from memory; one that cannot be written
-    stays there. The trainer's checkpoints hold the digests of these files. A file is deleted once neither this run nor
-    a resume from the newest complete checkpoint needs it.
+    A background thread writes each to ``folder`` and drops it from memory; one that cannot be written stays there. The
+    trainer's checkpoints hold the digests of these files. A file is deleted once neither this run nor a resume from a
+    checkpoint needs it.
     """
 
-    def __init__(self, trained: TrainedWeights, folder: Path | None, rank: int) -> None:
+    def __init__(self, trained: TrainedWeights, folder: Path, rank: int) -> None:
         self._trained, self._folder, self._rank = trained, folder, rank
         self._states: deque[_Kept] = deque()
         self._saved: list[tuple[Path, Sequence[int]]] = []
-        """The newest complete checkpoint and those after it, with the steps of their states."""
+        """The checkpoints from which the run may be resumed, oldest first, with the steps of their states."""
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-kept")
         self._warned = False
-        if folder is not None:
-            sweep(folder)
+        sweep(folder)
 
     @property
     def steps(self) -> list[int]:
@@ -70,7 +69,7 @@ class KeptStates:
             dropped.wait()  # on a slow disk, memory holds no more than these states either
         kept = _Kept(step, updates, KeptState.of(self._trained))
         self._states.append(kept)
-        if self._folder is not None and self._trained.shards:  # only process 0 of a data-parallel run has any
+        if self._trained.shards:  # only process 0 of a data-parallel run has any
             kept.writing = self._writer.submit(self._write, kept, self._file(step))
 
     def _write(self, kept: _Kept, file: Path) -> None:
@@ -128,9 +127,8 @@ class KeptStates:
                 yield from kept.state.tensors(start)
 
     def saved(self, checkpoint: Path) -> None:
-        """Take account of a checkpoint that holds these states. It counts once its manifest is there."""
-        if self._folder is not None:
-            self._saved.append((checkpoint, self.steps))
+        """Take account of a checkpoint that holds these states."""
+        self._saved.append((checkpoint, self.steps))
 
     def load(self, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
         """Restore what ``tensors`` yielded, from a complete checkpoint. Raises ``ValueError`` for other shapes."""
@@ -153,15 +151,17 @@ class KeptStates:
         self._states = deque(kept for kept in self._states if kept.step not in steps)
 
     def in_checkpoints(self) -> set[int]:
-        """Return the steps of the states in the newest complete checkpoint and those that are being written."""
+        """Return the steps of the states in the checkpoints that a resumed run may need.
+
+        A manifest tells that a checkpoint is complete, and none before it is needed; without one, all that exist are.
+        """
+        self._saved = [(path, steps) for path, steps in self._saved if path.exists()]
         complete = [number for number, (path, _) in enumerate(self._saved) if (path / MANIFEST).exists()]
         self._saved = self._saved[complete[-1] if complete else 0 :]
         return {step for _, steps in self._saved for step in steps}
 
     def prune(self, needed: Collection[int]) -> None:
         """Delete the files of all states but the present ones and those of the steps ``needed``."""
-        if self._folder is None:
-            return
         kept = {self._file(step) for step in (*self.steps, *needed)}
         for file in sorted(self._folder.glob(f"step-*-{self._rank}.safetensors")):
             if file not in kept:
@@ -175,12 +175,9 @@ class KeptStates:
         self.prune(self.in_checkpoints())
 
     def _file(self, step: int) -> Path:
-        assert self._folder is not None
         return self._folder / f"step-{step:06d}-{self._rank}.safetensors"
 
     def _intact(self, kept: _Kept) -> bool:
-        if self._folder is None:
-            return False
         try:
             return digest_of(self._file(kept.step)) == kept.digest
         except OSError:

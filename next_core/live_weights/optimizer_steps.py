@@ -40,16 +40,15 @@ class OptimizerSteps(TrainerSteps):
     are summed over processes. Methods marked ``everywhere`` are called in process 0; ``after_step`` in every process.
 
     Memory: eight vectors of the sample; the trained weights once for each window, on their device; and on the CPU the
-    weights with the optimizer's moments, until they are written to ``folder``. Without it, twice these, and the weights
-    once more for the first steps.
+    weights with the optimizer's moments, until they are written to ``folder``.
     """
 
     def __init__(
         self,
         weights: TrainedWeights,
+        folder: Path,
         windows: Sequence[int] = (),
         processes: Processes | None = None,
-        folder: Path | None = None,
     ) -> None:
         self._trained, self.processes = weights, processes
         self._optimizer = weights.optimizer
@@ -195,9 +194,23 @@ class OptimizerSteps(TrainerSteps):
     def kept(self) -> Sequence[int]:
         return self._states.steps
 
+    def replace_lost(self, step: int) -> str | None:
+        """Forget the states of a run resumed at ``step`` whose files some process lacks; keep the present one if it is
+        left with none. Returns a note of what was lost.
+        """
+        lost = self._drop_lost()
+        if not self.kept:
+            self.keep(step)
+        if not lost:
+            return None
+        return (
+            f"resumed at step {step}: the weights of step {' and '.join(map(str, lost))}, to return to after a "
+            f"collapse, were deleted when a later checkpoint was complete; a collapse is undone to step "
+            f"{self.kept[-1]} instead"
+        )
+
     @everywhere
-    def drop_lost(self) -> list[int]:
-        """Forget the states of a resumed run whose files some process lacks. Returns their steps."""
+    def _drop_lost(self) -> list[int]:
         lost = self._states.lost()
         if self.processes is not None:
             lost = sorted({step for theirs in self.processes.gather(lost) for step in theirs})
@@ -265,7 +278,7 @@ class OptimizerSteps(TrainerSteps):
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs to end as the uninterrupted one does. Raises ``CheckpointError``."""
         tensors = {"multiple": torch.tensor([self.multiple, self._updates, self._averaged], dtype=torch.float64)}
-        tensors |= {"weights": self._weights, "motion": self._motion}
+        tensors |= {"sizes": self._sizes(), "weights": self._weights, "motion": self._motion}
         tensors |= {} if self._update is None else {"update": self._update}
         tensors |= {f"block/{index}": block for index, block in enumerate(self._blocks)}
         for window, mean in self._means.items():
@@ -290,8 +303,8 @@ class OptimizerSteps(TrainerSteps):
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             multiple, updates, averaged = tensors["multiple"].tolist()
             self.multiple, self._updates, self._averaged = multiple, int(updates), int(averaged)
-            if tensors["weights"].shape != self._weights.shape:
-                raise ValueError(f"it samples {len(tensors['weights'])} weights, not {len(self._weights)}")  # noqa: TRY301
+            if not torch.equal(tensors["sizes"], self._sizes()):
+                raise ValueError(f"it is of {tensors['sizes'].sum()} weights, not {self._sizes().sum()}")  # noqa: TRY301
             self._weights, self._motion, self._update = tensors["weights"], tensors["motion"], tensors.get("update")
             self._blocks.extend(tensors[f"block/{index}"] for index in range(BLOCKS) if f"block/{index}" in tensors)
             for window, mean in self._means.items():
@@ -305,6 +318,10 @@ class OptimizerSteps(TrainerSteps):
                 f"{file} does not hold the state of step scaling for this model and these processes "
                 f"({describe(error)}); resume from another checkpoint, with as many processes, or start again"
             ) from error
+
+    def _sizes(self) -> Tensor:
+        """Return how many weights each of this process's shards has."""
+        return torch.tensor([shard.tensor.numel() for shard in self._trained.shards])
 
     def _file(self, folder: Path) -> Path:
         return kept_file(folder, self._rank, "next-core")

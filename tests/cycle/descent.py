@@ -11,6 +11,7 @@ from next_core.live_weights.in_memory import InMemoryApplied, InMemoryApplier
 from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.trained_weights import WholeWeights
 from next_core.sources.memory import MemorySource
+from tests.live_weights.matrix_run import scratch_of
 
 
 class Descent(Backend):
@@ -39,7 +40,7 @@ class Descent(Backend):
         self._accuracy = accuracy or (lambda loss: float(torch.tensor(-loss).exp()))
 
     def follow_steps(self, windows: Sequence[int]) -> None:
-        self._steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows)
+        self._steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), scratch_of(self), windows)
         self._steps.keep(0)
 
     @property

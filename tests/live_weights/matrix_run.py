@@ -1,5 +1,8 @@
 """A matrix trained by given gradients, whose optimizer's steps are followed."""
 
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,13 @@ from next_core.live_weights.optimizer_steps import OptimizerSteps
 from next_core.live_weights.trained_weights import WholeWeights
 
 SHAPE = (6, 5)
+
+
+def scratch_of(owner: Any) -> Path:
+    """A folder that is removed when ``owner`` is."""
+    folder = tempfile.mkdtemp(prefix="next-core-")
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 class Run:
@@ -28,7 +38,7 @@ class Run:
         with torch.no_grad():
             self.model.weight.zero_()
         self.optimizer = kind(self.model.parameters(), lr=rate, weight_decay=0, **settings)
-        self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), windows, folder=folder)
+        self.steps = OptimizerSteps(WholeWeights(self.model, self.optimizer), folder or scratch_of(self), windows)
 
     @property
     def weight(self) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from tests.errors import raises_kind
 from tests.live_weights.matrix_run import Run
 
 
-def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept_later(folder: Path | None) -> None:
-    run, other = Run(folder=folder), Run()
+def test_undo_restores_weights_and_moments_bit_for_bit_and_forgets_what_was_kept_later() -> None:
+    run, other = Run(), Run()
     run.steps.keep(0)
     run.train(1, 3)
     run.steps.keep(3)
@@ -65,6 +66,22 @@ def test_only_the_last_two_states_and_those_of_the_newest_complete_checkpoint_ar
     assert list(folder.glob(".*")) == []
 
 
+def test_without_manifests_the_states_of_all_checkpoints_that_exist_are_kept(tmp_path: Path) -> None:
+    """OpenRLHF and verl save after us, without a manifest, and remove their old checkpoints."""
+    run = Run(folder=tmp_path / "kept")
+    for step in (100, 110, 120, 130, 140):
+        run.steps.keep(step)
+        checkpoint = tmp_path / f"global_step{step}"
+        checkpoint.mkdir()
+        run.steps.save(checkpoint)
+        if (old := tmp_path / f"global_step{step - 20}").exists():
+            shutil.rmtree(old)
+    run.steps.keep(150)
+    assert kept_files(tmp_path / "kept")[:3] == [120, 130, 140]  # the last may not be written yet
+    run.steps.close()
+    assert kept_files(tmp_path / "kept") == [120, 130, 140]
+
+
 def test_a_state_that_is_written_is_in_memory_no_more(tmp_path: Path) -> None:
     def copies() -> int:
         gc.collect()
@@ -94,7 +111,7 @@ def test_a_state_that_the_disk_refuses_stays_in_memory_and_in_the_checkpoint(
     assert [record.message.count("No space left") for record in caplog.records] == [1]
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     other.steps.load(tmp_path)
-    assert other.steps.drop_lost() == []
+    assert other.steps.replace_lost(5) is None
     for one in (run, other):
         one.steps.undo(3)
         assert torch.equal(one.weight, kept)
@@ -113,5 +130,5 @@ def test_a_state_whose_file_is_lost_is_not_returned_to(tmp_path: Path) -> None:
         run.steps.undo(10)
     assert torch.equal(run.weight, before)
     other.steps.load(tmp_path)
-    assert other.steps.drop_lost() == [10]
+    assert "the weights of step 10, " in other.steps.replace_lost(10)
     assert list(other.steps.kept) == [0]

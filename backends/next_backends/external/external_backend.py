@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,10 @@ class ExternalBackend(Backend):
 
     def follow_steps(self, windows: Sequence[int]) -> None:
         begun, step = self._resumed or (0, 0)
-        self._steps = RemoteSteps(self._running, windows, self.state_of(begun, step) if step else None)
+        state = self.state_of(begun, step) if step else None
+        self._steps = RemoteSteps(self._running, windows, self._setup.history.kept, step, state)
+        if self._steps.note is not None:
+            logging.getLogger(__name__).warning(self._steps.note)
 
     @property
     def steps(self) -> RemoteSteps:
@@ -197,6 +201,10 @@ class ExternalBackend(Backend):
         found = self.evaluate(split)
         sampled = self._setup.run.training.evaluation == "likelihood"
         return {} if found is None else {"sampled" if sampled else "greedy": found}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return [] if self._steps is None or self._steps.note is None else [self._steps.note]
 
     def describe(self, run: RunConfig, out: Path) -> Mapping[str, Any]:
         return {"command line": [self.program, *self.setup_class(run, self.config, out).options(0)]}

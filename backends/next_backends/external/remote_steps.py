@@ -15,11 +15,13 @@ from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 class RemoteSteps(TrainerSteps):
     """``OptimizerSteps`` in the trainer's processes: each call is a request to the paused ``trainer``."""
 
-    def __init__(self, trainer: Trainer, windows: Sequence[int], state: Path | None) -> None:
-        """Follow the steps from now on; ``state`` is the trainer's state that a resumed run has loaded."""
+    def __init__(self, trainer: Trainer, windows: Sequence[int], kept: Path, step: int, state: Path | None) -> None:
+        """Follow the steps after ``step``; ``state`` is the trainer's state that a resumed run has loaded."""
         self._trainer = trainer
         self._now: dict[str, Any] = {}  # What the trainer answered last
-        trainer.ask("follow_steps", windows=list(windows), folder=None if state is None else str(state))
+        folder = None if state is None else str(state)
+        request = {"windows": list(windows), "kept": str(kept), "at": step, "folder": folder}
+        self.note: str | None = trainer.ask("follow_steps", **request)
         self.products()
 
     @property

@@ -68,7 +68,7 @@ class OpenRlhfBackend(ExternalBackend):
 
     @property
     def notes(self) -> Sequence[str]:
-        notes = ["checkpoints are DeepSpeed's fp32 masters"]
+        notes = ["checkpoints are DeepSpeed's fp32 masters", *super().notes]
         if self.config.jump == "restart" and self._setup.run.control == "plain":
             notes.append("each restart began with fresh Adam moments; the plain run did not restart")
         return notes

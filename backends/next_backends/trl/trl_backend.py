@@ -167,25 +167,15 @@ class TrlBackend(Backend):
         """Follow the optimizer's steps, from the state in the trainer's checkpoint if the run is resumed."""
         self._follow(tuple(self._windows or ()), checkpoint if step > 0 else None)
         if step > 0:
-            self._replace_lost(step)
+            note = self.steps.replace_lost(step)
+            if note is not None:
+                self._note(note)
             for logged, numbers in sorted(by_step(read_log(self._history.folder.path / METRICS)).items()):
                 if logged <= step:
                     self._rewards.add(logged, numbers, self._args)
         else:
             self._history.folder.clear()
             self.steps.keep(0)
-
-    def _replace_lost(self, step: int) -> None:
-        """Keep the present state if all states to return to are gone, as at an older checkpoint, and say so."""
-        lost = self.steps.drop_lost()
-        if lost:
-            if not self.steps.kept:
-                self.steps.keep(step)
-            self._note(
-                f"resumed at step {step}: the weights of step {' and '.join(map(str, lost))}, to return to after a "
-                f"collapse, were deleted when a later checkpoint was complete; a collapse is undone to step "
-                f"{self.steps.kept[-1]} instead"
-            )
 
     def _note(self, note: str) -> None:
         self._notes.append(note)
@@ -194,8 +184,7 @@ class TrlBackend(Backend):
     @everywhere
     def _follow(self, windows: tuple[int, ...], checkpoint: Path | None) -> None:
         self.close_steps()
-        folder = self._history.folder.kept
-        steps = OptimizerSteps(self.live.weights, windows, self.processes, folder)
+        steps = OptimizerSteps(self.live.weights, self._history.folder.kept, windows, self.processes)
         if checkpoint is not None:
             steps.load(checkpoint)
         self._steps = steps

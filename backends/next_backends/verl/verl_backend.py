@@ -45,11 +45,11 @@ class VerlBackend(ExternalBackend):
         self._trainer = Trainer(self._setup, step, load=True)
 
     def state_of(self, begun: int, step: int) -> Path:
-        return self._setup.states(0) / f"global_step_{step}" / "next-core"
+        return self._setup.states(0) / f"global_step_{step}" / "actor" / "next-core"
 
     def generated(self, split: str) -> float:
         return float(self._running.ask("validate")[split])
 
     @property
     def notes(self) -> Sequence[str]:
-        return ["the backend for verl is experimental"]
+        return ["the backend for verl is experimental", *super().notes]

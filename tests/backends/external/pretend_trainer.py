@@ -105,8 +105,9 @@ class VerlTrainer(Trainer):
         folder = self.states / f"global_step_{self.step}"
         folder.mkdir(parents=True)
         if self.steps is not None:
-            (folder / "next-core").mkdir()
-            (folder / "next-core" / "steps").write_text(str(self.steps.multiple))
+            state = folder / "actor" / "next-core"
+            state.mkdir(parents=True)
+            (state / "steps").write_text(str(self.steps.multiple))
         save_file(self.weights, folder / "actor.safetensors")
         if PLAN.get("dies_in_save") != self.step:
             (folder / "data.pt").touch()
@@ -196,10 +197,11 @@ class Controlled(ControlClient):
     def restore(self, folder: str, adapters: list[str]) -> None:
         self.trainer.weights = load_file(Path(folder) / "before.safetensors")
 
-    def follow_steps(self, windows: list[int], folder: str | None) -> None:
+    def follow_steps(self, windows: list[int], kept: str, at: int, folder: str | None) -> str | None:
         multiple = 1.0 if folder is None else float((Path(folder) / "steps").read_text())
         self.trainer.steps = Steps(self.trainer, multiple)
         self.trainer.steps.keep(self.trainer.step)
+        return PLAN.get("lost")
 
     def on_steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:
         steps = self.trainer.steps

@@ -283,10 +283,12 @@ def test_a_resumed_run_of_scaled_steps_continues_with_its_multiple_and_its_rewar
         backend.train(step, lambda _: None)
         backend.steps.after_step()
         backend.steps.multiple = 1.0 + step
-    backend = pretence.resumed(backend, 4, **SCALING)
+    backend = pretence.resumed(backend, 4, plan={"lost": "they are gone"}, **SCALING)
     backend.follow_steps([4])
     asked = pretence.asked("follow_steps")[-1]
     assert (asked["windows"], asked["folder"]) == ([4], str(pretence.trainer / "ckpt-000000/_actor/global_step4"))
+    assert (asked["kept"], asked["at"]) == (str(pretence.out / "kept"), 4)
+    assert "they are gone" in backend.notes
     assert backend.steps.multiple == 5.0
     assert [(reward.step, reward.steps) for reward in backend.rewards()] == [(step, 1) for step in range(1, 5)]
     first = backend.rewards()[0]

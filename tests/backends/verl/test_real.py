@@ -89,7 +89,7 @@ def test_auto_in_a_full_parameter_run_killed_and_resumed(config: Callable[..., R
     result = run(settings, out)
     assert result.resumed_from == 5
     assert [(record["step"], record["multiple"]) for record in result.scaling] == [(5, 1.0)]
-    assert (out / "trainer" / "checkpoints" / "global_step_5" / "next-core").is_dir()
+    assert (out / "trainer" / "checkpoints" / "global_step_5" / "actor" / "next-core").is_dir()
     assert not (out / "checkpoints").exists()
     for when in ("start", "final"):
         share = result.accuracy[when]

@@ -89,13 +89,19 @@ class Policy:
         self.live.restore_saved(Path(folder))
         self.load(None, [], adapters)
 
+    def follow_steps(self, windows: list[int], kept: str, at: int, folder: str | None) -> str | None:
+        """Follow the optimizer's steps, after the step ``at``, from the state in ``folder`` if resumed.
+
+        States to return to go into the folder ``kept``. Returns a note of those that are lost.
+        """
+        self._follow(windows, kept, folder)
+        assert self.steps is not None
+        return self.steps.replace_lost(at)
+
     @everywhere
-    def follow_steps(self, windows: list[int], folder: str | None) -> None:
-        """Follow the optimizer's steps, from the start or from the state in ``folder``."""
-        self.steps = Steps(self.weights, windows, self.processes)
-        if folder is None:
-            self.steps.keep(0)
-        else:
+    def _follow(self, windows: list[int], kept: str, folder: str | None) -> None:
+        self.steps = Steps(self.weights, Path(kept), windows, self.processes)
+        if folder is not None:
             self.steps.load(Path(folder))
 
     def on_steps(self, method: str, arguments: list[Any]) -> dict[str, Any]:

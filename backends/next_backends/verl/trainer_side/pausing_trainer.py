@@ -33,8 +33,9 @@ class PausingTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def _save_checkpoint(self) -> None:
         if self.next_core.follows:
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "next-core"
-            self.next_core.on_policy("save_steps", str(folder))
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            # Of an old checkpoint verl removes the actor's folder only.
+            self.next_core.on_policy("save_steps", str(folder / "actor" / "next-core"))
         super()._save_checkpoint()
 
 

@@ -139,7 +139,8 @@ def check_jumps(rank: Rank, folder: Path) -> None:
 
 def check_steps(rank: Rank, folder: Path) -> None:
     """A multiplied step is as many times the plain one; what was kept is restored, moments included."""
-    rank.ask("follow_steps", [2], None)
+    kept = folder / "states"
+    rank.ask("follow_steps", [2], str(kept), 0, None)
     start = rank.state(folder / "start")
     moves = []
     for multiple in (1.0, 4.0):
@@ -163,12 +164,15 @@ def check_steps(rank: Rank, folder: Path) -> None:
     check_same(rank.state(folder / "back"), before)
     state = folder / "steps"
     rank.ask("save_steps", str(state))
-    rank.ask("follow_steps", [2], str(state))
+    assert rank.ask("follow_steps", [2], str(kept), 1, str(state)) is None
     resumed = rank.ask("on_steps", "products", [])
     assert (resumed["multiple"], resumed["kept"], found["kept"]) == (4.0, [0, 1], [0])
     rank.train(6)
     rank.ask("on_steps", "undo", [1])
     check_same(rank.state(folder / "resumed"), before)
+    (kept / "step-000001-1.safetensors").unlink()
+    assert "the weights of step 1, " in rank.ask("follow_steps", [2], str(kept), 1, str(state))
+    assert rank.ask("on_steps", "products", [])["kept"] == [0]
 
 
 def check_refusal(rank: Rank, folder: Path) -> None:

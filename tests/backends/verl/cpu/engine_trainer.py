@@ -68,7 +68,7 @@ class Trainer:
             return
         folder = self.states / f"global_step_{self.step}"
         if follows:
-            self.policy("save_steps", str(folder / "next-core"))
+            self.policy("save_steps", str(folder / "actor" / "next-core"))
         self.actor.save_checkpoint(str(folder / "actor"), global_step=self.step)
         if self.rank == 0:
             (folder / "data.pt").touch()

@@ -151,13 +151,12 @@ class KeptStates:
         self._states = deque(kept for kept in self._states if kept.step not in steps)
 
     def in_checkpoints(self) -> set[int]:
-        """Return the steps of the states in the checkpoints that a resumed run may need.
+        """Return the steps of the states in the newest complete checkpoint and those after it.
 
-        A manifest tells that a checkpoint is complete, and none before it is needed; without one, all that exist are.
+        A manifest tells that a checkpoint is complete. Where the trainer writes none, all but the last are.
         """
-        self._saved = [(path, steps) for path, steps in self._saved if path.exists()]
         complete = [number for number, (path, _) in enumerate(self._saved) if (path / MANIFEST).exists()]
-        self._saved = self._saved[complete[-1] if complete else 0 :]
+        self._saved = self._saved[complete[-1] if complete else -2 :]
         return {step for _, steps in self._saved for step in steps}
 
     def prune(self, needed: Collection[int]) -> None:

@@ -4,7 +4,6 @@ import copy
 import errno
 import gc
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -66,18 +65,15 @@ def test_only_the_last_two_states_and_those_of_the_newest_complete_checkpoint_ar
     assert list(folder.glob(".*")) == []
 
 
-def test_without_manifests_the_states_of_all_checkpoints_that_exist_are_kept(tmp_path: Path) -> None:
-    """OpenRLHF and verl save after us, without a manifest, and remove their old checkpoints."""
+def test_without_manifests_the_states_of_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    """OpenRLHF and verl write none, and the last may not be complete."""
     run = Run(folder=tmp_path / "kept")
     for step in (100, 110, 120, 130, 140):
         run.steps.keep(step)
         checkpoint = tmp_path / f"global_step{step}"
         checkpoint.mkdir()
         run.steps.save(checkpoint)
-        if (old := tmp_path / f"global_step{step - 20}").exists():
-            shutil.rmtree(old)
     run.steps.keep(150)
-    assert kept_files(tmp_path / "kept")[:3] == [120, 130, 140]  # the last may not be written yet
     run.steps.close()
     assert kept_files(tmp_path / "kept") == [120, 130, 140]
 

@@ -57,7 +57,10 @@ class RewardHistory:
         self._steps, self._earned, self._variance = [0], [0.0], [0.0]
         """Sums over the records before: RL steps, rewards, and squared errors of sums of rewards."""
         self._apart, self._expected = [0.0], [0.0]
-        """Sums over pairs of successive records: their squared difference, and what independent roll-outs give."""
+        """Sums over pairs of successive records: their squared difference, and what independent roll-outs give.
+
+        Twice the square of each rise counts instead, as a fall may be the collapse.
+        """
         self._newest: LoggedReward | None = None
         self._silent = 0  # The last records in each of which all roll-outs earned the same
         self._best: list[tuple[float, int, int]] = []
@@ -73,7 +76,7 @@ class RewardHistory:
         self._earned.append(self._earned[-1] + reward.mean * reward.steps)
         self._variance.append(self._variance[-1] + (reward.error * reward.steps) ** 2)
         before = self._newest or reward
-        self._apart.append(self._apart[-1] + (reward.mean - before.mean) ** 2)
+        self._apart.append(self._apart[-1] + 2 * max(reward.mean - before.mean, 0) ** 2)
         self._expected.append(self._expected[-1] + (0 if before is reward else reward.error**2 + before.error**2))
         self._newest = reward
         self._silent = self._silent + 1 if reward.error <= 1e-6 * abs(reward.mean) else 0
@@ -128,7 +131,7 @@ class RewardHistory:
         """Return how much larger the variance of mean rewards is than that of independent roll-outs: at least 1.
 
         Roll-outs of one prompt succeed or fail together: with 8 of each prompt the ratio was 4 to 8 on a language
-        model, and about 1 on the example tasks. It is estimated from the differences of the first records.
+        model, and about 1 on the example tasks. It is estimated from the rises between the first records.
         """
         apart, expected = self._apart[records], self._expected[records]
         assumed = AS_PAIRS * expected / max(records - 1, 1)

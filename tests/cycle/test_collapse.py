@@ -72,6 +72,12 @@ def test_a_rare_reward_that_is_lost_in_the_first_steps_is_missed() -> None:
         assert first_collapse(rewards([0.05] * 2 + [0.0] * 40, 128, seed=seed)) <= 2 + 30
 
 
+@pytest.mark.parametrize(("at", "low"), [(1, 0.004), (2, 0.004), (1, 0.01), (5, 0.01)])
+def test_a_sudden_fall_that_leaves_a_rare_success_is_not_taken_for_noise(at: int, low: float) -> None:
+    seen = [first_collapse(rewards([0.22] * at + [low] * 60, 256, seed=seed)) for seed in range(20)]
+    assert sum(step is None or step > at + 20 for step in seen) <= 1
+
+
 @pytest.mark.parametrize("p", [0.0005, 0.002, 0.01])
 def test_a_reward_that_stays_rare_is_not_missed(p: float) -> None:
     wrong = [first_collapse(rewards([p] * 300, 128, seed=seed)) for seed in range(20)]

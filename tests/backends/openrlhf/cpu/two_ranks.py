@@ -170,7 +170,7 @@ def check_steps(rank: Rank, folder: Path) -> None:
     rank.train(6)
     rank.ask("on_steps", "undo", [1])
     check_same(rank.state(folder / "resumed"), before)
-    (kept / "step-000001-1.safetensors").unlink()
+    (kept / "step-000001-1.safetensors").unlink(missing_ok=True)  # both ranks do
     assert "the weights of step 1, " in rank.ask("follow_steps", [2], str(kept), 1, str(state))
     assert rank.ask("on_steps", "products", [])["kept"] == [0]
 

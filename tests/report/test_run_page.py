@@ -119,7 +119,7 @@ def test_a_callbacks_run_is_titled_and_its_reward_has_a_band(tmp_path: Path) -> 
     assert "learning rate 1e-4" in read_page(write_report(tmp_path, settings=QUICK).out).words
     assert "learning rate 1e-05" in seen.words
     assert "from 0.250 to 0.500" in written.summary[0]
-    squared = 0.4**2 / (64 * 5)  # 5 rises of .05, each of which counts twice; the clustering of 4 that is assumed counts as 4 pairs
+    squared = 0.4**2 / (64 * 5)  # 5 rises of .05 count twice; the clustering of 4 that is assumed counts as 4 pairs
     half = 1.96 * ((5 * 2 * 0.05**2 + 4 * 4 * 2 * squared) / (9 * 2)) ** 0.5
     assert f"({0.25 - half:.3g} to {0.25 + half:.3g})" in seen.page
 

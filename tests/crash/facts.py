@@ -14,9 +14,10 @@ from next_core.cycle.journal import counted_records, read_journal
 from next_core.sources.metrics import by_step, read_log
 
 CLOCK = frozenset(
-    {"seconds", "next_core/seconds", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    {"date", "seconds", "next_core/seconds", "step_time", "train_runtime"}
+    | {"train_samples_per_second", "train_steps_per_second"}
 )
-"""Measured by the clock."""
+"""Measured by the clock: runs before and after midnight have other dates."""
 OF_THE_PROCESS = frozenset({"folder", "resumed_from", "train_loss", "total_flos"})
 """Where it ran, and what the trainer sums up at its end over the steps of this process."""
 

@@ -53,6 +53,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4 prompts a step": {"prompts_per_step": 4},
     "LoRA rank 2": {"lora": {"rank": 2, "alpha": 4}},
     "LoRA rank 32": {"lora": {"rank": 32, "alpha": 64}},
+    "LoRA rank 64": {"lora": {"rank": 64, "alpha": 128}},
+    "beta 0.04": {"beta": 0.04},
     "full parameters": {"lora": None},
     "RLOO": {"algorithm": "rloo"},
     "REINFORCE++": {"algorithm": "reinforce++"},

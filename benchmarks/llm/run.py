@@ -56,7 +56,10 @@ def run_config(key: Row, model: Path, data: dict[str, Path]) -> Row:
         "steps": key["steps"],
         "seed": key["seed"],
         "training": training,
-        "backend": {"name": "trl", "args": {"logging_steps": 1, "save_total_limit": 2 if key["arm"] == "auto" else None}},
+        "backend": {
+            "name": "trl",
+            "args": {"logging_steps": 1, "save_total_limit": 2 if key["arm"] == "auto" else None},
+        },
         "save_every": 10,
         "measure_every": 50,
         **arm_settings(key["arm"], key["steps"]),

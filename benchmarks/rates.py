@@ -50,14 +50,16 @@ UNSEEN_SEEDS = 2
 ARM_SEEDS = {"per matrix": 2}
 """Where fewer than the others'."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "4 prompts a step": {"prompts_per_step": 4},
-    "LoRA rank 2": {"lora": {"rank": 2, "alpha": 4}},
-    "LoRA rank 32": {"lora": {"rank": 32, "alpha": 64}},
-    "LoRA rank 64": {"lora": {"rank": 64, "alpha": 128}},
-    "beta 0.04": {"beta": 0.04},
-    "full parameters": {"lora": None},
-    "RLOO": {"algorithm": "rloo"},
-    "REINFORCE++": {"algorithm": "reinforce++"},
+    "4 prompts a step": {"training": {"prompts_per_step": 4}},
+    "LoRA rank 2": {"training": {"lora": {"rank": 2, "alpha": 4}}},
+    "LoRA rank 32": {"training": {"lora": {"rank": 32, "alpha": 64}}},
+    "LoRA rank 64": {"training": {"lora": {"rank": 64, "alpha": 128}}},
+    "beta 0.04": {"training": {"beta": 0.04}},
+    "full parameters": {"training": {"lora": None}},
+    "RLOO": {"training": {"algorithm": "rloo"}},
+    "REINFORCE++": {"training": {"algorithm": "reinforce++"}},
+    "num_iterations 2": {"backend": {"name": "trl", "args": {"num_iterations": 2}}},
+    "1,000 steps": {"steps": 1000},
 }
 """Other settings of the arithmetic task, each at two rates."""
 SETTING_RATES = (1e-4, 1e-3)
@@ -80,12 +82,13 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     from next_core.config import make_config
     from next_core.cycle.run import run
 
-    settings = training(task, rate) | {
-        "lr_scheduler": "linear" if arm == "linear" else "constant",
-        **SETTINGS.get(setting, {}),
-    }
+    changes = SETTINGS.get(setting, {})
+    settings = training(task, rate) | {"lr_scheduler": "linear" if arm == "linear" else "constant"}
     config = make_config(
-        {"steps": STEPS, "seed": seed, "training": settings, "measure_every": MEASURE_EVERY, **ARMS[arm]}
+        {"steps": STEPS, "seed": seed, "measure_every": MEASURE_EVERY}
+        | ARMS[arm]
+        | changes
+        | {"training": settings | changes.get("training", {})}
     )
     with tempfile.TemporaryDirectory() as out:
         result = run(config, Path(out) / "run")

@@ -92,7 +92,7 @@ def checked_target(
 ) -> Path:
     """Return the target folder.
 
-    Raises ``ConfigError`` when it lies in a folder that is being read, or exists; in a ``dry_run`` it may exist.
+    Raises ``ConfigError`` when it lies in a folder that is being read or in a file, or exists; in a ``dry_run`` it may.
     """
     target = Path(out)
     config = source.config
@@ -105,6 +105,9 @@ def checked_target(
         raise ConfigError(
             f"{target} exists already; choose another folder or remove it", kind="config-folder-not-empty"
         )
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file, so {target} cannot be made", kind="config-folder-not-empty")
     return target
 
 

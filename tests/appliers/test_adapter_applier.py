@@ -159,8 +159,9 @@ def test_one_modules_factors_are_in_memory_at_a_time(
         (CoefficientUpdate({20: math.inf, 10: -1.0}, "factors"), 1.0, "not-finite"),
         (LowRankUpdate(LowRank(torch.full((16, 1), 1e30).double(), torch.ones(1, 16).double())), 1e30, "overflow"),
         (CoefficientUpdate({20: 1e200, 10: -1.0}, "factors"), 1.0, "overflow"),
+        (CoefficientUpdate({20: 1e30, 10: -1.0}, "factors"), 1.0, "overflow"),
     ],
-    ids=["nan", "infinite", "beyond fp32", "factors beyond fp32"],
+    ids=["nan", "infinite", "beyond fp32", "factors beyond fp32", "their product beyond fp32"],
 )
 def test_a_jump_that_is_not_finite_in_fp32_is_refused_and_leaves_nothing(
     run: LoraRun, tmp_path: Path, applier: str, update: Update, alpha: float, kind: str
@@ -176,6 +177,9 @@ def test_no_folder_is_overwritten(run: LoraRun, tmp_path: Path, applier: str, mo
     (tmp_path / "there").mkdir()
     with raises_kind("config-folder-not-empty", "there"):
         make_applier(applier).apply(secant(run), out=tmp_path / "there")
+    (tmp_path / "file").touch()
+    with raises_kind("config-folder-not-empty", "is a file"):
+        make_applier(applier).apply(secant(run), out=tmp_path / "file" / "new")
     (tmp_path / "link").symlink_to(run.base)
     monkeypatch.chdir(run.path)
     targets = (

@@ -62,6 +62,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1,000 steps": {"steps": 1000},
 }
 """Other settings of the arithmetic task, each at two rates."""
+TRL = {
+    "loss_type dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "loss_type cispo": {"loss_type": "cispo"},
+    "loss_type sapo": {"loss_type": "sapo"},
+    "importance sampling by sequence": {"importance_sampling_level": "sequence"},
+    "steps_per_generation 4": {"steps_per_generation": 4},
+    "weight_decay 0.1": {"weight_decay": 0.1},
+    "max_grad_norm 0.01": {"max_grad_norm": 0.01},
+    "adam_beta1 0": {"adam_beta1": 0.0},
+    "adam_beta2 0.95": {"adam_beta2": 0.95},
+    "Adafactor": {"optim": "adafactor"},
+    "SGD": {"optim": "sgd"},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"backend": {"name": "trl", "args": args}} for name, args in TRL.items()},
+    "LoRA alpha 1": {"training": {"lora": {"rank": 8, "alpha": 1}}},
+    "LoRA alpha 256": {"training": {"lora": {"rank": 8, "alpha": 256}}},
+    "2 generations": {"training": {"generations": 2}},
+    "4 prompts of 32 generations": {"training": {"generations": 32, "prompts_per_step": 4}},
+}
+"""What else may be set, for `auto` on arithmetic from 1e-4."""
 SETTING_RATES = (1e-4, 1e-3)
 SETTING_SEEDS = 2
 Key = tuple[str, float, int, str, str]
@@ -82,7 +103,7 @@ def run_one(task: str, rate: float, seed: int, arm: str, setting: str = "") -> R
     from next_core.config import make_config
     from next_core.cycle.run import run
 
-    changes = SETTINGS.get(setting, {})
+    changes = (SETTINGS | OPTIONS).get(setting, {})
     settings = training(task, rate) | {"lr_scheduler": "linear" if arm == "linear" else "constant"}
     config = make_config(
         {"steps": STEPS, "seed": seed, "measure_every": MEASURE_EVERY}
@@ -175,6 +196,7 @@ def missing(rows: list[Row], seeds: int) -> list[Key]:
         for rate in SETTING_RATES
         for arm in ("auto", "adaptive-secant", "plain")
     ]
+    wanted += [("arithmetic", 1e-4, 0, "auto", option) for option in OPTIONS]
     return [key for key in wanted if key not in have]
 
 

@@ -278,7 +278,7 @@ def tables(rows: list[Row]) -> str:
         f"{STEPS} steps against {LONGER}": against_longer(found),
         "One run against a sweep": sweeps(found),
         "The learning rate that `auto` finds: median and range over starting rates and seeds": rates_found(found),
-        "Tasks that no constant was chosen on, seed 0 (in parentheses: `auto` - the best plain run)": unseen(found),
+        "Tasks that no constant was chosen on, two seeds (in parentheses: `auto` - the best plain run)": unseen(found),
         "Learning-rate advice of plain runs": advice(found),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())

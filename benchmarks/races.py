@@ -1,4 +1,4 @@
-"""The comparisons in docs/benchmarks/embedded-task.md, from the committed results of `next-core compare`.
+"""The comparison of all methods in docs/benchmarks/embedded-task.md, from the committed results of `next-core compare`.
 
 next-core compare benchmarks/compare/NAME.yaml --out runs/NAME   # hours or minutes; goes on where it was stopped
 python benchmarks/races.py --keep runs/NAME                      # takes its figures over into benchmarks/results
@@ -16,6 +16,8 @@ from tables import RESULTS, put, table
 
 PREFIX = "compare-"
 KINDS = ("sampled", "greedy")
+TASKS = {"methods": "arithmetic", "sorting": "sorting", "editing": "editing"}
+"""The comparisons of all methods, and their tasks."""
 KEPT = ("hardware", "steps", "longer", "seeds", "metric", "base", "versions")
 OF_ARM = (
     "role",
@@ -52,25 +54,19 @@ def _jumps(arm: dict[str, Any]) -> float:
     return sum(made) / len(made)
 
 
-def of_comparison(found: dict[str, Any]) -> str:
-    """Return one row for each arm."""
-    seeds, rows = len(found["seeds"]), []
-    for name, arm in found["arms"].items():
-        chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm["chosen"].items())
-        cells = [name + (f" ({chosen})" if chosen else ""), *(_of(arm["test"][kind], ".3f") for kind in KINDS)]
-        cells += [_of(arm["difference"], "+.3f")] if seeds > 1 else []
-        cells += [("≥ " if arm["beyond"] else "") + f"{arm['equals_step']['mean']:.0f}", f"{arm['jumps']:.0f}"]
-        rows.append(cells)
-    paired = ["- plain, 95%"] if seeds > 1 else []
-    text = table(["arm", *KINDS, *paired, "equals plain step", "jumps"], rows)
-    return f"{text}\n\n{seeds} seed{'s' * (seeds > 1)}. {found['hardware']}."
+def all_tasks(found: dict[str, dict[str, Any]]) -> str:
+    """Return one row for each arm, with one column for each task's comparison."""
+    arms = next(iter(found.values()))["arms"]
+    rows = [[name, *(_cell(comparison["arms"][name]) for comparison in found.values())] for name in arms]
+    seeds = ", ".join(str(len(comparison["seeds"])) for comparison in found.values())
+    machines = "; ".join(sorted({comparison["hardware"] for comparison in found.values()}))
+    return f"{table(['arm', *found], rows)}\n\nSeeds: {seeds}. {machines}."
 
 
-def _of(figure: dict[str, Any] | None, form: str) -> str:
-    if figure is None:
-        return ""
-    mean = format(figure["mean"], form)
-    return mean if figure["low"] is None else f"{mean} ({figure['low']:{form}} to {figure['high']:{form}})"
+def _cell(arm: dict[str, Any]) -> str:
+    """Sampled and greedy accuracy, and the plain step that the sampled one equals."""
+    sampled, greedy = (format(arm["test"][kind]["mean"], ".3f") for kind in KINDS)
+    return f"{sampled}, {greedy}, {'≥ ' if arm['beyond'] else ''}{arm['equals_step']['mean']:.0f}"
 
 
 def main() -> None:
@@ -80,11 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.keep is not None:
         keep(args.keep)
-    parts = []
-    for file in sorted(RESULTS.glob(f"{PREFIX}*.json")):
-        name = file.stem.removeprefix(PREFIX)
-        parts.append(f"**{name}** (`benchmarks/compare/{name}.yaml`)\n\n{of_comparison(json.loads(file.read_text()))}")
-    put("embedded-task.md", "races.py", "\n\n".join(parts))
+    found = {task: json.loads((RESULTS / f"{PREFIX}{name}.json").read_text()) for name, task in TASKS.items()}
+    put("embedded-task.md", "races.py", all_tasks(found))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rates import ARM_RATES, RATES, STEPS, UNSEEN_RATES, By, Row, by_arm
+from rates import ARM_RATES, STEPS, UNSEEN_RATES, By, Row, by_arm
 from tables import half_width, mean, table
 from tasks import MARKS, TASKS, UNSEEN
 from tasks import RESULTS as TASK_RESULTS
@@ -257,18 +257,6 @@ def unseen(found: By) -> str:
     return table(headings, rows)
 
 
-def advice(found: By) -> str:
-    """The learning-rate advice of plain runs' checkpoints: the median over seeds."""
-    rows = []
-    for task in TASKS:
-        factors = [
-            [row["factor"] for row in found.get((task, rate, "plain"), {}).values() if row["factor"] is not None]
-            for rate in sorted(RATES)
-        ]
-        rows.append([task, *(f"{statistics.median(of):.2g}" if of else "" for of in factors)])
-    return table(["task", *(f"at {rate:g}" for rate in sorted(RATES))], rows)
-
-
 def tables(rows: list[Row]) -> str:
     """All of them, each with its question."""
     found = by_arm(rows)
@@ -279,6 +267,5 @@ def tables(rows: list[Row]) -> str:
         "One run against a sweep": sweeps(found),
         "The learning rate that `auto` finds: median and range over starting rates and seeds": rates_found(found),
         "Tasks that no constant was chosen on, two seeds (in parentheses: `auto` - the best plain run)": unseen(found),
-        "Learning-rate advice of plain runs": advice(found),
     }
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items())

@@ -117,9 +117,9 @@ def results_table(rows: list[Row]) -> str:
         first, last = ([statistics.mean(row["rewards"][part]) for row in of] for part in parts)
         seconds = [row["seconds_a_step"] for row in of]
         cells = [task, f"{rate:g}", arm, str(rank), str(steps), f"{tables.mean(first)} → {tables.mean(last)}"]
-        cells += [_change(of, "sampled"), _change(of, "greedy"), f"{statistics.mean(row['jumps'] for row in of):g}"]
+        cells += [_change(of, "sampled"), _change(of, "greedy")]
         lines.append([*cells, f"{statistics.mean(seconds):.0f}", str(len(of))])
-    headings = "task|learning rate|arm|rank|steps|reward|sampled|greedy|jumps|s a step|seeds"
+    headings = "task|learning rate|arm|rank|steps|reward|sampled|greedy|s a step|seeds"
     machines = "; ".join(sorted({f"{row['hardware']}, threads: {row['threads']}" for row in rows}))
     return tables.table(headings.split("|"), lines) + (f"\n\n{machines}." if rows else "")
 

@@ -90,8 +90,9 @@ class PeftAdapterApplier(FolderApplier):
                 A, B = module.fused(
                     [self._factors(prediction, source, p.name, alpha, joins) for p in module.parameters]
                 )
-                scaling = 1.0 if joins else module.scaling
-                largest = math.prod(float(max(-low, high)) for low, high in (A.aminmax(), B.aminmax()))  # NaN stays NaN
+                # No entry of s B A is larger than r |s| max|A| max|B|; a NaN in A or B makes this NaN, which fails too.
+                scaling = 1.0 if joins else abs(module.scaling)
+                largest = math.prod(float(max(-low, high)) for low, high in (A.aminmax(), B.aminmax()))
                 if not len(A) * scaling * largest <= torch.finfo(torch.float32).max:
                     raise GuardError(
                         f"'{module.name}.weight' overflows float32 after the jump; use a smaller alpha",

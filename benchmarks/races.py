@@ -33,7 +33,7 @@ OF_ARM = (
     "seconds",
     "ours_seconds",
 )
-"""What a table needs; curves and jumps stay in the comparison's own folder."""
+"""An arm's figures that are committed; the table has accuracies, and curves stay in the comparison's own folder."""
 
 
 def keep(folder: Path) -> None:

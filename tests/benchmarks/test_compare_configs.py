@@ -24,3 +24,8 @@ def test_a_comparison_can_be_run_and_says_what_it_takes(file: Path, monkeypatch:
     top = re.sub(r"\n# ", " ", file.read_text().partition("\nbase:")[0])
     assert "?" in top
     assert f"Takes {plan.steps:,} RL steps, {len(plan.races)} races of {len(config.seeds)} seeds." in top
+
+
+def test_the_comparisons_of_all_methods_differ_only_in_their_task() -> None:
+    texts = [(FOLDER / f"{name}.yaml").read_text().partition("\nbase:") for name in ("methods", "sorting", "editing")]
+    assert len({after.partition("\n")[2] for _, _, after in texts}) == 1, "a row of the table is the same arm of each"

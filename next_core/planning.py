@@ -309,7 +309,7 @@ def _full_disk(out: Path | None, needed: int, free: int | None) -> list[str]:
 def gib(count: float) -> str:
     """Return a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 999.5:  # three digits
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"

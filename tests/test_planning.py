@@ -9,6 +9,7 @@ from next_core import planning
 from next_core.checkpoints import open_checkpoints
 from next_core.config import make_config
 from next_core.history.history import History
+from next_core.planning import gib
 from next_core.plugins import make_applier, make_predictor, registry
 from next_core.predictor import Work
 from next_core.run_config import RunConfig
@@ -160,3 +161,8 @@ def test_the_steps_of_the_fixture_are_what_is_read(lora_run: LoraRun) -> None:
     assert plan["read"]["bytes"] == (len(STEPS) + 2) * plan["read"]["bytes a checkpoint"]
     gram = planning.plan_checkpoints(open_checkpoints(lora_run.path), make_predictor("relex"), 20)
     assert gram["read"]["bytes"] == (len(STEPS) + 2) * plan["read"]["bytes a checkpoint"]
+
+
+def test_bytes_have_three_digits_and_no_exponent() -> None:
+    shown = {999: "999 B", 1023: "0.999 KiB", 1023 * 1024: "0.999 MiB", 2.5 * 1024**3: "2.5 GiB"}
+    assert [gib(count) for count in shown] == list(shown.values())

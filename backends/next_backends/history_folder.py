@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import BackendError, CheckpointError, describe, no_history
+from next_core.errors import CheckpointError, no_history
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.adapter_source import ADAPTER
 from next_core.sources.jumps import (
@@ -26,7 +25,7 @@ from next_core.sources.jumps import (
 )
 from next_core.sources.metrics import METRICS
 from next_core.sources.tensor_files import read_json
-from next_core.storage.atomic import new_directory, remove_directory, sweep, write_text
+from next_core.storage.atomic import disk_operation, new_directory, remove_directory, sweep, write_text
 from next_core.storage.json_lines import append_json_line
 from next_core.storage.manifest import check_manifest
 
@@ -158,24 +157,19 @@ class HistoryFolder:
         """Write the folder of a jump made after ``step``: all of it, or nothing.
 
         ``shift`` is what the jump added to the weights: sources subtract it. ``more`` writes further files into the
-        folder. Tensors are contiguous. Raises ``BackendError`` for a failed write, and whatever else ``more`` raises.
+        folder. Tensors are contiguous. Raises ``StorageError`` for a failed write, and whatever else ``more`` raises.
         """
-        try:
-            with new_directory(target) as folder:
-                record = {"step": step, "alpha": alpha, "adapter": None if adapter is None else adapter.name}
-                (folder / JUMP_RECORD).write_text(json.dumps(record))
-                if adapter is not None:
-                    (folder / ADAPTER).mkdir()
-                    (folder / ADAPTER / CONFIG_FILE).write_text(adapter.config)
-                    save_file(dict(adapter.tensors), folder / ADAPTER / WEIGHTS_FILE, metadata={"format": "pt"})
-                if shift:
-                    save_file(dict(shift), folder / SHIFT_FILE)
-                if more is not None:
-                    more(folder)
-        except (OSError, SafetensorError) as error:
-            raise BackendError(
-                f"the jump could not be written to {target}: {describe(error)}", kind="storage-not-writable"
-            ) from error
+        with disk_operation("writing the jump", target), new_directory(target) as folder:
+            record = {"step": step, "alpha": alpha, "adapter": None if adapter is None else adapter.name}
+            (folder / JUMP_RECORD).write_text(json.dumps(record))
+            if adapter is not None:
+                (folder / ADAPTER).mkdir()
+                (folder / ADAPTER / CONFIG_FILE).write_text(adapter.config)
+                save_file(dict(adapter.tensors), folder / ADAPTER / WEIGHTS_FILE, metadata={"format": "pt"})
+            if shift:
+                save_file(dict(shift), folder / SHIFT_FILE)
+            if more is not None:
+                more(folder)
 
     def withdraw(self, jump: Path, step: int) -> None:
         """Undo a jump after ``step`` ended: remove its folder at the step it was made, mark it as undone later."""
@@ -212,7 +206,7 @@ class HistoryFolder:
 def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """Return the subfolders whose names end in a number, by number; hidden ones are incomplete."""
     found = [(path.name.rpartition("-")[2], path) for path in folder.glob(pattern) if not path.name.startswith(".")]
-    return sorted((int(number), path) for number, path in found if number.isdigit() and path.is_dir())
+    return sorted((int(number), path) for number, path in found if number.isdecimal() and path.is_dir())
 
 
 def _jump_step(jump: Path) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from next_core.errors import ConfigError, contradiction, invalid_value
 from next_core.interfaces import Applied, CheckpointSource, Prediction, WeightApplier
-from next_core.storage.atomic import enough_space, new_directory, seal
+from next_core.storage.atomic import check_can_be_folder, enough_space, new_directory, seal
 
 SMALL_FILES = 64 * 2**20  # Bytes reserved on the disk for everything but weights: tokenizer, card, records
 
@@ -105,9 +105,7 @@ def checked_target(
         raise ConfigError(
             f"{target} exists already; choose another folder or remove it", kind="config-folder-not-empty"
         )
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ConfigError(f"{above} is a file, so {target} cannot be made", kind="config-folder-not-empty")
+    check_can_be_folder(target.parent)
     return target
 
 

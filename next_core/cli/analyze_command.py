@@ -47,9 +47,9 @@ def analyze(
         raise contradiction("--compressor lanczos does not compute the spectrum; omit it or --spectrum")
     if plots is not None:
         from next_core.diagnostics.plots import write_plots
-        from next_core.drawing import check_folder
+        from next_core.storage.atomic import check_can_be_folder
 
-        check_folder(plots)  # before the work
+        check_can_be_folder(plots)  # before the work
     output = Output(as_json)
     source = run.source()
     facts = show_source(run, source, output)

@@ -24,7 +24,14 @@ from next_core.cycle.trainer_errors import ERROR_LOG
 from next_core.diagnostics.learning_rate import run_advice
 from next_core.errors import CheckpointError, ConfigError, describe, trainer_failed
 from next_core.run_config import RunConfig
-from next_core.storage.atomic import move_directory, new_directory, remove_directory, sweep, write_text
+from next_core.storage.atomic import (
+    check_can_be_folder,
+    move_directory,
+    new_directory,
+    remove_directory,
+    sweep,
+    write_text,
+)
 from next_core.storage.json_lines import json_line, json_text
 from next_core.storage.locking import locked
 from next_core.storage.reading import read_text
@@ -44,8 +51,7 @@ def check_folder(out: Path, plan: RacePlan, overwrite: bool) -> None:
 
     Arms, seeds and values can be added to a comparison or taken away; a run that is there must have the same config.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out names the comparison's folder", kind="config-folder-not-empty")
+    check_can_be_folder(out)
     if not out.exists() or not any(not path.name.startswith(".") for path in out.iterdir()):
         return
     if not (out / COMPARISON).exists():

@@ -24,7 +24,7 @@ from next_core.plugins import make_chosen
 from next_core.predictor import described
 from next_core.process.hardware import hardware, versions
 from next_core.run_config import RunConfig
-from next_core.storage.atomic import fresh_directory, recover, sweep, write_text
+from next_core.storage.atomic import check_can_be_folder, fresh_directory, recover, sweep, write_text
 from next_core.storage.json_lines import json_text
 from next_core.storage.locking import locked
 from next_core.storage.reading import read_text
@@ -67,6 +67,7 @@ def run(
     use.
     """
     job = _Job(config, out, strict, progress, signals or Signals(), advise)
+    check_can_be_folder(out)
     with locked(out):
         recover(out, CONFIG)
         sweep(out)
@@ -82,8 +83,6 @@ def run(
 
 def check_folder(out: Path, config: RunConfig, overwrite: bool = False) -> bool:
     """Return whether ``out`` holds this run, begun or finished. Raises ``ConfigError`` if it holds anything else."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out names the run's folder", kind="config-folder-not-empty")
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / CONFIG).exists():

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from next_core.diagnostics.figures import Group, Series
-from next_core.drawing import Axis, Chart, Line, Lines, Maps, Panel, check_folder
+from next_core.drawing import Axis, Chart, Line, Lines, Maps, Panel
+from next_core.storage.atomic import check_can_be_folder
 
 LOWEST_SKILL = -2.0
 PICTURES = ("energy-ratios", "skill", "displacement", "layers")
@@ -28,7 +29,7 @@ def draw_analysis(overall: Group, matrices: Mapping[str, Group], missing: Mappin
 
 def write_plots(drawn: Mapping[str, Chart | str], folder: Path) -> dict[str, str]:
     """Write charts as SVG; return their paths, or why they were not drawn. ``ConfigError`` if ``folder`` is a file."""
-    check_folder(folder)
+    check_can_be_folder(folder)
     return {name: f"not drawn: {x}" if isinstance(x, str) else str(x.write(folder)) for name, x in drawn.items()}
 
 

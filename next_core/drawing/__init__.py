@@ -1,6 +1,6 @@
 """Charts as SVG: lines over panels, rows with intervals, and maps of layers."""
 
-from next_core.drawing.chart import Chart, Charts, check_folder, drawn_or_error
+from next_core.drawing.chart import Chart, Charts, drawn_or_error
 from next_core.drawing.lines import Lane, Line, Lines, Panel
 from next_core.drawing.maps import Maps
 from next_core.drawing.rows import Dot, Rows
@@ -18,6 +18,5 @@ __all__ = [
     "Panel",
     "Rows",
     "Scale",
-    "check_folder",
     "drawn_or_error",
 ]

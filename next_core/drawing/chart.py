@@ -76,9 +76,3 @@ def drawn_or_error(drawn: Chart | str) -> Chart:
     if isinstance(drawn, str):
         raise invalid_value(f"this cannot be drawn: {drawn}")
     return drawn
-
-
-def check_folder(folder: Path | None) -> None:
-    """Raise ``ConfigError`` if ``folder`` is a file."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise invalid_value(f"{folder} is a file; name a folder for the plots")

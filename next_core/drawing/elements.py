@@ -49,7 +49,7 @@ def text(x: float, y: float, text: str, anchor: str | None = None, fill: str = "
 
 
 def short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−") if abs(value) < 999.5 else f"{value:,.0f}".replace("-", "−")
 
 
 def label(text: str, most: int = 28) -> str:

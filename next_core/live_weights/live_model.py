@@ -13,6 +13,7 @@ from next_core.errors import BackendError, describe, no_history
 from next_core.live_weights.kept_state import KeptState
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights, WholeWeights
+from next_core.storage.atomic import disk_operation
 
 
 class Kept:
@@ -77,8 +78,10 @@ class LiveModel:
     def save_kept(self, kept: Kept, folder: Path) -> None:
         """Write what was kept into ``folder``, which all processes can write to: a file for each."""
         tensors = {name: value.contiguous() for name, value in self._states[kept.number].tensors()}
+        file = kept_file(folder, self._rank)
         if tensors:
-            save_file(tensors, kept_file(folder, self._rank))
+            with disk_operation("writing the weights from before the jump to", file):
+                save_file(tensors, file)
 
     def restore_saved(self, folder: Path) -> None:
         """Restore what ``save_kept`` wrote. Raises ``CheckpointError`` if it is missing or of other processes."""

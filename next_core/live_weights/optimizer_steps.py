@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import CheckpointError, describe, no_history, unsupported
+from next_core.errors import describe, no_history, unsupported
 from next_core.interfaces import Applied
 from next_core.interfaces.trainer_steps import MeanApplied, TrainerSteps
 from next_core.live_weights.kept_state import check_state, local
@@ -20,6 +20,7 @@ from next_core.live_weights.kept_states import KeptStates
 from next_core.live_weights.live_model import kept_file
 from next_core.live_weights.processes import Processes, everywhere
 from next_core.live_weights.trained_weights import TrainedWeights
+from next_core.storage.atomic import disk_operation
 
 SAMPLE = 16_384
 """Coordinates in the sample: a cosine of two motions over it has a standard error of at most 1 / sqrt(16384) = .008."""
@@ -276,7 +277,7 @@ class OptimizerSteps(TrainerSteps):
 
     @everywhere
     def save(self, folder: Path) -> None:
-        """Write what a resumed run needs to end as the uninterrupted one does. Raises ``CheckpointError``."""
+        """Write what a resumed run needs to end as the uninterrupted one does. Raises ``StorageError``."""
         tensors = {"multiple": torch.tensor([self.multiple, self._updates, self._averaged], dtype=torch.float64)}
         tensors |= {"sizes": self._sizes(), "weights": self._weights, "motion": self._motion}
         tensors |= {} if self._update is None else {"update": self._update}
@@ -285,13 +286,8 @@ class OptimizerSteps(TrainerSteps):
             tensors |= {f"mean/{window}/{index}": value for index, value in enumerate(mean)}
         tensors |= dict(self._states.tensors())
         file = self._file(folder)
-        try:
+        with disk_operation("writing the state of step scaling to", file):
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the state of step scaling could not be written to {file}: {describe(error)}",
-                kind="storage-not-writable",
-            ) from error
         self._states.saved(folder)
 
     @torch.no_grad()

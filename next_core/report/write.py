@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from next_core.drawing import check_folder
 from next_core.errors import ConfigError, invalid_value
 from next_core.plugins import resolve_predictor
 from next_core.report.compare_page import compare_page
 from next_core.report.geometry import GeometryOptions
-from next_core.report.inputs import Recorded, open_folder
+from next_core.report.inputs import Comparison, Recorded, open_folder
 from next_core.report.page import Page, make_environment
 from next_core.report.run_page import run_page, runs_page
-from next_core.storage.atomic import write_text
+from next_core.storage.atomic import check_can_be_folder, write_text
 from next_core.types import Progress
 
 REPORT = Path("report") / "index.html"
@@ -56,7 +55,8 @@ def write_report(
     if out.is_dir() or out.suffix.lower() not in SUFFIXES:
         raise invalid_value(f"--out must name a file that ends in .html (got {out})")
     make_environment()  # a missing package is an error before the work
-    check_folder(figures)
+    for place in (out.parent, figures or out.parent):
+        check_can_be_folder(place)
     kind, page = _page(folders, settings, progress)
     text = page.html()
     written = {} if figures is None else {chart.name: str(chart.write(figures)) for chart in page.charts()}
@@ -68,16 +68,19 @@ def write_report(
 def _page(
     folders: Sequence[Path], settings: GeometryOptions, progress: Progress | None
 ) -> tuple[Literal["run", "comparison", "runs"], Page]:
-    opened = {folder: open_folder(folder) for folder in folders}
-    runs = {folder: one for folder, one in opened.items() if isinstance(one, Recorded)}
     if len(folders) > 1:
-        if len(runs) < len(folders):
-            other = next((folder for folder in opened if folder not in runs), folders[0])
-            message = f"{other} holds a comparison or is named twice; give it a report of its own"
-            raise ConfigError(message, kind="report-unknown-folder")
-        root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-        return "runs", runs_page({str(folder.resolve().relative_to(root)): run for folder, run in runs.items()})
-    found = opened[folders[0]]
+        runs: dict[Path, Recorded] = {}
+        for folder in folders:
+            one, path = open_folder(folder), folder.resolve()
+            if isinstance(one, Comparison):
+                message = f"{folder} holds a comparison; give it a report of its own"
+                raise ConfigError(message, kind="report-unknown-folder")
+            if path in runs:
+                raise ConfigError(f"{folder} is named twice; name each run once", kind="report-unknown-folder")
+            runs[path] = one
+        root = Path(os.path.commonpath(runs))
+        return "runs", runs_page({str(path.relative_to(root)): run for path, run in runs.items()})
+    found = open_folder(folders[0])
     if isinstance(found, Recorded):
         if settings.wanted:
             resolve_predictor(settings.predictor)  # a wrong one is an error before the work

@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from next_core.errors import ConfigError, StorageError
+from safetensors import SafetensorError
+
+from next_core.errors import ConfigError, StorageError, describe
 from next_core.storage.manifest import MANIFEST, manifest_text
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -24,33 +26,44 @@ def failpoint(what: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_operation(what: str, path: Path) -> Iterator[None]:
-    """Run one operation on the disk; an ``OSError`` becomes a ``StorageError`` that names the path and the remedy."""
+    """Run one operation on the disk; an error of it becomes a ``StorageError`` that names the path and the remedy."""
     failpoint(f"before {what}", path)
     try:
         yield
-    except OSError as error:
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise storage_error(f"{what} {path}", error) from error
     failpoint(f"after {what}", path)
 
 
-def storage_error(operation: str, error: OSError) -> StorageError:
+def storage_error(operation: str, error: Exception) -> StorageError:
     """Return the ``StorageError`` for a disk operation that failed."""
-    if error.errno in FULL:
+    number = error_number(error)
+    if number in FULL:
         reason = "the disk is full; free some space, and run the same command again"
         converted = StorageError(f"{operation}: {reason}", kind="storage-full")
-    elif error.errno in FORBIDDEN:
-        reason = f"it is not writable ({error.strerror}); change its permissions, or choose another folder"
+    elif number in FORBIDDEN:
+        reason = f"it is not writable ({os.strerror(number)}); change its permissions, or choose another folder"
         converted = StorageError(f"{operation}: {reason}", kind="storage-not-writable")
     else:
-        converted = StorageError(f"{operation}: {error.strerror or error}", kind="storage-failed")
-    converted.errno = error.errno
+        converted = StorageError(
+            f"{operation}: {getattr(error, 'strerror', None) or describe(error)}", kind="storage-failed"
+        )
+    converted.errno = number
     return converted
+
+
+def error_number(error: BaseException) -> int | None:
+    """Return the operating system's number of an error; safetensors keeps it in the text of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def is_full(error: BaseException | None) -> bool:
     """Return whether a full disk caused an error; some libraries keep only the text of the original one."""
     while error is not None:
-        if (isinstance(error, OSError) and error.errno in FULL) or "No space left on device" in str(error):
+        if error_number(error) in FULL or "No space left on device" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -146,6 +159,15 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def check_can_be_folder(path: Path) -> None:
+    """Raise ``ConfigError`` if ``path`` is a file or lies in one."""
+    path = path.absolute()
+    there = next(above for above in (path, *path.parents) if above.exists())
+    if not there.is_dir():
+        reason = "" if there == path else f", so {path} cannot be made"
+        raise ConfigError(f"{there} is a file{reason}; choose another folder", kind="config-folder-not-empty")
+
+
 @contextlib.contextmanager
 def enough_space(target: Path, needed: int) -> Iterator[None]:
     """Check that ``needed`` bytes fit before the body writes ``target``.
@@ -186,15 +208,15 @@ def fresh_directory(target: Path, commit: str) -> Iterator[None]:
     """
     aside = _sibling(target, "old")
     recover(target, commit)
-    with disk_operation("making a folder", target):
-        if target.exists():
-            target.rename(aside)
-            failpoint("between two renames", target)
-        target.mkdir(parents=True)
     try:
+        with disk_operation("making a folder", target):
+            if target.exists():
+                target.rename(aside)
+                failpoint("between two renames", target)
+            target.mkdir(parents=True)
         yield
     except BaseException:
-        shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)
         if aside.exists():
             aside.rename(target)
         raise

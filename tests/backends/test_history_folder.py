@@ -54,6 +54,8 @@ def test_a_jump_is_a_record_its_shift_its_adapter_and_what_the_backend_adds(hist
     assert "layer.lora_A.weight" in load_file(target / "adapter" / "adapter_model.safetensors")
     assert (target / "before.safetensors").exists()
     assert history.next_jump().name == "0002"
+    (history.jumps / "jump-²").mkdir()  # a digit that is no number
+    assert history.jump_at(10)[0] == target
 
 
 def test_a_jump_of_nothing_but_an_adapter_or_a_shift_has_no_other_file(history: HistoryFolder) -> None:
@@ -86,13 +88,13 @@ def test_a_jump_that_cannot_be_written_leaves_nothing(history: HistoryFolder, mo
     target = history.next_jump()
     with pytest.raises(ZeroDivisionError):
         history.write_jump(target, 10, 1.0, shift=SHIFT, more=broken)
-    with raises_kind("storage-not-writable", "invalid header"):
+    with raises_kind("storage-failed", "invalid header"):
         history.write_jump(target, 10, 1.0, shift=SHIFT, more=unwritable)
-    with raises_kind("storage-not-writable", "jumps/0001", "No space left"):
+    with raises_kind("storage-full", "jumps/0001"):
         history.write_jump(target, 10, 1.0, shift=SHIFT, more=full)
     monkeypatch.setattr(module, "save_file", full)
     for pieces in ({"shift": SHIFT}, {"shift": {}, "adapter": ADAPTER}):
-        with raises_kind("storage-not-writable", "No space left"):
+        with raises_kind("storage-full"):
             history.write_jump(target, 10, 1.0, **pieces)
     assert list(history.jumps.iterdir()) == []
 

@@ -81,7 +81,7 @@ def test_plots_are_listed_and_a_wrong_place_fails_before_the_work(
     monkeypatch.setattr("next_core.diagnostics.plots.write_plots", lambda analysis, out: {"skill": str(out)})
     assert facts(analyze(walks(2), "--plots", folder, "--json"))["plots"] == {"skill": str(folder)}
     (folder / "file").write_text("")
-    assert_fails(analyze(walks(2), "--plots", folder / "file"), 2, "config-invalid-value", folder / "file")
+    assert_fails(analyze(walks(2), "--plots", folder / "file"), 2, "config-folder-not-empty", folder / "file")
 
 
 def test_a_compressor_without_a_spectrum_contradicts_it(analyze: Cli) -> None:

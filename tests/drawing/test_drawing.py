@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from next_core.drawing import Axis, Line, Lines, Maps, Panel, Scale
-from next_core.drawing.elements import label
+from next_core.drawing.elements import label, short
 
 
 def test_lines_of_one_name_share_a_series_and_its_values_are_in_the_element() -> None:
@@ -54,3 +54,7 @@ def luminance(colour: str | None) -> float:
 )
 def test_names_are_made_fit_for_a_chart(name: str, shown: str) -> None:
     assert label(name) == shown
+
+
+def test_numbers_have_three_digits_and_no_exponent_below_a_million() -> None:
+    assert [short(value) for value in (999.4, 999.7, -1234.5)] == ["999", "1,000", "−1,234"]

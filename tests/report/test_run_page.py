@@ -135,8 +135,9 @@ def test_two_runs_are_shown_side_by_side(ended: Path, tmp_path_factory: pytest.T
     assert "other0/b 0.550, " in written.summary[0]
     assert "Test accuracy at the end 0.450 0.550" in seen.words
     assert "Test accuracy at the start 0.200" in seen.words
-    with raises_kind("report-unknown-folder", ended):
-        write_report([ended, ended], out=other / "both.html")
+    (linked := other.parent / "linked").symlink_to(other)
+    with raises_kind("report-unknown-folder", linked, "twice"):
+        write_report([ended, other, linked], out=other / "both.html")
 
 
 def test_equal_neighbours_are_one_row_and_a_long_table_is_folded(ended: Path) -> None:

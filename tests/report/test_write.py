@@ -43,7 +43,8 @@ def test_out_figures_and_json(cli: Cli, race: Path, tmp_path: Path) -> None:
     [
         (("{there}", "--out", "{there}"), "config-invalid-value", "{there}"),
         (("{there}", "--out", "{there}/compare.json"), "config-invalid-value", "{there}/compare.json"),
-        (("{there}", "--figures", "{there}/compare.json"), "config-invalid-value", "{there}/compare.json"),
+        (("{there}", "--out", "{there}/compare.json/a.html"), "config-folder-not-empty", "{there}/compare.json"),
+        (("{there}", "--figures", "{there}/compare.json"), "config-folder-not-empty", "{there}/compare.json"),
         (("{there}/nowhere",), "report-unknown-folder", "{there}/nowhere"),
         (("{there}/empty",), "report-unknown-folder", "{there}/empty"),
         (("{there}/run/checkpoints",), "report-unknown-folder", "did you mean {there}/run?"),

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import xxhash
+from safetensors import SafetensorError
 
 from next_core.errors import StorageError
 from next_core.storage import atomic, manifest
 from next_core.storage.atomic import (
     atomic_file,
+    check_can_be_folder,
+    disk_operation,
     enough_space,
     free_bytes,
+    fresh_directory,
     is_full,
     new_directory,
     recover,
@@ -221,6 +225,36 @@ def test_a_full_disk_is_recognised_by_its_text_where_a_library_keeps_no_more() -
     assert is_full(wrapped)
     assert is_full(ValueError("I/O error: No space left on device (os error 28)"))
     assert not is_full(ValueError("full of beans"))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(28, "storage-full"), (13, "storage-not-writable"), (2, "storage-failed")]
+)
+def test_a_disk_error_in_the_words_of_safetensors_has_the_same_kind(tmp_path: Path, number: int, kind: str) -> None:
+    text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    with raises_kind(kind, tmp_path) as caught, disk_operation("writing", tmp_path):
+        raise SafetensorError(text)
+    assert caught.value.errno == number
+
+
+def test_a_folder_that_cannot_be_made_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "run")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with raises_kind("storage-full"), fresh_directory(tmp_path / "run", "config.yaml"):
+        pass
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_file_and_what_lies_in_one_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_can_be_folder(tmp_path / "new" / "folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "new" / "folder"):
+        with raises_kind("config-folder-not-empty", tmp_path / "file", path):
+            check_can_be_folder(path)
 
 
 def test_text_that_is_not_utf_8_is_written_as_it_was_read(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _ring(config: OpenRlhfConfig) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--ds.ring_attn_size", nargs="?", dest="size")
     size = parser.parse_known_args(config.extra_args)[0].size
-    return int(size) if size and size.isdigit() else 1  # OpenRLHF's own parser reports what is no number
+    return int(size) if size and size.isdecimal() else 1  # OpenRLHF's own parser reports what is no number
 
 
 def _lora(training: TrainingSettings) -> Options:

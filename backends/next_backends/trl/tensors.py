@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from next_core.errors import CheckpointError, describe
 from next_core.live_weights.frozen_adapters import is_peft, trained_adapter
 from next_core.live_weights.live_model import LiveModel
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from next_core.sources.hf_model import SINGLE
-from next_core.storage.atomic import new_directory
+from next_core.storage.atomic import disk_operation, new_directory
 
 
 def live_tensors(live: LiveModel) -> dict[str, Tensor]:
@@ -55,16 +53,11 @@ def _factors(tensors: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
 
 
 def write_checkpoint(target: Path, tensors: dict[str, Tensor], config: str | None) -> None:
-    """Write one checkpoint folder: an adapter with its config, or a model's parameters. Raises ``CheckpointError``."""
-    try:
-        with new_directory(target, overwrite=True) as folder:
-            if config is not None:
-                (folder / CONFIG_FILE).write_text(config)
-            save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {target} could not be written: {describe(error)}", kind="storage-not-writable"
-        ) from error
+    """Write one checkpoint folder: an adapter with its config, or a model's parameters. Raises ``StorageError``."""
+    with disk_operation("writing the checkpoint", target), new_directory(target, overwrite=True) as folder:
+        if config is not None:
+            (folder / CONFIG_FILE).write_text(config)
+        save_file(tensors, folder / (SINGLE if config is None else WEIGHTS_FILE), metadata={"format": "pt"})
 
 
 def _jsonable(value: Any) -> Any:

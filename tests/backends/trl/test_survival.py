@@ -112,7 +112,7 @@ def test_all_is_on_disk_after_training(make_trainer: Any, tmp_path: Path, monkey
         real(values, path, **fields)
 
     monkeypatch.setattr(tensors, "save_file", full)
-    with raises_kind("storage-not-writable", "step-000009", "No space left"):
+    with raises_kind("storage-full", "step-000009"):
         make_trainer([jumping(folder=tmp_path / "v")], steps=9).train()
 
 

@@ -41,7 +41,7 @@ def storage_error(operation: str, error: Exception) -> StorageError:
     """Return the ``StorageError`` for a disk operation that failed."""
     number = error_number(error)
     if number in FULL:
-        reason = "the disk is full; free some space, and run the same command again"
+        reason = "the disk is full; free some space, then try again"
         converted = StorageError(f"{operation}: {reason}", kind="storage-full")
     elif number in FORBIDDEN:
         reason = f"it is not writable ({os.strerror(number)}); change its permissions, or choose another folder"

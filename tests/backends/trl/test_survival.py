@@ -129,7 +129,7 @@ def test_no_jump_on_a_full_disk(
         made = jumping(predictor, overwrite=True)
         trainer = make_trainer([made], steps=8)
         trainer.train()
-        assert "No space left" in made.journal.jumps()[0]["reason"]
+        assert "the disk is full" in made.journal.jumps()[0]["reason"]
         assert torch.equal(logits(trainer.model), plain_logits(8, True))
 
 

@@ -248,6 +248,7 @@ class ExternalBackend(Backend):
         if trainer is not None and trainer.paused and trainer.step == self._setup.run.steps:
             self._trainer = None
             trainer.finish()
+            remove_directory(self._setup.history.kept)  # a finished run returns to no earlier state
         self._abandon()
 
 

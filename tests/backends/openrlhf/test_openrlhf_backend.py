@@ -216,18 +216,22 @@ def test_engines_may_drift_later_or_within_the_bound(pretence: Pretence, step: s
     pretence.observe(pretence.started({"kl": {step: 0.4}}, backend={"max_vllm_kl": bound}), 4)
 
 
-def test_at_the_end_of_the_run_the_trainer_saves_its_model(pretence: Pretence) -> None:
+def test_at_the_end_of_the_run_the_trainer_saves_its_model_and_states_to_return_to_go(pretence: Pretence) -> None:
     backend = pretence.started()
+    (pretence.out / "kept").mkdir()
     pretence.observe(backend, 6)
     backend.close()
+    assert not (pretence.out / "kept").exists()
     assert pretence.asked()[-1]["do"] == "stop"
     assert (pretence.trainer / "final" / "tokenizer_config.json").exists()
 
 
 def test_before_the_end_the_trainer_is_killed(pretence: Pretence) -> None:
     backend = pretence.started()
+    (pretence.out / "kept").mkdir()
     pretence.observe(backend, 5)
     backend.close()
+    assert (pretence.out / "kept").exists()
     assert pretence.asked()[-1]["do"] == "save"
     assert not (pretence.trainer / "final").exists()
     assert not psutil.pid_exists(pretence.asked()[-1]["pid"])

@@ -29,9 +29,10 @@ from next_core.settings import Settings
 from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
 from next_core.sources.adapter_tensors import shift_keys
 from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
-from next_core.sources.jumps import SHIFT_FILE, jump_folders
+from next_core.sources.jumps import SHIFT_FILE, jump_folders, jump_records
 from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory, remove_directory
+from next_core.storage.manifest import check_manifest
 
 
 class ExternalBackend(Backend):
@@ -90,6 +91,9 @@ class ExternalBackend(Backend):
         self._resumed = self.resume_point()
         if self._resumed is not None:
             self._at = self._resumed[1]
+            for path, record, _ in jump_records(setup.history.jumps):
+                if record["step"] <= self._at:
+                    check_manifest(path, contents=True)  # the trainer's state goes with this jump, and loads its files
             setup.history.forget_after(self._at)
             setup.read_rewards(self._at)
         return self._at

@@ -91,8 +91,8 @@ class ExternalBackend(Backend):
         if self._resumed is not None:
             self._at = self._resumed[1]
             for path, record, _ in jump_records(setup.history.jumps):
-                if record["step"] <= self._at:
-                    check_manifest(path, contents=True)  # the trainer's state goes with this jump, and loads its files
+                if record["step"] == self._at or (record["adapter"] and record["step"] < self._at):
+                    check_manifest(path, contents=True)  # the trainer may load its files
             setup.history.forget_after(self._at)
             setup.read_rewards(self._at)
         return self._at

@@ -146,6 +146,21 @@ def test_restart_resumes_at_its_newest_jump_unless_the_journal_lacks_it(pretence
         torch.testing.assert_close(pretence.observe(backend, 4)[B], before[B] + motion(0, 3) + motion(3, 4))
 
 
+@pytest.mark.parametrize(
+    "damaged", ["checkpoints/step-000003/adapter_model.safetensors", "jumps/0001/shift.safetensors"]
+)
+def test_restart_does_not_resume_from_damaged_weights(pretence: Pretence, damaged: str) -> None:
+    backend = pretence.started(backend=RESTART)
+    pretence.observe(backend, 3)
+    pretence.jump(backend, 3)
+    pretence.kill_trainer()
+    backend.close()
+    file = pretence.out / damaged
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with raises_kind("checkpoint-damaged", file):
+        pretence.started(backend=RESTART, step=3)
+
+
 def test_a_trainer_that_resumes_from_another_step_is_refused(pretence: Pretence) -> None:
     backend = pretence.started()
     pretence.observe(backend, 3)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from next_core.errors import CheckpointError, no_history
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from next_core.sources.adapter_source import ADAPTER
+from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
 from next_core.sources.jumps import (
     CHECKPOINTS,
     DELETED,
@@ -49,6 +50,18 @@ class HistoryFolder:
         self.path, self.checkpoints, self.jumps = folder, folder / CHECKPOINTS, folder / JUMPS
         self.kept = folder / "kept"
         """The weights and moments that step scaling can return to."""
+        self.opened: PeftAdapterSource | FullModelSource | None = None
+        """What ``source`` returned last."""
+
+    def source(self, lora: bool) -> PeftAdapterSource | FullModelSource:
+        """Return the checkpoints as they are now; ``lora`` is whether they are adapters."""
+        if self.opened is not None:
+            self.opened.refresh()
+        elif lora:
+            self.opened = PeftAdapterSource(PeftAdapterSourceConfig(path=self.checkpoints))
+        else:
+            self.opened = FullModelSource(FullModelSourceConfig(path=self.checkpoints))
+        return self.opened
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of one checkpoint."""

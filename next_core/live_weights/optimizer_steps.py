@@ -344,9 +344,8 @@ class OptimizerSteps(TrainerSteps):
 
 def why_not(optimizer: Any) -> str | None:
     """Return why the steps of an optimizer are not in proportion to its learning rate; None where they are."""
-    if not getattr(
-        getattr(type(optimizer), "step", None), "hooked", False
-    ):  # set by torch.optim.Optimizer's constructor
+    step = getattr(type(optimizer), "step", None)
+    if not getattr(step, "hooked", False):  # set by torch.optim.Optimizer's constructor
         return "is not one of torch.optim's kind"
     if hasattr(optimizer, "fused_backward"):
         return "steps while gradients are computed"

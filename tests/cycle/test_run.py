@@ -154,6 +154,16 @@ def test_damage_falls_back_to_the_checkpoint_before_it(whole: Whole, tmp_path: P
     assert any(file in note for note in resumed.notes)
 
 
+def test_damage_before_every_state_of_the_trainer_deletes_nothing(whole: Whole, tmp_path: Path) -> None:
+    out = whole.copy(tmp_path)
+    file = out / "checkpoints" / "step-000004" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[::-1])
+    before = sorted(out.rglob("*"))
+    with raises_kind("checkpoint-damaged", file, "--overwrite"):
+        run(whole.config, out)
+    assert sorted(out.rglob("*")) == before
+
+
 def test_a_run_killed_before_it_saved_anything_starts_again_or_says_why_not(whole: Whole, tmp_path: Path) -> None:
     def kill(what: str, done: int, total: int) -> None:
         if done == 3:

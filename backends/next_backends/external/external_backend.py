@@ -26,12 +26,13 @@ from next_core.live_weights.live_model import kept_file
 from next_core.mathematics.low_rank import LowRank, dense
 from next_core.run_config import RunConfig
 from next_core.settings import Settings
-from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource, PeftAdapterSourceConfig
+from next_core.sources.adapter_source import ADAPTER, PeftAdapterSource
 from next_core.sources.adapter_tensors import shift_keys
-from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
-from next_core.sources.jumps import SHIFT_FILE, jump_folders
+from next_core.sources.full_model import FullModelSource
+from next_core.sources.jumps import SHIFT_FILE, jump_folders, jump_records
 from next_core.sources.layouts import JUMP_PREFIX
 from next_core.storage.atomic import new_directory, remove_directory
+from next_core.storage.manifest import check_manifest
 
 
 class ExternalBackend(Backend):
@@ -46,7 +47,6 @@ class ExternalBackend(Backend):
         super().__init__(config)
         self._setup: TrainerSetup
         self._trainer: Trainer | None = None
-        self._source: PeftAdapterSource | FullModelSource | None = None
         self._resumed: tuple[int, int] | None = None
         """Where the trainer began that is resumed, and the step to resume at."""
         self._at = 0
@@ -90,6 +90,9 @@ class ExternalBackend(Backend):
         self._resumed = self.resume_point()
         if self._resumed is not None:
             self._at = self._resumed[1]
+            for path, record, _ in jump_records(setup.history.jumps):
+                if record["step"] == self._at or (record["adapter"] and record["step"] < self._at):
+                    check_manifest(path, contents=True)  # the trainer may load its files
             setup.history.forget_after(self._at)
             setup.read_rewards(self._at)
         return self._at
@@ -133,14 +136,7 @@ class ExternalBackend(Backend):
             self._running.ask("save", folder=str(folder))
 
     def source(self) -> PeftAdapterSource | FullModelSource:
-        path = self._setup.history.checkpoints
-        if self._source is not None:
-            self._source.refresh()
-        elif self._setup.run.training.lora is not None:
-            self._source = PeftAdapterSource(PeftAdapterSourceConfig(path=path))
-        else:
-            self._source = FullModelSource(FullModelSourceConfig(path=path))
-        return self._source
+        return self._setup.history.source(lora=self._setup.run.training.lora is not None)
 
     def apply_jump(self, prediction: Prediction, alpha: float, keep: bool = False) -> JumpApplied:
         step, history = prediction.step, self._setup.history

@@ -100,8 +100,9 @@ class TrainerSetup(ABC):
 
     def step_logged(self, step: int, metrics: dict[str, float], check: bool = False) -> None:
         """Record the metrics of a step; ``check`` is whether the engines got weights since the one before."""
-        self.history.log(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
-        self._add_reward(step, metrics)
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        self.history.log(step, finite)
+        self._add_reward(step, finite)
         self.step_ended(step)
 
     def read_rewards(self, until: int) -> None:

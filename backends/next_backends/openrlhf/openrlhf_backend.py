@@ -12,6 +12,7 @@ from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
 from next_core.errors import unsupported
 from next_core.sources.jumps import jump_folders
 from next_core.storage.atomic import write_text
+from next_core.storage.manifest import check_manifest
 
 
 class OpenRlhfBackend(ExternalBackend):
@@ -33,6 +34,7 @@ class OpenRlhfBackend(ExternalBackend):
 
     def continue_from(self, begun: int, step: int) -> None:
         if begun == step:
+            check_manifest(self._setup.history.checkpoint(step), contents=True)
             self._restart(step)
             return
         self._setup.write_prompts(begun)

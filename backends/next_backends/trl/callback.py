@@ -96,7 +96,7 @@ class PredictExtendCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._shared is not None:
-            self._shared.close()  # a training that failed has left it open
+            self._shared.processes.close()  # a training that failed has left it open
         self.cycle = self._shared = None
         if not self._has_room(state):
             return

@@ -93,7 +93,10 @@ def greedy_accuracy(
         for start in range(0, len(data), 64):
             rows = data[start : start + 64]
             prompts = [_as_text(tokenizer, prompt, template) for prompt in rows["prompt"]]
-            batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)
+            text = isinstance(rows["prompt"][0], str)  # a chat template has written the special tokens already
+            batch = tokenizer(
+                prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=text
+            ).to(device)
             batch.pop("token_type_ids", None)
             # Trainers switch the cache off where they recompute activations, which only training does.
             out = model.generate(

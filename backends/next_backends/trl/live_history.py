@@ -25,8 +25,8 @@ from next_core.live_weights.frozen_adapters import (
 from next_core.live_weights.in_memory import InMemoryApplied
 from next_core.live_weights.live_model import LiveModel, kept_file
 from next_core.sources.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from next_core.sources.adapter_source import PeftAdapterSource, PeftAdapterSourceConfig
-from next_core.sources.full_model import FullModelSource, FullModelSourceConfig
+from next_core.sources.adapter_source import PeftAdapterSource
+from next_core.sources.full_model import FullModelSource
 from next_core.sources.tensor_files import read_json
 from next_core.storage.atomic import seal
 
@@ -58,7 +58,6 @@ class LiveHistory:
     def __init__(self, model: Any, path: Path) -> None:
         self.folder = HistoryFolder(path)
         self._lora = is_peft(model)
-        self._source: PeftAdapterSource | FullModelSource | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-core-checkpoint")
         self._writing: Future[None] | None = None
         self._forget: Callable[[], None] | None = None  # Deletes what is not needed after the last checkpoint
@@ -71,7 +70,6 @@ class LiveHistory:
         if step > 0:
             self._check_resume(step, checkpoint)
             self.folder.forget_after(step)
-            self._source = None
         elif self._lora and jump_adapters(self.live.model):
             raise unsupported(
                 "the model holds jump adapters of an earlier training; make a new model, or resume from a checkpoint"
@@ -91,7 +89,7 @@ class LiveHistory:
         self._restore_adapters(step, checkpoint)
         if not self.folder.checkpoint(step).is_dir():
             return
-        source = self._open()
+        source = self.folder.source(self._lora)
         for name, live in live_tensors(self.live).items():
             stored = source.stored(name, step)
             if stored.shape != live.shape or not torch.allclose(live.float(), stored, atol=1e-6, rtol=1e-5):
@@ -123,8 +121,8 @@ class LiveHistory:
         config = adapter_config(self.live.model, trained_adapter(self.live.model)) if self._lora else None
         tensors = {name: value.contiguous() for name, value in live_tensors(self.live).items()}
         self._write(write_checkpoint, self.folder.checkpoint(step), tensors, config)
-        if isinstance(self._source, PeftAdapterSource):
-            self._source.remember(step, tensors)
+        if isinstance(self.folder.opened, PeftAdapterSource):
+            self.folder.opened.remember(step, tensors)
 
     def seal(self, checkpoint: Path) -> None:
         """Seal a checkpoint that the trainer has written, while training goes on; what was observed comes first."""
@@ -150,16 +148,7 @@ class LiveHistory:
 
     def source(self) -> PeftAdapterSource | FullModelSource:
         self.flush()
-        if self._source is None:
-            self._source = self._open()
-        else:
-            self._source.refresh()
-        return self._source
-
-    def _open(self) -> PeftAdapterSource | FullModelSource:
-        if self._lora:
-            return PeftAdapterSource(PeftAdapterSourceConfig(path=self.folder.checkpoints))
-        return FullModelSource(FullModelSourceConfig(path=self.folder.checkpoints))
+        return self.folder.source(self._lora)
 
     def record(self, folder: Path, step: int, alpha: float, made: InMemoryApplied, keep: bool) -> TrlApplied:
         """Write the folder of a jump that was made, with ``keep`` so that another process can undo it.

@@ -79,10 +79,6 @@ class SharedRun:
             self.processes.lead("when training ended", self._unless_late, self._backend.flush)
         finally:
             self._backend.close_steps()
-        self.close()
-
-    def close(self) -> None:
-        """Stop talking to the other processes."""
         self.processes.close()
 
     def _unless_late(self, act: Callable[..., None], *arguments: Any) -> None:

@@ -17,7 +17,7 @@ from next_backends.trl.live_history import LiveHistory, TrlApplied
 from next_backends.trl.logged_rewards import LoggedRewards
 from next_core.backend import Backend, LoggedReward
 from next_core.cycle.decisions import PREFIX
-from next_core.errors import trainer_failed, unsupported
+from next_core.errors import CheckpointError, trainer_failed, unsupported
 from next_core.interfaces import Applied, Prediction
 from next_core.live_weights.frozen_adapters import FACTORS_INSTEAD, is_peft, rehearse_adapter
 from next_core.live_weights.in_memory import InMemoryApplier
@@ -80,6 +80,12 @@ class TrlBackend(Backend):
             return 0
         broken = self._history.folder.first_damaged()
         self._resume_from, step, self._notes = last_checkpoint(out / "trainer", None if broken is None else broken[0])
+        problem = broken[1] if broken is not None else next(iter(self._notes), None)
+        if problem and step == 0 and numbered(out / "trainer", "checkpoint-*"):  # the run would start from scratch
+            raise CheckpointError(
+                f"{problem}. The trainer has saved no intact state before it: --overwrite starts the run again",
+                kind="checkpoint-damaged",
+            )
         if broken is not None:
             self._history.folder.forget_after(step)
             self._notes.append(f"{broken[1]}; the run was resumed at step {step}, before it")

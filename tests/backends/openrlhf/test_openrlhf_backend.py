@@ -113,6 +113,20 @@ def test_a_resumed_run_keeps_the_jump_in_its_state_and_forgets_a_later_one(prete
     assert (load["folder"], load["adapters"]) == (None, [str(folder / "adapter")] if step == 4 else [])
 
 
+@pytest.mark.parametrize("damage", ["jump.json", "adapter/adapter_model.safetensors"])
+def test_a_run_is_not_resumed_without_a_damaged_jump_in_its_state(pretence: Pretence, damage: str) -> None:
+    backend = pretence.started()
+    pretence.observe(backend, 3)
+    pretence.jump(backend, 3, space="merged")
+    backend.train(5, lambda _: None)
+    backend.close()
+    file = pretence.out / "jumps" / "0001" / damage
+    file.write_text("{" * file.stat().st_size)
+    with raises_kind("checkpoint-damaged", file):
+        pretence.prepared(step=4)
+    assert file.exists()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_restart_resumes_at_its_newest_jump_unless_the_journal_lacks_it(pretence: Pretence, known: bool) -> None:
     backend = pretence.started(backend=RESTART)
@@ -130,6 +144,21 @@ def test_restart_resumes_at_its_newest_jump_unless_the_journal_lacks_it(pretence
         assert "--ckpt.load_enable" not in start["options"]
         assert (start["control"]["start"], load["schedule"], len(load["shifts"])) == (3, 3, 1)
         torch.testing.assert_close(pretence.observe(backend, 4)[B], before[B] + motion(0, 3) + motion(3, 4))
+
+
+@pytest.mark.parametrize(
+    "damaged", ["checkpoints/step-000003/adapter_model.safetensors", "jumps/0001/shift.safetensors"]
+)
+def test_restart_does_not_resume_from_damaged_weights(pretence: Pretence, damaged: str) -> None:
+    backend = pretence.started(backend=RESTART)
+    pretence.observe(backend, 3)
+    pretence.jump(backend, 3)
+    pretence.kill_trainer()
+    backend.close()
+    file = pretence.out / damaged
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with raises_kind("checkpoint-damaged", file):
+        pretence.started(backend=RESTART, step=3)
 
 
 def test_a_trainer_that_resumes_from_another_step_is_refused(pretence: Pretence) -> None:

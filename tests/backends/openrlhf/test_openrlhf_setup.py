@@ -1,6 +1,7 @@
 """What every trainer of a run is given: options, prompts, environment, settings."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def options(setup: OpenRlhfSetup, *names: str, start: int = 0, load: bool = Fals
     """The values of these options; None where one is left out."""
     found = recorded_options.parse(setup.options(start, load))
     return tuple(found.get(name) for name in names)
+
+
+def test_a_reward_that_is_no_number_is_none(pretence: Pretence) -> None:
+    """In the sums of the collapse guard it would stay, and the guard would never act again."""
+    pretence.out.mkdir()
+    made = setup(pretence)
+    for step, mean in ((1, 0.5), (2, math.nan)):
+        made.step_logged(step, {"rollout/reward_mean": mean, "rollout/reward_std": 0.1, "rollout/num_samples": 4.0})
+    assert [reward.step for reward in made.logged] == [1]
 
 
 def test_too_few_prompts_for_one_step_are_refused(pretence: Pretence) -> None:
@@ -65,6 +75,7 @@ def test_conversations_get_the_chat_template(pretence: Pretence, tmp_path: Path)
     assert options(setup(pretence), "--data.apply_chat_template") == (None,)
     rows = [{"prompt": [{"role": "user", "content": f"{n}+1="}], "answer": str(n + 1)} for n in range(8)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pretence.out.mkdir()
     made = setup(pretence)
     assert options(made, "--data.apply_chat_template") == (True,)
     made.write_prompts(0)

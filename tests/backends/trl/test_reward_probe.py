@@ -1,13 +1,17 @@
 """``evaluate="reward"``, and the best model that a trainer loads at its end."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from next_backends.trl import PredictExtendCallback
+from next_backends.trl.evaluate import greedy_accuracy
 from tests.backends.trl.conftest import FACTORS, PROMPTS, exact, jumping
 from tests.errors import raises_kind
 
@@ -36,6 +40,26 @@ def test_the_probe_is_the_reward_of_greedy_completions_of_held_back_prompts(make
     (average,) = (record for record in callback.journal.records if record["event"] == "average")
     assert average["tried"].keys() == {"6"}
     assert all(jump["accuracy_before"] is not None for jump in callback.journal.jumps())
+
+
+class Asked(torch.nn.Linear):
+    """A model that completes nothing, and the tokens that it was given."""
+
+    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.ids = input_ids.tolist()
+        return input_ids
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_begins_with_the_token_that_starts_it_once_as_in_training(tokenizer: Any, chat: bool) -> None:
+    tokenizer, model = copy.deepcopy(tokenizer), Asked(1, 1)
+    begin, number = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.chat_template = begin + "{{ messages[0].content }}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begin} $A", special_tokens=[(begin, number)])
+    prompt = [{"role": "user", "content": "1+2="}] if chat else "1+2="
+    data = Dataset.from_list([{"prompt": prompt, "answer": "3"}])
+    greedy_accuracy(model, tokenizer, data, lambda **_: [0.0], 4)
+    assert model.ids == [[number, *tokenizer("1+2=", add_special_tokens=False)["input_ids"]]]
 
 
 def test_an_eval_dataset_is_probed_and_the_run_stays_plain(make_trainer: Any, logits: Any, plain_logits: Any) -> None:

@@ -115,6 +115,18 @@ def test_races_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert len({race.folder for race in plan.races}) == len(plan.races)
 
 
+def test_a_trunk_is_found_again_unless_its_steps_would_differ(tmp_path: Path) -> None:
+    def trunks(**changes: Any) -> set[str]:
+        return {trunk.folder for trunk in make_plan(*load_comparison(written(tmp_path, **changes))).trunks}
+
+    fast = {"training": {"learning_rate": 1e-2}, "choose": {"schedule.alpha": [1, 2]}}
+    before = trunks(arms={"fast": fast})
+    assert len(before) == 2 * 2
+    assert trunks(arms={"faster": fast | {"training": {"learning_rate": 2e-2}}, "fast": fast}) > before
+    assert trunks(arms={"fast": fast}, seeds=1) < before
+    assert not trunks(arms={"fast": fast}, run={"training": {"beta": 0.1}}) & before
+
+
 def test_controls_of_a_run_that_brings_its_schedule_have_it_too_but_not_its_mean(tmp_path: Path) -> None:
     base = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text())
     del base["schedule"]

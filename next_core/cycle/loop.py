@@ -358,15 +358,15 @@ class PredictExtendCycle:
         recovery = self.guards.recovery
         return (
             self.scales_steps
-            or self.schedule.observes(step)
-            or self.schedule.attempts(step, self.total)
+            or self.schedule.observes(step)  # it does wherever a jump is attempted
             or (recovery is not None and self.schedule.attempts(step - recovery, self.total))
             or self._measures_trend(step)
             or self._measures(step)
         )
 
     def _is_jump_due(self, step: int) -> bool:
-        attempts = self.schedule.attempts(step, self.total) and self._jumps_made < self.schedule.limit
+        allowed = self.schedule.jumps is None or self._jumps_made < self.schedule.jumps
+        attempts = allowed and self.schedule.attempts(step, self.total)
         return attempts and self._recovering is None and not self._impossible
 
     def _averages(self, step: int) -> bool:

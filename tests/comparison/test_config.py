@@ -87,6 +87,7 @@ VALIDATION_IS_TEST = {"training": {"data": {"validation": str(TEST)}}}
         ({"arms": {"a": {"choose": {"schedule.alpha": 2}}}}, "config-invalid-value", ["schedule.alpha"]),
         ({"arms": {"a": {"choose": ["schedule.alpha"]}}}, "config-invalid-value", ["choose"]),
         ({"arms": {"a": {"choose": {"schedule.alhpa": [1, 2]}}}}, "config-unknown-key", ["alhpa", "'alpha'"]),
+        ({"arms": {"a": {"choose": {1: [1, 2]}}}}, "config-unknown-key", ["1"]),
         ({"tuned": {"training.learning_rate": [1e-3, 1e-3]}}, "config-invalid-value", ["training.learning_rate"]),
         ({"stesp": 3}, "config-unknown-key", ["stesp", "'steps'"]),
         ({"base": "gone.yaml"}, "config-missing-file", ["gone.yaml"]),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from next_core.appliers.folder_applier import FolderApplier, WrittenFolder
 from next_core.appliers.folder_contents import RECORD
 from next_core.checkpoints import open_checkpoints
 from next_core.cycle.journal import JOURNAL, read_journal, valid_jumps
@@ -176,6 +177,8 @@ def extrapolate(
         raise ConfigError(
             f"{target} exists already; {remedy}, or choose another folder", kind="config-folder-not-empty"
         )
+    if earlier and isinstance(writer, FolderApplier):
+        writer.check_source(opened.source, target, dry_run=True)  # what is being read must not be replaced
     made = resolve_predictor(predictor)()
     prediction = made.fit(opened.history(rank)).predict(horizon)
     if prediction.abstention is not None:
@@ -190,6 +193,8 @@ def extrapolate(
     applied = writer.apply(prediction, alpha, out=scratch)
     remove_directory(target)
     move_directory(scratch, target)
+    if isinstance(applied, WrittenFolder):
+        applied.path = target
     return applied
 
 

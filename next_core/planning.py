@@ -120,8 +120,7 @@ def plan_run(config: RunConfig, out: Path) -> Plan:
     schedule, dense = config.schedule, config.training.lora is None
     predictor, matrices = make_chosen("predictor", config.predictor), dict.fromkeys(parameters, 4)
     scaling = isinstance(predictor, StepPredictor)
-    attempts = [] if scaling else schedule.attempt_steps(config.steps)
-    jumps = attempts if schedule.limit == float("inf") else attempts[: int(schedule.limit)]
+    jumps = [] if scaling else schedule.attempt_steps(config.steps)[: schedule.jumps]
     each = sum(4 * _stored(p) for p in parameters)
     observed, shifts = (0, 0) if scaling else (config.steps // schedule.every + 1, len(jumps))
     spans, deltas, decompose, fit = list[Span](), 0, Work(), Work()

@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -187,11 +187,11 @@ class Registry:
         taken.error = taken.error or both
         self._broken.append(Entry(entry.kind, entry.name, None, entry.distribution, entry.version, error=both))
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> list[Entry]:
         """Everything known, broken plug-ins included, by kind and name."""
-        order = {kind: index for index, kind in enumerate(KINDS)}
+        order = (*KINDS, "plug-in")
         every = [*self._entries.values(), *self._broken]
-        yield from sorted(every, key=lambda entry: (order.get(entry.kind, len(order)), entry.name))  # type: ignore[call-overload]
+        return sorted(every, key=lambda entry: (order.index(entry.kind), entry.name))
 
     def version(self, kind: Kind, name: str) -> str:
         """The version of the distribution that registered a plug-in; empty for one that was not registered."""

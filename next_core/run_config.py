@@ -80,19 +80,12 @@ class Schedule(Settings):
             raise ValueError(f"jumps: {self.jumps} needs jump_every, the steps between them")
         return self
 
-    @property
-    def limit(self) -> float:
-        """The largest number of jumps."""
-        if self.jumps is not None:
-            return self.jumps
-        return 1 if self.jump_every is None else float("inf")
-
     def observes(self, step: int) -> bool:
         """Whether a checkpoint is taken after ``step``."""
         return step % self.every == 0
 
     def attempts(self, step: int, total: int) -> bool:
-        """Whether a jump is attempted after ``step`` of a run of ``total`` steps, regardless of ``limit``."""
+        """Whether a jump is attempted after ``step`` of a run of ``total`` steps, regardless of ``jumps``."""
         if not self.observe <= step <= total - self.settle:
             return False
         return step == self.observe if self.jump_every is None else (step - self.observe) % self.jump_every == 0

@@ -106,7 +106,7 @@ def test_extrapolate_writes_an_adapter_and_replaces_its_own_alone(run: nc.Record
     first = (out / "adapter_model.safetensors").read_bytes()
     with raises_kind("config-folder-not-empty", out, "overwrite=True"):
         nc.extrapolate(run, "rl-extra", horizon=50, out=out)
-    nc.extrapolate(run, nc.RLExtra, horizon=20, out=out, overwrite=True)
+    assert nc.extrapolate(run, nc.RLExtra, horizon=20, out=out, overwrite=True).path == out
     assert (out / "adapter_model.safetensors").read_bytes() != first
     nc.extrapolate(run, nc.RLExtra(), horizon=50, out=out, overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() == first
@@ -115,3 +115,13 @@ def test_extrapolate_writes_an_adapter_and_replaces_its_own_alone(run: nc.Record
     theirs.mkdir()
     with raises_kind("config-folder-not-empty", theirs):
         nc.extrapolate(run, "rl-extra", horizon=50, out=theirs, overwrite=True)
+
+
+def test_extrapolate_does_not_replace_the_model_that_it_reads(lora_run: LoraRun, tmp_path: Path) -> None:
+    opened, out = nc.open_run(lora_run.path, lora_run.base), tmp_path / "merged"
+    nc.extrapolate(opened, "rl-extra", horizon=50, out=out, applier="merged-model")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    writer = nc.make_applier("merged-model", backbone=out)
+    with raises_kind("config-contradiction", out, "being read"):
+        nc.extrapolate(opened, "rl-extra", horizon=50, out=out, applier=writer, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

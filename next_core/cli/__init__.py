@@ -18,11 +18,6 @@ def main() -> None:
         app()
     except NextCoreError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
     except OSError as error:  # from a library's reads and writes
         from next_core.storage.atomic import storage_error
 

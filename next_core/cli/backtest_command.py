@@ -70,7 +70,8 @@ def parse_predictors(predictors: str | None, settings: list[str]) -> dict[str, d
         if not isinstance(values, dict):
             raise invalid_value(f"--set {name}={values}: name the predictor, as in secant.window=10")
         if name not in chosen:
-            raise contradiction(f"--set {name}.{next(iter(values))}: '{name}' is not scored; add it to --predictors")
+            key = next(iter(values), "KEY")
+            raise contradiction(f"--set {name}.{key}: '{name}' is not scored; add it to --predictors")
         chosen[name] = values
     return chosen
 

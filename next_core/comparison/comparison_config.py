@@ -182,7 +182,7 @@ def _combinations(choose: Any, where: str) -> list[dict[str, Any]]:
             raise invalid_value(f"{where}: {key} needs a list of different values to choose among")
     if math.prod(map(len, choose.values())) > MOST_RACES:
         raise invalid_value(f"{where}: more than {MOST_RACES} combinations of values to choose among")
-    return [dict(zip(choose, chosen, strict=True)) for chosen in itertools.product(*choose.values())]
+    return [dict(zip(map(str, choose), chosen, strict=True)) for chosen in itertools.product(*choose.values())]
 
 
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:

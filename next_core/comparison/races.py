@@ -1,5 +1,6 @@
 """Which runs a comparison takes: every variant with every seed, and the steps that several have in common."""
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -74,8 +75,10 @@ def make_plan(config: CompareConfig, arms: Sequence[Arm]) -> RacePlan:
         groups: dict[str, list[Race]] = defaultdict(list)
         for race in _races(arms, seed):
             groups[_common_part(race.config) or race.folder].append(race)
-        for number, group in enumerate(groups.values(), start=1):
-            races += _branches(group, f"trunks/seed-{seed}-{number}") if len(group) > 1 else group
+        for common, group in groups.items():
+            # Its name says what it was trained on: an interrupted call may have had another config.
+            digest = hashlib.sha256(common.encode()).hexdigest()[:16]
+            races += _branches(group, f"trunks/seed-{seed}-{digest}") if len(group) > 1 else group
     return RacePlan(tuple(races))
 
 

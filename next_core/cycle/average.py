@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from next_core.cycle.journal import Journal
 from next_core.cycle.jump import failure
-from next_core.cycle.measurements import Stopwatch
 from next_core.cycle.probes import Probes
 from next_core.interfaces import Applied, CheckpointSource, CoefficientUpdate, Prediction
 
@@ -36,42 +35,34 @@ def end_in_mean(
     rollback: Callable[[Applied], None],
     probes: Probes,
     journal: Journal,
-    watch: Stopwatch,
     step: int,
     choices: Sequence[int],
-    unmeasured: int | None = None,
+    unmeasured: int | None,
 ) -> None:
     """Move to the mean over the window, one of ``choices``, that validates best, if it beats the last step.
 
     Each mean is tried and rolled back. A mean that cannot be applied changes nothing and ends the search. Where there
     is nothing to measure accuracy with, the window ``unmeasured`` is used, if there is one.
     """
-
-    def apply_mean(window: int) -> Applied:
-        with watch:
-            return apply(window)
-
     before = probes.measure(step, always=True)
     tried: dict[int, float | None] = {}
-    best, reason = None, "there is nothing to measure accuracy with"
+    best, reason = unmeasured if before is None else None, "there is nothing to measure accuracy with"
     for window in choices if before is not None else ():
         try:
-            applied = apply_mean(window)
+            applied = apply(window)
         except Exception as error:
             reason = failure("mean", error)
             break
         tried[window] = probes.measure(step, always=True)
         rollback(applied)
         reason = "no mean of the last checkpoints is better"
-    better = {window: value for window, value in tried.items() if value is not None and before is not None}
-    if before is not None and better and max(better.values()) > before:
+    better = {at: value for at, value in tried.items() if value is not None and before is not None and value > before}
+    if better:
         best = max(better, key=lambda window: better[window])
-    elif before is None:
-        best = unmeasured
     if best is not None:
         reason = f"the mean of the last {best} steps" + (", unmeasured: motions cancel" if before is None else "")
         try:
-            apply_mean(best)
+            apply(best)
         except Exception as error:
             best, reason = None, failure("mean", error)
     shown = {str(window): accuracy for window, accuracy in tried.items()}

@@ -136,9 +136,8 @@ class PredictExtendCycle:
         self._observe(step)
         if self._is_jump_due(step):
             jump = Jump(step, self.schedule.alpha)
-            if not self.backend.takes_weights(
-                step
-            ):  # a resumed trainer may generate at other steps than the schedule's
+            # A resumed trainer may generate at other steps than the schedule's.
+            if not self.backend.takes_weights(step):
                 jump = jump.refused("roll-outs of the weights from before it are left to train on")
             for stage in (self._predict, self._guard, self._apply, self._verify):
                 if jump.accepted:
@@ -286,9 +285,10 @@ class PredictExtendCycle:
         self.milestone("before_average", step)
 
         def apply(window: int) -> Applied:
-            if self._scaling is not None:
-                return self.backend.steps.apply_mean(window)
-            return self.backend.apply_jump(mean_of_last(self.backend.source(), window), 1.0)
+            with self._watches["extend"]:
+                if self._scaling is not None:
+                    return self.backend.steps.apply_mean(window)
+                return self.backend.apply_jump(mean_of_last(self.backend.source(), window), 1.0)
 
         def rollback(applied: Applied) -> None:
             if self._scaling is not None:
@@ -296,12 +296,11 @@ class PredictExtendCycle:
             else:
                 self.backend.rollback(applied, step)
 
-        watch = self._watches["extend"]
         windows = self._windows
         # Where motions cancel at the end, steps are too large to converge, and a mean is closer to the optimum.
         cancels = self._scaling is not None and self._scaling.cancels()
         unmeasured = windows[len(windows) // 2] if windows and cancels else None
-        end_in_mean(apply, rollback, self._probes, self.journal, watch, step, windows, unmeasured)
+        end_in_mean(apply, rollback, self._probes, self.journal, step, windows, unmeasured)
 
     @property
     def _windows(self) -> list[int]:
@@ -322,9 +321,11 @@ class PredictExtendCycle:
         if self._scaling is None:
             self.backend.reopen(range(self._retention.oldest(step), step + 1), self.schedule.every)
         self.journal.append("resume", step, **self._other_predictor(step))
-        jumps = [jump for jump in self.journal.jumps() if jump["accepted"]]
-        self._jumps_made, self._first_jump_made = len(jumps), bool(jumps)
-        self._probes.restore(self.journal.counted())
+        counted, jumps = self.journal.counted(), [jump for jump in self.journal.jumps() if jump["accepted"]]
+        self._jumps_made = len(jumps)
+        # Also one that was rolled back after its recovery window.
+        self._first_jump_made = any(record["event"] == "jump" and record["accepted"] for record in counted)
+        self._probes.restore(counted)
         if self.guards.recovery is not None and jumps and step < jumps[-1]["step"] + self.guards.recovery:
             self._reopen_recovery(jumps[-1])
 
@@ -357,15 +358,15 @@ class PredictExtendCycle:
         recovery = self.guards.recovery
         return (
             self.scales_steps
-            or self.schedule.observes(step)
-            or self.schedule.attempts(step, self.total)
+            or self.schedule.observes(step)  # it does wherever a jump is attempted
             or (recovery is not None and self.schedule.attempts(step - recovery, self.total))
             or self._measures_trend(step)
             or self._measures(step)
         )
 
     def _is_jump_due(self, step: int) -> bool:
-        attempts = self.schedule.attempts(step, self.total) and self._jumps_made < self.schedule.limit
+        allowed = self.schedule.jumps is None or self._jumps_made < self.schedule.jumps
+        attempts = allowed and self.schedule.attempts(step, self.total)
         return attempts and self._recovering is None and not self._impossible
 
     def _averages(self, step: int) -> bool:

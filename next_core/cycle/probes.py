@@ -44,7 +44,8 @@ class Probes:
         problem = None
         with self._watch:
             try:
-                accuracy = self._backend.evaluate()
+                found = self._backend.evaluate()
+                accuracy = None if found is None else float(found)  # it may be a tensor
             except Exception as error:
                 accuracy, problem = None, describe(error)
         if accuracy is not None and not math.isfinite(accuracy):

@@ -100,7 +100,7 @@ class StepScaling:
         rate = steps.learning_rate * steps.multiple
         # Waiting for the disk would double what step scaling costs.
         self._journal.append_unsynced(
-            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, found=found.found,
+            "scale", step, accepted=True, reason="", multiple=steps.multiple, rate=rate, found=bool(found.found),
             diagnostics=figures, **back,
         )  # fmt: skip
 

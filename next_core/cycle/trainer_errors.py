@@ -41,15 +41,14 @@ def trainer_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = is_full(error) and not isinstance(error, StorageError)
-        if isinstance(error, NextCoreError) and not full:
-            raise
-        if full:
+        if is_full(error) and not isinstance(error, StorageError):
             raise StorageError(
                 f"the disk of {out} was full while the trainer wrote ({describe(error)}); free some space, and run the "
                 "same command again: it resumes from the last complete checkpoint",
                 kind="storage-full",
             ) from error
+        if isinstance(error, NextCoreError):
+            raise
         log = out / ERROR_LOG
         with contextlib.suppress(OSError):  # the trainer's own error matters more
             log.write_text(traceback.format_exc(), encoding="utf-8")

@@ -47,12 +47,6 @@ class Jump(Part):
         """The multiple of the observed update that a predictor such as ``adaptive-secant`` aims at."""
         return self.diagnostics.get("multiple")
 
-    @property
-    def change(self) -> float | None:
-        """How much validation accuracy changed at once; None where it was not measured."""
-        known = self.accuracy_before is not None and self.accuracy_after is not None
-        return self.accuracy_after - self.accuracy_before if known else None  # type: ignore[operator]
-
 
 class Scale(Part):
     """A change of the learning rate by step scaling, or a return to earlier weights."""

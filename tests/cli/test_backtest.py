@@ -79,6 +79,7 @@ def test_by_default_networks_are_left_out_with_a_note_unless_a_setting_names_the
         (("--set", "secant=5"), 2, "config-invalid-value", ("secant",)),
         (("--predictors", "secant", "--set", "window=10"), 2, "config-invalid-value", ("window",)),
         (("--predictors", "ridge", "--set", "secant.window=5"), 2, "config-contradiction", ("secant",)),
+        (("--predictors", "ridge", "--set", "secant={}"), 2, "config-contradiction", ("secant",)),
         (("--predictors", "secant", "--set", "secant.windw=5"), 2, "config", ("windw", "window")),
         (("--predictors", " , "), 2, "config-invalid-value", ("--predictors",)),
         (("--predictors", "secnt"), 5, "plugin", ("secnt", "secant")),

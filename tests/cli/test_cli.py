@@ -1,5 +1,6 @@
 """The entry point: help, errors with their exit codes, and the commands that read no checkpoints."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_python_m_next_core_prints_an_error_as_one_line_with_its_kind(tmp_path: 
         (StorageError("x"), 7),
         (OSError(28, "No space left on device", "x"), 7),
         (KeyboardInterrupt(), 130),
-        (BrokenPipeError(), 0),
+        (BrokenPipeError(errno.EPIPE, "x"), 1),
     ],
 )
 def test_errors_have_exit_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:

@@ -87,6 +87,7 @@ VALIDATION_IS_TEST = {"training": {"data": {"validation": str(TEST)}}}
         ({"arms": {"a": {"choose": {"schedule.alpha": 2}}}}, "config-invalid-value", ["schedule.alpha"]),
         ({"arms": {"a": {"choose": ["schedule.alpha"]}}}, "config-invalid-value", ["choose"]),
         ({"arms": {"a": {"choose": {"schedule.alhpa": [1, 2]}}}}, "config-unknown-key", ["alhpa", "'alpha'"]),
+        ({"arms": {"a": {"choose": {1: [1, 2]}}}}, "config-unknown-key", ["1"]),
         ({"tuned": {"training.learning_rate": [1e-3, 1e-3]}}, "config-invalid-value", ["training.learning_rate"]),
         ({"stesp": 3}, "config-unknown-key", ["stesp", "'steps'"]),
         ({"base": "gone.yaml"}, "config-missing-file", ["gone.yaml"]),
@@ -113,6 +114,18 @@ def test_races_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert plan.shared == 2 * 5 * 49
     assert plan.steps == 2 * (160 + 2 * 100 + 5 * 51 + 100)
     assert len({race.folder for race in plan.races}) == len(plan.races)
+
+
+def test_a_trunk_is_found_again_unless_its_steps_would_differ(tmp_path: Path) -> None:
+    def trunks(**changes: Any) -> set[str]:
+        return {trunk.folder for trunk in make_plan(*load_comparison(written(tmp_path, **changes))).trunks}
+
+    fast = {"training": {"learning_rate": 1e-2}, "choose": {"schedule.alpha": [1, 2]}}
+    before = trunks(arms={"fast": fast})
+    assert len(before) == 2 * 2
+    assert trunks(arms={"faster": fast | {"training": {"learning_rate": 2e-2}}, "fast": fast}) > before
+    assert trunks(arms={"fast": fast}, seeds=1) < before
+    assert not trunks(arms={"fast": fast}, run={"training": {"beta": 0.1}}) & before
 
 
 def test_controls_of_a_run_that_brings_its_schedule_have_it_too_but_not_its_mean(tmp_path: Path) -> None:

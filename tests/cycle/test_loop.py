@@ -108,13 +108,19 @@ def test_a_probe_that_fails_or_is_not_finite_is_journalled_and_judges_nothing() 
     def broken(loss: float) -> float:
         raise RuntimeError("no validation set")
 
-    for accuracy in (broken, lambda loss: float("nan")):
+    for accuracy in (broken, lambda loss: float("nan"), lambda loss: "much"):
         made = cycle(Descent(accuracy=accuracy))
         made.run()
         assert all(jump["accepted"] for jump in made.journal.jumps())
         probes = [record for record in made.journal.records if record["event"] == "probe"]
         assert len(probes) == 8
         assert all(record["accuracy"] is None and "problem" in record for record in probes)
+
+
+def test_an_accuracy_may_be_a_tensor(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    cycle(Descent(accuracy=lambda loss: torch.tensor(0.5)), schedule=ONE_JUMP, journal=journal).run()
+    assert [jump["accuracy_after"] for jump in Journal(journal.path).jumps()] == [0.5]
 
 
 def test_diagnostics_cannot_disturb_the_journal() -> None:

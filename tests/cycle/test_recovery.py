@@ -153,13 +153,20 @@ def test_a_resumed_run_decides_alike(
     def fresh() -> Descent:
         return trainer(accuracy=reading(*readings) if readings else None)
 
-    whole = cycle(fresh(), guards=guards, schedule=schedule)
+    seen: list[tuple[str, int]] = []
+    settings: dict[str, Any] = {
+        "guards": guards, "schedule": schedule, "milestone": lambda name, step: seen.append((name, step)),
+    }  # fmt: skip
+    whole = cycle(fresh(), **settings)
     whole.run()
+    uninterrupted = seen.copy()
+    seen.clear()
     backend, journal = fresh(), Journal()
-    backend.train(step, cycle(backend, guards=guards, schedule=schedule, journal=journal).after_step)
-    again = cycle(backend, guards=guards, schedule=schedule, journal=journal)
+    backend.train(step, cycle(backend, journal=journal, **settings).after_step)
+    again = cycle(backend, journal=journal, **settings)
     again.resume(step)
     assert again.run() == 60
+    assert seen == uninterrupted
     resumes = [record for record in journal.records if record["event"] == "resume"]
     assert resumes == [{"event": "resume", "step": step}]
     assert [record for record in journal.records if record["event"] != "resume"] == whole.journal.records

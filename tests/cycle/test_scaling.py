@@ -4,13 +4,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from next_core.backend import LoggedReward
-from next_core.cycle.journal import Journal
+from next_core.cycle.journal import Journal, read_journal
 from next_core.cycle.loop import PredictExtendCycle
 from next_core.cycle.scaling import scaling_records
 from next_core.run_config import Guards, Schedule
@@ -62,6 +63,13 @@ def test_each_block_multiplies_the_steps_that_follow_and_takes_no_checkpoint() -
     ]
     assert records[1]["diagnostics"]["agreement"] == pytest.approx(1.0)  # gradient descent on a parabola is straight
     assert made.journal.jumps() == []
+
+
+def test_whether_the_rate_was_found_may_be_a_tensor(tmp_path: Path) -> None:
+    made = cycle(Descent(), lambda history: StepScale(1.0, found=torch.tensor(True)), total=2)
+    made.journal.path = tmp_path / "journal.jsonl"
+    made.run()
+    assert [record["found"] for record in read_journal(made.journal.path)] == [True]
 
 
 def test_what_the_processes_add_up_is_outside_the_predictors_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

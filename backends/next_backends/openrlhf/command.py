@@ -119,7 +119,7 @@ def check_run(run: RunConfig, config: OpenRlhfConfig) -> None:
             f"backend.jump: restart begins a trainer at each jump, and predictor '{run.predictor.name}' makes none: it "
             "scales the steps of one trainer; use swap, or a predictor that jumps, such as adaptive-secant"
         )
-    jumps = min(len(run.schedule.attempt_steps(run.steps)), run.schedule.limit)
+    jumps = len(run.schedule.attempt_steps(run.steps)[: run.schedule.jumps])
     if run.training.evaluation == "likelihood" and _ring(config) > 1:
         raise unsupported_setting("training.evaluation: likelihood is not computed on rings; use generate")
     if config.jump == "restart" and jumps > MOST_RESTARTS:

@@ -138,6 +138,16 @@ def test_a_matrix_that_stood_still_for_a_while_has_what_can_be_defined() -> None
     strict(analysis)
 
 
+def test_any_horizon_of_a_long_run_can_be_asked_for_though_the_curve_has_a_choice_of_them() -> None:
+    run = history(walks(1, range(1, 101)))
+    every = analyze(run, draws=20)
+    asked = next(h for h in range(1, 51) if h not in every.overall.series["line_skill"].x)
+    found = analyze(run, horizon=asked, draws=20)
+    assert value(found, "pinned_skill") < 0  # a line does not predict a random walk
+    assert found.overall.series["line_skill"].x == tuple(sorted({asked, *every.overall.series["line_skill"].x}))
+    assert found.overall.series["msd"] == every.overall.series["msd"]
+
+
 def test_the_horizon_chooses_the_out_of_sample_figures_and_one_that_is_not_there_is_explained() -> None:
     run = history(walks(2))
     first = analyze(run, draws=20)

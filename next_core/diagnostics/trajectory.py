@@ -20,7 +20,7 @@ FEWEST_POINTS = 3  # A line must be fitted to at least so many points, the start
 class Grid:
     """The moments of a run: N + 1 points in RL steps, the first of which is where RL began, and N intervals.
 
-    ``wanted`` is a horizon that is measured even where it is not among the ``lags`` chosen.
+    ``wanted`` is a horizon that is measured even where it is not among the ``lags``.
     """
 
     times: tuple[int, ...]
@@ -53,7 +53,7 @@ class Grid:
     @cached_property
     def horizons(self) -> tuple[int, ...]:
         """The lags, and ``wanted``, at which a line fitted to ``FEWEST_POINTS`` or more points meets a later point."""
-        wanted = () if self.wanted is None or 2 * self.wanted > self.span else (self.wanted,)
+        wanted = () if self.wanted is None else (self.wanted,)
         return tuple(lag for lag in sorted({*self.lags, *wanted}) if self.targets(lag))
 
     def pairs(self, lag: int) -> list[tuple[int, int]]:

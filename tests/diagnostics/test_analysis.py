@@ -146,6 +146,7 @@ def test_any_horizon_of_a_long_run_can_be_asked_for_though_the_curve_has_a_choic
     assert value(found, "pinned_skill") < 0  # a line does not predict a random walk
     assert found.overall.series["line_skill"].x == tuple(sorted({asked, *every.overall.series["line_skill"].x}))
     assert found.overall.series["msd"] == every.overall.series["msd"]
+    assert value(analyze(run, horizon=90, draws=20), "line_skill") < 0  # longer than half of the run
 
 
 def test_the_horizon_chooses_the_out_of_sample_figures_and_one_that_is_not_there_is_explained() -> None:

@@ -129,6 +129,13 @@ def test_a_run_that_never_moved_says_so() -> None:
     strict(analysis)
 
 
+def test_an_adapter_whose_product_stays_zero_leaves_its_figures_undefined() -> None:
+    checkpoints = {t: {name(0): LoraFactors(noise(t, 8, 2), torch.zeros(3, 8), 2.0)} for t in range(5)}
+    analysis = analyze(history(MemorySource(checkpoints)), draws=20)
+    assert analysis.missing["straightness"].startswith("not defined")
+    strict(analysis)
+
+
 def test_a_matrix_that_stood_still_for_a_while_has_what_can_be_defined() -> None:
     path = drift(0)
     analysis = analyze(history(dense_run({name(0): lambda t: path(0 if t < 40 else t)}, tuple(range(10, 90, 10)))))

@@ -77,6 +77,11 @@ class PluginError(NextCoreError):
     exit_code = 5
 
 
+def wrong_answer(message: str) -> PluginError:
+    """Return the error for what a predictor returned and cannot be used."""
+    return PluginError(message, kind="predictor-wrong-answer")
+
+
 class BackendError(NextCoreError):
     """A trainer failed, or cannot do what was asked of it."""
 

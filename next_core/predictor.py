@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 import torch
 from pydantic import Field
 
-from next_core.errors import CheckpointError, NextCoreError, PluginError, invalid_value
+from next_core.errors import CheckpointError, NextCoreError, PluginError, invalid_value, wrong_answer
 from next_core.history.history import History, MatrixHistory
 from next_core.interfaces import CoefficientUpdate, LowRankUpdate, Prediction, Update
 from next_core.settings import Settings
@@ -213,10 +213,9 @@ class PerMatrixPredictor(TrajectoryPredictor):
             return outcome
         update, confidence = outcome if isinstance(outcome, tuple) else (outcome, 1.0)
         if not isinstance(update, CoefficientUpdate | LowRankUpdate):
-            raise PluginError(
+            raise wrong_answer(
                 f"predictor '{self.name}' returned {type(update).__name__} for '{name}'; "
-                "return an update, (update, confidence) or Abstain(reason)",
-                kind="predictor-wrong-answer",
+                "return an update, (update, confidence) or Abstain(reason)"
             )
         if not (_finite(update) and math.isfinite(confidence)):
             return Abstain(f"the prediction of '{name}' is not finite")

@@ -103,12 +103,11 @@ class CacheOptions:
             raise contradiction("--cache and --no-cache contradict; omit one of them")
 
     def open_cache(self, compressor_version: str = "") -> DeltaCache | None:
-        """Return the cache, or None with ``--no-cache``."""
+        """Return the cache, or None with ``--no-cache`` or nowhere to put it."""
         from next_core.history.delta_cache import DeltaCache, default_folder
 
-        if self.no_cache:
-            return None
-        return DeltaCache(self.cache or default_folder(), compressor_version=compressor_version)
+        folder = None if self.no_cache else self.cache or default_folder()
+        return None if folder is None else DeltaCache(folder, compressor_version=compressor_version)
 
 
 @dataclass(frozen=True, kw_only=True)

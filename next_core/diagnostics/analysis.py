@@ -59,7 +59,7 @@ def analyze(history: History, *, horizon: int | None = None, draws: int = 200, s
     if draws < FEWEST_DRAWS:
         raise invalid_value(f"draws must be at least {FEWEST_DRAWS}, for a 95% interval (got {draws})")
     names, steps = history.names, measured_steps(history)
-    grid = Grid((history.source.origin, *steps))
+    grid = Grid((history.source.origin, *steps), horizon)
     horizon = grid.default_horizon() if horizon is None else horizon
     agreements = measure_agreements(history, draws, seed)
     figures: Figures = {}

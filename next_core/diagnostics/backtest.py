@@ -12,7 +12,7 @@ from torch import Tensor
 from next_core.cycle.jump import check_origin
 from next_core.diagnostics.backtest_results import Backtest, Failure, Judged, Score, WalkNull, skill_interval
 from next_core.diagnostics.replay import CutHistory, Replay, Shared, make_replay
-from next_core.errors import PluginError, describe
+from next_core.errors import describe, wrong_answer
 from next_core.history.history import DeltaKind, History
 from next_core.interfaces import CheckpointSource, Prediction, Update
 from next_core.plugins import PredictorLike, registry, resolve_predictor, trajectory_predictors
@@ -198,5 +198,4 @@ def _check(prediction: Prediction) -> None:
     for name, update in updates.items():
         prediction.parameter(name)
         if not isinstance(update, Update):
-            problem = f"the update of '{name}' is {type(update).__name__}; return an Update"
-            raise PluginError(problem, kind="predictor-wrong-answer")
+            raise wrong_answer(f"the update of '{name}' is {type(update).__name__}; return an Update")

@@ -72,7 +72,8 @@ def factor_walk_dimension(now: LoraFactors, before: LoraFactors) -> float:
     trace = b2 * m * left.trace() + a2 * n * right.trace()
     square = b2**2 * m * left.square().sum() + a2**2 * n * right.square().sum()
     square = square + 2 * a2 * b2 * left.trace() * right.trace()
-    return float(trace**2 / square) if square > 0 else float(r * (m + n - r))
+    rank = min(r, m, n)
+    return float(trace**2 / square) if square > 0 else float(rank * (m + n - rank))
 
 
 def chunks(draws: int, lengths: Tensor) -> Iterator[tuple[int, int]]:

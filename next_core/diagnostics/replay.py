@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from next_core.errors import CheckpointError, invalid_value
+from next_core.errors import CheckpointError, GuardError, invalid_value
 from next_core.history.history import History
 from next_core.history.matrix_tasks import InnerProducts
 from next_core.interfaces import CheckpointSource, CoefficientUpdate, Prediction
@@ -184,8 +185,8 @@ class CutHistory(History):
     def compare(self, prediction: Prediction, name: str) -> tuple[float, float]:
         """Return <P, P> and <P, D>: P the predicted motion of one matrix at alpha 1, D the motion that followed.
 
-        Raises ``GuardError`` for a prediction that is not finite, ``PluginError`` for a wrong shape or steps that were
-        not observed.
+        Raises ``GuardError`` for a prediction that is not finite or whose squares are not, ``PluginError`` for a wrong
+        shape or steps that were not observed.
         """
         update = prediction.updates[name]
         if isinstance(update, CoefficientUpdate) and (update.space == "merged" or self.ranks[name] is None):
@@ -194,9 +195,14 @@ class CutHistory(History):
             along = sum((weight * self._path(step) for step, weight in weights.items()), self._path(None))
             if self._start is not None and abs(along[0]) > 1e-9 * sum(map(abs, weights.values())):
                 self.source.delta(name, self._start)  # raises: the prediction counts from the backbone
-            return float(along @ self._motion[name] @ along), float(along @ self._motion[name][-1])
-        predicted, ahead = prediction.delta(name), self._motion_ahead(name)
-        return _inner(predicted, predicted), _inner(predicted, ahead)
+            PP, PD = float(along @ self._motion[name] @ along), float(along @ self._motion[name][-1])
+        else:
+            predicted, ahead = prediction.delta(name), self._motion_ahead(name)
+            PP, PD = _inner(predicted, predicted), _inner(predicted, ahead)
+        if not math.isfinite(PP * PP):  # figures multiply it by itself
+            message = f"the predicted motion of '{name}' is too large to be compared; use a smaller one"
+            raise GuardError(message, kind="numbers-not-finite")
+        return PP, PD
 
 
 def _inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:

@@ -18,9 +18,13 @@ FEWEST_POINTS = 3  # A line must be fitted to at least so many points, the start
 
 @dataclass(frozen=True)
 class Grid:
-    """The moments of a run: N + 1 points in RL steps, the first of which is where RL began, and N intervals."""
+    """The moments of a run: N + 1 points in RL steps, the first of which is where RL began, and N intervals.
+
+    ``wanted`` is a horizon that is measured even where it is not among the ``lags``.
+    """
 
     times: tuple[int, ...]
+    wanted: int | None = None
 
     @property
     def intervals(self) -> int:
@@ -48,8 +52,9 @@ class Grid:
 
     @cached_property
     def horizons(self) -> tuple[int, ...]:
-        """The lags at which a line fitted to ``FEWEST_POINTS`` or more points meets a later point."""
-        return tuple(lag for lag in self.lags if self.targets(lag))
+        """The lags, and ``wanted``, at which a line fitted to ``FEWEST_POINTS`` or more points meets a later point."""
+        wanted = () if self.wanted is None else (self.wanted,)
+        return tuple(lag for lag in sorted({*self.lags, *wanted}) if self.targets(lag))
 
     def pairs(self, lag: int) -> list[tuple[int, int]]:
         """Return index pairs (i, j) of points that are ``lag`` RL steps apart."""

@@ -25,9 +25,11 @@ _LEFT_OVER = re.compile(r"\.[0-9a-f]{64}\.safetensors\.tmp-(\d+)")
 _PARTS = ("U", "S", "V", "energy", "nuclear")
 
 
-def default_folder() -> Path:
-    """Return ``next-core`` in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
+def default_folder() -> Path | None:
+    """Return ``next-core`` in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``); None without a home."""
+    with contextlib.suppress(RuntimeError):  # a container may run as a user that it does not know
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-core"
+    return None
 
 
 class DeltaCache:
@@ -46,8 +48,7 @@ class DeltaCache:
         tensors = self._read(key)
         made = {}
         for name in names:
-            parts = [tensors.get(f"{name}|{part}") for part in _PARTS]
-            U, S, V, energy, nuclear = parts
+            U, S, V, energy, nuclear = (tensors.get(f"{name}|{part}") for part in _PARTS)
             if U is None or S is None or V is None or energy is None:
                 return None
             made[name] = Factors(U.mT, S, V.mT, energy, nuclear)

@@ -50,8 +50,7 @@ class History:
         if rank < 1:
             raise invalid_value(f"rank must be at least 1 (got {rank})")
         if not source.steps:
-            message = "the run has no checkpoint yet; observe at least one before fitting"
-            raise no_history(message)
+            raise no_history("the run has no checkpoint yet; observe at least one before fitting")
         self.source = source
         self.rank = rank
         self.spectrum = spectrum

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from next_core.errors import GuardError, PluginError
+from next_core.errors import GuardError, wrong_answer
 from next_core.interfaces.checkpoint_source import CheckpointSource
 from next_core.interfaces.weight_delta import FactorStep, LazyDelta, Resolved, WeightDelta, merged
 from next_core.mathematics import low_rank
@@ -39,10 +39,9 @@ class CoefficientUpdate:
     def __post_init__(self) -> None:
         """Raise ``PluginError`` for weights that are no mapping, or an unknown space."""
         if not isinstance(self.weights, Mapping) or self.space not in get_args(Space):
-            raise PluginError(
+            raise wrong_answer(
                 f"a CoefficientUpdate takes weights by step and one of {', '.join(get_args(Space))} "
-                f"(got {type(self.weights).__name__}, {self.space!r})",
-                kind="predictor-wrong-answer",
+                f"(got {type(self.weights).__name__}, {self.space!r})"
             )
 
 
@@ -79,8 +78,7 @@ class Prediction:
         """Return the factor on alpha of one parameter. Raises ``PluginError`` for a negative one."""
         weight = self.confidence.get(name, 1.0)
         if weight < 0.0:  # it would reverse the jump
-            message = f"the confidence of '{name}' is {weight}; it must be 0 or more"
-            raise PluginError(message, kind="predictor-wrong-answer")
+            raise wrong_answer(f"the confidence of '{name}' is {weight}; it must be 0 or more")
         return weight
 
     @functools.cached_property
@@ -90,10 +88,7 @@ class Prediction:
     def parameter(self, name: str) -> Parameter:
         """Return a parameter that is predicted. Raises ``PluginError`` when the run does not have it."""
         if name not in self._parameters:
-            raise PluginError(
-                f"the prediction names '{name}', which the run does not have; correct the predictor",
-                kind="predictor-wrong-answer",
-            )
+            raise wrong_answer(f"the prediction names '{name}', which the run does not have; correct the predictor")
         return self._parameters[name]
 
     @property
@@ -182,9 +177,10 @@ def coefficients(prediction: Prediction, name: str, alpha: float) -> dict[int, f
     weights = dict(update.weights)
     for step in weights:
         if step != 0 and step not in prediction.source.steps:
-            known = f"{prediction.source.steps}; correct the predictor"
-            message = f"the update of '{name}' weighs step {step!r}, which was not observed; observed: {known}"
-            raise PluginError(message, kind="predictor-wrong-answer")
+            raise wrong_answer(
+                f"the update of '{name}' weighs step {step!r}, which was not observed; "
+                f"observed: {prediction.source.steps}; correct the predictor"
+            )
     if prediction.anchor == "backbone":  # counted from W_0: subtract what the newest checkpoint already has
         weights[prediction.step] = weights.get(prediction.step, 0.0) - 1.0
     weights = {step: scale * weight for step, weight in weights.items() if weight != 0.0}
@@ -265,9 +261,8 @@ def _sum_of_deltas(prediction: Prediction, parameter: Parameter, weights: Mappin
 
 def _from_matrix(prediction: Prediction, parameter: Parameter, matrix: LowRank, scale: float) -> Resolved:
     if matrix.shape != parameter.shape:
-        raise PluginError(
-            f"the update of '{parameter.name}' is {matrix.shape}, not {parameter.shape}; correct the predictor",
-            kind="predictor-wrong-answer",
+        raise wrong_answer(
+            f"the update of '{parameter.name}' is {matrix.shape}, not {parameter.shape}; correct the predictor"
         )
     if prediction.anchor == "newest":
         return matrix.scale(scale)

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from next_core.errors import NextCoreError, wrong_shape
 from next_core.mathematics.gram_svd import LowRankGrams, Triplets, triplets_from_grams
-from next_core.mathematics.low_rank import Factors, LowRank, concatenate_batches, inner, lora_difference, truncated_svd
+from next_core.mathematics.low_rank import (
+    Factors,
+    LowRank,
+    concatenate_batches,
+    inner,
+    lora_difference,
+    truncated_svd,
+    unit_columns,
+)
 from next_core.mathematics.row_blocks import keep_freed_memory
 from next_core.types import LoraFactors, Span
 
@@ -163,7 +171,7 @@ class LoraTrajectory:
         V = self._combine(right, len(spans), k, self._right)
         for row, factors in made.items():
             if not factors.U.shape[-2]:
-                u, v = (_unit_rows(x[row], factors.S[0] > 0).mT[None] for x in (U, V))
+                u, v = (unit_columns(x[row].mT[None], factors.S) for x in (U, V))
                 made[row] = dataclasses.replace(factors, U=u, V=v)
         return concatenate_batches([made[i] for i in range(len(spans))])
 
@@ -277,9 +285,3 @@ def _padded(found: Triplets, k: int) -> Triplets:
         return found
     x, S, y = (torch.nn.functional.pad(part, (0, missing)) for part in (found.x, found.S, found.y))
     return dataclasses.replace(found, x=x, S=S, y=y)
-
-
-def _unit_rows(x: Tensor, alive: Tensor) -> Tensor:
-    """Scale the rows of x (k, d) to unit norm where ``alive`` (k,), and set the others to zero."""
-    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(alive[:, None], unit, 0.0)

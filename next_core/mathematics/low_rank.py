@@ -232,22 +232,18 @@ def norm(a: LowRank) -> Tensor:
     return truncated_svd(a, 1).energy.sqrt()
 
 
-def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Factors:
+def truncated_svd(a: LowRank, k: int) -> Factors:
     """Return the exact leading singular triplets: ``Factors`` with min(k, m, n) columns, for each matrix of the batch.
 
-    U, S and V are in ``dtype`` (float32 or float64); the arithmetic, energy and nuclear are float64. A sigma that is
-    zero up to rounding (relative to the terms summed: a - a is zero) is set to exactly 0, and so are its columns of U
-    and V, because LAPACK would choose arbitrary unit vectors. Signs are arbitrary; see ``align_signs``. Columns of the
-    factors with a norm below 1e-146 count as zero.
+    All are float64. A sigma that is zero up to rounding (relative to the terms summed: a - a is zero) is set to exactly
+    0, and so are its columns of U and V, because LAPACK would choose arbitrary unit vectors. Signs are arbitrary; see
+    ``align_signs``. Columns of the factors with a norm below 1e-146 count as zero.
 
     The triplets come from Gram matrices of the thin factors; matrices whose factors are too ill-conditioned for that
-    are decomposed by QR. Raises ``NextCoreError`` on k < 1, another dtype, NaN or Inf.
+    are decomposed by QR. Raises ``NextCoreError`` on k < 1, NaN or Inf.
     """
     if k < 1:
         raise NextCoreError(f"cannot compute {k} singular triplets; ask for at least 1", kind="config-invalid-value")
-    if dtype not in (torch.float32, torch.float64):
-        message = f"singular triplets can be float32 or float64, not {dtype}"
-        raise NextCoreError(message, kind="config-invalid-value")
     (m, n), r, batch = a.shape, a.rank, a.batch_shape
     count, columns, width = batch.numel(), min(k, m, n), min(m, n, r)
     left = a.left.detach().double().reshape(count, m, r)
@@ -263,8 +259,8 @@ def truncated_svd(a: LowRank, k: int, dtype: torch.dtype = torch.float64) -> Fac
             for batched, redone in zip(svd, _svd_by_qr(left[unsound], right[unsound], columns), strict=True):
                 batched[unsound] = redone
     pad = torch.nn.functional.pad
-    U, V = (pad(x, (0, columns - x.shape[-1])).to(dtype) for x in (svd.U, svd.V))
-    S = pad(svd.spectrum, (0, max(0, columns - width)))[:, :columns].to(dtype)
+    U, V = (pad(x, (0, columns - x.shape[-1])) for x in (svd.U, svd.V))
+    S = pad(svd.spectrum, (0, max(0, columns - width)))[:, :columns]
     energy, nuclear = svd.spectrum.square().sum(-1), svd.spectrum.sum(-1)
     return Factors(
         U.reshape(*batch, m, columns),
@@ -340,7 +336,7 @@ def _svd_by_gram(left: Tensor, right: Tensor, k: int) -> tuple[_Svd, Tensor]:
     found = decompose(LowRankGrams(left.mT @ left, right.mT @ right, noise_floor=left.new_zeros(len(left))), k)
     assert found.spectrum is not None
     U, V = left @ found.x, right @ found.y
-    return _Svd(_unit_columns(U, found.spectrum), found.spectrum, _unit_columns(V, found.spectrum)), found.sound
+    return _Svd(unit_columns(U, found.spectrum), found.spectrum, unit_columns(V, found.spectrum)), found.sound
 
 
 def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
@@ -355,11 +351,11 @@ def _svd_by_qr(left: Tensor, right: Tensor, k: int) -> _Svd:
         torch.linalg.qr(x * reciprocal(norms)[:, None, :]) for x, norms in ((left, norms_l), (right, norms_r))
     )
     X, spectrum, Y = svd_of_core(upper_l, norms_l * norms_r, upper_r, k)
-    return _Svd(_unit_columns(Q_l @ X, spectrum), spectrum, _unit_columns(Q_r @ Y, spectrum))
+    return _Svd(unit_columns(Q_l @ X, spectrum), spectrum, unit_columns(Q_r @ Y, spectrum))
 
 
-def _unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
-    """Scale columns to unit norm where sigma is positive, and set the others to exactly zero."""
+def unit_columns(x: Tensor, spectrum: Tensor) -> Tensor:
+    """Scale columns (b, d, k) to unit norm where their sigma (b, k or more) is positive, and set others to zero."""
     unit = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     return torch.where(spectrum[:, None, : x.shape[-1]] > 0, unit, 0.0)
 

@@ -32,7 +32,7 @@ class NetworkConfig(Settings):
     epochs: int = Field(1000, ge=1, description="Full-batch epochs of training")
     lr: float = Field(2e-5, gt=0, description="AdamW's learning rate at the start")
     min_lr: float = Field(2e-6, ge=0, description="AdamW's learning rate at the end of the cosine")
-    seed: int = Field(0, ge=0, description="Seed of the networks' initial weights")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the networks' initial weights")
     align: bool = Field(True, description="Align signs over time; false: keep the SVD's, as the released code does")
     use_global: bool = Field(True, description="Give the network the position, W_t - W_0")
     use_local: bool = Field(True, description="Give the network the velocity, W_t - W_{t-1}")

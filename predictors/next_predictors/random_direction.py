@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from next_core.history.history import MatrixHistory
 from next_core.interfaces import LowRankUpdate
@@ -49,10 +48,5 @@ class RandomDirection(PerMatrixPredictor):
         key = f"{self.config.seed}/{newest}/{matrix.name}"
         random = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         left, right = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((m, rank), (rank, n)))
-        return LowRankUpdate(LowRank(left * (norm / _norm(left, right)), right))
-
-
-def _norm(left: Tensor, right: Tensor) -> Tensor:
-    """Return |L R|_F; nothing cancels, because random columns are nearly orthogonal."""
-    # |L R|^2 = tr(L^T L R R^T), the sum of the elementwise product of two (k, k) matrices: no (m, n) matrix is formed.
-    return ((left.mT @ left) * (right @ right.mT)).sum().sqrt()
+        # Nothing cancels in this norm, because random columns are nearly orthogonal.
+        return LowRankUpdate(LowRank(left * (norm / LowRank(left, right).norm()), right))

@@ -129,6 +129,13 @@ def test_a_run_that_never_moved_says_so() -> None:
     strict(analysis)
 
 
+def test_an_adapter_whose_product_stays_zero_leaves_its_figures_undefined() -> None:
+    checkpoints = {t: {name(0): LoraFactors(noise(t, 8, 2), torch.zeros(3, 8), 2.0)} for t in range(5)}
+    analysis = analyze(history(MemorySource(checkpoints)), draws=20)
+    assert analysis.missing["straightness"].startswith("not defined")
+    strict(analysis)
+
+
 def test_a_matrix_that_stood_still_for_a_while_has_what_can_be_defined() -> None:
     path = drift(0)
     analysis = analyze(history(dense_run({name(0): lambda t: path(0 if t < 40 else t)}, tuple(range(10, 90, 10)))))
@@ -136,6 +143,17 @@ def test_a_matrix_that_stood_still_for_a_while_has_what_can_be_defined() -> None
     assert analysis.missing["speed_ratio"].startswith("not defined")
     assert value(analysis, "cosine_local") == pytest.approx(1)
     strict(analysis)
+
+
+def test_any_horizon_of_a_long_run_can_be_asked_for_though_the_curve_has_a_choice_of_them() -> None:
+    run = history(walks(1, range(1, 101)))
+    every = analyze(run, draws=20)
+    asked = next(h for h in range(1, 51) if h not in every.overall.series["line_skill"].x)
+    found = analyze(run, horizon=asked, draws=20)
+    assert value(found, "pinned_skill") < 0  # a line does not predict a random walk
+    assert found.overall.series["line_skill"].x == tuple(sorted({asked, *every.overall.series["line_skill"].x}))
+    assert found.overall.series["msd"] == every.overall.series["msd"]
+    assert value(analyze(run, horizon=90, draws=20), "line_skill") < 0  # longer than half of the run
 
 
 def test_the_horizon_chooses_the_out_of_sample_figures_and_one_that_is_not_there_is_explained() -> None:

@@ -216,6 +216,23 @@ def test_what_goes_wrong_is_reported_and_ends_nothing() -> None:
     assert found.predictors["secant"].score.skill == pytest.approx(1)
 
 
+@pytest.mark.parametrize("source", [walks(1), lora_walks(1)])
+@pytest.mark.parametrize("size", [1e100, 1e200])
+def test_a_jump_whose_square_is_beyond_float64_is_reported_and_counts_as_staying(
+    source: CheckpointSource, size: float
+) -> None:
+    @matrix_predictor("far")
+    def far(matrix: Any, horizon: int, config: Any) -> Any:
+        (m, n), along = matrix.shape, CoefficientUpdate({matrix.steps[-1]: size})
+        ones = torch.ones(m, 1, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
+        return along if matrix.steps[-1] % 20 else LowRankUpdate(LowRank(size * ones[0], ones[1]))
+
+    judged = judge(source, far())
+    assert len(judged.failures) == len(judged.by_cut) == 14
+    assert all("GuardError" in failure.reason for failure in judged.failures)
+    assert judged.score.skill == 0.0
+
+
 def test_an_abstention_counts_as_staying_and_figures_of_the_other_cuts_are_separate() -> None:
     @matrix_predictor("sometimes")
     def sometimes(matrix: Any, horizon: int, config: Any) -> Any:

@@ -36,6 +36,11 @@ def test_the_dimension_of_a_factor_walk_is_that_of_its_steps_cosines() -> None:
     assert factor_walk_dimension(now, now) == r * (m + n - r)  # nothing moved: nothing to measure
 
 
+def test_an_adapter_wider_than_its_matrix_walks_in_the_space_of_the_matrix() -> None:
+    wide = LoraFactors(noise(0, 8, 2), torch.zeros(3, 8), 2.0)
+    assert factor_walk_dimension(wide, wide) == 3 * 2
+
+
 def test_an_interval_holds_95_percent_of_what_it_was_drawn_from() -> None:
     _, _, high = band(noise(0, 4000, 3))
     assert torch.allclose(high, torch.full((3,), 1.96).double(), atol=0.15)

@@ -1,11 +1,13 @@
 """Decomposed deltas are found on disk as long as their inputs are the same."""
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 import torch
 
+from next_core.cli.options import CacheOptions
 from next_core.history.delta_cache import DeltaCache
 from next_core.history.history import History
 from next_core.sources.memory import MemorySource
@@ -148,3 +150,14 @@ def test_another_users_file_is_read_and_not_marked_as_used(cache: DeltaCache, mo
     History(on_disk(lora_run()), 1, counting, cache=cache).compress("global")
     assert counting.deltas == 0
     assert cache.trouble is None
+
+
+def test_a_user_without_a_home_computes_without_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(f"uid not found: {user}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert CacheOptions().open_cache() is None
+    assert CacheOptions(cache=tmp_path).open_cache() is not None

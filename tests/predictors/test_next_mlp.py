@@ -204,5 +204,7 @@ def test_settings_that_contradict_or_cannot_be_used_are_refused(past: History) -
         NextMlpConfig(use_global=False, use_local=False)
     with raises_kind("config-contradiction", "min_lr"):
         NextMlpConfig(lr=1e-6)
+    with raises_kind("config-invalid-value", "seed"):
+        NextMLP(seed=2**63)  # more than torch takes
     with raises_kind("config-invalid-value", "abacus"):
         predict(past, device="abacus")

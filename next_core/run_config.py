@@ -214,7 +214,7 @@ class RunConfig(Settings):
 
     steps: int = Field(ge=1, le=MOST_STEPS, description="RL steps of the run")
     seed: int = Field(
-        0, ge=0, description="Seed of the adapter's initial values, the order of the prompts and the samples"
+        0, ge=0, lt=2**32, description="Seed of the adapter's initial values, the order of the prompts and the samples"
     )
     training: TrainingSettings
     backend: Choice = Field(Choice(name=DEFAULT_BACKEND), description="The trainer")

@@ -107,6 +107,7 @@ def test_each_wrong_key_has_its_line_and_its_own_hint(load: Callable[..., RunCon
     [
         ({"steps": "many"}, "steps", "'many'"),
         ({"steps": 0}, "steps", "0"),
+        ({"seed": 2**32}, "seed", "4294967296"),  # NumPy takes no more
         ({"training__learning_rate": math.inf}, "training.learning_rate", "inf"),
         ({"training__temperature": math.nan}, "training.temperature", "nan"),
         ({"training__algorithm": "ppo"}, "training.algorithm", "'ppo'"),

@@ -29,8 +29,6 @@ from next_core.sources.memory import lora_delta
 from next_core.types import LoraFactors, Parameter
 
 ADAPTER = "adapter"  # The subfolder of ``jumps/N`` with a jump that was made as an adapter
-
-
 FAR = 5.0  # How many times farther from the base model than training moves in as many steps a first checkpoint may be
 SAMPLE, SPANS = 12, 3  # Matrices, and intervals between checkpoints, that this is measured on
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from next_core.errors import CheckpointError, ConfigError, contradiction, damaged, not_found, other_model
-from next_core.sources.tensor_files import Place, Replacement, TensorFile
+from next_core.sources.tensor_files import Place, Replacement, TensorFile, is_unchanged
+from next_core.storage.reading import Stamp, stamp
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 READER = "deepspeed.utils.zero_to_fp32"
 KEPT = 3  # Checkpoints whose masters are in memory: the two of a delta, and the one of the next
 Masters = Mapping[str, Tensor]
+Stamps = tuple[tuple[Path, Stamp], ...]
 
 
 def replacement(masters: bool, allow_pickle: bool) -> Callable[[Path, int], Replacement]:
@@ -65,8 +67,8 @@ def states_folder(folder: Path, step: int) -> Path:
     )
 
 
-def _read_masters(read: Any, states: Path) -> Masters:
-    """Return the masters of all trained parameters by their names in the trainer's model."""
+def _read_masters(read: Any, states: Path, _: Stamps) -> Masters:
+    """Return the masters of all trained parameters by their names in the trainer's model; stamps are for the cache."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it reports by print
             masters: Masters = read(str(states.parent), tag=states.name, exclude_frozen_parameters=True)
@@ -78,13 +80,17 @@ def _read_masters(read: Any, states: Path) -> Masters:
 class MastersFile(TensorFile):
     """A file of weights whose values are replaced by the masters; names and shapes are the file's."""
 
-    def __init__(self, file: TensorFile, states: Path, read: Callable[[Path], Masters]) -> None:
+    def __init__(self, file: TensorFile, states: Path, read: Callable[[Path, Stamps], Masters]) -> None:
         super().__init__(file.path)
         self.shapes = file.shapes
         self._file, self._states, self._read = file, states, read
+        self._stamps = tuple((path, stamp(path)) for path in sorted(states.glob("*.pt")) if path.exists())
 
     def weight_files(self) -> list[Path]:
         return [*self._file.weight_files(), *sorted(self._states.glob("*.pt"))]
+
+    def unchanged(self) -> bool:
+        return self._file.unchanged() and all(is_unchanged(*each) for each in self._stamps)
 
     def dtype(self, key: str) -> torch.dtype:
         return torch.float32 if self._file.dtype(key).is_floating_point else self._file.dtype(key)
@@ -94,7 +100,7 @@ class MastersFile(TensorFile):
 
         Raises ``CheckpointError`` if the two differ by more than rounding.
         """
-        stored, masters = self._file.raw(key, rows), self._read(self._states)
+        stored, masters = self._file.raw(key, rows), self._read(self._states, self._stamps)
         master = masters.get(key, masters.get(key.replace(".weight", ".default.weight") if ".lora_" in key else key))
         if master is None or not stored.is_floating_point():
             return stored

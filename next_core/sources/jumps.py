@@ -82,14 +82,13 @@ class Shifts:
         self.start = max((undone for _, _, undone in jump_records(self.root) if undone is not None), default=0)
         present = {}
         for path, record in jump_folders(self.root):
-            if os.path.lexists(path / SHIFT_FILE):
-                present[path.name, (path / SHIFT_FILE).stat().st_mtime_ns] = record["step"], path / SHIFT_FILE
-        for key, (step, file) in present.items():
-            if key not in self._shifts:
-                if os.path.lexists(file.parent / MANIFEST):
-                    check_manifest(file.parent)
-                self._shifts[key] = step, Shift(file, self._cache)
-        self._shifts = {key: self._shifts[key] for key in present}
+            file = path / SHIFT_FILE
+            if os.path.lexists(file):
+                key = path.name, file.stat().st_mtime_ns
+                if key not in self._shifts and os.path.lexists(path / MANIFEST):
+                    check_manifest(path)
+                present[key] = self._shifts.get(key) or (record["step"], Shift(file, self._cache))
+        self._shifts = present
 
     def as_of(self, step: int) -> Shifts:
         """Return the jumps made before a step: these very ones where none was made at or after it."""

@@ -73,6 +73,19 @@ def test_masters_show_motion(tmp_path: Path, asked: list[str], place: str, capsy
     assert capsys.readouterr().out == ""  # DeepSpeed prints, we do not
 
 
+def test_masters_that_were_replaced_are_read_again(tmp_path: Path, asked: list[str]) -> None:
+    source = opened(run(tmp_path))
+    before, digest = torch.as_tensor(source.delta("w", 20, 10)), source.fingerprint(20)
+    file = next((tmp_path / "_actor" / "global_step20").iterdir())
+    file.unlink()
+    torch.save({"w": MASTERS[30]}, file)  # equal in bf16, so only the masters tell the difference
+    assert source.fingerprint(20) is None
+    assert source.refresh() == {20}
+    assert torch.equal(source.delta("w", 20, 10), MASTERS[30].double() - MASTERS[10].double())
+    assert not torch.equal(source.delta("w", 20, 10), before)
+    assert source.fingerprint(20) not in (None, digest)
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "named"),
     [
